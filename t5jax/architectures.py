@@ -1,0 +1,186 @@
+"""What a network is: frozen descriptions, and every published size by name.
+
+Plain Python without jax, so that configs load and print at once. The networks that read these
+descriptions are in `t5jax/models/`. Names follow the T5 papers and Hugging Face's `config.json`.
+"""
+
+import dataclasses
+import difflib
+from typing import Literal
+
+MlpActivation = Literal["relu", "gated-gelu", "gated-silu"]
+Dtype = Literal["float32", "bfloat16"]
+RematPolicy = Literal["none", "minimal", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The T5 family: 1.0, 1.1 / LM-adapted / FLAN, mT5, UMT5, ByT5 and UL2.
+
+    Raffel et al. 2020 (arXiv:1910.10683); Shazeer 2020 (arXiv:2002.05202) for the gated MLP of
+    1.1; Chung et al. 2023 (arXiv:2304.09151) for UMT5; Tay et al. 2022 (arXiv:2205.05131) for UL2.
+    """
+
+    family: Literal["t5"] = "t5"
+    """Which network in `t5jax/models/` reads this description."""
+    vocab_size: int = 32128
+    """Rows of the embedding; never the length of the tokenizer, which is smaller."""
+    d_model: int = 512
+    """Width of the residual stream."""
+    d_kv: int = 64
+    """Width of one attention head; num_heads * d_kv may differ from d_model."""
+    d_ff: int = 1024
+    """Width of the MLP's hidden layer."""
+    num_heads: int = 6
+    """Attention heads of every layer."""
+    num_encoder_layers: int = 8
+    """Layers of the encoder (Hugging Face: num_layers)."""
+    num_decoder_layers: int = 8
+    """Layers of the decoder."""
+    mlp_activation: MlpActivation = "gated-gelu"
+    """relu (1.0), gated-gelu (1.1, mT5, UMT5, ByT5) or gated-silu (UL2); HF: feed_forward_proj."""
+    tie_word_embeddings: bool = False
+    """One matrix for embedding and output (1.0), or a separate lm_head (1.1 and after)."""
+    scale_decoder_outputs: bool = False
+    """Multiply the decoder's output by d_model^-0.5 before the output matrix (1.0)."""
+    relative_attention_num_buckets: int = 32
+    """Buckets of the relative-position bias."""
+    relative_attention_max_distance: int = 128
+    """Distance in tokens from which on all positions share the last bucket."""
+    per_layer_relative_bias: bool = False
+    """A bias table in every self-attention layer (UMT5), or one for a whole stack."""
+    layer_norm_epsilon: float = 1e-6
+    """Added to the variance in every RMSNorm."""
+    dropout_rate: float = 0.1
+    """Dropout in training; 1.1 was pretrained with 0 and is fine-tuned with 0.1."""
+    initializer_factor: float = 1.0
+    """Scales every initial standard deviation."""
+    pad_token_id: int = 0
+    """Id of padding; also what the loss ignores."""
+    eos_token_id: int = 1
+    """Id that ends a sequence."""
+    decoder_start_token_id: int = 0
+    """Id that the decoder starts from."""
+    dtype: Dtype = "float32"
+    """What activations are computed in; norms' statistics, softmax and logits stay float32."""
+    param_dtype: Dtype = "float32"
+    """What parameters, and with them optimizer states, are stored in."""
+    scan_layers: bool = True
+    """Compile one layer and loop over it (fast to compile), or unroll the loop (faster to run
+    on CPU). The parameters are the same."""
+    remat: RematPolicy = "none"
+    """Recompute in the backward pass: nothing, all but weight products (minimal), or all (full)."""
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            check_dtype(getattr(self, name), f"model.{name}")
+        for name, allowed in (("mlp_activation", MlpActivation), ("remat", RematPolicy)):
+            check_choice(getattr(self, name), allowed.__args__, f"model.{name}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not field.name.endswith("_id") and value < 1:
+                raise ValueError(f"model.{field.name} is {value}; it must be at least 1")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"model.dropout_rate is {self.dropout_rate}; it must be in [0, 1)")
+        if self.relative_attention_num_buckets % 4:
+            raise ValueError(
+                f"model.relative_attention_num_buckets is {self.relative_attention_num_buckets}; "
+                "it must be a multiple of 4: each direction halves it, then near and far do"
+            )
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            raise ValueError(
+                f"model.relative_attention_max_distance is {self.relative_attention_max_distance}; "
+                "it must be larger than half the buckets "
+                f"({self.relative_attention_num_buckets // 2}), which count single tokens"
+            )
+
+    @property
+    def gated(self) -> bool:
+        return self.mlp_activation.startswith("gated-")
+
+
+ModelConfig = T5Config
+
+
+def check_choice(value, allowed, name):
+    """Raises ValueError where `value` is not one of `allowed`, naming the nearest."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}{hint}")
+
+
+def check_dtype(value, name):
+    """Raises ValueError for a dtype that the T5 family cannot be computed in."""
+    if value == "float16":
+        raise ValueError(
+            f"{name} is float16; T5's activations overflow float16 (above 65504) and turn into "
+            "NaN; use bfloat16 or float32"
+        )
+    check_choice(value, Dtype.__args__, name)
+
+
+# --- Published sizes ----------------------------------------------------------------------------
+
+_T5_1_0 = {
+    "mlp_activation": "relu",
+    "tie_word_embeddings": True,
+    "scale_decoder_outputs": True,
+}
+
+
+def _t5(d_model, d_ff, d_kv, num_heads, layers, decoder_layers=None, **rest):
+    return T5Config(
+        d_model=d_model,
+        d_ff=d_ff,
+        d_kv=d_kv,
+        num_heads=num_heads,
+        num_encoder_layers=layers,
+        num_decoder_layers=decoder_layers or layers,
+        **rest,
+    )
+
+
+SIZES: dict[str, ModelConfig] = {
+    "t5_small": _t5(512, 2048, 64, 8, 6, **_T5_1_0),
+    "t5_base": _t5(768, 3072, 64, 12, 12, **_T5_1_0),
+    "t5_large": _t5(1024, 4096, 64, 16, 24, **_T5_1_0),
+    "t5_3b": _t5(1024, 16384, 128, 32, 24, **_T5_1_0),
+    "t5_11b": _t5(1024, 65536, 128, 128, 24, **_T5_1_0),
+    "t5_1_1_small": _t5(512, 1024, 64, 6, 8),
+    "t5_1_1_base": _t5(768, 2048, 64, 12, 12),
+    "t5_1_1_large": _t5(1024, 2816, 64, 16, 24),
+    "t5_1_1_xl": _t5(2048, 5120, 64, 32, 24),
+    "t5_1_1_xxl": _t5(4096, 10240, 64, 64, 24),
+    "ul2": _t5(4096, 16384, 256, 16, 32, mlp_activation="gated-silu"),
+}
+for _size in ("small", "base", "large", "xl", "xxl"):
+    _shape = SIZES[f"t5_1_1_{_size}"]
+    # FLAN and the LM-adapted models are 1.1 trained further.
+    SIZES[f"flan_t5_{_size}"] = _shape
+    SIZES[f"mt5_{_size}"] = dataclasses.replace(_shape, vocab_size=250112)
+    if _size != "large":  # Never published.
+        SIZES[f"umt5_{_size}"] = dataclasses.replace(
+            _shape, vocab_size=256384, per_layer_relative_bias=True
+        )
+SIZES |= {
+    "flan_ul2": SIZES["ul2"],
+    "byt5_small": _t5(1472, 3584, 64, 6, 12, 4, vocab_size=384),
+    "byt5_base": _t5(1536, 3968, 64, 12, 18, 6, vocab_size=384),
+    "byt5_large": _t5(1536, 3840, 64, 16, 36, 12, vocab_size=384),
+    "byt5_xl": _t5(2560, 6720, 64, 32, 36, 12, vocab_size=384),
+    "byt5_xxl": _t5(4672, 12352, 64, 64, 36, 12, vocab_size=384),
+}
+
+
+def published(name: str, **changes) -> ModelConfig:
+    """Returns the description of a published size, with fields changed.
+
+    Args:
+      name: a key of `SIZES`, such as "t5_1_1_base".
+      **changes: fields to replace, such as dtype="bfloat16".
+    Raises:
+      ValueError: for a name that is not known, naming the nearest.
+    """
+    check_choice(name, tuple(SIZES), "the model's size")
+    return dataclasses.replace(SIZES[name], **changes)

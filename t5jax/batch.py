@@ -1,0 +1,93 @@
+"""Batch features: one vocabulary of names from the data to the loss (SeqIO's standard names).
+
+An encoder-decoder batch is a dict of int32 arrays [B, S] or [B, T], weights float32 [B, T].
+Packed rows hold several examples; segment ids number them from 1, and 0 is padding.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from t5jax.config import Config
+
+ENCODER_INPUT_TOKENS = "encoder_input_tokens"
+DECODER_INPUT_TOKENS = "decoder_input_tokens"
+DECODER_TARGET_TOKENS = "decoder_target_tokens"
+DECODER_LOSS_WEIGHTS = "decoder_loss_weights"
+ENCODER_SEGMENT_IDS = "encoder_segment_ids"
+DECODER_SEGMENT_IDS = "decoder_segment_ids"
+ENCODER_POSITIONS = "encoder_positions"
+DECODER_POSITIONS = "decoder_positions"
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """Shape of an encoder-decoder batch: rows, tokens of each side, packed or not."""
+
+    batch_size: int
+    inputs_length: int
+    targets_length: int
+    pack: bool = False
+
+    def features(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
+        """Returns the shape and dtype of every feature."""
+        source = (self.batch_size, self.inputs_length)
+        target = (self.batch_size, self.targets_length)
+        int32, float32 = np.dtype("int32"), np.dtype("float32")
+        features = {
+            ENCODER_INPUT_TOKENS: (source, int32),
+            DECODER_INPUT_TOKENS: (target, int32),
+            DECODER_TARGET_TOKENS: (target, int32),
+            DECODER_LOSS_WEIGHTS: (target, float32),
+        }
+        if self.pack:
+            features |= {
+                ENCODER_SEGMENT_IDS: (source, int32),
+                ENCODER_POSITIONS: (source, int32),
+                DECODER_SEGMENT_IDS: (target, int32),
+                DECODER_POSITIONS: (target, int32),
+            }
+        return features
+
+
+def train_spec(config: Config) -> BatchSpec:
+    """Returns the shape of the batches that a run trains on."""
+    data = config.data
+    return BatchSpec(data.batch_size, data.inputs_length, data.targets_length, data.pack)
+
+
+def validate_batch(batch: Batch, spec: BatchSpec) -> None:
+    """Raises ValueError where a batch has not the features, shapes and dtypes of its spec."""
+    features = spec.features()
+    if set(batch) != set(features):
+        missing, extra = sorted(set(features) - set(batch)), sorted(set(batch) - set(features))
+        raise ValueError(f"batch features differ from the spec: missing {missing}, extra {extra}")
+    for name, (shape, dtype) in features.items():
+        got = batch[name]
+        if got.shape != shape or got.dtype != dtype:
+            raise ValueError(
+                f"batch feature {name} is {got.dtype}{list(got.shape)}; "
+                f"expected {dtype}{list(shape)}"
+            )
+
+
+def shift_right(targets, start_id: int):
+    """Returns decoder inputs for targets [..., T]: one position later, `start_id` in front.
+
+    For unpacked rows only; in a packed row every segment starts anew.
+    """
+    inputs = np.roll(targets, 1, axis=-1)
+    inputs[..., 0] = start_id
+    return inputs
+
+
+def pad_rows(batch: Batch, batch_size: int) -> Batch:
+    """Returns the batch with rows of zeros behind it; their loss weights are 0, so they count
+    nowhere."""
+    rows = len(next(iter(batch.values())))
+    if rows > batch_size:
+        raise ValueError(f"a batch of {rows} rows cannot be padded to {batch_size}")
+    pad = batch_size - rows
+    return {k: np.pad(v, ((0, pad),) + ((0, 0),) * (v.ndim - 1)) for k, v in batch.items()}

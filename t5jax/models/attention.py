@@ -1,0 +1,96 @@
+"""Attention, its masks, and T5's relative-position bias.
+
+B batch, T query length, S key length, H heads, K head dim, N buckets.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row without any key gives a uniform softmax instead of NaN.
+MASKED = -1e9
+
+
+def dot_product_attention(q_BTHK, k_BSHK, v_BSHK, bias_1HTS, mask_B1TS, *, dropout=None):
+    """Returns softmax(q k + bias) v, unscaled: T5 folds 1/sqrt(K) into the query's initialiser.
+
+    Args:
+      q_BTHK, k_BSHK, v_BSHK: one dtype, which the result has.
+      bias_1HTS: float32, or None.
+      mask_B1TS: bool, broadcastable to [B, H, T, S]; True where a query may see a key.
+      dropout: applied to the probabilities [B, H, T, S], or None.
+    Returns:
+      [B, T, H, K]. The softmax is float32.
+    """
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    if bias_1HTS is not None:
+        scores_BHTS += bias_1HTS
+    scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, MASKED)
+    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
+    if dropout is not None:
+        probs_BHTS = dropout(probs_BHTS)
+    return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK)
+
+
+def segment_mask(query_ids_BT, key_ids_BS) -> jax.Array:
+    """Returns bool [B, 1, T, S]: true where query and key are of the same segment."""
+    return query_ids_BT[:, None, :, None] == key_ids_BS[:, None, None, :]
+
+
+def causal_mask(length: int) -> jax.Array:
+    """Returns bool [1, 1, T, T]: true where the key is not after the query."""
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+def relative_position_bucket(
+    distance, *, num_buckets: int, max_distance: int, bidirectional: bool
+) -> jax.Array:
+    """Returns the bucket of each distance: one a token nearby, logarithmic ranges further away.
+
+    Args:
+      distance: int32 [...], key position minus query position, in tokens.
+      num_buckets: buckets in all; bidirectional gives half of them to each direction.
+      max_distance: from here on, tokens, everything shares the last bucket.
+      bidirectional: False puts every key after the query into bucket 0.
+    Returns:
+      int32 [...] in [0, num_buckets).
+    Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1; the formula is that of their code,
+      on which every published checkpoint depends.
+    """
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (distance > 0).astype(jnp.int32) * num_buckets
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = num_buckets // 2
+    # Float32 and this order of operations, as in the checkpoints' own code: at a boundary another
+    # order would round to the next bucket.
+    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    log_range = math.log(max_distance / exact)
+    far = exact + (log_ratio / log_range * (num_buckets - exact)).astype(jnp.int32)
+    far = jnp.minimum(far, num_buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+def relative_position_bias(
+    table_HN, query_positions_T, key_positions_S, *, max_distance: int, bidirectional: bool
+) -> jax.Array:
+    """Returns the bias float32 [1, H, T, S] of one stack.
+
+    Args:
+      table_HN: learned, one row a head and one column a bucket.
+      query_positions_T, key_positions_S: int32, indices into the row. In a packed row they serve
+        as well as positions: inside one segment both differ alike.
+    """
+    buckets_TS = relative_position_bucket(
+        key_positions_S[None, :] - query_positions_T[:, None],
+        num_buckets=table_HN.shape[1],
+        max_distance=max_distance,
+        bidirectional=bidirectional,
+    )
+    # A product with one-hots instead of a gather: its gradient is a product too, not a scatter.
+    one_hot_TSN = jax.nn.one_hot(buckets_TS, table_HN.shape[1], dtype=jnp.float32)
+    return jnp.einsum("HN,TSN->HTS", table_HN.astype(jnp.float32), one_hot_TSN)[None]

@@ -1,0 +1,188 @@
+"""The mesh, and which array is split over which of its axes: the only file that knows it.
+
+Parameters and activations name logical axes; `AxisRules` (in `t5jax.config`) maps these to the
+mesh axes data, fsdp and model. A logical axis that does not exist is an error, never a silent
+replication.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from t5jax.batch import Batch
+from t5jax.config import AxisRules, MeshConfig
+
+MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+
+_rules: contextvars.ContextVar[AxisRules | None] = contextvars.ContextVar("rules", default=None)
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+    """Returns a mesh with axes (data, fsdp, model) over the devices.
+
+    Args:
+      config: devices along each axis; data = -1 takes what the others leave.
+      devices: jax devices; all of them by default.
+    Raises:
+      ValueError: if the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    rest = config.fsdp * config.model
+    data = len(devices) // rest if config.data == -1 else config.data
+    if data * rest != len(devices):
+        raise ValueError(
+            f"mesh data x fsdp x model = {config.data} x {config.fsdp} x {config.model} does not "
+            f"fit {len(devices)} devices; their product must be {len(devices)}, and data = -1 "
+            "takes what the others leave"
+        )
+    # Auto axes: the compiler propagates shardings from the constraints. make_mesh orders devices
+    # by the topology, so that neighbours on the mesh are neighbours on the wires.
+    return jax.make_mesh(
+        (data, config.fsdp, config.model),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, rules: AxisRules = AxisRules()):
+    """Sets the mesh and the rules together, for everything traced inside."""
+    token = _rules.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _rules.reset(token)
+
+
+def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionSpec:
+    """Returns the mesh axes for logical axes, one for each dimension of an array.
+
+    Where two dimensions of one array map to the same mesh axis, the first one has it.
+
+    Raises:
+      ValueError: for a logical axis that AxisRules does not have.
+    """
+    spec, taken = [], set()
+    for axis in axes:
+        if axis is not None and not hasattr(rules, axis):
+            names = [field.name for field in dataclasses.fields(rules)]
+            near = difflib.get_close_matches(axis, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            raise ValueError(f"there is no logical axis {axis!r}; {hint}")
+        value = None if axis is None else getattr(rules, axis)
+        wanted = (value,) if isinstance(value, str) else tuple(value or ())
+        free = tuple(a for a in wanted if a not in taken)
+        taken.update(free)
+        spec.append(free[0] if len(free) == 1 else free or None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an activation's sharding by logical axes; the identity outside of `use_mesh`."""
+    rules = _rules.get()
+    if rules is None:
+        return x
+    assert x.ndim == len(axes), f"{x.ndim} dimensions, axes {axes}"
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+
+
+def param_shardings(axes, shapes, mesh: Mesh, rules: AxisRules):
+    """Returns the NamedSharding of every parameter.
+
+    Args:
+      axes: tree of tuples of logical axes, as `models.api.param_axes` returns it.
+      shapes: the same tree of arrays or ShapeDtypeStructs.
+    Raises:
+      ValueError: where the mesh does not divide a dimension evenly.
+    """
+
+    def one(path, shape, names):
+        spec = partition_spec(names, rules)
+        for dim, (size, name, mesh_axes) in enumerate(zip(shape.shape, names, spec, strict=True)):
+            parts = _num_devices(mesh, mesh_axes)
+            if size % parts:
+                raise ValueError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}: "
+                    f"dimension {dim} ({name}, {size}) is not divisible by the {parts} devices of "
+                    f"mesh axis {mesh_axes}; choose a mesh that divides it, or set "
+                    f"axes.{name} to None"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def state_shardings(state, params_shardings, mesh: Mesh):
+    """Returns shardings for any tree that holds parts shaped and placed like the parameters.
+
+    A leaf whose path ends in a parameter's path and whose shape is that parameter's has its
+    sharding (Adam's moments, say); everything else is replicated (counts, factored moments).
+
+    Args:
+      state: tree of arrays or ShapeDtypeStructs, such as an optimizer's state.
+      params_shardings: tree of (shape, NamedSharding) leaves made by `zip_shapes`.
+    """
+    by_path = {
+        tuple(str(key) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            params_shardings, is_leaf=lambda x: isinstance(x, tuple)
+        )
+    }
+
+    def one(path, leaf):
+        keys = tuple(str(key) for key in path)
+        for start in range(len(keys)):
+            if keys[start:] in by_path:
+                shape, sharding = by_path[keys[start:]]
+                if shape == leaf.shape:
+                    return sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def zip_shapes(shapes, shardings):
+    """Returns the tree of (shape, sharding) that `state_shardings` matches against."""
+    return jax.tree.map(lambda x, s: (x.shape, s), shapes, shardings)
+
+
+def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
+    """Returns the sharding of a batch's features [B, length]."""
+    return NamedSharding(mesh, partition_spec(("batch", None), rules))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, rules: AxisRules, name="data.batch_size"):
+    """Raises ValueError where the devices do not divide a batch, with sizes that they do."""
+    axes = partition_spec(("batch",), rules)[0]
+    parts = _num_devices(mesh, axes)
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
+        sizes = f"{below} or {above}" if below else f"{above}"
+        axes = (axes,) if isinstance(axes, str) else axes
+        raise ValueError(
+            f"{name} {batch_size} is not divisible by {' x '.join(axes)} = {parts} devices; "
+            f"use {sizes}, or set {' or '.join(f'mesh.{axis}' for axis in axes)}"
+        )
+
+
+def shard_batch(batch: Batch, mesh: Mesh, rules: AxisRules) -> dict[str, jax.Array]:
+    """Makes global arrays of a global batch: each process keeps the rows of its own devices."""
+    sharding = batch_sharding(mesh, rules)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        for name, x in batch.items()
+    }
+
+
+def _num_devices(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([mesh.shape[axis] for axis in axes]))
