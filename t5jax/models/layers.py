@@ -88,6 +88,24 @@ class Embedding(nn.Module):
         )
 
 
+class Unembedding(nn.Module):
+    """An output matrix of its own; float32 logits [..., V]."""
+
+    features: int
+    num_embeddings: int
+    stddev: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        shape, axes = (self.features, self.num_embeddings), ("embed", "vocab")
+        kernel = self.param("kernel", normal(self.stddev, axes), shape, self.param_dtype)
+        return jnp.einsum(
+            "...D,DV->...V", x_BTD, kernel.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+
 def Dropout(rate: float) -> nn.Module:
     """Returns T5's dropout: one mask for all positions of a row, the second-last dimension.
 

@@ -1,0 +1,133 @@
+"""One optimizer step of T5 1.1 small, beside transformers on torch in the same run.
+
+Same size, batch, dropout rate and optimizer (AdamW), random weights and tokens. The contestants
+take turns, so that whatever else the machine does falls on all of them; the table gives medians
+and ratios to the first row. Needs the `torch` extra.
+
+    python benchmarks/train_step.py [--steps 5] [--dtype bfloat16] [--no-compile]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from t5jax import batch as features
+from t5jax.architectures import T5Config, published
+from t5jax.config import LossConfig, OptimizerConfig
+from t5jax.models import api
+from t5jax.optimizers import make_optimizer
+from t5jax.train_state import create_train_state
+from t5jax.train_step import make_train_step
+
+BATCH, SOURCE, TARGET = 8, 256, 64
+
+
+def random_batch(model: T5Config) -> dict:
+    rng = np.random.default_rng(0)
+    tokens = lambda length: rng.integers(2, model.vocab_size, (BATCH, length), np.int32)  # noqa: E731
+    targets = tokens(TARGET)
+    return {
+        features.ENCODER_INPUT_TOKENS: tokens(SOURCE),
+        features.DECODER_INPUT_TOKENS: features.shift_right(targets, 0),
+        features.DECODER_TARGET_TOKENS: targets,
+        features.DECODER_LOSS_WEIGHTS: np.ones((BATCH, TARGET), np.float32),
+    }
+
+
+def t5jax_step(model: T5Config):
+    """Returns a function that does one step and waits for it."""
+    tx = make_optimizer(OptimizerConfig(name="adamw"), 1000, api.param_axes(model))
+    state = jax.jit(lambda key: create_train_state(model, tx, key))(jax.random.key(0))
+    step = jax.jit(make_train_step(model, tx, LossConfig(z_loss=0.0)), donate_argnums=0)
+    batch = random_batch(model)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return float(metrics["loss"]) / (BATCH * TARGET)
+
+    return run
+
+
+def torch_step(model: T5Config, compiled: bool):
+    import torch
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = HFConfig(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        d_kv=model.d_kv,
+        d_ff=model.d_ff,
+        num_heads=model.num_heads,
+        num_layers=model.num_encoder_layers,
+        num_decoder_layers=model.num_decoder_layers,
+        feed_forward_proj=model.mlp_activation,
+        dropout_rate=model.dropout_rate,
+        decoder_start_token_id=model.decoder_start_token_id,
+        use_cache=False,
+    )
+    network = T5ForConditionalGeneration(config).to(getattr(torch, model.dtype)).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    batch = random_batch(model)
+    inputs = torch.tensor(batch[features.ENCODER_INPUT_TOKENS]).long()
+    labels = torch.tensor(batch[features.DECODER_TARGET_TOKENS]).long()
+    forward = torch.compile(network) if compiled else network
+
+    def run():
+        optimizer.zero_grad()
+        loss = forward(input_ids=inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    args = parser.parse_args()
+
+    small = published("t5_1_1_small", dtype=args.dtype)
+    unrolled = published("t5_1_1_small", dtype=args.dtype, scan_layers=False)
+    contestants = {"transformers + torch, eager": lambda: torch_step(small, False)}
+    if not args.no_compile:
+        contestants["transformers + torch.compile"] = lambda: torch_step(small, True)
+    contestants["t5jax, unrolled"] = lambda: t5jax_step(unrolled)
+    contestants["t5jax, scanned"] = lambda: t5jax_step(small)
+
+    steps, seconds = {}, {name: [] for name in contestants}
+    for name, build in contestants.items():
+        start = time.perf_counter()
+        steps[name] = build()
+        steps[name]()
+        print(f"{name}: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    for _ in range(args.steps):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+
+    table = Table(title=f"T5 1.1 small, one step, {BATCH} x ({SOURCE} + {TARGET}), {args.dtype}")
+    for column in ("", "seconds", "tokens/s", "times the first"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    first = statistics.median(seconds[next(iter(contestants))])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        rate = BATCH * (SOURCE + TARGET) / median
+        table.add_row(name, f"{median:.2f}", f"{rate:,.0f}", f"{first / median:.2f}x")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Cross-entropy with z-loss and label smoothing, as sums over target tokens.
+
+Sums, divided once at the end, are exact under microbatches, data parallelism and padding.
+z-loss: Mesh TensorFlow's and PaLM's term z * log(Z)^2 (arXiv:2204.02311, section 5).
+
+B batch, T target length, D model, V vocab.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5jax import batch as features
+from t5jax.architectures import ModelConfig
+from t5jax.config import LossConfig
+from t5jax.models import api
+
+Sums = dict[str, jax.Array]
+
+# Logits that exist at one time, at most: 2^25 in float32 are 128 MiB.
+_MAX_LOGITS = 2**25
+
+
+def cross_entropy(logits_BTV, targets_BT, weights_BT, config: LossConfig) -> tuple[jax.Array, Sums]:
+    """Returns the loss as a sum over tokens, and what is reported, likewise as sums.
+
+    Args:
+      logits_BTV: float32.
+      targets_BT: int32 in [0, V).
+      weights_BT: float32; 0 leaves a token out.
+    Returns:
+      The loss to minimise, and {"loss": the same, "nll": cross-entropy alone, in nats,
+      "correct": tokens whose target has the largest logit, "tokens": sum of weights}.
+    """
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = log_z_BT - target_BT
+    loss_BT = nll_BT
+    if config.label_smoothing:
+        # The target distribution is (1 - s) one-hot + s uniform.
+        uniform_BT = log_z_BT - jnp.mean(logits_BTV, axis=-1)
+        loss_BT = (1 - config.label_smoothing) * nll_BT + config.label_smoothing * uniform_BT
+    if config.z_loss:
+        loss_BT += config.z_loss * jnp.square(log_z_BT)
+    loss = jnp.sum(loss_BT * weights_BT)
+    # The target is the argmax; a comparison of maxima reads the logits once, in one fused pass.
+    correct_BT = target_BT >= jnp.max(logits_BTV, axis=-1)
+    sums = {
+        "loss": loss,
+        "nll": jnp.sum(nll_BT * weights_BT),
+        "correct": jnp.sum(correct_BT * weights_BT),
+        "tokens": jnp.sum(weights_BT),
+    }
+    return loss, jax.lax.stop_gradient(sums)
+
+
+def batch_loss(
+    model: ModelConfig,
+    params: api.Params,
+    batch: dict,
+    config: LossConfig,
+    *,
+    dropout_rng: jax.Array | None = None,
+) -> tuple[jax.Array, Sums]:
+    """Returns what `cross_entropy` does, for a batch; logits [B, T, V] are never held whole."""
+    x_BTD = api.hidden(model, params, batch, dropout_rng=dropout_rng)
+    targets_BT = batch[features.DECODER_TARGET_TOKENS]
+    weights_BT = batch[features.DECODER_LOSS_WEIGHTS]
+
+    def part(head, x_BTD, targets_BT, weights_BT):
+        return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
+
+    chunks = _num_chunks(*targets_BT.shape, model.vocab_size)
+    head = api.unembed_params(model, params)
+    return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT)
+
+
+def _num_chunks(batch_size: int, length: int, vocab_size: int) -> int:
+    """Returns the fewest equal parts of the length that keep the logits within _MAX_LOGITS."""
+    wanted = batch_size * length * vocab_size / _MAX_LOGITS
+    return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
+
+
+def _chunk(x, chunks: int):
+    """[B, T, ...] -> [chunks, B, T / chunks, ...]."""
+    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_over_chunks(part: Callable, chunks: int, head: Any, x_BTD, targets_BT, weights_BT):
+    """Sums `part(head, x, targets, weights) -> (loss, sums)` over chunks of the length.
+
+    Its gradient is taken chunk by chunk in the forward pass, while a chunk's logits are there, so
+    that they are neither stored nor computed twice.
+    """
+
+    def body(total, chunk):
+        return jax.tree.map(jnp.add, total, part(head, *chunk)), None
+
+    xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
+    return jax.lax.scan(body, zeros, xs)[0]
+
+
+def _forward(part, chunks, head, x_BTD, targets_BT, weights_BT):
+    def body(carry, chunk):
+        total, head_grad = carry
+        value, (head_part, x_part) = jax.value_and_grad(part, (0, 1), has_aux=True)(head, *chunk)
+        total = jax.tree.map(jnp.add, total, value)
+        return (total, jax.tree.map(jnp.add, head_grad, head_part)), x_part
+
+    xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
+    if chunks == 1:
+        total, grads = jax.value_and_grad(part, (0, 1), has_aux=True)(
+            head, x_BTD, targets_BT, weights_BT
+        )
+        return total, grads
+    init = (zeros, jax.tree.map(jnp.zeros_like, head))
+    (total, head_grad), x_grad = jax.lax.scan(body, init, xs)
+    return total, (head_grad, jnp.moveaxis(x_grad, 0, 1).reshape(x_BTD.shape))
+
+
+def _backward(part, chunks, grads, cotangents):
+    scale, _ = cotangents  # The reported sums have no gradient.
+    head_grad, x_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+    return head_grad, x_grad, None, None
+
+
+_sum_over_chunks.defvjp(_forward, _backward)

@@ -1,0 +1,83 @@
+"""One training step: a pure function (TrainState, Batch) -> (TrainState, Metrics)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from t5jax.architectures import ModelConfig
+from t5jax.config import LossConfig
+from t5jax.losses import batch_loss
+from t5jax.sharding import constrain
+from t5jax.train_state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: ModelConfig,
+    tx: optax.GradientTransformation,
+    loss: LossConfig,
+    *,
+    seed: int = 0,
+    microbatches: int = 1,
+) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+    """Returns the step; jit it with the state donated.
+
+    The step's metrics are the sums of `losses.cross_entropy` over the batch, and "grad_norm", the
+    global norm of the mean gradient before clipping.
+
+    Args:
+      tx: as `optimizers.make_optimizer` returns it.
+      seed: of dropout; the rng of a step is fold_in(key(seed), step), so that a run that was
+        interrupted goes on with the numbers it would have had.
+      microbatches: parts of the batch to compute one after the other.
+    """
+
+    def gradient(params, batch, rng):
+        return jax.grad(
+            lambda p: batch_loss(model, p, batch, loss, dropout_rng=rng), has_aux=True
+        )(params)
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        if microbatches == 1:
+            grads, sums = gradient(state.params, batch, rng)
+        else:
+            grads, sums = _accumulate(gradient, state.params, batch, rng, microbatches)
+        # At least one: a batch of padding alone changes nothing instead of giving NaN.
+        scale = 1 / jnp.maximum(sums["tokens"], 1)
+        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+        metrics = sums | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def _accumulate(gradient, params, batch, rng, microbatches):
+    """Sums gradients and metrics over microbatches; gradients in float32."""
+
+    def split(x):
+        # Every k-th row, so that a microbatch has rows from all devices and none must move.
+        x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def body(total, xs):
+        part, index = xs
+        part = {name: constrain(x, "batch", "length") for name, x in part.items()}
+        grads, sums = gradient(params, part, jax.random.fold_in(rng, index))
+        return jax.tree.map(jnp.add, total, (_float32(grads), sums)), None
+
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(gradient, params, first, rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
