@@ -64,7 +64,7 @@ class T5Config:
     dtype: Dtype = "float32"
     """What activations are computed in; norms' statistics, softmax and logits stay float32."""
     param_dtype: Dtype = "float32"
-    """What parameters, and with them optimizer states, are stored in."""
+    """What parameters are stored in; optimizer states are float32 always."""
     scan_layers: bool = True
     """Compile one layer and loop over it (fast to compile), or unroll the loop (faster to run
     on CPU). The parameters are the same."""
@@ -107,7 +107,9 @@ def check_choice(value, allowed, name):
     if value not in allowed:
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}{hint}")
+        raise ValueError(
+            f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}{hint}"
+        )
 
 
 def check_dtype(value, name):

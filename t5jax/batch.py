@@ -5,6 +5,7 @@ Packed rows hold several examples; segment ids number them from 1, and 0 is padd
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,6 +82,15 @@ def shift_right(targets, start_id: int):
     inputs = np.roll(targets, 1, axis=-1)
     inputs[..., 0] = start_id
     return inputs
+
+
+def pad_ids(rows: Sequence[Sequence[int]], batch_size: int, length: int) -> np.ndarray:
+    """Returns lists of token ids as int32 [batch_size, length], cut or padded with 0."""
+    tokens = np.zeros((batch_size, length), np.int32)
+    for i, row in enumerate(rows):
+        row = row[:length]
+        tokens[i, : len(row)] = row
+    return tokens
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:

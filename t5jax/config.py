@@ -76,10 +76,10 @@ class OptimizerConfig:
     """Shape after warm-up. inverse_sqrt: learning_rate / sqrt(max(step, warmup_steps)); cosine
     and linear fall until train.steps."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0; with inverse_sqrt, the steps at the constant first rate
-    (T5's pre-training: learning_rate 1.0, warmup_steps 10000)."""
+    """Steps of linear warm-up, the first at 1/warmup_steps of the peak; with inverse_sqrt, the
+    steps at the constant first rate (T5's pre-training: learning_rate 1.0, warmup_steps 10000)."""
     final_fraction: float | None = None
-    """cosine and linear: the last rate as a share of the peak. None: 0."""
+    """cosine and linear: share of the peak that the rate reaches at train.steps. None: 0."""
     clip_norm: float | None = None
     """Largest global norm of the gradient. None: no clipping."""
     weight_decay: float | None = None
@@ -147,7 +147,9 @@ class LossConfig:
         if not self.z_loss >= 0:
             raise ValueError(f"loss.z_loss is {self.z_loss}; it must be at least 0")
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)")
+            raise ValueError(
+                f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +317,9 @@ def load_config(name_or_path: str) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} has no get_config(); a config file defines get_config() -> Config")
+        raise ValueError(
+            f"{path} has no get_config(); a config file defines get_config() -> Config"
+        )
     config = module.get_config()
     if not isinstance(config, Config):
         raise ValueError(f"get_config() in {path} returned {type(config).__name__}, not a Config")

@@ -158,10 +158,15 @@ def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch", None), rules))
 
 
+def batch_parts(mesh: Mesh, rules: AxisRules) -> int:
+    """Returns the number of parts that a batch is split into."""
+    return _num_devices(mesh, partition_spec(("batch",), rules)[0])
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, rules: AxisRules, name="data.batch_size"):
     """Raises ValueError where the devices do not divide a batch, with sizes that they do."""
     axes = partition_spec(("batch",), rules)[0]
-    parts = _num_devices(mesh, axes)
+    parts = batch_parts(mesh, rules)
     if batch_size % parts:
         below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
         sizes = f"{below} or {above}" if below else f"{above}"

@@ -36,9 +36,9 @@ def make_train_step(
     """
 
     def gradient(params, batch, rng):
-        return jax.grad(
-            lambda p: batch_loss(model, p, batch, loss, dropout_rng=rng), has_aux=True
-        )(params)
+        return jax.grad(lambda p: batch_loss(model, p, batch, loss, dropout_rng=rng), has_aux=True)(
+            params
+        )
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)

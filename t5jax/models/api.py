@@ -54,7 +54,9 @@ def param_axes(model: ModelConfig) -> dict:
     """Returns the same tree, whose leaves are tuples of logical axis names."""
     boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
     return jax.tree.map(
-        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+        lambda box: tuple(box.names),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
     )
 
 

@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
         x_BTD = x_BTD.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
         x_BTD = x_BTD * jax.lax.rsqrt(variance + self.epsilon)
-        return (x_BTD * scale_D.astype(jnp.float32)).astype(self.dtype)
+        return (x_BTD * scale_D.astype(jnp.float32)[None, None]).astype(self.dtype)
 
 
 class Embedding(nn.Module):

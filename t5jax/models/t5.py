@@ -94,9 +94,7 @@ class Attention(nn.Module):
         def projection(stddev):
             axes = ("embed", "heads", "head_dim")
             stddev *= cfg.initializer_factor
-            return Linear(
-                "BTD,DHK->BTHK", (D, H, K), axes, stddev, cfg.dtype, cfg.param_dtype
-            )
+            return Linear("BTD,DHK->BTHK", (D, H, K), axes, stddev, cfg.dtype, cfg.param_dtype)
 
         self.query = projection((D * K) ** -0.5)
         self.key = projection(D**-0.5)
@@ -256,7 +254,9 @@ class Encoder(nn.Module):
             bias_1HSS = RelativeBias(cfg, bidirectional=True, name="relative_bias")(
                 positions_S, positions_S
             )
-        Layers = _scan(_remat(EncoderLayer, cfg), cfg, cfg.num_encoder_layers, __call__=nn.broadcast)
+        Layers = _scan(
+            _remat(EncoderLayer, cfg), cfg, cfg.num_encoder_layers, __call__=nn.broadcast
+        )
         x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask_B1SS)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
@@ -357,9 +357,7 @@ class T5(nn.Module):
         if features.ENCODER_SEGMENT_IDS in batch:
             ids_BS = batch[features.ENCODER_SEGMENT_IDS]
             mask_B1SS = segment_mask(ids_BS, ids_BS)
-        x_BSD = constrain(
-            self.token_embedder(tokens_BS), "batch", "length", "activation_embed"
-        )
+        x_BSD = constrain(self.token_embedder(tokens_BS), "batch", "length", "activation_embed")
         return self.encoder(x_BSD, mask_B1SS), is_token_BS
 
     def hidden(self, batch):
@@ -374,9 +372,7 @@ class T5(nn.Module):
             ids_BT = batch[features.DECODER_SEGMENT_IDS]
             mask_B1TT &= segment_mask(ids_BT, ids_BT)
             cross_mask_B1TS = segment_mask(ids_BT, batch[features.ENCODER_SEGMENT_IDS])
-        x_BTD = constrain(
-            self.token_embedder(tokens_BT), "batch", "length", "activation_embed"
-        )
+        x_BTD = constrain(self.token_embedder(tokens_BT), "batch", "length", "activation_embed")
         return self._scale(self.decoder(x_BTD, encoded_BSD, mask_B1TT, cross_mask_B1TS))
 
     def unembed(self, x_BTD):

@@ -1,0 +1,252 @@
+"""Tokenizers as SeqIO vocabularies and back, the vocabulary of the run, and SentencePiece training.
+
+A prompted task does not fix a vocabulary: its features hold a `RunVocabulary`, which stands for
+the tokenizer that the run has chosen (data.vocabulary, or that of init.model), or else for the
+task's own. So one task trains any model.
+"""
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tensorflow_text
+
+from t5jax.data.tf import seqio, tf
+from t5jax.tokenizers import (
+    SPACED_SENTINEL,
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+
+_run_tokenizer: contextvars.ContextVar[Tokenizer | None] = contextvars.ContextVar(
+    "run_tokenizer", default=None
+)
+
+
+@contextlib.contextmanager
+def run_vocabulary(tokenizer: Tokenizer):
+    """Sets what every `RunVocabulary` stands for while data sets are built inside."""
+    token = _run_tokenizer.set(tokenizer)
+    try:
+        yield
+    finally:
+        _run_tokenizer.reset(token)
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """A tokenizer as SeqIO vocabulary, with the same ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()  # Sentinels are among the tokenizer's own ids.
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @property
+    def _base_vocab_size(self):
+        return self.tokenizer.vocab_size
+
+    @property
+    def pad_id(self):
+        return self.tokenizer.pad_id
+
+    @property
+    def bos_id(self):
+        return None
+
+    @property
+    def eos_id(self):
+        return self.tokenizer.eos_id
+
+    @property
+    def unk_id(self):
+        return self.tokenizer.unk_id
+
+    def _encode(self, s):
+        return self.tokenizer.encode(s)
+
+    def _decode(self, ids):
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s):
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            # SentencePiece within TensorFlow runs on all cores, outside of Python.
+            native = tensorflow_text.SentencepieceTokenizer(model=tokenizer.model_bytes)
+            return native.tokenize(tf.strings.regex_replace(s, SPACED_SENTINEL.pattern, r" \1"))
+
+        def encode(text):
+            return np.array(tokenizer.encode(text.decode()), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids):
+        tokenizer = self.tokenizer
+
+        def decode(ids):
+            texts = [tokenizer.decode(row).encode() for row in ids.reshape(-1, ids.shape[-1])]
+            return np.array(texts, object).reshape(ids.shape[:-1])
+
+        return tf.ensure_shape(tf.numpy_function(decode, [ids], tf.string), ids.shape[:-1])
+
+    def __eq__(self, other):
+        return isinstance(other, TokenizerVocabulary) and repr(self.tokenizer) == repr(
+            other.tokenizer
+        )
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.tokenizer})"
+
+
+class RunVocabulary(TokenizerVocabulary):
+    """The vocabulary of the run, or where the run has none, a default that is made when needed."""
+
+    def __init__(self, default: Any = None):
+        """Takes what `as_tokenizer` takes, or None for no default."""
+        seqio.Vocabulary.__init__(self)
+        self._default = default
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = _run_tokenizer.get() or self.default
+        if tokenizer is None:
+            raise ValueError(
+                "the run has no vocabulary; set data.vocabulary or init.model, or give the task "
+                "its own (prompted_task(..., vocabulary=...))"
+            )
+        return tokenizer
+
+    @functools.cached_property
+    def default(self) -> Tokenizer | None:
+        """The task's own tokenizer."""
+        return None if self._default is None else as_tokenizer(self._default)
+
+
+def as_tokenizer(source: Any) -> Tokenizer:
+    """Returns a tokenizer for whatever describes one.
+
+    Args:
+      source: a tokenizer, what `t5jax.tokenizers.load_tokenizer` takes, a SeqIO vocabulary, or a
+        function without arguments that returns one of these.
+    Raises:
+      ValueError: for a SeqIO vocabulary that has no counterpart in `t5jax.tokenizers`.
+    """
+    if isinstance(source, (str, Path)):
+        return load_tokenizer(source)
+    if isinstance(source, TokenizerVocabulary):
+        return source.tokenizer
+    if isinstance(source, seqio.ByteVocabulary):
+        return ByteTokenizer()
+    if isinstance(source, seqio.SentencePieceVocabulary):
+        return _from_seqio(source)
+    if isinstance(source, seqio.Vocabulary):
+        raise ValueError(
+            f"{type(source).__name__} has no tokenizer outside of SeqIO; use "
+            "SentencePieceVocabulary, ByteVocabulary or t5jax.data.vocabularies.RunVocabulary"
+        )
+    if callable(source):
+        return as_tokenizer(source())
+    if not hasattr(source, "encode"):
+        raise ValueError(
+            f"a vocabulary is {source!r:.60}; expected a tokenizer, its name or file, or a "
+            "function that returns one"
+        )
+    return source
+
+
+def _from_seqio(vocabulary: seqio.SentencePieceVocabulary) -> SentencePieceTokenizer:
+    path = vocabulary.sentencepiece_model_file
+    try:
+        # SeqIO reads buckets too (gs://...).
+        model = tf.io.gfile.GFile(path, "rb").read()
+    except tf.errors.OpError as error:
+        raise ValueError(f"cannot read the vocabulary {path}: {error.message}") from None
+    tokenizer = SentencePieceTokenizer(model, vocabulary.extra_ids)
+    if vocabulary.sp_model != tokenizer.model_bytes:
+        raise ValueError(
+            f"the SeqIO vocabulary {path} changes its model (reverse_extra_ids=False, or "
+            "normalizer_spec_overrides), which Hugging Face's tokenizers cannot follow; leave "
+            "these out"
+        )
+    return tokenizer
+
+
+def cache_dir() -> Path:
+    """Returns the folder of files that can be made again: $T5JAX_CACHE, or ~/.cache/t5jax."""
+    return Path(os.environ.get("T5JAX_CACHE") or "~/.cache/t5jax").expanduser()
+
+
+def train_sentencepiece(
+    lines: Iterable[str],
+    vocab_size: int,
+    path: str | Path | None = None,
+    *,
+    model_type: str = "unigram",
+) -> Path:
+    """Trains a SentencePiece model as T5's are: pad 0, eos 1, unk 2, no bos, digits one by one.
+
+    The same lines and settings give the same model.
+
+    Args:
+      lines: texts to learn from; held in memory.
+      vocab_size: pieces, special ones among them. The sentinels come on top when it is loaded.
+      path: the .model file to write. None: a file in `cache_dir()` named by a hash of the lines
+        and settings; where it exists, nothing is trained.
+      model_type: "unigram", as T5's, "bpe", "char" or "word".
+    Returns:
+      The path of the .model file.
+    Raises:
+      ValueError: where the lines do not give a vocabulary of this size.
+    """
+    lines = list(lines)
+    settings = {
+        "vocab_size": vocab_size,
+        "model_type": model_type,
+        "pad_id": 0,
+        "eos_id": 1,
+        "unk_id": 2,
+        "bos_id": -1,
+        "split_digits": True,
+        "character_coverage": 1.0,
+        "max_sentence_length": max((len(line.encode()) for line in lines), default=0) + 1,
+    }
+    if path is None:
+        key = json.dumps([sentencepiece.__version__, settings, lines]).encode()
+        path = cache_dir() / "vocabularies" / f"{hashlib.sha256(key).hexdigest()[:16]}.model"
+        if path.is_file():
+            return path
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, minloglevel=2, **settings
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"cannot train a SentencePiece vocabulary of {vocab_size} pieces on {len(lines)} "
+            f"lines: {error}"
+        ) from None
+    return _write_atomically(Path(path), model.getvalue())
+
+
+def _write_atomically(path: Path, content: bytes) -> Path:
+    """Writes a file so that another process sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+    return path

@@ -1,0 +1,227 @@
+"""What a model is worth: loss, perplexity and a task's own metrics, beside two baselines.
+
+Every example counts exactly once: the last, short batch is filled with rows of weight 0.
+"""
+
+import dataclasses
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from t5jax import batch as features
+from t5jax import decoding, metrics, monitor, pretrained, sharding
+from t5jax.architectures import ModelConfig
+from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
+from t5jax.data.api import EvalExample, EvalSet
+from t5jax.losses import batch_loss
+from t5jax.models import api
+from t5jax.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was measured of one task."""
+
+    scores: dict[str, float]
+    """loss (nats a target token), perplexity, token_accuracy (percent), and the task's metrics."""
+    sums: dict[str, float]
+    """nll and tokens, from which losses of several tasks are added."""
+    baselines: dict[str, dict[str, float]]
+    """The task's metrics for copying the source, and for the most frequent target."""
+    predictions: list[str]
+    """Generated texts, in the order of the examples; empty where nothing was generated."""
+
+
+class Evaluator:
+    """Evaluates parameters of one model; compiles once for each shape."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        rules: AxisRules,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        generate: bool = True,
+    ):
+        """Args:
+        batch_size: rows at a time.
+        max_tokens: tokens to generate for each example, at most.
+        generate: False computes the loss alone.
+        Raises:
+          ValueError: if the mesh does not divide the batch.
+        """
+        sharding.check_batch_size(batch_size, mesh, rules, "eval.batch_size")
+        self._model, self._tokenizer = model, tokenizer
+        self._mesh, self._rules = mesh, rules
+        self._batch_size, self._max_tokens = batch_size, max_tokens
+        self._generate = generate
+        # Cross-entropy alone: a perplexity is not to depend on how the model was trained.
+        plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
+        self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
+
+    def evaluate(self, params: api.Params, eval_set: EvalSet) -> Result:
+        """Measures one task."""
+        examples = eval_set.examples
+        sums = self._sum_losses(params, eval_set)
+        loss = sums["nll"] / sums["tokens"]
+        scores = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": 100 * sums["correct"] / sums["tokens"],
+        }
+        if not self._generate or not eval_set.metric_fns:
+            return Result(scores, sums, {}, [])
+        predictions = self._predict(params, eval_set)
+        targets = [example.targets for example in examples]
+        scores |= metrics.compute(
+            targets, [eval_set.postprocess(text) for text in predictions], eval_set.metric_fns
+        )
+        baselines = metrics.baselines(
+            [example.source for example in examples], targets, targets, eval_set.metric_fns
+        )
+        return Result(scores, sums, baselines, predictions)
+
+    def _sum_losses(self, params, eval_set: EvalSet) -> dict[str, float]:
+        inputs = _length([example.input_ids for example in eval_set.examples])
+        targets = _length([example.target_ids for example in eval_set.examples])
+        total = Counter()
+        for part in self._parts(eval_set):
+            batch = _loss_batch(part, inputs, targets, self._model.decoder_start_token_id)
+            total.update(jax.device_get(self._losses(params, self._shard(batch))))
+        return {name: float(value) for name, value in total.items()}
+
+    def _predict(self, params, eval_set: EvalSet) -> list[str]:
+        length = _length([example.input_ids for example in eval_set.examples])
+        texts = []
+        for part in self._parts(eval_set):
+            ids = [example.input_ids for example in part]
+            batch = {features.ENCODER_INPUT_TOKENS: features.pad_ids(ids, len(ids), length)}
+            tokens_BT = decoding.greedy(self._model, params, self._shard(batch), self._max_tokens)
+            tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(part)]
+            texts += [self._tokenizer.decode(row.tolist()) for row in tokens_BT]
+        return texts
+
+    def _parts(self, eval_set: EvalSet):
+        for start in range(0, len(eval_set.examples), self._batch_size):
+            yield eval_set.examples[start : start + self._batch_size]
+
+    def _shard(self, batch):
+        batch = features.pad_rows(batch, self._batch_size)
+        return sharding.shard_batch(batch, self._mesh, self._rules)
+
+
+def mean_loss(results: Sequence[Result]) -> float:
+    """Returns the mean loss over all target tokens of several tasks, nats."""
+    return sum(r.sums["nll"] for r in results) / sum(r.sums["tokens"] for r in results)
+
+
+def as_table(results: dict[str, tuple[EvalSet, Result]]) -> dict[str, dict]:
+    """Returns results as plain values, as `monitor.results_table` and JSON files have them."""
+    return {
+        task: {
+            "num_examples": len(eval_set.examples),
+            "model": result.scores,
+            **result.baselines,
+        }
+        for task, (eval_set, result) in results.items()
+    }
+
+
+def evaluate_model(
+    model: str,
+    *,
+    mixture: str,
+    split: str,
+    task_files: Sequence[str],
+    batch_size: int,
+    num_examples: int | None,
+    inputs_length: int | None,
+    max_tokens: int | None,
+    dtype: str | None,
+    mesh: MeshConfig,
+    num_samples: int,
+    json: Path | None,
+) -> dict[str, dict]:
+    """Measures a model that lies anywhere, prints the table, and returns it as plain values.
+
+    The arguments are the options of `t5jax eval`.
+
+    Raises:
+      ValueError: if the model or the task cannot be found or read.
+    """
+    from t5jax.data import pipeline  # TensorFlow and SeqIO: only where data are read.
+
+    source = pretrained.find(model)
+    trained = source.config.data
+    mixture = mixture or trained.mixture
+    if not mixture:
+        raise ValueError(f"{model} does not say what it was trained on; give --mixture NAME")
+    lengths = {
+        "inputs_length": inputs_length or trained.inputs_length,
+        "targets_length": max_tokens or trained.targets_length,
+    }
+    task_files = (*trained.task_files, *task_files)
+    config = dataclasses.replace(
+        source.config,
+        data=dataclasses.replace(trained, mixture=mixture, task_files=task_files, **lengths),
+        eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
+    )
+    loaded = pretrained.load(model, dtype=dtype, mesh=mesh)
+    pipeline.load_tasks(task_files)
+    eval_sets = pipeline.eval_sets(config, tokenizer=loaded.tokenizer)
+    results = {}
+    with sharding.use_mesh(loaded.mesh, loaded.rules):
+        evaluator = Evaluator(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.mesh,
+            loaded.rules,
+            batch_size=batch_size,
+            max_tokens=lengths["targets_length"],
+        )
+        for eval_set in monitor.track(eval_sets, f"evaluating on {split}"):
+            result = evaluator.evaluate(loaded.params, eval_set)
+            results[eval_set.task] = eval_set, result
+            if num_samples:
+                examples = eval_set.examples[:num_samples]
+                monitor.print_table(
+                    monitor.samples_table(
+                        [e.inputs for e in examples],
+                        [e.targets for e in examples],
+                        result.predictions[:num_samples],
+                        title=eval_set.task,
+                    )
+                )
+    table = as_table(results)
+    monitor.print_table(monitor.results_table(table), sys.stdout)
+    if json:
+        json.write_text(dumps(table, indent=2) + "\n")
+    return table
+
+
+def _loss_batch(
+    examples: Sequence[EvalExample], inputs_length: int, targets_length: int, start_id: int
+) -> features.Batch:
+    targets = features.pad_ids([e.target_ids for e in examples], len(examples), targets_length)
+    return {
+        features.ENCODER_INPUT_TOKENS: features.pad_ids(
+            [e.input_ids for e in examples], len(examples), inputs_length
+        ),
+        features.DECODER_INPUT_TOKENS: features.shift_right(targets, start_id),
+        features.DECODER_TARGET_TOKENS: targets,
+        features.DECODER_LOSS_WEIGHTS: (targets != 0).astype(np.float32),
+    }
+
+
+def _length(ids: Sequence[Sequence[int]]) -> int:
+    """Returns the longest row, rounded up to a multiple of 8: one shape for a whole task."""
+    return -(-max(map(len, ids)) // 8) * 8

@@ -1,0 +1,333 @@
+"""The mapping between our parameters and a Hugging Face checkpoint: one table for both directions.
+
+A family of models (`t5jax/hf/t5.py` is one) is a table of `Row`s and a translation of config.json.
+A row pairs one leaf of our tree with one tensor of theirs, or with one tensor a layer, since our
+layers are stacked on a leading axis. Every conversion moves numbers and computes none, so that a
+round trip is exact. What no row covers is an error, never left out.
+
+Layouts are spelled as the einops library spells them.
+"""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from t5jax.architectures import ModelConfig
+
+
+class Tensor(Protocol):
+    """A tensor of a checkpoint, which stays on disk until it is indexed."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: F32, BF16, I8."""
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
+
+
+Tensors = Mapping[str, Tensor]
+Index = tuple[slice, ...]
+
+
+class View(Protocol):
+    """How one tensor of theirs is laid out in ours. Both directions are exact."""
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of theirs for `shape`, that of ours."""
+
+    def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns ours[index], where ours has `shape`, reading little more than it needs."""
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        """Returns theirs, contiguous."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rearrange:
+    """Splits and reorders axes: "(h k) d -> d h k" has theirs on the left and ours on the right.
+
+    Sizes come from ours, which has every axis apart.
+    """
+
+    pattern: str
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        """The axes of ours that make up each axis of theirs."""
+        theirs = self.pattern.split("->")[0]
+        return [
+            (merged or single).split() for merged, single in re.findall(r"\((.*?)\)|(\w+)", theirs)
+        ]
+
+    @property
+    def _ours(self) -> list[str]:
+        return self.pattern.split("->")[1].split()
+
+    def _order(self) -> list[int]:
+        """For each axis of ours, its place among the axes of theirs after splitting."""
+        split = [name for group in self._groups for name in group]
+        assert sorted(split) == sorted(self._ours), self.pattern
+        return [split.index(name) for name in self._ours]
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        size = dict(zip(self._ours, shape, strict=True))
+        return tuple(math.prod(size[name] for name in group) for group in self._groups)
+
+    def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+        size = dict(zip(self._ours, shape, strict=True))
+        span = dict(zip(self._ours, index, strict=True))
+        # A slice of a merged axis is contiguous in its first part; of the other parts all is read
+        # and the rest dropped. T5's heads come first, so splitting by heads reads nothing twice.
+        theirs, split, rest = [], [], []
+        for first, *others in self._groups:
+            width = math.prod(size[name] for name in others)
+            theirs.append(slice(span[first].start * width, span[first].stop * width))
+            split += [span[first].stop - span[first].start, *(size[name] for name in others)]
+            rest += [slice(None), *(span[name] for name in others)]
+        return tensor[tuple(theirs)].reshape(split)[tuple(rest)].transpose(self._order())
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        split = ours.transpose(np.argsort(self._order()))
+        return np.ascontiguousarray(split.reshape(self.their_shape(ours.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One leaf of ours and what it is called in a checkpoint of theirs."""
+
+    ours: str
+    """Path, such as "encoder/layers/mlp/wo/kernel"."""
+    theirs: str
+    """Name; with "{layer}" in it, one tensor for each entry of our leading axis."""
+    view: View
+    aliases: tuple[str, ...] = ()
+    """Other names that one unstacked tensor may have, instead or besides; all must be equal."""
+    copies: tuple[str, ...] = ()
+    """Those of the aliases that are written besides."""
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.theirs
+
+    def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Returns name to shape of theirs for our leaf of `shape`, in the order of layers."""
+        if not self.stacked:
+            return {self.theirs: self.view.their_shape(shape)}
+        each = self.view.their_shape(shape[1:])
+        return {self.theirs.format(layer=layer): each for layer in range(shape[0])}
+
+    def present(self, name: str, tensors: Tensors) -> list[str]:
+        """Returns which of `name` and the aliases there are."""
+        return [n for n in (name, *self.aliases) if n in tensors]
+
+    def read(self, leaf, index: Index, tensors: Tensors) -> np.ndarray:
+        """Returns `index` of our leaf, in its dtype, with one layer of theirs in memory at a time.
+
+        Args:
+          leaf: shape and dtype of the whole leaf.
+          index: a slice for each dimension of it.
+        """
+        spans = tuple(
+            slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True)
+        )
+        if not self.stacked:
+            tensor = tensors[self.present(self.theirs, tensors)[0]]
+            ours = self.view.read(tensor, spans, leaf.shape)
+            return ours.astype(leaf.dtype, order="C", copy=False)
+        layers, *inner = spans
+        out = np.empty([s.stop - s.start for s in spans], leaf.dtype)
+        for place, layer in enumerate(range(layers.start, layers.stop)):
+            tensor = tensors[self.theirs.format(layer=layer)]
+            out[place] = self.view.read(tensor, tuple(inner), leaf.shape[1:])
+        return out
+
+    def write(self, ours: np.ndarray, dtype) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields name and tensor of theirs, in `dtype`, one layer after the other."""
+        layers = ours if self.stacked else [ours]
+        for layer, x in enumerate(layers):
+            theirs = self.view.to_theirs(x.astype(dtype, copy=False))
+            for name in (self.theirs.format(layer=layer), *self.copies):
+                yield name, theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything that a family of architectures needs to be read and written."""
+
+    name: str
+    """`family` of its model description."""
+    model_types: tuple[str, ...]
+    """model_type in config.json."""
+    architectures: tuple[str, ...]
+    """Classes of transformers, in config.json, whose checkpoints hold the whole network."""
+    read_config: Callable[[dict[str, Any], Tensors], ModelConfig]
+    """From config.json; the tensors are there for what only they tell."""
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    """To config.json."""
+    rows: Callable[[ModelConfig], list[Row]]
+    """The table."""
+    ignored: tuple[str, ...] = ()
+    """Tensors in published checkpoints that the network never uses."""
+
+
+# --- Checks -------------------------------------------------------------------------------------
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_leaves(rows: list[Row], shapes: Mapping, params: Mapping) -> None:
+    """Raises ValueError unless rows, the network's leaves and `params` are the same set of leaves.
+
+    Args:
+      shapes: path to what the network has, with .shape.
+      params: path to array.
+    """
+    covered = {row.ours for row in rows}
+    assert covered == set(shapes), sorted(covered ^ set(shapes))
+    problems = {
+        "missing": [(name, list(shapes[name].shape)) for name in shapes if name not in params],
+        "that no row of the table covers": [
+            (name, list(params[name].shape)) for name in params if name not in shapes
+        ],
+        "of another shape": [
+            (name, f"{list(params[name].shape)}, expected {list(shapes[name].shape)}")
+            for name in shapes
+            if name in params and params[name].shape != shapes[name].shape
+        ],
+    }
+    _raise_problems("the parameters do not fit the model's description", "parameters", problems)
+
+
+def check_tensors(
+    family: Family, rows: list[Row], shapes: Mapping, tensors: Tensors, where: str
+) -> None:
+    """Raises ValueError unless the tensors are exactly those that the table expects.
+
+    Lists every tensor that is missing, unexpected, of another shape or not of floats, and every
+    alias that holds something else than its tensor.
+
+    Args:
+      shapes: path to what the network has, with .shape.
+      where: what the tensors were read from, for the message.
+    """
+    covered = {row.ours for row in rows}
+    assert covered == set(shapes), sorted(covered ^ set(shapes))
+    known = set(family.ignored)
+    missing, misshaped, not_floats, different = [], [], [], []
+    for row in rows:
+        for name, shape in row.their_shapes(shapes[row.ours].shape).items():
+            known.update((name, *row.aliases))
+            present = row.present(name, tensors)
+            if not present:
+                missing.append((name, list(shape)))
+            for other in present:
+                tensor = tensors[other]
+                if tuple(tensor.shape) != shape:
+                    misshaped.append((other, f"{list(tensor.shape)}, expected {list(shape)}"))
+                elif tensor.dtype not in _FLOATS:
+                    not_floats.append((other, tensor.dtype))
+                elif not same_values(tensors[present[0]], tensor):
+                    different.append((other, f"differs from {present[0]}"))
+    unexpected = [(name, list(tensors[name].shape)) for name in tensors if name not in known]
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "quantized or not of floats": not_floats,
+        "duplicate, with other values": different,
+    }
+    _raise_problems(f"{where} does not hold the model that was described", "tensors", problems)
+
+
+def _raise_problems(what: str, noun: str, problems: Mapping[str, list[tuple[str, Any]]]):
+    found = [
+        f"{noun} {kind}: {', '.join(_merge_layers(listed))}"
+        for kind, listed in problems.items()
+        if listed
+    ]
+    if found:
+        raise ValueError(
+            f"{what}: {'; '.join(found)}. Use the description that belongs to these weights, or "
+            "the weights that belong to this description"
+        )
+
+
+def _merge_layers(listed: Iterable[tuple[str, Any]]) -> list[str]:
+    """Returns "name detail" lines; names that differ in their layer alone share one."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for name, detail in listed:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        key = name[: match.start()] + "{}" + name[match.end() :] if match else name
+        layers.setdefault((key, str(detail)), []).extend([int(match[0])] if match else [])
+    return [
+        f"{name.replace('{}', '{' + _ranges(numbers) + '}')} {detail}"
+        for (name, detail), numbers in layers.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Returns "0-2,5" for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors are equal bit for bit, with a few rows in memory at a time."""
+    if a is b:
+        return True
+    if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
+        return False
+    rows = max(1, 2**22 // max(1, math.prod(a.shape[1:])))
+    inner = (slice(None),) * (len(a.shape) - 1)
+    for start in range(0, a.shape[0], rows):
+        index = (slice(start, min(start + rows, a.shape[0])), *inner)
+        # Bytes, so that a NaN equals itself.
+        if a[index].tobytes() != b[index].tobytes():
+            return False
+    return True
+
+
+# --- config.json --------------------------------------------------------------------------------
+
+# Keys of any config.json that say nothing about the network: where a file comes from, what its
+# training and its former users set, labels of other heads, defaults of generation.
+BOOKKEEPING = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        _name_or_path _commit_hash _attn_implementation_autoset architectures auto_map
+        model_type name
+        transformers_version torch_dtype dtype torchscript use_bfloat16 gradient_checkpointing
+        return_dict output_attentions output_hidden_states output_past use_cache
+        chunk_size_feed_forward task_specific_params finetuning_task problem_type id2label label2id
+        num_labels tokenizer_class prefix bos_token_id sep_token_id unk_token_id mask_token_id
+        begin_suppress_tokens suppress_tokens forced_bos_token_id forced_eos_token_id bad_words_ids
+        max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+        diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+        no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences output_scores
+        return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
+        """,
+    )
+)
+
+
+def warn_unknown(raw: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Warns, in one line, of keys of config.json that nothing here reads or knows as harmless."""
+    unknown = sorted(set(raw) - set(known) - BOOKKEEPING)
+    if unknown:
+        warnings.warn(
+            f"config.json has keys that are not known here and change nothing: "
+            f"{', '.join(f'{key}={raw[key]!r}' for key in unknown)}; if one of them changes the "
+            "network, the result will differ from transformers'",
+            stacklevel=3,
+        )

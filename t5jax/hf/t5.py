@@ -1,0 +1,300 @@
+"""The T5 family in Hugging Face's format: T5 1.0, 1.1, LM-adapted, FLAN, mT5, UMT5, ByT5, UL2.
+
+Source: the checkpoints on the hub and transformers 4 and 5 (`models/t5`, `mt5`, `umt5`). Where the
+two differ, comments say how.
+
+Axes: v vocab, d model, h heads, k head dim, f mlp, n buckets.
+"""
+
+import warnings
+from typing import Any
+
+from t5jax.architectures import T5Config
+from t5jax.hf.mapping import Family, Rearrange, Row, Tensors, same_values, warn_unknown
+
+_EMBEDDING = "shared.weight"
+_EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_HEAD = "lm_head.weight"
+
+
+# --- Tensors ------------------------------------------------------------------------------------
+
+
+def rows(config: T5Config) -> list[Row]:
+    """Returns the table of a T5 model."""
+    head = _HEAD if config.tie_word_embeddings else None
+    table = [
+        Row(
+            "token_embedder/embedding",
+            _EMBEDDING,
+            Rearrange("v d -> v d"),
+            aliases=_EMBEDDING_ALIASES + ((head,) if head else ()),
+            # A tied head whose input is not scaled: transformers 4 and CTranslate2 scale it
+            # wherever config.json says tied, so it is written as a head of its own.
+            copies=(head,) if head and not config.scale_decoder_outputs else (),
+        )
+    ]
+    if not head:
+        table.append(Row("lm_head/kernel", _HEAD, Rearrange("v d -> d v")))
+    table += _stack("encoder", config, {"attention": "SelfAttention"})
+    table += _stack(
+        "decoder", config, {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention"}
+    )
+    return table
+
+
+def _stack(stack: str, config: T5Config, attentions: dict[str, str]) -> list[Row]:
+    """The rows of encoder or decoder; `attentions` maps our name to theirs, in their order."""
+    ours, theirs = f"{stack}/layers", f"{stack}.block.{{layer}}.layer"
+    scale = Rearrange("d -> d")
+    table = []
+    for place, (name, their_name) in enumerate(attentions.items()):
+        norm = f"{ours}/pre_{name}_norm/scale"
+        table.append(Row(norm, f"{theirs}.{place}.layer_norm.weight", scale))
+        for part, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+            tensor = f"{theirs}.{place}.{their_name}.{letter}.weight"
+            table.append(Row(f"{ours}/{name}/{part}/kernel", tensor, Rearrange("(h k) d -> d h k")))
+        tensor = f"{theirs}.{place}.{their_name}.o.weight"
+        table.append(Row(f"{ours}/{name}/out/kernel", tensor, Rearrange("d (h k) -> h k d")))
+
+    place = len(attentions)
+    table.append(Row(f"{ours}/pre_mlp_norm/scale", f"{theirs}.{place}.layer_norm.weight", scale))
+    mlp = f"{theirs}.{place}.DenseReluDense"
+    for name in ("wi_0", "wi_1") if config.gated else ("wi",):
+        table.append(
+            Row(f"{ours}/mlp/{name}/kernel", f"{mlp}.{name}.weight", Rearrange("f d -> d f"))
+        )
+    table.append(Row(f"{ours}/mlp/wo/kernel", f"{mlp}.wo.weight", Rearrange("d f -> f d")))
+
+    table.append(Row(f"{stack}/final_norm/scale", f"{stack}.final_layer_norm.weight", scale))
+    bias = f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
+    if config.per_layer_relative_bias:
+        table.append(Row(f"{ours}/relative_bias/embedding", bias, Rearrange("n h -> h n")))
+    else:  # The first block keeps the table of the whole stack.
+        bias = bias.format(layer=0)
+        table.append(Row(f"{stack}/relative_bias/embedding", bias, Rearrange("n h -> h n")))
+    return table
+
+
+# --- config.json --------------------------------------------------------------------------------
+
+# What a key means where it is absent: transformers' own defaults. The key's type is its value's.
+_DEFAULTS = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_kv": 64,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-6,
+    "initializer_factor": 1.0,
+    "feed_forward_proj": "relu",
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+_MULTILINGUAL = _DEFAULTS | {
+    "vocab_size": 250112,
+    "d_ff": 1024,
+    "num_layers": 8,
+    "num_heads": 6,
+    "feed_forward_proj": "gated-gelu",
+}
+_DEFAULTS_OF = {
+    "t5": _DEFAULTS,
+    "mt5": _DEFAULTS | _MULTILINGUAL,
+    "umt5": _DEFAULTS | _MULTILINGUAL,
+}
+
+# Names that transformers reads as others.
+_SYNONYMS = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
+
+# feed_forward_proj: (ours, names of the inner function, the one we write first).
+_ACTIVATIONS = {
+    "relu": ("relu", ("relu",)),
+    "gated-gelu": ("gated-gelu", ("gelu_new",)),
+    "gated-gelu_new": ("gated-gelu", ("gelu_new",)),
+    "gated-silu": ("gated-silu", ("silu", "swish")),
+    "gated-swish": ("gated-silu", ("silu", "swish")),
+}
+
+# Keys whose other values mean a network that is not built here.
+_REQUIRED = {
+    "is_encoder_decoder": (True,),
+    "is_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+}
+
+# T5 1.0's former input limit, which its network never had, and dropout before a classifier.
+_HARMLESS = ("n_positions", "classifier_dropout", "add_cross_attention")
+
+_OPTIONAL = (
+    "num_decoder_layers",
+    "decoder_start_token_id",
+    "scale_decoder_outputs",
+    "dense_act_fn",
+    "is_gated_act",
+)
+
+
+def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
+    """Returns the description of the network in config.json.
+
+    Args:
+      raw: config.json, with a model_type of the family.
+      tensors: the checkpoint's, or none. transformers 5 writes tie_word_embeddings true for every
+        T5, so only they tell whether the head is a matrix of its own.
+    Raises:
+      ValueError: for a value that is not implemented here, or not of the key's type.
+    """
+    raw = {_SYNONYMS.get(key, key): value for key, value in raw.items()}
+    defaults = _DEFAULTS_OF[raw["model_type"]]
+    warn_unknown(raw, (*defaults, *_REQUIRED, *_HARMLESS, *_OPTIONAL))
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key, allowed in _REQUIRED.items():
+        if key in given and given[key] not in allowed:
+            expected = f"expected {allowed[0]!r}" if allowed else "expected plain float weights"
+            raise ValueError(
+                f"config.json: {key} is {given[key]!r}, which is not implemented; {expected}"
+            )
+
+    values = defaults | {key: given[key] for key in (*defaults, *_OPTIONAL) if key in given}
+    if isinstance(values["eos_token_id"], list) and len(values["eos_token_id"]) == 1:
+        values["eos_token_id"] = values["eos_token_id"][0]
+    values.setdefault("num_decoder_layers", values["num_layers"])
+    values.setdefault("decoder_start_token_id", values["pad_token_id"])
+    tied = values["tie_word_embeddings"]
+    # transformers 4 derives the scaling from the tying. mT5 and UMT5 were trained without scaling;
+    # transformers 5.23 scales UMT5 all the same, whatever config.json says.
+    values.setdefault("scale_decoder_outputs", tied and raw["model_type"] == "t5")
+    _check_types(values, defaults)
+
+    names = [name for name in (_EMBEDDING, *_EMBEDDING_ALIASES) if name in tensors]
+    if tied and names and _HEAD in tensors:
+        tied = same_values(tensors[names[0]], tensors[_HEAD])
+
+    return T5Config(
+        vocab_size=values["vocab_size"],
+        d_model=values["d_model"],
+        d_kv=values["d_kv"],
+        d_ff=values["d_ff"],
+        num_heads=values["num_heads"],
+        num_encoder_layers=values["num_layers"],
+        num_decoder_layers=values["num_decoder_layers"],
+        mlp_activation=_read_activation(values),
+        tie_word_embeddings=tied,
+        scale_decoder_outputs=values["scale_decoder_outputs"],
+        relative_attention_num_buckets=values["relative_attention_num_buckets"],
+        relative_attention_max_distance=values["relative_attention_max_distance"],
+        per_layer_relative_bias=raw["model_type"] == "umt5",
+        layer_norm_epsilon=float(values["layer_norm_epsilon"]),
+        dropout_rate=float(values["dropout_rate"]),
+        initializer_factor=float(values["initializer_factor"]),
+        pad_token_id=values["pad_token_id"],
+        eos_token_id=values["eos_token_id"],
+        decoder_start_token_id=values["decoder_start_token_id"],
+    )
+
+
+def _check_types(values, defaults):
+    kinds = {key: type(value) for key, value in defaults.items()} | {
+        "num_decoder_layers": int,
+        "decoder_start_token_id": int,
+        "scale_decoder_outputs": bool,
+    }
+    for key, kind in kinds.items():
+        got = type(values[key])
+        if got is not kind and not (kind is float and got is int):
+            raise ValueError(
+                f"config.json: {key} is {values[key]!r}; expected a value of type {kind.__name__}"
+            )
+
+
+def _read_activation(values) -> str:
+    name = values["feed_forward_proj"]
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"config.json: feed_forward_proj is {name!r}, which is not implemented; expected one "
+            f"of {', '.join(_ACTIVATIONS)}"
+        )
+    ours, functions = _ACTIVATIONS[name]
+    # transformers derives these two, and lets config.json override them.
+    for key, allowed in (("dense_act_fn", functions), ("is_gated_act", (name != "relu",))):
+        if key in values and values[key] not in allowed:
+            raise ValueError(
+                f"config.json: {key} is {values[key]!r} with feed_forward_proj {name!r}, which is "
+                f"not implemented; expected {' or '.join(map(repr, allowed))}"
+            )
+    return ours
+
+
+def write_config(config: T5Config) -> dict[str, Any]:
+    """Returns config.json, without the dtype of the weights.
+
+    mT5 is written as T5, whose network it is. Warns of what other readers compute differently.
+    """
+    if config.scale_decoder_outputs and not config.tie_word_embeddings:
+        warnings.warn(
+            "scale_decoder_outputs with a head of its own is read by transformers 5 and t5jax; "
+            "transformers 4 and CTranslate2 do not scale such a model's logits",
+            stacklevel=2,
+        )
+    umt5 = config.per_layer_relative_bias
+    functions = _ACTIVATIONS[config.mlp_activation][1]
+    # As `rows` writes a tied head that is not scaled.
+    tied = config.tie_word_embeddings and config.scale_decoder_outputs
+    return {
+        "architectures": ["UMT5ForConditionalGeneration" if umt5 else "T5ForConditionalGeneration"],
+        "model_type": "umt5" if umt5 else "t5",
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "relative_attention_num_buckets": config.relative_attention_num_buckets,
+        "relative_attention_max_distance": config.relative_attention_max_distance,
+        "dropout_rate": config.dropout_rate,
+        "classifier_dropout": 0.0,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_factor": config.initializer_factor,
+        "feed_forward_proj": config.mlp_activation,
+        "dense_act_fn": functions[0],
+        "is_gated_act": config.gated,
+        "tie_word_embeddings": tied,
+        "scale_decoder_outputs": config.scale_decoder_outputs,
+        "is_encoder_decoder": True,
+        "is_decoder": False,
+        "use_cache": True,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        "decoder_start_token_id": config.decoder_start_token_id,
+    }
+
+
+FAMILY = Family(
+    name="t5",
+    model_types=tuple(_DEFAULTS_OF),
+    architectures=(
+        "T5ForConditionalGeneration",
+        "MT5ForConditionalGeneration",
+        "UMT5ForConditionalGeneration",
+        "T5WithLMHeadModel",  # What T5ForConditionalGeneration was called in 2019.
+    ),
+    read_config=read_config,
+    write_config=write_config,
+    rows=rows,
+    # In T5 1.0's published files: a bias of cross-attention, which has none.
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+)
