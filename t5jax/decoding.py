@@ -22,10 +22,13 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
     Args:
       batch: for an encoder-decoder, encoder_input_tokens int32 [B, S].
     """
+    params = api.arrange_for_decoding(model, params)
     logits_BV, cache = api.prefill(model, params, batch, max_tokens)
-    tokens_B = jnp.argmax(logits_BV, axis=-1)
-    out_TB = jnp.full((max_tokens, len(tokens_B)), model.pad_token_id, jnp.int32)
-    done_B = jnp.zeros(tokens_B.shape, bool)
+
+    def pick(logits_BV, done_B):
+        """Returns the next tokens, and which rows have ended with them."""
+        tokens_B = jnp.where(done_B, model.pad_token_id, jnp.argmax(logits_BV, axis=-1))
+        return tokens_B, done_B | (tokens_B == model.eos_token_id)
 
     def unfinished(carry):
         index, _, done_B, _, _ = carry
@@ -33,12 +36,12 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
 
     def body(carry):
         index, tokens_B, done_B, out_TB, cache = carry
-        tokens_B = jnp.where(done_B, model.pad_token_id, tokens_B)
-        out_TB = out_TB.at[index].set(tokens_B)
-        done_B |= tokens_B == model.eos_token_id
         logits_BV, cache = api.decode_step(model, params, cache, tokens_B)
-        return index + 1, jnp.argmax(logits_BV, axis=-1), done_B, out_TB, cache
+        tokens_B, done_B = pick(logits_BV, done_B)
+        return index + 1, tokens_B, done_B, out_TB.at[index].set(tokens_B), cache
 
-    carry = (jnp.int32(0), tokens_B, done_B, out_TB, cache)
+    tokens_B, done_B = pick(logits_BV, jnp.zeros(len(logits_BV), bool))
+    out_TB = jnp.full((max_tokens, len(tokens_B)), model.pad_token_id, jnp.int32)
+    carry = (jnp.int32(1), tokens_B, done_B, out_TB.at[0].set(tokens_B), cache)
     out_TB = jax.lax.while_loop(unfinished, body, carry)[3]
     return constrain(out_TB.T, None, None)  # Whole on every device, so that every host can read it.

@@ -21,13 +21,17 @@ from t5jax.models import t5
 Params = dict[str, Any]
 Cache = t5.Cache
 
-_NETWORKS = {"t5": t5.T5}
+# A family's file defines Network, arrange_for_decoding, init_cache and decode_step.
+_FAMILIES = {"t5": t5}
 
 
 def _network(model: ModelConfig, *, train: bool = False) -> nn.Module:
+    return _FAMILIES[model.family].Network(model if train else _without_dropout(model))
+
+
+def _without_dropout(model: ModelConfig) -> ModelConfig:
     # Outside of training a network without dropout is the same network.
-    model = model if train else dataclasses.replace(model, dropout_rate=0.0)
-    return _NETWORKS[model.family](model)
+    return dataclasses.replace(model, dropout_rate=0.0)
 
 
 def _abstract_batch():
@@ -90,18 +94,26 @@ def unembed_params(model: ModelConfig, params: Params) -> Params:
     return {name: params[name]}
 
 
+def arrange_for_decoding(model: ModelConfig, params: Params) -> Params:
+    """Returns the parameters as `prefill` and `decode_step` read them fastest; they take both.
+
+    Do it once, outside of the loop over tokens.
+    """
+    return _FAMILIES[model.family].arrange_for_decoding(_without_dropout(model), params)
+
+
 def prefill(
     model: ModelConfig, params: Params, batch: Mapping, max_length: int
 ) -> tuple[jax.Array, Cache]:
-    """Reads the inputs; makes room for `max_length` tokens.
+    """Reads the inputs; makes room for `max_length` tokens, the decoder's start token among them.
 
     Args:
       batch: for an encoder-decoder, encoder_input_tokens [B, S].
     Returns:
       float32 logits [B, V] of the first token, and the cache.
     """
-    network = _network(model)
-    cache = network.apply({"params": params}, batch, max_length, method="init_cache")
+    family = _FAMILIES[model.family]
+    cache = family.init_cache(_without_dropout(model), params, batch, max_length)
     batch_size = batch[features.ENCODER_INPUT_TOKENS].shape[0]
     start_B = jax.numpy.full((batch_size,), model.decoder_start_token_id, "int32")
     return decode_step(model, params, cache, start_B)
@@ -111,7 +123,8 @@ def decode_step(
     model: ModelConfig, params: Params, cache: Cache, tokens_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Returns float32 logits [B, V] of the token after `tokens_B`, int32 [B], and the cache."""
-    return _network(model).apply({"params": params}, cache, tokens_B, method="decode_step")
+    family = _FAMILIES[model.family]
+    return family.decode_step(_without_dropout(model), params, cache, tokens_B)
 
 
 def _apply(model, params, dropout_rng, *args, method):

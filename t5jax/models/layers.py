@@ -52,13 +52,15 @@ class RMSNorm(nn.Module):
     param_dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x):
+        """Takes and returns [..., D]."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale_D = self.param("scale", init, x_BTD.shape[-1:], self.param_dtype)
-        x_BTD = x_BTD.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(x_BTD), axis=-1, keepdims=True)
-        x_BTD = x_BTD * jax.lax.rsqrt(variance + self.epsilon)
-        return (x_BTD * scale_D.astype(jnp.float32)[None, None]).astype(self.dtype)
+        scale_D = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        x = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(variance + self.epsilon)
+        scale = jnp.expand_dims(scale_D.astype(jnp.float32), range(x.ndim - 1))
+        return (x * scale).astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -142,7 +144,7 @@ class MLP(nn.Module):
 
         activation = ACTIVATIONS[self.activation]
         h_BTF = activation(wi("wi_0")) * wi("wi_1") if self.gated else activation(wi("wi"))
-        h_BTF = constrain(h_BTF, "batch", "length", "mlp")
+        h_BTF = constrain(h_BTF, "batch", *("length",) * (h_BTF.ndim - 2), "mlp")
         h_BTF = Dropout(self.dropout_rate)(h_BTF)
         return Linear(
             "...F,FD->...D",

@@ -8,6 +8,8 @@ B batch, S source length, T target length, D model, H heads, K head dim, N bucke
 L layers.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -20,24 +22,26 @@ from t5jax.models.attention import (
     dot_product_attention,
     relative_position_bias,
     segment_mask,
+    single_query_attention,
 )
 from t5jax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm, Unembedding, normal
 from t5jax.sharding import constrain
 
 
 class Cache(flax.struct.PyTreeNode):
-    """What decoding remembers: argument and result of `T5.decode_step`.
+    """What decoding remembers: argument and result of `decode_step`.
 
-    The decoder's own keys and values [L, B, T, H, K] grow by one position a step; those of
-    cross-attention [L, B, S, H, K] and the encoder's mask [B, S] stay.
+    The decoder's own keys and values [B, H, T, K] gain one position a step; those of
+    cross-attention [B, H, S, K] stay. There is one array a layer, or, where the parameters are
+    stacked, one for all of them with layers in front.
     """
 
     position: jax.Array  # int32 []: tokens seen so far.
-    self_keys: jax.Array
-    self_values: jax.Array
-    cross_keys: jax.Array
-    cross_values: jax.Array
-    encoder_mask: jax.Array
+    self_keys: Any
+    self_values: Any
+    cross_keys: Any
+    cross_values: Any
+    encoder_mask: jax.Array  # bool [B, S]: true where the encoder has a token.
 
 
 def _norm(cfg: T5Config, name=None):
@@ -94,13 +98,13 @@ class Attention(nn.Module):
         def projection(stddev):
             axes = ("embed", "heads", "head_dim")
             stddev *= cfg.initializer_factor
-            return Linear("BTD,DHK->BTHK", (D, H, K), axes, stddev, cfg.dtype, cfg.param_dtype)
+            return Linear("...D,DHK->...HK", (D, H, K), axes, stddev, cfg.dtype, cfg.param_dtype)
 
         self.query = projection((D * K) ** -0.5)
         self.key = projection(D**-0.5)
         self.value = projection(D**-0.5)
         self.out = Linear(
-            "BTHK,HKD->BTD",
+            "...HK,HKD->...D",
             (H, K, D),
             ("heads", "head_dim", "embed"),
             cfg.initializer_factor * (H * K) ** -0.5,
@@ -119,13 +123,19 @@ class Attention(nn.Module):
         return self.out(h_BTHK)
 
     def keys_values(self, x_BSD):
-        """Returns keys and values [B, S, H, K] to keep."""
-        return self.key(x_BSD), self.value(x_BSD)
+        """Returns keys and values to keep, [B, H, S, K]."""
+        return tuple(jnp.swapaxes(y, 1, 2) for y in (self.key(x_BSD), self.value(x_BSD)))
 
-    def attend(self, x_BTD, k_BSHK, v_BSHK, bias_1HTS, mask_B1TS):
-        """Attends to keys and values that were kept."""
-        h_BTHK = dot_product_attention(self.query(x_BTD), k_BSHK, v_BSHK, bias_1HTS, mask_B1TS)
-        return self.out(h_BTHK)
+    def attend_self(self, x_BD, k_BHTK, v_BHTK, bias_1HT, mask_1T):
+        """One token attends to the kept ones and to itself; returns its key and value too."""
+        q_BHK, k_BHK, v_BHK = self.query(x_BD), self.key(x_BD), self.value(x_BD)
+        h_BHK = single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_1T, own=(k_BHK, v_BHK))
+        return self.out(h_BHK), (k_BHK, v_BHK)
+
+    def attend_kept(self, x_BD, k_BHSK, v_BHSK, mask_BS):
+        """One token attends to keys and values that were kept."""
+        h_BHK = single_query_attention(self.query(x_BD), k_BHSK, v_BHSK, None, mask_BS)
+        return self.out(h_BHK)
 
 
 class EncoderLayer(nn.Module):
@@ -185,30 +195,39 @@ class DecoderLayer(nn.Module):
         x_BTD = x_BTD + self.dropout(h_BTD)
         return constrain(x_BTD, "batch", "length", "activation_embed"), None
 
-    def step(self, carry, bias_1H1T, mask_B11T, cross_mask_B11S, cross_keys, cross_values):
-        """One token: reads and writes its layer's slice of the cache, which is carried in place."""
-        x_B1D, layer, position, self_keys, self_values = carry
+    def step(
+        self,
+        x_BD,
+        position,
+        cross_mask_BS,
+        self_keys,
+        self_values,
+        cross_keys,
+        cross_values,
+        bias_1HT,
+    ):
+        """One token; returns its [B, D] and its key and value [B, H, K], which the caller keeps.
+
+        Reading the cache here and writing it outside leaves nothing for the compiler to copy.
+        """
+        max_length = self_keys.shape[2]
         if self.config.per_layer_relative_bias:
-            bias_1H1T = self.relative_bias(position[None], jnp.arange(self_keys.shape[2]))
+            bias_1HT = self.relative_bias(*_step_positions(position, max_length))[:, :, 0]
 
-        h_B1D = self.pre_self_attention_norm(x_B1D)
-        k_B1HK, v_B1HK = self.self_attention.keys_values(h_B1D)
-        at = (layer, 0, position, 0, 0)
-        self_keys = jax.lax.dynamic_update_slice(self_keys, k_B1HK[None], at)
-        self_values = jax.lax.dynamic_update_slice(self_values, v_B1HK[None], at)
-        k_BTHK = jax.lax.dynamic_index_in_dim(self_keys, layer, keepdims=False)
-        v_BTHK = jax.lax.dynamic_index_in_dim(self_values, layer, keepdims=False)
-        x_B1D = x_B1D + self.self_attention.attend(h_B1D, k_BTHK, v_BTHK, bias_1H1T, mask_B11T)
+        h_BD = self.pre_self_attention_norm(x_BD)
+        mask_1T = (jnp.arange(max_length) < position)[None]
+        h_BD, own = self.self_attention.attend_self(h_BD, self_keys, self_values, bias_1HT, mask_1T)
+        x_BD = x_BD + h_BD
 
-        h_B1D = self.pre_cross_attention_norm(x_B1D)
-        x_B1D = x_B1D + self.cross_attention.attend(
-            h_B1D, cross_keys, cross_values, None, cross_mask_B11S
+        h_BD = self.pre_cross_attention_norm(x_BD)
+        x_BD = x_BD + self.cross_attention.attend_kept(
+            h_BD, cross_keys, cross_values, cross_mask_BS
         )
-        x_B1D = x_B1D + self.mlp(self.pre_mlp_norm(x_B1D))
-        return (x_B1D, layer + 1, position, self_keys, self_values), None
+        x_BD = x_BD + self.mlp(self.pre_mlp_norm(x_BD))
+        return x_BD, own
 
-    def cross_keys_values(self, _, encoded_BSD):
-        return None, self.cross_attention.keys_values(encoded_BSD)
+    def cross_keys_values(self, encoded_BSD):
+        return self.cross_attention.keys_values(encoded_BSD)
 
 
 def _remat(layer: type[nn.Module], cfg: T5Config) -> type[nn.Module]:
@@ -222,20 +241,17 @@ def _remat(layer: type[nn.Module], cfg: T5Config) -> type[nn.Module]:
     return nn.remat(layer, policy=policy, prevent_cse=not cfg.scan_layers)
 
 
-def _scan(layer: type[nn.Module], cfg: T5Config, length: int, **in_axes) -> type[nn.Module]:
-    """Returns the stack of `length` layers: parameters stacked on a leading axis, "layers".
-
-    Args:
-      **in_axes: for each method of the layer, how its arguments after the carry are split.
-    """
-    common = dict(
+def _stack(layer: type[nn.Module], cfg: T5Config, length: int) -> type[nn.Module]:
+    """Returns `length` layers as one: parameters stacked on a leading axis, "layers"."""
+    return nn.scan(
+        _remat(layer, cfg),
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
         length=length,
         unroll=1 if cfg.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return nn.scan(layer, methods={m: common | {"in_axes": axes} for m, axes in in_axes.items()})
 
 
 class Encoder(nn.Module):
@@ -254,9 +270,7 @@ class Encoder(nn.Module):
             bias_1HSS = RelativeBias(cfg, bidirectional=True, name="relative_bias")(
                 positions_S, positions_S
             )
-        Layers = _scan(
-            _remat(EncoderLayer, cfg), cfg, cfg.num_encoder_layers, __call__=nn.broadcast
-        )
+        Layers = _stack(EncoderLayer, cfg, cfg.num_encoder_layers)
         x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask_B1SS)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
@@ -268,15 +282,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        Layers = _scan(
-            _remat(DecoderLayer, cfg),
-            cfg,
-            cfg.num_decoder_layers,
-            __call__=nn.broadcast,
-            cross_keys_values=nn.broadcast,
-            step=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
-        )
-        self.layers = Layers(cfg)
+        self.layers = _stack(DecoderLayer, cfg, cfg.num_decoder_layers)(cfg)
         self.final_norm = _norm(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.per_layer_relative_bias:
@@ -291,43 +297,8 @@ class Decoder(nn.Module):
         x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias_1HTT, mask_B1TT, cross_mask_B1TS)
         return self.dropout(self.final_norm(x_BTD))
 
-    def init_cache(self, encoded_BSD, encoder_mask_BS, max_length) -> Cache:
-        cfg = self.config
-        _, (cross_keys, cross_values) = self.layers.cross_keys_values(None, encoded_BSD)
-        shape = (cfg.num_decoder_layers, len(encoded_BSD), max_length, cfg.num_heads, cfg.d_kv)
-        empty = constrain(
-            jnp.zeros(shape, cfg.dtype), "layers", "batch", "length", "heads", "head_dim"
-        )
-        return Cache(
-            position=jnp.int32(0),
-            self_keys=empty,
-            self_values=empty,
-            cross_keys=cross_keys,
-            cross_values=cross_values,
-            encoder_mask=encoder_mask_BS,
-        )
 
-    def step(self, x_B1D, cache: Cache):
-        positions_T = jnp.arange(cache.self_keys.shape[2])
-        mask_111T = (positions_T <= cache.position)[None, None, None]
-        bias_1H1T = None
-        if not self.config.per_layer_relative_bias:
-            bias_1H1T = self.relative_bias(cache.position[None], positions_T)
-        (x_B1D, _, _, self_keys, self_values), _ = self.layers.step(
-            (x_B1D, jnp.int32(0), cache.position, cache.self_keys, cache.self_values),
-            bias_1H1T,
-            mask_111T,
-            cache.encoder_mask[:, None, None, :],
-            cache.cross_keys,
-            cache.cross_values,
-        )
-        cache = cache.replace(
-            position=cache.position + 1, self_keys=self_keys, self_values=self_values
-        )
-        return self.final_norm(x_B1D), cache
-
-
-class T5(nn.Module):
+class Network(nn.Module):
     """The whole network. `t5jax.models.api` wraps its methods as functions of parameters."""
 
     config: T5Config
@@ -385,15 +356,123 @@ class T5(nn.Module):
         logits_BTV = self.unembed(self.hidden(batch))
         return constrain(logits_BTV, "batch", "length", "vocab")
 
-    def init_cache(self, batch, max_length):
-        encoded_BSD, is_token_BS = self.encode(batch)
-        return self.decoder.init_cache(encoded_BSD, is_token_BS, max_length)
+    def embed(self, tokens):
+        return self.token_embedder(tokens)
 
-    def decode_step(self, cache: Cache, tokens_B):
-        """Returns float32 logits [B, V] of the next token, and the cache with this one."""
-        x_B1D, cache = self.decoder.step(self.token_embedder(tokens_B[:, None]), cache)
-        return self.unembed(self._scale(x_B1D))[:, 0], cache
+    def finish(self, x_BD):
+        """Returns float32 logits of the decoder's normed output."""
+        return self.unembed(self._scale(x_BD))
 
     def _scale(self, x_BTD):
         cfg = self.config
         return x_BTD * cfg.d_model**-0.5 if cfg.scale_decoder_outputs else x_BTD
+
+
+# --- Decoding, one token at a time ---------------------------------------------------------------
+
+
+def arrange_for_decoding(cfg: T5Config, params):
+    """Returns the parameters as a decoding loop reads them fastest.
+
+    Matrices have the dtype they are computed in. Unless the layers are to be scanned, each has
+    arrays of its own: slices of a stack would be copied at every token.
+    """
+    dtype = jnp.dtype(cfg.dtype)
+
+    def cast(path, x):
+        keep = "relative_bias" in jax.tree_util.keystr(path) or path[-1].key == "scale"
+        return x if keep else x.astype(dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if not cfg.scan_layers and isinstance(params["decoder"]["layers"], dict):
+        layers = params["decoder"]["layers"]
+        split = tuple(
+            jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_decoder_layers)
+        )
+        params = params | {"decoder": params["decoder"] | {"layers": split}}
+    return params
+
+
+def _for_each_layer(layers, function, x, *per_layer):
+    """Returns x after `function(layer's params, x, *its part of per_layer) -> (x, y)`, and ys.
+
+    Layers that are stacked are scanned; a tuple of layers is a loop, unrolled.
+    """
+    if isinstance(layers, dict):
+        return jax.lax.scan(lambda x, xs: function(xs[0], x, *xs[1:]), x, (layers, *per_layer))
+    ys = []
+    for params, *rest in zip(layers, *per_layer, strict=True):
+        x, y = function(params, x, *rest)
+        ys.append(y)
+    return x, tuple(zip(*ys, strict=True))
+
+
+def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
+    """Encodes the inputs and makes room for `max_length` tokens."""
+    encoded_BSD, is_token_BS = Network(cfg).apply({"params": params}, batch, method="encode")
+    layer, layers = DecoderLayer(cfg), params["decoder"]["layers"]
+
+    def one(params, encoded_BSD):
+        kept = layer.apply({"params": params}, encoded_BSD, method="cross_keys_values")
+        return encoded_BSD, kept
+
+    _, (cross_keys, cross_values) = _for_each_layer(layers, one, encoded_BSD)
+
+    def empty(kept):
+        shape = (*kept.shape[:-2], max_length, kept.shape[-1])
+        return jnp.zeros(shape, kept.dtype)
+
+    return Cache(
+        position=jnp.int32(0),
+        self_keys=jax.tree.map(empty, cross_keys),
+        self_values=jax.tree.map(empty, cross_keys),
+        cross_keys=cross_keys,
+        cross_values=cross_values,
+        encoder_mask=is_token_BS,
+    )
+
+
+def _step_positions(position, max_length: int):
+    """Returns the positions of the one query, and of the keys: those kept, then its own."""
+    own = position[None]
+    return own, jnp.concatenate([jnp.arange(max_length), own])
+
+
+def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
+    """Returns float32 logits [B, V] of the next token, and the cache with this one."""
+    network, decoder = Network(cfg), params["decoder"]
+    max_length = jax.tree.leaves(cache.self_keys)[0].shape[-2]
+    bias_1HT = None
+    if not cfg.per_layer_relative_bias:
+        bias = RelativeBias(cfg, bidirectional=False)
+        positions = _step_positions(cache.position, max_length)
+        bias_1HT = bias.apply({"params": decoder["relative_bias"]}, *positions)[:, :, 0]
+    layer = DecoderLayer(cfg)
+
+    def one(params, x_BD, *kept):
+        args = (x_BD, cache.position, cache.encoder_mask, *kept, bias_1HT)
+        return layer.apply({"params": params}, *args, method="step")
+
+    x_BD = network.apply({"params": params}, tokens_B, method="embed")
+    x_BD, (keys, values) = _for_each_layer(
+        decoder["layers"],
+        one,
+        x_BD,
+        cache.self_keys,
+        cache.self_values,
+        cache.cross_keys,
+        cache.cross_values,
+    )
+
+    def write(kept, new):
+        return jax.lax.dynamic_update_slice_in_dim(
+            kept, new[..., None, :], cache.position, axis=kept.ndim - 2
+        )
+
+    cache = cache.replace(
+        position=cache.position + 1,
+        self_keys=jax.tree.map(write, cache.self_keys, keys),
+        self_values=jax.tree.map(write, cache.self_values, values),
+    )
+    x_BD = _norm(cfg).apply({"params": decoder["final_norm"]}, x_BD)
+    return network.apply({"params": params}, x_BD, method="finish"), cache

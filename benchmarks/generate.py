@@ -1,0 +1,95 @@
+"""Greedy generation with T5 1.1 small, beside transformers on torch in the same run.
+
+64 tokens in, 64 out, random weights; no row may end early. The contestants take turns, so that
+whatever else the machine does falls on both; the table gives medians. Needs the `torch` extra.
+
+    python benchmarks/generate.py [--batch-sizes 1 8 32] [--repeats 5] [--dtype bfloat16]
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from t5jax import batch as features
+from t5jax.architectures import T5Config, published
+from t5jax.decoding import greedy
+from t5jax.models import api
+
+SOURCE = NEW_TOKENS = 64
+
+
+def t5jax_generate(model: T5Config, tokens: np.ndarray):
+    """Returns a function that generates and waits."""
+    model = dataclasses.replace(model, eos_token_id=-1)  # Which no token is.
+    params = jax.jit(lambda key: api.init_params(model, key))(jax.random.key(0))
+    params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
+    batch = {features.ENCODER_INPUT_TOKENS: tokens}
+    return lambda: np.asarray(greedy(model, params, batch, NEW_TOKENS))
+
+
+def torch_generate(model: T5Config, tokens: np.ndarray):
+    import torch
+    from transformers import T5Config as HFConfig
+    from transformers import T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = HFConfig(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        d_kv=model.d_kv,
+        d_ff=model.d_ff,
+        num_heads=model.num_heads,
+        num_layers=model.num_encoder_layers,
+        num_decoder_layers=model.num_decoder_layers,
+        feed_forward_proj=model.mlp_activation,
+        decoder_start_token_id=model.decoder_start_token_id,
+    )
+    network = T5ForConditionalGeneration(config).to(getattr(torch, model.dtype)).eval()
+    inputs = torch.tensor(tokens).long()
+    options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+
+    def run():
+        with torch.inference_mode():
+            return network.generate(input_ids=inputs, **options).numpy()[:, 1:]
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    args = parser.parse_args()
+
+    model = published("t5_1_1_small", dtype=args.dtype, scan_layers=False)
+    title = f"T5 1.1 small, greedy, {SOURCE} -> {NEW_TOKENS} tokens, {args.dtype}: tokens/s"
+    table = Table(title=title)
+    for column in ("batch", "transformers + torch", "t5jax", "times transformers"):
+        table.add_column(column, justify="right")
+    for batch_size in args.batch_sizes:
+        shape = (batch_size, SOURCE)
+        tokens = np.random.default_rng(0).integers(2, model.vocab_size, shape, np.int32)
+        contestants = torch_generate(model, tokens), t5jax_generate(model, tokens)
+        seconds = [], []
+        for repeat in range(args.repeats + 1):
+            for run, times in zip(contestants, seconds, strict=True):
+                start = time.perf_counter()
+                assert run().shape == (batch_size, NEW_TOKENS)
+                if repeat:  # The first run compiles.
+                    times.append(time.perf_counter() - start)
+        theirs, ours = (batch_size * NEW_TOKENS / statistics.median(times) for times in seconds)
+        table.add_row(str(batch_size), f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}x")
+        print(f"batch {batch_size}: {ours / theirs:.2f}x", file=sys.stderr)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
