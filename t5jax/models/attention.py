@@ -33,31 +33,21 @@ def dot_product_attention(q_BTHK, k_BSHK, v_BSHK, bias_1HTS, mask_B1TS, *, dropo
     return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK)
 
 
-def single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT, *, own=None):
-    """Returns [B, H, K]: what one token sees of kept keys and values, and of itself.
+def single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT):
+    """Returns [B, H, K]: what one token sees of the keys and values that were kept.
 
     Args:
       q_BHK: its query.
-      k_BHTK, v_BHTK: kept, heads in front, so that each product reads memory in order.
-      bias_1HT: float32, or None; with `own`, T + 1 entries, the last for the token itself.
-      mask_BT: bool [B or 1, T]; true where a kept key may be seen.
-      own: the token's key and value [B, H, K], which are not among the kept ones yet, or None.
+      k_BHTK, v_BHTK: heads in front, so that each product reads memory in order.
+      bias_1HT: float32, or None.
+      mask_BT: bool [B or 1, T]; true where a key may be seen.
     """
     scores_BHT = jnp.einsum("BHK,BHTK->BHT", q_BHK, k_BHTK, preferred_element_type=jnp.float32)
-    mask_B1T = mask_BT[:, None]
-    if own is not None:
-        own_BH1 = jnp.sum((q_BHK * own[0]).astype(jnp.float32), axis=-1, keepdims=True)
-        scores_BHT = jnp.concatenate([scores_BHT, own_BH1], axis=-1)
-        mask_B1T = jnp.pad(mask_B1T, ((0, 0), (0, 0), (0, 1)), constant_values=True)
     if bias_1HT is not None:
         scores_BHT += bias_1HT
-    scores_BHT = jnp.where(mask_B1T, scores_BHT, MASKED)
+    scores_BHT = jnp.where(mask_BT[:, None], scores_BHT, MASKED)
     probs_BHT = jax.nn.softmax(scores_BHT, axis=-1).astype(v_BHTK.dtype)
-    length = k_BHTK.shape[2]
-    h_BHK = jnp.einsum("BHT,BHTK->BHK", probs_BHT[..., :length], v_BHTK)
-    if own is not None:
-        h_BHK += probs_BHT[..., length:] * own[1]
-    return h_BHK
+    return jnp.einsum("BHT,BHTK->BHK", probs_BHT, v_BHTK)
 
 
 def segment_mask(query_ids_BT, key_ids_BS) -> jax.Array:

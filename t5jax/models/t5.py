@@ -124,17 +124,11 @@ class Attention(nn.Module):
 
     def keys_values(self, x_BSD):
         """Returns keys and values to keep, [B, H, S, K]."""
-        return tuple(jnp.swapaxes(y, 1, 2) for y in (self.key(x_BSD), self.value(x_BSD)))
+        return jnp.swapaxes(self.key(x_BSD), 1, 2), jnp.swapaxes(self.value(x_BSD), 1, 2)
 
-    def attend_self(self, x_BD, k_BHTK, v_BHTK, bias_1HT, mask_1T):
-        """One token attends to the kept ones and to itself; returns its key and value too."""
-        q_BHK, k_BHK, v_BHK = self.query(x_BD), self.key(x_BD), self.value(x_BD)
-        h_BHK = single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_1T, own=(k_BHK, v_BHK))
-        return self.out(h_BHK), (k_BHK, v_BHK)
-
-    def attend_kept(self, x_BD, k_BHSK, v_BHSK, mask_BS):
+    def attend_one(self, x_BD, k_BHTK, v_BHTK, bias_1HT, mask_BT):
         """One token attends to keys and values that were kept."""
-        h_BHK = single_query_attention(self.query(x_BD), k_BHSK, v_BHSK, None, mask_BS)
+        h_BHK = single_query_attention(self.query(x_BD), k_BHTK, v_BHTK, bias_1HT, mask_BT)
         return self.out(h_BHK)
 
 
@@ -195,39 +189,27 @@ class DecoderLayer(nn.Module):
         x_BTD = x_BTD + self.dropout(h_BTD)
         return constrain(x_BTD, "batch", "length", "activation_embed"), None
 
-    def step(
-        self,
-        x_BD,
-        position,
-        cross_mask_BS,
-        self_keys,
-        self_values,
-        cross_keys,
-        cross_values,
-        bias_1HT,
-    ):
-        """One token; returns its [B, D] and its key and value [B, H, K], which the caller keeps.
+    # Decoding calls these one after the other, and keeps the keys and values in between.
 
-        Reading the cache here and writing it outside leaves nothing for the compiler to copy.
-        """
-        max_length = self_keys.shape[2]
-        if self.config.per_layer_relative_bias:
-            bias_1HT = self.relative_bias(*_step_positions(position, max_length))[:, :, 0]
-
-        h_BD = self.pre_self_attention_norm(x_BD)
-        mask_1T = (jnp.arange(max_length) < position)[None]
-        h_BD, own = self.self_attention.attend_self(h_BD, self_keys, self_values, bias_1HT, mask_1T)
-        x_BD = x_BD + h_BD
-
-        h_BD = self.pre_cross_attention_norm(x_BD)
-        x_BD = x_BD + self.cross_attention.attend_kept(
-            h_BD, cross_keys, cross_values, cross_mask_BS
-        )
-        x_BD = x_BD + self.mlp(self.pre_mlp_norm(x_BD))
-        return x_BD, own
+    def self_keys_values(self, x_B1D):
+        return self.self_attention.keys_values(self.pre_self_attention_norm(x_B1D))
 
     def cross_keys_values(self, encoded_BSD):
         return self.cross_attention.keys_values(encoded_BSD)
+
+    def step(self, x_BD, position, self_kept, cross_kept, bias_1HT, cross_mask_BS):
+        """One token, whose own key and value are among the kept ones already; [B, D]."""
+        positions_T = jnp.arange(self_kept[0].shape[2])
+        mask_1T = (positions_T <= position)[None]
+        if self.config.per_layer_relative_bias:
+            bias_1HT = self.relative_bias(position[None], positions_T)[:, :, 0]
+
+        h_BD = self.pre_self_attention_norm(x_BD)
+        x_BD = x_BD + self.self_attention.attend_one(h_BD, *self_kept, bias_1HT, mask_1T)
+
+        h_BD = self.pre_cross_attention_norm(x_BD)
+        x_BD = x_BD + self.cross_attention.attend_one(h_BD, *cross_kept, None, cross_mask_BS)
+        return x_BD + self.mlp(self.pre_mlp_norm(x_BD))
 
 
 def _remat(layer: type[nn.Module], cfg: T5Config) -> type[nn.Module]:
@@ -393,34 +375,23 @@ def arrange_for_decoding(cfg: T5Config, params):
     return params
 
 
-def _for_each_layer(layers, function, x, *per_layer):
-    """Returns x after `function(layer's params, x, *its part of per_layer) -> (x, y)`, and ys.
-
-    Layers that are stacked are scanned; a tuple of layers is a loop, unrolled.
-    """
-    if isinstance(layers, dict):
-        return jax.lax.scan(lambda x, xs: function(xs[0], x, *xs[1:]), x, (layers, *per_layer))
-    ys = []
-    for params, *rest in zip(layers, *per_layer, strict=True):
-        x, y = function(params, x, *rest)
-        ys.append(y)
-    return x, tuple(zip(*ys, strict=True))
-
-
 def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
     """Encodes the inputs and makes room for `max_length` tokens."""
     encoded_BSD, is_token_BS = Network(cfg).apply({"params": params}, batch, method="encode")
     layer, layers = DecoderLayer(cfg), params["decoder"]["layers"]
 
-    def one(params, encoded_BSD):
-        kept = layer.apply({"params": params}, encoded_BSD, method="cross_keys_values")
-        return encoded_BSD, kept
+    def cross(params):
+        return layer.apply({"params": params}, encoded_BSD, method="cross_keys_values")
 
-    _, (cross_keys, cross_values) = _for_each_layer(layers, one, encoded_BSD)
+    if isinstance(layers, tuple):
+        cross_keys, cross_values = zip(*map(cross, layers), strict=True)
+    else:
+        cross_keys, cross_values = jax.lax.map(cross, layers)
+    # Else the compiler moves their transposition into the loop over tokens.
+    cross_keys, cross_values = jax.lax.optimization_barrier((cross_keys, cross_values))
 
     def empty(kept):
-        shape = (*kept.shape[:-2], max_length, kept.shape[-1])
-        return jnp.zeros(shape, kept.dtype)
+        return jnp.zeros((*kept.shape[:-2], max_length, kept.shape[-1]), kept.dtype)
 
     return Cache(
         position=jnp.int32(0),
@@ -432,47 +403,63 @@ def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
     )
 
 
-def _step_positions(position, max_length: int):
-    """Returns the positions of the one query, and of the keys: those kept, then its own."""
-    own = position[None]
-    return own, jnp.concatenate([jnp.arange(max_length), own])
-
-
 def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
     """Returns float32 logits [B, V] of the next token, and the cache with this one."""
-    network, decoder = Network(cfg), params["decoder"]
-    max_length = jax.tree.leaves(cache.self_keys)[0].shape[-2]
+    network, layer = Network(cfg), DecoderLayer(cfg)
+    decoder, position = params["decoder"], cache.position
     bias_1HT = None
     if not cfg.per_layer_relative_bias:
+        positions_T = jnp.arange(jax.tree.leaves(cache.self_keys)[0].shape[-2])
         bias = RelativeBias(cfg, bidirectional=False)
-        positions = _step_positions(cache.position, max_length)
-        bias_1HT = bias.apply({"params": decoder["relative_bias"]}, *positions)[:, :, 0]
-    layer = DecoderLayer(cfg)
+        bias_1HT = bias.apply({"params": decoder["relative_bias"]}, position[None], positions_T)[
+            :, :, 0
+        ]
 
-    def one(params, x_BD, *kept):
-        args = (x_BD, cache.position, cache.encoder_mask, *kept, bias_1HT)
-        return layer.apply({"params": params}, *args, method="step")
+    def one(carry, index, params):
+        x_BD, keys, values = carry
+        k_BH1K, v_BH1K = layer.apply({"params": params}, x_BD[:, None], method="self_keys_values")
+        # Written first and read then: the other way round, the compiler copies the cache.
+        keys = _write(keys, index, position, k_BH1K)
+        values = _write(values, index, position, v_BH1K)
+        x_BD = layer.apply(
+            {"params": params},
+            x_BD,
+            position,
+            (_read(keys, index), _read(values, index)),
+            (_read(cache.cross_keys, index), _read(cache.cross_values, index)),
+            bias_1HT,
+            cache.encoder_mask,
+            method="step",
+        )
+        return x_BD, keys, values
 
     x_BD = network.apply({"params": params}, tokens_B, method="embed")
-    x_BD, (keys, values) = _for_each_layer(
-        decoder["layers"],
-        one,
-        x_BD,
-        cache.self_keys,
-        cache.self_values,
-        cache.cross_keys,
-        cache.cross_values,
-    )
+    carry, layers = (x_BD, cache.self_keys, cache.self_values), decoder["layers"]
+    if isinstance(layers, tuple):
+        for index, layer_params in enumerate(layers):
+            carry = one(carry, index, layer_params)
+    else:
+        # The cache is carried, not scanned over: as an input and output of the scan it would be
+        # copied at every token.
+        indices = jnp.arange(cfg.num_decoder_layers)
+        carry, _ = jax.lax.scan(lambda c, xs: (one(c, *xs), None), carry, (indices, layers))
+    x_BD, keys, values = carry
 
-    def write(kept, new):
-        return jax.lax.dynamic_update_slice_in_dim(
-            kept, new[..., None, :], cache.position, axis=kept.ndim - 2
-        )
-
-    cache = cache.replace(
-        position=cache.position + 1,
-        self_keys=jax.tree.map(write, cache.self_keys, keys),
-        self_values=jax.tree.map(write, cache.self_values, values),
-    )
     x_BD = _norm(cfg).apply({"params": decoder["final_norm"]}, x_BD)
-    return network.apply({"params": params}, x_BD, method="finish"), cache
+    logits_BV = network.apply({"params": params}, x_BD, method="finish")
+    return logits_BV, cache.replace(position=position + 1, self_keys=keys, self_values=values)
+
+
+def _read(kept, layer):
+    """Returns one layer's [B, H, T, K] of a tuple of them, or of a stack."""
+    if isinstance(kept, tuple):
+        return kept[layer]
+    return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)
+
+
+def _write(kept, layer, position, new_BH1K):
+    """Returns what is kept with one layer's key or value at a position."""
+    if isinstance(kept, tuple):
+        one = jax.lax.dynamic_update_slice(kept[layer], new_BH1K, (0, 0, position, 0))
+        return (*kept[:layer], one, *kept[layer + 1 :])
+    return jax.lax.dynamic_update_slice(kept, new_BH1K[None], (layer, 0, 0, position, 0))
