@@ -20,6 +20,7 @@ from rich.table import Table
 from t5jax import batch as features
 from t5jax.architectures import T5Config, published
 from t5jax.decoding import greedy
+from t5jax.hf.t5 import write_config
 from t5jax.models import api
 
 SOURCE = NEW_TOKENS = 64
@@ -41,17 +42,7 @@ def torch_generate(model: T5Config, tokens: np.ndarray):
     from transformers import T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = HFConfig(
-        vocab_size=model.vocab_size,
-        d_model=model.d_model,
-        d_kv=model.d_kv,
-        d_ff=model.d_ff,
-        num_heads=model.num_heads,
-        num_layers=model.num_encoder_layers,
-        num_decoder_layers=model.num_decoder_layers,
-        feed_forward_proj=model.mlp_activation,
-        decoder_start_token_id=model.decoder_start_token_id,
-    )
+    config = HFConfig(**write_config(model))
     network = T5ForConditionalGeneration(config).to(getattr(torch, model.dtype)).eval()
     inputs = torch.tensor(tokens).long()
     options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}

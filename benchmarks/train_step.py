@@ -20,6 +20,7 @@ from rich.table import Table
 from t5jax import batch as features
 from t5jax.architectures import T5Config, published
 from t5jax.config import LossConfig, OptimizerConfig
+from t5jax.hf.t5 import write_config
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
 from t5jax.train_state import create_train_state
@@ -61,19 +62,7 @@ def torch_step(model: T5Config, compiled: bool):
     from transformers import T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = HFConfig(
-        vocab_size=model.vocab_size,
-        d_model=model.d_model,
-        d_kv=model.d_kv,
-        d_ff=model.d_ff,
-        num_heads=model.num_heads,
-        num_layers=model.num_encoder_layers,
-        num_decoder_layers=model.num_decoder_layers,
-        feed_forward_proj=model.mlp_activation,
-        dropout_rate=model.dropout_rate,
-        decoder_start_token_id=model.decoder_start_token_id,
-        use_cache=False,
-    )
+    config = HFConfig(**write_config(model) | {"use_cache": False})
     network = T5ForConditionalGeneration(config).to(getattr(torch, model.dtype)).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     batch = random_batch(model)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
+Family = Literal["t5"]
 MlpActivation = Literal["relu", "gated-gelu", "gated-silu"]
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "minimal", "full"]
@@ -21,7 +22,7 @@ class T5Config:
     1.1; Chung et al. 2023 (arXiv:2304.09151) for UMT5; Tay et al. 2022 (arXiv:2205.05131) for UL2.
     """
 
-    family: Literal["t5"] = "t5"
+    family: Family = "t5"
     """Which network in `t5jax/models/` reads this description."""
     vocab_size: int = 32128
     """Rows of the embedding; never the length of the tokenizer, which is smaller."""
@@ -74,12 +75,25 @@ class T5Config:
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
             check_dtype(getattr(self, name), f"model.{name}")
-        for name, allowed in (("mlp_activation", MlpActivation), ("remat", RematPolicy)):
+        for name, allowed in (
+            ("family", Family),
+            ("mlp_activation", MlpActivation),
+            ("remat", RematPolicy),
+        ):
             check_choice(getattr(self, name), allowed.__args__, f"model.{name}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not field.name.endswith("_id") and value < 1:
+            if field.name.endswith("_token_id"):
+                if not 0 <= value < self.vocab_size:
+                    raise ValueError(
+                        f"model.{field.name} is {value}; it must be in [0, {self.vocab_size}), "
+                        "the vocabulary"
+                    )
+            elif field.type is int and value < 1:
                 raise ValueError(f"model.{field.name} is {value}; it must be at least 1")
+        for name in ("layer_norm_epsilon", "initializer_factor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"model.dropout_rate is {self.dropout_rate}; it must be in [0, 1)")
         if self.relative_attention_num_buckets % 4:

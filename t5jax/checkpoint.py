@@ -9,9 +9,12 @@ A save returns when the state is copied to the host, and is written while traini
 kill leaves half-written is never taken for a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +29,36 @@ CONFIG_FILE = "t5jax_config.json"
 TOKENIZER_DIR = "tokenizer"
 CHECKPOINTS_DIR = "checkpoints"
 
-# Orbax reports every step of a save.
-logging.getLogger("absl").setLevel(logging.WARNING)
+# Orbax reports every step of a save, and warns of each checkpoint without a validation loss.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # Changing these leaves a network's parameters and what they compute, up to rounding, as they are.
 _FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate")
 
 
 class Checkpoints:
-    """The checkpoints in one run's folder."""
+    """Writes the checkpoints of one run, and restores its state; a context manager."""
 
     def __init__(self, run_dir: str | Path, *, keep: int | None = None):
         """Args: keep: the last ones that stay, beside the best; None keeps all."""
+        best = policies.BestN(
+            get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep),
-                    policies.BestN(
-                        get_metric_fn=_loss,
-                        reverse=True,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
+            # best_fn makes Orbax write the loss down; the policy decides what stays.
+            best_fn=_loss,
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
         path = Path(run_dir).absolute() / CHECKPOINTS_DIR
         self._manager = ocp.CheckpointManager(path, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
 
     def save(
         self, step: int, state: TrainState, loop: dict, config: Config, loss: float | None = None
@@ -62,41 +67,40 @@ class Checkpoints:
 
         Args:
           loop: plain values that the loop goes on from, the data's position among them.
-          loss: validation loss, by which the best checkpoint is chosen.
+          loss: validation loss, by which the best checkpoint is chosen; one that is not finite
+            counts as none.
         """
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
+        self._save(step, _as_dict(state), loop, config, loss)
+
+    def save_params(self, params, config: Config) -> None:
+        """Saves parameters alone, as step 0: something to start from, not to go on with."""
+        self._save(0, {"params": params}, {}, config, None)
+
+    def _save(self, step, state: dict, loop: dict, config: Config, loss: float | None) -> None:
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
+                state=ocp.args.StandardSave(state),
                 loop=ocp.args.JsonSave(loop),
                 config=ocp.args.JsonSave(json.loads(to_json(config))),
             ),
-            metrics=None if loss is None else {"loss": loss},
+            metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
         )
+        assert saved, f"there is a checkpoint of step {step} or a later one"
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def restore(self, checkpoint: Path, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """Returns the state, placed by `shardings` (of any mesh).
 
-    def restore(self, step: int, shapes: TrainState, shardings: TrainState):
-        """Returns the state, placed by `shardings` (of any mesh), and the loop's plain values."""
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_as_dict(abstract)), loop=ocp.args.JsonRestore()
-            ),
-        )
-        return TrainState(**restored.state), restored.loop
-
-    def wait(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
+        Raises:
+          ValueError: if the checkpoint is damaged.
+        """
+        abstract = _abstract(_as_dict(shapes), _as_dict(shardings))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        with _damage(checkpoint):
+            return TrainState(**self._manager.restore(int(checkpoint.name), args=args).state)
 
     def close(self) -> None:
+        """Waits until everything is written."""
         self._manager.close()
 
 
@@ -108,6 +112,25 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
+def _abstract(shapes, shardings):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+@contextlib.contextmanager
+def _damage(checkpoint: Path):
+    """Inside, whatever is raised means that the checkpoint is not as it was written."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from the "
+            "one before it, or copy it again"
+        ) from error
+
+
 # --- Finding ------------------------------------------------------------------------------------
 
 
@@ -116,7 +139,20 @@ def is_run(path: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.parent.name == CHECKPOINTS_DIR and (path / "state").is_dir()
+    return path.parent.name == CHECKPOINTS_DIR and path.name.isdigit() and path.is_dir()
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Returns the run's checkpoints in the order of their steps."""
+    folder = run_dir / CHECKPOINTS_DIR
+    # What is still being written has a longer name.
+    found = filter(is_checkpoint, folder.iterdir()) if folder.is_dir() else ()
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the folder of the run's last checkpoint, or None where there is none yet."""
+    return next(reversed(_checkpoints(run_dir)), None)
 
 
 def best_checkpoint(run_dir: Path) -> Path:
@@ -126,12 +162,11 @@ def best_checkpoint(run_dir: Path) -> Path:
       ValueError: if the run has none.
     """
     losses = {}
-    for path in (run_dir / CHECKPOINTS_DIR).iterdir():
-        if path.name.isdigit() and is_checkpoint(path):
-            metrics = path / "metrics" / "metrics"
-            loss = json.loads(metrics.read_text()).get("loss") if metrics.is_file() else None
-            # Without a loss a checkpoint comes behind all that have one; then the last one wins.
-            losses[path] = (loss is not None, -(loss or 0.0), int(path.name))
+    for path in _checkpoints(run_dir):
+        metrics = path / "metrics" / "metrics"
+        loss = json.loads(metrics.read_text())["loss"] if metrics.is_file() else None
+        # Without a loss a checkpoint comes behind all that have one; then the last one wins.
+        losses[path] = (loss is not None, -(loss or 0.0), int(path.name))
     if not losses:
         raise ValueError(
             f"{run_dir} has no finished checkpoint yet; wait for the first, or choose another run"
@@ -144,37 +179,53 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 def read_config(checkpoint: Path) -> Config:
     """Returns the config that a checkpoint was saved with."""
-    return from_json((checkpoint / "config" / "metadata").read_text())
+    with _damage(checkpoint):
+        return from_json((checkpoint / "config" / "metadata").read_text())
+
+
+def read_loop(checkpoint: Path) -> dict:
+    """Returns the loop's plain values.
+
+    Raises:
+      ValueError: if the checkpoint holds parameters alone.
+    """
+    with _damage(checkpoint):
+        values = json.loads((checkpoint / "loop" / "metadata").read_text())
+    if not values:
+        run_dir = checkpoint.parent.parent
+        raise ValueError(
+            f"{run_dir} holds imported parameters, with no training to go on with; set init.model "
+            f"to {run_dir}, and choose another run_dir"
+        )
+    return values
 
 
 def load_params(checkpoint: Path, shapes, shardings):
     """Returns a checkpoint's parameters alone, placed by `shardings`; dtypes as in `shapes`."""
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    item = {"params": abstract}
+    item = {"params": _abstract(shapes, shardings)}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(
-            checkpoint.absolute() / "state",
-            args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
-        )["params"]
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    with _damage(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(checkpoint.absolute() / "state", args=args)["params"]
 
 
-def save_params(run_dir: Path, params, config: Config) -> None:
-    """Writes a run that holds parameters only, as its step 0: something to start from."""
-    (run_dir / CHECKPOINTS_DIR).mkdir(parents=True, exist_ok=True)
-    write_config(run_dir, config)
-    manager = Checkpoints(run_dir)
-    manager._manager.save(
-        0,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave({"params": params}),
-            loop=ocp.args.JsonSave({}),
-            config=ocp.args.JsonSave(json.loads(to_json(config))),
-        ),
-    )
-    manager.close()
+def create_run_dir(run_dir: str | Path) -> Path:
+    """Returns a run's folder, made if need be.
+
+    Raises:
+      ValueError: if it cannot be written.
+    """
+    run_dir = Path(run_dir).expanduser()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"run folder {run_dir} cannot be written ({error.strerror}); choose another"
+        ) from None
+    return run_dir
 
 
 def write_config(run_dir: Path, config: Config) -> None:
@@ -184,18 +235,29 @@ def write_config(run_dir: Path, config: Config) -> None:
 def check_same_run(saved: Config, config: Config) -> None:
     """Raises ValueError where a run cannot go on with another config, naming every field."""
     changes = [
-        f"model.{field.name} was {was!r} and is {now!r}"
-        for field in dataclasses.fields(config.model)
-        if (was := getattr(saved.model, field.name, None))
-        != (now := getattr(config.model, field.name))
-        and field.name not in _FREE_MODEL_FIELDS
+        f"{section}.{name} was {was!r} and is {now!r}"
+        for section, names in _fixed_fields(config).items()
+        for name in names
+        if (was := getattr(getattr(saved, section), name, None))
+        != (now := getattr(getattr(config, section), name))
     ]
-    for name in ("name", "b1"):
+    # The optimizer's state has other parts with these than without.
+    switches = ("clip_norm", "weight_decay", "b1")
+    for name in switches if config.optimizer.name == "adafactor" else switches[:2]:
         was, now = getattr(saved.optimizer, name), getattr(config.optimizer, name)
-        if was != now:
+        if bool(was) != bool(now):
             changes.append(f"optimizer.{name} was {was!r} and is {now!r}")
     if changes:
         raise ValueError(
             f"the run in {config.run_dir} cannot go on: {'; '.join(changes)}; set it back, or "
             "begin a new run_dir (with init.model to start from this run's parameters)"
         )
+
+
+def _fixed_fields(config: Config) -> dict[str, list[str]]:
+    """Returns what a run keeps from its first step to its last, section to fields.
+
+    The data's iterator checks what it depends on by itself.
+    """
+    model = [f.name for f in dataclasses.fields(config.model) if f.name not in _FREE_MODEL_FIELDS]
+    return {"model": model, "init": ["model"], "optimizer": ["name"], "train": ["seed"]}

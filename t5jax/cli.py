@@ -5,8 +5,10 @@ message on standard error and a non-zero exit; results alone go to standard outp
 """
 
 import dataclasses
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -26,10 +28,12 @@ commands:
   import MODEL OUTPUT                        make a Hugging Face model a run to train from
 
 MODEL is a Hugging Face hub name, a Hugging Face folder, a run, or one checkpoint of a run.
-CONFIG is a Python file, or the name of one in ./configs or among those that come with t5jax.
+CONFIG is a Python file, the name of one in ./configs or among those that come with t5jax, or a
+.json file that --print-config wrote.
 
 t5jax COMMAND --help shows every option of a command with its default.
 t5jax --version shows the version.
+T5JAX_TRACEBACK=1 in the environment shows where an error comes from.
 """
 
 
@@ -53,15 +57,16 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"there is no command {args[0]!r}; {hint}known are {', '.join(COMMANDS)}", 2)
     try:
         return command(args[1:]) or 0
-    except ValueError as error:
-        if os.environ.get("T5JAX_TRACEBACK"):
-            raise
-        return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last checkpoint", 130)
+        hint = "; the same command goes on from the last checkpoint" if args[0] == "train" else ""
+        return _fail(f"interrupted{hint}", 130)
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("T5JAX_TRACEBACK"):
+            raise
+        return _fail(str(error))
 
 
 def _fail(message: str, status: int = 1) -> int:
@@ -77,13 +82,14 @@ def _parse(kind, args, *, prog: str, default=None, positional: bool = False, des
     """
     import tyro
 
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     return tyro.cli(
         kind,
         args=args,
         prog=prog,
-        description=description or kind.__doc__,
+        description=description or inspect.cleandoc(kind.__doc__),
         default=tyro.MISSING_NONPROP if default is None else default,
-        config=(tyro.conf.PositionalRequiredArgs,) if positional else (),
+        config=markers if positional else (),
     )
 
 
@@ -95,22 +101,24 @@ def _train(args: list[str]) -> None:
 
     A run that was stopped, however it was, goes on when the same command is given again.
     """
-    from t5jax.config import Config, load_config, to_json
+    from t5jax.config import Config, to_json
 
     print_config = "--print-config" in args
     args = [arg for arg in args if arg != "--print-config"]
     prog, config = "t5jax train CONFIG", Config()
+    known = ", ".join(_known_configs())
     if args and not args[0].startswith("-"):
-        prog, config = f"t5jax train {args[0]}", load_config(args[0])
+        prog, config = f"t5jax train {args[0]}", _load_config(args[0])
         args = args[1:]
     elif "--help" not in args and "-h" not in args:
         raise ValueError(
-            "train needs a CONFIG in front of its options: a Python file, or a name such as "
-            f"{', '.join(_known_configs())}"
+            "train needs a CONFIG in front of its options: a Python file, a .json file that "
+            f"--print-config wrote, or a name such as {known}"
         )
     description = (
-        f"{_train.__doc__.strip()}\n\n--print-config prints the whole config as JSON instead. "
-        f"CONFIG is a Python file, or one of: {', '.join(_known_configs())}."
+        f"{inspect.cleandoc(_train.__doc__)}\n\n--print-config prints the whole config as JSON "
+        "instead. CONFIG is a Python file, a .json file that --print-config wrote, or one of: "
+        f"{known}. With CONFIG in front of --help, defaults are those of that config."
     )
     config = _parse(Config, args, prog=prog, description=description, default=config)
     if print_config:
@@ -119,6 +127,32 @@ def _train(args: list[str]) -> None:
     from t5jax.train import train
 
     train(config)
+
+
+def _load_config(name_or_path: str):
+    """Returns the config of a file; an error inside of it names the line."""
+    from t5jax import shipped
+    from t5jax.config import from_json, load_config
+
+    if name_or_path.endswith(".json"):
+        try:
+            return from_json(Path(name_or_path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config {name_or_path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}: {error}") from error
+
+    path = str(shipped.find("configs", name_or_path))
+    try:
+        return load_config(name_or_path)
+    except Exception as error:  # Whatever a user's Python may raise.
+        frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            frames.append((error.filename, error.lineno))
+        lines = [line for filename, line in frames if filename == path]
+        where = f"{path}, line {lines[-1]}: " if lines else ""
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}{what}{getattr(error, 'msg', error)}") from error
 
 
 def _known_configs() -> list[str]:
@@ -254,6 +288,7 @@ def _export(args: list[str]) -> None:
     from t5jax.pretrained import export_model
 
     export_model(**_fields(options))
+    print(f"wrote {options.output}", file=sys.stderr)
 
 
 def _import(args: list[str]) -> None:
@@ -261,6 +296,7 @@ def _import(args: list[str]) -> None:
     from t5jax.pretrained import import_model
 
     import_model(**_fields(options))
+    print(f"wrote {options.output}", file=sys.stderr)
 
 
 def _fields(options) -> dict:

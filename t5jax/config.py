@@ -12,7 +12,6 @@ import json
 import math
 import types
 import typing
-from pathlib import Path
 from typing import Any, Literal
 
 from t5jax import shipped
@@ -46,7 +45,7 @@ class DataConfig:
     """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
     vocabulary: str = ""
     """"bytes", a SentencePiece .model file, or a folder or hub name with a tokenizer. Empty: the
-    task's own, or else the tokenizer of init.model."""
+    tokenizer of init.model, or else the task's own."""
     inputs_length: int = 512
     """Tokens of an encoder row; longer inputs are cut."""
     targets_length: int = 128
@@ -340,10 +339,14 @@ def from_json(text: str, cls: type = Config):
     return _from_plain(json.loads(text), cls, "")
 
 
+class _WrongType(ValueError):
+    """A value is of none of the types that its field may have."""
+
+
 def _from_plain(value: Any, kind, path: str):
     """Builds `kind` from plain JSON values, following type annotations."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value:
             if name not in hints:
@@ -355,15 +358,17 @@ def _from_plain(value: Any, kind, path: str):
         for arg in args:
             try:
                 return _from_plain(value, arg, path)
-            except TypeError:
+            except _WrongType:
                 continue
     elif origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_from_plain(v, args[0], path) for v in value)
     elif origin is Literal:
         return value  # The section's own check names the choices.
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+    elif kind is float and type(value) is int:
         return float(value)
-    elif isinstance(kind, type) and isinstance(value, kind):
-        if not (kind is int and isinstance(value, bool)):
-            return value
-    raise TypeError(f"config field {path.rstrip('.')} is {value!r}; expected {kind}")
+    elif type(value) is kind:  # Not isinstance: True is an int.
+        return value
+    expected = kind.__name__ if isinstance(kind, type) and not args else kind
+    raise _WrongType(
+        f"config field {path.rstrip('.') or '(the whole)'} is {value!r}; expected {expected}"
+    )

@@ -16,7 +16,7 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import decoding, metrics, monitor, pretrained, sharding
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
 from t5jax.data.api import EvalExample, EvalSet
 from t5jax.losses import batch_loss
@@ -146,7 +146,7 @@ def evaluate_model(
     num_examples: int | None,
     inputs_length: int | None,
     max_tokens: int | None,
-    dtype: str | None,
+    dtype: Dtype | None,
     mesh: MeshConfig,
     num_samples: int,
     json: Path | None,
@@ -160,14 +160,16 @@ def evaluate_model(
     """
     from t5jax.data import pipeline  # TensorFlow and SeqIO: only where data are read.
 
+    if json and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
     source = pretrained.find(model)
     trained = source.config.data
     mixture = mixture or trained.mixture
     if not mixture:
         raise ValueError(f"{model} does not say what it was trained on; give --mixture NAME")
-    lengths = {
-        "inputs_length": inputs_length or trained.inputs_length,
-        "targets_length": max_tokens or trained.targets_length,
+    lengths: dict = {
+        "inputs_length": trained.inputs_length if inputs_length is None else inputs_length,
+        "targets_length": trained.targets_length if max_tokens is None else max_tokens,
     }
     task_files = (*trained.task_files, *task_files)
     config = dataclasses.replace(
@@ -175,21 +177,23 @@ def evaluate_model(
         data=dataclasses.replace(trained, mixture=mixture, task_files=task_files, **lengths),
         eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
     )
-    loaded = pretrained.load(model, dtype=dtype, mesh=mesh)
     pipeline.load_tasks(task_files)
-    eval_sets = pipeline.eval_sets(config, tokenizer=loaded.tokenizer)
+    mesh, rules = sharding.make_mesh(mesh), source.config.axes
+    description, params = source.read(dtype, mesh, rules)
+    tokenizer = source.tokenizer()
+    eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)
     results = {}
-    with sharding.use_mesh(loaded.mesh, loaded.rules):
+    with sharding.use_mesh(mesh, rules):
         evaluator = Evaluator(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.mesh,
-            loaded.rules,
+            description,
+            tokenizer,
+            mesh,
+            rules,
             batch_size=batch_size,
             max_tokens=lengths["targets_length"],
         )
         for eval_set in monitor.track(eval_sets, f"evaluating on {split}"):
-            result = evaluator.evaluate(loaded.params, eval_set)
+            result = evaluator.evaluate(params, eval_set)
             results[eval_set.task] = eval_set, result
             if num_samples:
                 examples = eval_set.examples[:num_samples]

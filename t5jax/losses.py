@@ -17,10 +17,11 @@ from t5jax import batch as features
 from t5jax.architectures import ModelConfig
 from t5jax.config import LossConfig
 from t5jax.models import api
+from t5jax.sharding import local_size
 
 Sums = dict[str, jax.Array]
 
-# Logits that exist at one time, at most: 2^25 in float32 are 128 MiB.
+# Logits that a device holds at one time, at most: 2^25 in float32 are 128 MiB.
 _MAX_LOGITS = 2**25
 
 
@@ -73,14 +74,15 @@ def batch_loss(
     def part(head, x_BTD, targets_BT, weights_BT):
         return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
 
-    chunks = _num_chunks(*targets_BT.shape, model.vocab_size)
+    shape = (*targets_BT.shape, model.vocab_size)
+    chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), targets_BT.shape[1])
     head = api.unembed_params(model, params)
     return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT)
 
 
-def _num_chunks(batch_size: int, length: int, vocab_size: int) -> int:
+def _num_chunks(num_logits: float, length: int) -> int:
     """Returns the fewest equal parts of the length that keep the logits within _MAX_LOGITS."""
-    wanted = batch_size * length * vocab_size / _MAX_LOGITS
+    wanted = num_logits / _MAX_LOGITS
     return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
 
 
@@ -110,7 +112,9 @@ def _forward(part, chunks, head, x_BTD, targets_BT, weights_BT):
         total, head_grad = carry
         value, (head_part, x_part) = jax.value_and_grad(part, (0, 1), has_aux=True)(head, *chunk)
         total = jax.tree.map(jnp.add, total, value)
-        return (total, jax.tree.map(jnp.add, head_grad, head_part)), x_part
+        # In float32: a bfloat16 sum would lose what is small against the chunks before.
+        head_grad = jax.tree.map(lambda a, g: a + g.astype(a.dtype), head_grad, head_part)
+        return (total, head_grad), x_part
 
     xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
@@ -119,8 +123,9 @@ def _forward(part, chunks, head, x_BTD, targets_BT, weights_BT):
             head, x_BTD, targets_BT, weights_BT
         )
         return total, grads
-    init = (zeros, jax.tree.map(jnp.zeros_like, head))
+    init = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
     (total, head_grad), x_grad = jax.lax.scan(body, init, xs)
+    head_grad = jax.tree.map(lambda g, x: g.astype(x.dtype), head_grad, head)
     return total, (head_grad, jnp.moveaxis(x_grad, 0, 1).reshape(x_BTD.shape))
 
 

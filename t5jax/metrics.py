@@ -82,8 +82,17 @@ def bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, flo
 
     Cased, international tokenization, exponential smoothing, as in the T5 paper; the scores of
     other papers are mostly of tokenization 13a and may differ by some tenths. A corpus whose
-    predictions are all under four words long scores 0: it holds no 4-gram.
+    predictions are all under four words long scores 0: it holds no 4-gram; see `char_bleu`.
     """
+    return {"bleu": _corpus_bleu(targets, predictions, tokenize="intl")}
+
+
+def char_bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns {"char_bleu": score}, BLEU of characters, from 0 to 100: for answers of few words."""
+    return {"char_bleu": _corpus_bleu(targets, predictions, tokenize="char")}
+
+
+def _corpus_bleu(targets, predictions, tokenize: str) -> float:
     import sacrebleu.metrics
 
     references = _references(targets, predictions)
@@ -91,10 +100,10 @@ def bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, flo
     most = max(len(refs) for refs in references)
     padded = [[*refs, *[None] * (most - len(refs))] for refs in references]
     # force: no warning for text that looks tokenized already.
-    scorer = sacrebleu.metrics.BLEU(tokenize="intl", smooth_method="exp", force=True)
+    scorer = sacrebleu.metrics.BLEU(tokenize=tokenize, smooth_method="exp", force=True)
     columns = [list(column) for column in zip(*padded, strict=True)]
     score = scorer.corpus_score(list(predictions), columns).score
-    return {"bleu": min(float(score), 100.0)}  # The product of precisions rounds above 100.
+    return min(float(score), 100.0)  # The product of precisions rounds above 100.
 
 
 def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:

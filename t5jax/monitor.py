@@ -191,15 +191,9 @@ def make_writer(run_dir: str | os.PathLike):
 
     A file that is there is continued; call `truncate_metrics` first where a run is resumed.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr():
-        import tensorflow as tf
-        from clu import metric_writers
+    import t5jax.data.tf  # First: TensorFlow, quietly and off the accelerators.  # noqa: F401, I001
+    from clu import metric_writers
 
-        # The accelerators are JAX's. Where TensorFlow runs already, this has been settled.
-        with contextlib.suppress(RuntimeError):
-            for kind in ("GPU", "TPU"):
-                tf.config.set_visible_devices([], kind)
     metric_writers.MetricWriter.register(JsonlWriter)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     return metric_writers.MultiWriter(
@@ -208,24 +202,6 @@ def make_writer(run_dir: str | os.PathLike):
             JsonlWriter(run_dir),
         ]
     )
-
-
-@contextlib.contextmanager
-def _quiet_stderr():
-    """Drops what is written to stderr inside; exceptions pass.
-
-    TensorFlow's libraries write lines about oneDNN and CUDA when they are loaded, from C++ and
-    before any log level counts.
-    """
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
 
 
 class JsonlWriter:

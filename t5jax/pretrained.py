@@ -13,7 +13,7 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import checkpoint, decoding, sharding
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.hf import io as hf_io
 from t5jax.models import api
@@ -43,6 +43,27 @@ class Source:
     def tokenizer(self) -> Tokenizer:
         run_dir = self.path.parent.parent / checkpoint.TOKENIZER_DIR
         return load_tokenizer(run_dir if self.is_checkpoint else self.path)
+
+    def read(
+        self,
+        dtype: Dtype | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: AxisRules = AxisRules(),
+    ) -> tuple[ModelConfig, api.Params]:
+        """Reads the description and the parameters, as training has them.
+
+        Args:
+          dtype: as in `load`.
+          mesh, rules: where the parameters go; by default they are copied to all devices.
+        """
+        model = dataclasses.replace(self.model, param_dtype=dtype or "float32")
+        if dtype:
+            model = dataclasses.replace(model, dtype=dtype)
+        mesh = mesh or sharding.make_mesh()
+        shardings = sharding.param_shardings(
+            api.param_axes(model), api.param_shapes(model), mesh, rules
+        )
+        return model, self.params(model, shardings)
 
     def params(self, model: ModelConfig, shardings) -> api.Params:
         """Reads the parameters in `model.param_dtype`, leaf by leaf into their places."""
@@ -92,6 +113,7 @@ class Pretrained:
 
     model: ModelConfig
     params: api.Params
+    """As `api.arrange_for_decoding` returns them."""
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     rules: AxisRules = AxisRules()
@@ -126,7 +148,7 @@ class Pretrained:
 def load(
     name_or_path: str,
     *,
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     mesh: MeshConfig = MeshConfig(),
     rules: AxisRules = AxisRules(),
 ) -> Pretrained:
@@ -140,31 +162,28 @@ def load(
     Raises:
       ValueError: if it cannot be found or read.
     """
-    return _place(find(name_or_path), dtype, sharding.make_mesh(mesh), rules)
-
-
-def _place(source: Source, dtype: str | None, mesh: jax.sharding.Mesh, rules) -> Pretrained:
-    model = dataclasses.replace(source.model, param_dtype=dtype or "float32")
-    if dtype:
-        model = dataclasses.replace(model, dtype=dtype)
-    shardings = sharding.param_shardings(
-        api.param_axes(model), api.param_shapes(model), mesh, rules
-    )
-    return Pretrained(model, source.params(model, shardings), source.tokenizer(), mesh, rules)
+    source, mesh = find(name_or_path), sharding.make_mesh(mesh)
+    model, params = source.read(dtype, mesh, rules)
+    # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
+    model = dataclasses.replace(model, scan_layers=False)
+    with sharding.use_mesh(mesh, rules):
+        params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
+    return Pretrained(model, params, source.tokenizer(), mesh, rules)
 
 
 def export_model(
     model: str, output: str, *, dtype: str, max_shard_bytes: int, overwrite: bool
 ) -> None:
     """Writes a model, wherever it lies, as a Hugging Face folder."""
-    loaded = load(model)
+    source = find(model)
+    description, params = source.read()
     hf_io.save_params(
         output,
-        loaded.model,
-        loaded.params,
+        description,
+        params,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        tokenizer=loaded.tokenizer,
+        tokenizer=source.tokenizer(),
         overwrite=overwrite,
     )
 
@@ -173,15 +192,18 @@ def import_model(model: str, output: str) -> None:
     """Writes a model, wherever it lies, as a run that holds its parameters as step 0.
 
     Raises:
-      ValueError: if the output is a run already.
+      ValueError: if the output is a run already, or cannot be written.
     """
     if checkpoint.is_run(Path(output)):
         raise ValueError(f"{output} holds a run already; choose another folder")
     source = find(model)
-    loaded = _place(source, None, sharding.make_mesh(MeshConfig()), AxisRules())
-    config = dataclasses.replace(source.config, model=loaded.model, run_dir=output)
-    checkpoint.save_params(Path(output), loaded.params, config)
-    loaded.tokenizer.save(Path(output) / checkpoint.TOKENIZER_DIR)
+    run_dir = checkpoint.create_run_dir(output)
+    description, params = source.read()
+    config = dataclasses.replace(source.config, model=description, run_dir=output)
+    source.tokenizer().save(run_dir / checkpoint.TOKENIZER_DIR)
+    checkpoint.write_config(run_dir, config)
+    with checkpoint.Checkpoints(run_dir) as checkpoints:
+        checkpoints.save_params(params, config)
 
 
 def _power_of_two(n: int, least: int = 1) -> int:

@@ -6,9 +6,9 @@ replication.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import difflib
+import math
 
 import jax
 import numpy as np
@@ -19,7 +19,8 @@ from t5jax.config import AxisRules, MeshConfig
 
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
-_rules: contextvars.ContextVar[AxisRules | None] = contextvars.ContextVar("rules", default=None)
+# Part of jit's cache key: a program that was traced under other rules is not used again.
+_rules = jax.make_user_context(None)
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
@@ -53,12 +54,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: AxisRules = AxisRules()):
     """Sets the mesh and the rules together, for everything traced inside."""
-    token = _rules.set(rules)
-    try:
-        with jax.set_mesh(mesh):
-            yield mesh
-    finally:
-        _rules.reset(token)
+    with _rules(rules), jax.set_mesh(mesh):
+        yield mesh
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionSpec:
@@ -86,11 +83,21 @@ def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionS
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation's sharding by logical axes; the identity outside of `use_mesh`."""
-    rules = _rules.get()
+    rules = _rules.value
     if rules is None:
         return x
     assert x.ndim == len(axes), f"{x.ndim} dimensions, axes {axes}"
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+
+
+def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
+    """Returns how many entries of an activation one device holds, under `use_mesh` or without."""
+    rules = _rules.value
+    if rules is None:
+        return math.prod(shape)
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = [_num_devices(mesh, mesh_axes) for mesh_axes in partition_spec(axes, rules)]
+    return math.prod(shape) / math.prod(parts)
 
 
 def param_shardings(axes, shapes, mesh: Mesh, rules: AxisRules):
@@ -188,6 +195,6 @@ def shard_batch(batch: Batch, mesh: Mesh, rules: AxisRules) -> dict[str, jax.Arr
     }
 
 
-def _num_devices(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _num_devices(mesh, axes: str | tuple[str, ...] | None) -> int:
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return int(np.prod([mesh.shape[axis] for axis in axes]))

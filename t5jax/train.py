@@ -5,11 +5,10 @@ the seed. A run that was stopped, however it was, goes on by itself when it is s
 ends in the same bits.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
-import os
-import sys
 from collections import deque
 from pathlib import Path
 
@@ -20,11 +19,14 @@ from t5jax import checkpoint, monitor, pretrained, sharding
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalSet
-from t5jax.evaluate import Evaluator, Result, as_table, mean_loss
+from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer, make_schedule
 from t5jax.train_state import create_train_state, train_state_shapes, train_state_shardings
 from t5jax.train_step import make_train_step
+
+# Schedules that depend on train.steps.
+FALLING = {"cosine", "linear"}
 
 
 class NonFiniteLoss(ValueError):
@@ -44,29 +46,52 @@ def train(config: Config) -> Path:
     from t5jax.data import pipeline  # TensorFlow and SeqIO: only where data are read.
 
     # --- What is trained, and on what ---
-    run_dir = create_run_dir(config)
+    run_dir = checkpoint.create_run_dir(config.run_dir)
     mesh = sharding.make_mesh(config.mesh)
     rules = config.axes
     sharding.check_batch_size(config.data.batch_size, mesh, rules)
     _check_microbatches(config, mesh)
 
+    last = checkpoint.latest_checkpoint(run_dir)
     source = None
     if config.init.model:
-        source = pretrained.find(config.init.model)
-        model = pretrained.adopt(config.model, source, config.init.model)
-        config = dataclasses.replace(config, model=model)
+        # A run that has begun knows what it came from: the source may have gone by now.
+        name = str(last or config.init.model)
+        source = pretrained.find(name)
+        config = dataclasses.replace(config, model=pretrained.adopt(config.model, source, name))
     model = config.model
+    loop = LoopState()
+    if last:
+        saved = checkpoint.read_config(last)
+        loop = LoopState(**checkpoint.read_loop(last))
+        checkpoint.check_same_run(saved, config)
+        if reason := loop.is_over(int(last.name), config):
+            say(f"nothing to do in {run_dir}: {reason}")
+            return _finish(run_dir, loop, config)
 
     # --- Data ---
     say("reading tasks")
     pipeline.load_tasks(config.data.task_files)
-    tokenizer = pipeline.tokenizer_for(config, source and source.tokenizer())
+    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
     iterator = pipeline.train_iterator(config, tokenizer)
-    eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer) if config.eval.every else []
+    if last:
+        iterator.restore(loop.iterator)
+    eval_sets, evaluator = [], None
+    if config.eval.every:
+        eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)
+        evaluator = Evaluator(
+            model,
+            tokenizer,
+            mesh,
+            rules,
+            batch_size=config.eval.batch_size,
+            max_tokens=config.eval.max_tokens or config.data.targets_length,
+            generate=config.eval.generate,
+        )
 
     # --- Optimizer, step, and what they need on the devices ---
     tx = make_optimizer(config.optimizer, config.train.steps, api.param_axes(model))
-    schedule = make_schedule(config.optimizer, config.train.steps)
+    schedule = jax.jit(make_schedule(config.optimizer, config.train.steps))
     shardings = train_state_shardings(model, tx, mesh, rules)
     train_step = jax.jit(
         make_train_step(
@@ -80,21 +105,22 @@ def train(config: Config) -> Path:
         out_shardings=(shardings, None),
     )
 
-    with sharding.use_mesh(mesh, rules):
+    with (
+        sharding.use_mesh(mesh, rules),
+        Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints,
+    ):
         # --- Resume, or begin ---
-        checkpoints = Checkpoints(run_dir, keep=config.checkpoint.keep)
-        loop = LoopState()
-        start = checkpoints.latest_step()
-        if start is not None:
-            saved = checkpoint.read_config(run_dir / checkpoint.CHECKPOINTS_DIR / str(start))
-            checkpoint.check_same_run(saved, config)
-            state, values = checkpoints.restore(start, train_state_shapes(model, tx), shardings)
-            loop = LoopState.from_values(values)
-            iterator.restore(loop.iterator)
-            monitor.truncate_metrics(run_dir, start)
+        start = int(last.name) if last else 0
+        if last:
             say(f"going on from step {start} of {run_dir}")
+            schedules = {saved.optimizer.schedule, config.optimizer.schedule}
+            if saved.train.steps != config.train.steps and schedules <= FALLING:
+                say(
+                    f"the {config.optimizer.schedule} schedule falls until step "
+                    f"{config.train.steps} from here on; so far it fell until {saved.train.steps}"
+                )
+            state = checkpoints.restore(last, train_state_shapes(model, tx), shardings)
         else:
-            start = 0
             key = jax.random.key(config.train.seed)
             create = jax.jit(
                 lambda key: create_train_state(model, tx, key), out_shardings=shardings
@@ -104,59 +130,51 @@ def train(config: Config) -> Path:
                 say(f"parameters from {source.path}")
                 state = state.replace(params=None)  # Never two copies on the devices.
                 state = state.replace(params=source.params(model, shardings.params))
-            monitor.truncate_metrics(run_dir, 0)
+        monitor.truncate_metrics(run_dir, start)
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         say(f"{num_params:,} parameters on {describe_mesh(mesh)}")
 
         # --- Train ---
-        writer = monitor.make_writer(run_dir)
         throughput = monitor.Throughput()
         bar = monitor.ProgressBar(config.train.steps, start)
-        evaluator = Evaluator(
-            model,
-            tokenizer,
-            mesh,
-            rules,
-            batch_size=config.eval.batch_size,
-            max_tokens=config.eval.max_tokens or config.data.targets_length,
-            generate=config.eval.generate,
-        )
-        reports = Reports(config, writer, bar, throughput, schedule)
-        batches = Prefetch(iterator, mesh, rules)
-        done = start >= config.train.steps or loop.stopped
-        with bar:
+        with bar, contextlib.closing(monitor.make_writer(run_dir)) as writer:
+            reports = Reports(config, writer, bar, throughput, schedule, loop.sums)
+            batches = Prefetch(iterator, mesh, rules)
             for step in itertools.count(start + 1):
-                if done:
-                    break
                 batch, num_tokens, position = next(batches)
                 # Nothing in here reads from the devices without saying so.
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
                 batches.fetch()  # While the devices work on the step.
                 reports.add(step, metrics, num_tokens)
-                loop.iterator = position
 
                 done = step == config.train.steps
                 evaluates = eval_sets and (done or step % config.eval.every == 0)
                 if evaluates or done or step % config.checkpoint.every == 0:
                     reports.flush()  # Raises before a state that is not finite could be saved.
+                    loop.iterator, loop.sums = position, reports.sums
                     with throughput.pause():
                         loss = None
                         if evaluates:
                             results = run_evaluation(evaluator, state.params, eval_sets)
                             loss = mean_loss([result for _, result in results.values()])
                             report_evaluation(step, results, loss, config, writer, bar)
-                            done |= loop.stops(step, loss, config.eval.patience)
-                        checkpoints.save(step, state, loop.values(), config, loss)
-            reports.flush()
-            checkpoints.wait()
-        checkpoints.close()
-        writer.close()
+                            loop.add(step, loss)
+                            if loop.stops(config.eval.patience):
+                                bar.print(f"stopping at step {step}: {loop.reason()}")
+                                done = True
+                        checkpoints.save(step, state, dataclasses.asdict(loop), config, loss)
+                if done:
+                    break
 
-    if config.eval.every and loop.best_step:
-        say(f"best validation loss {loop.best_loss:.4f} at step {loop.best_step}")
+    return _finish(run_dir, loop, config)
+
+
+def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
+    if loop.best_step:
+        say(f"best {config.eval.split} loss {loop.best_loss:.4f} at step {loop.best_step}")
     monitor.plot_losses(run_dir, run_dir / "loss.png")
     say(f"done: {run_dir} (loss.png shows the losses)")
     return run_dir
@@ -167,35 +185,37 @@ def train(config: Config) -> Path:
 
 @dataclasses.dataclass
 class LoopState:
-    """What the loop remembers besides the train state; saved with it."""
+    """What the loop remembers besides the train state, as plain values; saved with it."""
 
     iterator: dict = dataclasses.field(default_factory=dict)
-    best_loss: float = math.inf
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Metrics of the steps since the last line of metrics."""
+    best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
-    stopped: bool = False
 
-    def stops(self, step: int, loss: float, patience: int | None) -> bool:
-        """Takes in a validation loss; returns whether training should stop early."""
-        if loss < self.best_loss:
+    def add(self, step: int, loss: float) -> None:
+        """Takes in the validation loss of a step."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
         else:
             self.evaluations_since_best += 1
-        self.stopped = patience is not None and self.evaluations_since_best >= patience
-        if self.stopped:
-            say(
-                f"stopping at step {step}: {patience} evaluations without a validation loss below "
-                f"{self.best_loss:.4f}"
-            )
-        return self.stopped
 
-    def values(self) -> dict:
-        # JSON has no infinity.
-        return dataclasses.asdict(self) | {"best_loss": self.best_loss if self.best_step else None}
+    def stops(self, patience: int | None) -> bool:
+        """Returns whether the validation loss has stood still for too long."""
+        return patience is not None and self.evaluations_since_best >= patience
 
-    @classmethod
-    def from_values(cls, values: dict) -> "LoopState":
-        return cls(**values | {"best_loss": values["best_loss"] or math.inf})
+    def reason(self) -> str:
+        best = "that is finite" if self.best_loss is None else f"below {self.best_loss:.4f}"
+        return f"{self.evaluations_since_best} evaluations without a loss {best}"
+
+    def is_over(self, step: int, config: Config) -> str:
+        """Returns why a run that is started again has nothing left to do; empty if it has."""
+        if step >= config.train.steps:
+            return f"step {step} is reached, train.steps is {config.train.steps}; raise it to go on"
+        if self.stops(config.eval.patience):
+            return f"stopped early, after {self.reason()}; raise eval.patience to go on"
+        return ""
 
 
 class Prefetch:
@@ -203,7 +223,7 @@ class Prefetch:
 
     def __init__(self, iterator: BatchIterator, mesh: jax.sharding.Mesh, rules):
         self._iterator, self._mesh, self._rules = iterator, mesh, rules
-        self._slot = None
+        self._slot: tuple | None = None
 
     def fetch(self) -> None:
         batch = next(self._iterator)
@@ -222,11 +242,12 @@ class Prefetch:
 class Reports:
     """Reads a step's metrics once the next step is under way, so that the devices never wait."""
 
-    def __init__(self, config, writer, bar, throughput, schedule):
+    def __init__(self, config, writer, bar, throughput, schedule, sums: dict[str, float]):
+        """Args: sums: metrics of the steps since the last line, of the run that goes on."""
         self._config, self._writer, self._bar = config, writer, bar
         self._throughput, self._schedule = throughput, schedule
         self._pending = deque()
-        self._sums = None
+        self.sums = sums
 
     def add(self, step: int, metrics: dict[str, jax.Array], num_tokens: int) -> None:
         self._pending.append((step, metrics, num_tokens))
@@ -244,16 +265,17 @@ class Reports:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise NonFiniteLoss(
-                    f"{name} is {metrics[name]} at step {step}; the last good checkpoint stands. "
-                    "Lower optimizer.learning_rate, set optimizer.clip_norm or a longer warm-up, "
-                    "or set model.dtype to float32 to see whether precision is the cause"
+                    f"{name} is {metrics[name]} at step {step}; the last good checkpoint stands, "
+                    "and the same command goes on from it. Lower optimizer.learning_rate, or set "
+                    "model.dtype to float32 to see whether precision is the cause; a longer "
+                    "warm-up and optimizer.clip_norm help a run from its first step"
                 )
-        sums = self._sums or dict.fromkeys((*metrics, "steps"), 0.0)
-        self._sums = {name: sums[name] + value for name, value in (metrics | {"steps": 1}).items()}
+        metrics["steps"] = 1
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in metrics.items()}
         if step % self._config.train.log_every and step != self._config.train.steps:
             self._bar.update(step)
             return
-        sums, self._sums = self._sums, None
+        sums, self.sums = self.sums, {}
         tokens = max(sums["tokens"], 1)
         rates = self._throughput.read()
         scalars = {
@@ -300,25 +322,6 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
             )
     writer.write_scalars(step, scalars)
     writer.flush()
-
-
-def create_run_dir(config: Config) -> Path:
-    """Returns the run's folder, made if need be.
-
-    Raises:
-      ValueError: if it cannot be written.
-    """
-    run_dir = Path(config.run_dir).expanduser()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"run_dir {run_dir} cannot be written ({error.strerror}); choose another run_dir"
-        ) from None
-    return run_dir
 
 
 def _check_microbatches(config: Config, mesh) -> None:

@@ -13,7 +13,7 @@ from num2words import num2words
 from t5jax.data.prompts import prompted_task
 from t5jax.data.sources import Source
 from t5jax.data.vocabularies import train_sentencepiece
-from t5jax.metrics import bleu, exact_match
+from t5jax.metrics import bleu, char_bleu, exact_match
 
 
 @functools.cache
@@ -40,8 +40,8 @@ SOURCE = Source(
     }
 )
 
-# Task: its prompts, its answer, its metrics. BLEU needs answers of four words and more: German
-# writes a number as one.
+# Task: its prompts, its answer, its metrics. BLEU counts runs of four words; a number in German or
+# in digits is one word, so that there characters are counted.
 TASKS = {
     "numbers_en_fr": (
         [
@@ -59,7 +59,7 @@ TASKS = {
             "{english}\nIn German:",
         ],
         "{german}",
-        [exact_match],
+        [exact_match, char_bleu],
     ),
     "numbers_to_words": (
         ["Write in words: {digits}", "How is {digits} spelled?", "{digits}\nIn words:"],
@@ -69,7 +69,7 @@ TASKS = {
     "words_to_numbers": (
         ["Write in digits: {english}", "Which number is {english}?", "{english}\nIn digits:"],
         "{digits}",
-        [exact_match],
+        [exact_match, char_bleu],
     ),
 }
 

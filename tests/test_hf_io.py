@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from huggingface_hub import constants
-
 from t5jax.architectures import SIZES, T5Config, published
 from t5jax.config import AxisRules, MeshConfig, to_json
 from t5jax.hf import io, mapping, t5

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from t5jax import metrics
 
 ALL = (
@@ -67,6 +66,13 @@ def test_bleu_with_references_of_different_number():
     targets = [["a b c d", "e f g h"], ["i j k l", "m n o p"]]
     assert metrics.bleu(targets, ["e f g h", "i j k l"]) == {"bleu": 100.0}
     assert metrics.bleu(targets, ["i j k l", "e f g h"]) == {"bleu": 0.0}
+
+
+def test_char_bleu_counts_characters():
+    # 1-grams 4/5, 2-grams 2/4, 3-grams 1/3, 4-grams 0/2, smoothed to 1/4 (half of one).
+    score = metrics.char_bleu(["abcde"], ["abcxe"])["char_bleu"]
+    assert score == pytest.approx(100 * (4 / 5 * 2 / 4 * 1 / 3 * 1 / 4) ** 0.25)
+    assert metrics.char_bleu(["1984", "7"], ["1984", "7"]) == {"char_bleu": 100.0}
 
 
 def test_bleu_tokenizes_unicode_punctuation():

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-
 from t5jax.architectures import published
 from t5jax.config import AxisRules, MeshConfig, OptimizerConfig
 from t5jax.models import api

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-
 from t5jax import metrics
 from t5jax.architectures import T5Config
 from t5jax.batch import shift_right, train_spec
@@ -39,6 +38,7 @@ ROWS = [{"q": f"question {i}" + "!" * i, "a": f"answer {i}"} for i in range(6)]
 
 @pytest.fixture(autouse=True)
 def clean_registries():
+    pipeline.load_tasks()  # Shipped tasks load once, so they stay.
     before = {r: set(r.names()) for r in (seqio.TaskRegistry, seqio.MixtureRegistry)}
     yield
     for registry, names in before.items():
@@ -61,15 +61,17 @@ def make_config(mixture="asked", num_examples=None, **data) -> Config:
     )
 
 
-def train_model(vocab_size=60) -> bytes:
-    words = [a + b for a in ("c", "d", "m", "s", "th", "l") for b in ("at", "og", "it", "e", "o")]
-    return as_bytes([f"the {a} {a}s {b} {b}ing" for a in words for b in words], vocab_size)
+def make_lines() -> list[str]:
+    parts = [
+        a + b for a in ("c", "d", "m", "s", "th", "l") for b in ("at", "og", "it", "e2", "o17")
+    ]
+    return [f"the {a} {a}s {b} {b}ing, {a}{b}." for a in parts for b in parts]
 
 
-def as_bytes(lines, vocab_size) -> bytes:
+def train_model(vocab_size=40) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
+        sentence_iterator=iter(make_lines()),
         model_writer=model,
         vocab_size=vocab_size,
         pad_id=0,
@@ -181,7 +183,7 @@ def test_a_state_of_another_vocabulary_is_refused():
     add_task()
     state = pipeline.train_iterator(make_config()).state()
     now = pipeline.train_iterator(make_config(), SentencePieceTokenizer(train_model()))
-    with pytest.raises(ValueError, match="vocabulary was 'ByteTokenizer.* is 'SentencePieceTok"):
+    with pytest.raises(ValueError, match=r"vocabulary was 'ByteTokenizer.* is 'SentencePieceTok"):
         now.restore(state)
 
 
@@ -199,7 +201,7 @@ def test_a_row_that_does_not_fit_is_a_plain_error_in_training_and_evaluation():
     with pytest.raises(ValueError, match=message.format("train")) as error:
         for _ in zip(pipeline.train_iterator(make_config()), range(5), strict=False):
             pass
-    assert error.value.__cause__ is None
+    assert error.value.__context__ is None  # Nothing of TensorFlow's is shown.
     with pytest.raises(ValueError, match=message.format("validation")):
         pipeline.eval_sets(make_config())
 
@@ -228,15 +230,15 @@ def test_plain_seqio_tasks_mix_with_prompted_ones():
     assert [BYTES.decode(ids) for ids in batch["encoder_input_tokens"]] == ["plain é"] * 2
 
     # Its vocabulary is fixed, so the run must have the same.
-    with pytest.raises(ValueError, match="task plain has the vocabulary ByteTokenizer.*but the ru"):
+    with pytest.raises(ValueError, match=r"task plain has the vocabulary ByteTok.*but the run"):
         pipeline.tokenizer_for(make_config("plain"), SentencePieceTokenizer(train_model()))
 
 
 def test_the_nearest_names_are_offered():
     add_task("translate_en_fr")
-    with pytest.raises(ValueError, match="'translate_en_rf'.*did you mean translate_en_fr"):
+    with pytest.raises(ValueError, match=r"'translate_en_rf'.*did you mean translate_en_fr"):
         pipeline.check_mixture("translate_en_rf")
-    with pytest.raises(ValueError, match="data.mixture is '', .*known are .*translate_en_fr"):
+    with pytest.raises(ValueError, match=r"data.mixture is '', .*known are .*translate_en_fr"):
         pipeline.train_iterator(make_config(""))
 
 
@@ -299,7 +301,7 @@ def test_ids_in_tensorflow_are_those_in_python(tmp_path):
         for text in ("the cat", "é <extra_id_0> cat<extra_id_1>\n x", "", "<extra_id_7>ing"):
             ids = tokenizer.encode(text)
             assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids
-            decoded = vocabulary.decode_tf(tf.constant([ids + [1]], tf.int32)).numpy()
+            decoded = vocabulary.decode_tf(tf.constant([[*ids, 1]], tf.int32)).numpy()
             assert [d.decode() for d in decoded] == [tokenizer.decode(ids)]
 
     theirs = seqio.SentencePieceVocabulary(str(tmp_path / "m.model"), extra_ids=100)
@@ -309,7 +311,7 @@ def test_ids_in_tensorflow_are_those_in_python(tmp_path):
     changed = seqio.SentencePieceVocabulary(str(tmp_path / "m.model"), 100, reverse_extra_ids=False)
     with pytest.raises(ValueError, match="changes its model"):
         as_tokenizer(changed)
-    with pytest.raises(ValueError, match="cannot read the vocabulary .*absent"):
+    with pytest.raises(ValueError, match=r"cannot read the vocabulary .*absent"):
         as_tokenizer(seqio.SentencePieceVocabulary(str(tmp_path / "absent"), 100))
     with pytest.raises(ValueError, match="PassThroughVocabulary has no tokenizer outside of SeqIO"):
         as_tokenizer(seqio.PassThroughVocabulary(10))
@@ -321,9 +323,9 @@ def test_the_run_decides_and_the_task_is_asked_last(tmp_path):
 
     piece = SentencePieceTokenizer(train_model())
     add_task(vocabulary=own)
-    (tmp_path / "m.model").write_bytes(train_model(50))
+    (tmp_path / "m.model").write_bytes(train_model(45))
     config = make_config(vocabulary=str(tmp_path / "m.model"))
-    assert pipeline.tokenizer_for(config, piece).vocab_size == 150
+    assert pipeline.tokenizer_for(config, piece).vocab_size == 145
     assert pipeline.tokenizer_for(make_config(), piece) is piece
     piece.save(tmp_path / "init")
     config = dataclasses.replace(make_config(), init=InitConfig(model=str(tmp_path / "init")))
@@ -341,7 +343,7 @@ def test_missing_and_clashing_vocabularies_are_errors():
     add_task("open", vocabulary=None)
     with pytest.raises(ValueError, match="open names no vocabulary, and neither does the run; set"):
         pipeline.tokenizer_for(make_config("open"))
-    with pytest.raises(ValueError, match="the run has no vocabulary; set data.vocabulary"):
+    with pytest.raises(ValueError, match=r"the run has no vocabulary; set data.vocabulary"):
         RunVocabulary().encode("text")
     with run_vocabulary(BYTES):
         assert RunVocabulary().encode("a") == [100]
@@ -351,7 +353,7 @@ def test_missing_and_clashing_vocabularies_are_errors():
     add_task()
     add_task("piece", vocabulary=SentencePieceTokenizer(train_model()))
     seqio.MixtureRegistry.add("clash", ["asked", "piece"], default_rate=1.0)
-    with pytest.raises(ValueError, match="task piece has the vocabulary SentencePiece.*ByteTok"):
+    with pytest.raises(ValueError, match=r"task piece has the vocabulary SentencePiece.*ByteTok"):
         pipeline.tokenizer_for(make_config("clash"))
     assert pipeline.tokenizer_for(make_config("clash", vocabulary="bytes"))
 
@@ -368,24 +370,19 @@ def test_a_model_with_other_special_ids_is_refused(field, value):
 
 def test_sentencepiece_training_is_repeatable_and_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("T5JAX_CACHE", str(tmp_path / "cache"))
-    words = [a + b for a in "cdmsl" for b in ("at", "og", "it", "e1", "o27")]
-    lines = [f"the {a} {a}s {b} {b}ing" for a in words for b in words]
+    lines = make_lines()
     path = train_sentencepiece(iter(lines), 50)
     tokenizer = load_tokenizer(path)
-    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (
-        150,
-        0,
-        1,
-        2,
-    )
-    assert len(tokenizer.encode("27 2727")) >= 6  # Digits are single.
+    assert tokenizer.vocab_size == 150
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    assert len(tokenizer.encode("17 1717")) >= 6  # Digits are single.
     other = train_sentencepiece(lines, 50, tmp_path / "new" / "other.model")
     assert other.read_bytes() == path.read_bytes()
     path.write_bytes(b"kept")
     assert train_sentencepiece(lines, 50).read_bytes() == b"kept"
     assert train_sentencepiece(lines, 49) != path != train_sentencepiece(lines[1:], 50)
     assert [p.suffix for p in path.parent.iterdir()] == [".model"] * 3
-    with pytest.raises(ValueError, match="a SentencePiece vocabulary of 5000 pieces on 625 lines:"):
+    with pytest.raises(ValueError, match="a SentencePiece vocabulary of 5000 pieces on 900 lines:"):
         train_sentencepiece(lines, 5000)
 
 
@@ -401,9 +398,7 @@ def test_task_files_load_once_and_a_broken_one_leaves_nothing(tmp_path):
     prompted_task("mine", source, [("{q}", "{a}")], metrics=[], vocabulary="bytes")
     """
     path.write_text(textwrap.dedent(task) + "1 / 0\n")
-    with pytest.raises(
-        ValueError, match=r"task file .*mine\.py fails: ZeroDivisionError: division"
-    ):
+    with pytest.raises(ValueError, match=r"task file .*mine\.py fails: ZeroDivisionError"):
         pipeline.load_tasks([str(path)])
     assert "mine" not in pipeline.task_names()
     path.write_text(textwrap.dedent(task))
@@ -415,20 +410,26 @@ def test_task_files_load_once_and_a_broken_one_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-def test_another_process_reads_the_same_batches_and_starts_quietly(tmp_path):
+def test_another_process_reads_the_same_batches_and_starts_and_ends_quietly():
     program = """
-    import sys
     from t5jax.architectures import T5Config
     from t5jax.config import Config, DataConfig
     from t5jax.data import pipeline
     pipeline.load_tasks()
-    data = DataConfig(mixture="numbers", vocabulary="bytes", inputs_length=64, batch_size=8)
+    data = DataConfig("numbers_to_words", (), "bytes", inputs_length=64, batch_size=8)
     batches = pipeline.train_iterator(Config(model=T5Config(vocab_size=384), data=data))
     next(batches)
     print(next(batches)["encoder_input_tokens"].tolist())
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
-    assert [run.stderr for run in runs] == ["", ""]
-    assert runs[0].stdout == runs[1].stdout
-    assert len(json.loads(runs[0].stdout)) == 8
+    # It ends while its data set still reads ahead, and must not wait for that.
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.stderr == ""
+    data = DataConfig("numbers_to_words", (), "bytes", inputs_length=64, batch_size=8)
+    batches = pipeline.train_iterator(Config(model=T5Config(vocab_size=384), data=data))
+    next(batches)
+    assert json.loads(run.stdout) == next(batches)["encoder_input_tokens"].tolist()

@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
 from t5jax import metrics
-from t5jax.data.prompts import Template, prompted_task, source_errors
+from t5jax.data.prompts import Template, prompted_task, read
 from t5jax.data.sources import Source, jsonl
 from t5jax.data.tf import seqio
 from t5jax.data.vocabularies import run_vocabulary
@@ -28,8 +27,9 @@ def make_task(rows, templates=TEMPLATES, **settings):
 
 
 def examples(task, split):
-    with run_vocabulary(ByteTokenizer()), source_errors():
-        return list(task.get_dataset(None, split, shuffle=False).as_numpy_iterator())
+    with run_vocabulary(ByteTokenizer()):
+        dataset = task.get_dataset(None, split, shuffle=False)
+    return read(lambda: list(dataset.as_numpy_iterator()))
 
 
 # --- Templates ----------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_a_mistyped_template_is_found_at_registration(text, message):
     pattern = message if message.startswith("inputs of") else re.escape(message)
     with pytest.raises(ValueError, match=pattern):
         make_task(ROWS, [(text, "{a}")])
-    with pytest.raises(ValueError, match="task 'prompted': targets of template '{q}'"):
+    with pytest.raises(ValueError, match=r"task 'prompted': targets of template '{q}'"):
         make_task(ROWS, [("{q}", text)])
     assert "prompted" not in seqio.TaskRegistry.names()
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-
 from t5jax.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -188,12 +187,12 @@ def test_damaged_files_are_named(model, tmp_path):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             load_tokenizer(bad)
-    with pytest.raises(ValueError, match="cannot read .*absent"):
+    with pytest.raises(ValueError, match=r"cannot read .*absent"):
         SentencePieceTokenizer(tmp_path / "absent")
 
     folder = tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(ValueError, match="folder holds no tokenizer; expected spiece.model"):
+    with pytest.raises(ValueError, match=r"folder holds no tokenizer; expected spiece.model"):
         load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json in .*folder is damaged"):

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import logging
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from t5jax import shipped
 from t5jax.batch import DECODER_LOSS_WEIGHTS, Batch, train_spec, validate_batch
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalExample, EvalSet
-from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, source_errors
+from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, read
 from t5jax.data.tf import seqio, tf
 from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
 from t5jax.tokenizers import Tokenizer, load_tokenizer
@@ -79,7 +80,11 @@ def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
     names = task_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"known are {', '.join(names) or 'none'}"
+        )
         raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint}")
     found = seqio.get_mixture_or_task(name)
     if set(found.output_features) != {"inputs", "targets"}:
@@ -105,9 +110,10 @@ def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> To
         tokenizer = load_tokenizer(config.data.vocabulary)
     elif tokenizer is None and config.init.model:
         tokenizer = load_tokenizer(config.init.model)
+    run_has_one = tokenizer is not None
     for task in seqio.get_subtasks(check_mixture(config.data.mixture)):
         for feature in task.output_features.values():
-            own = _own_tokenizer(feature.vocabulary, run_has_one=tokenizer is not None)
+            own = _own_tokenizer(feature.vocabulary, run_has_one)
             tokenizer = tokenizer or own
             if own and repr(own) != repr(tokenizer):
                 raise ValueError(
@@ -124,7 +130,7 @@ def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> To
     return tokenizer
 
 
-def _own_tokenizer(vocabulary: seqio.Vocabulary, *, run_has_one: bool) -> Tokenizer | None:
+def _own_tokenizer(vocabulary: seqio.Vocabulary, run_has_one: bool) -> Tokenizer | None:
     if isinstance(vocabulary, RunVocabulary):
         return None if run_has_one else vocabulary.default
     return as_tokenizer(vocabulary)
@@ -181,22 +187,30 @@ class _TrainIterator:
         self._fingerprint = {f"data.{field}": getattr(config.data, field) for field in fields}
         self._fingerprint["vocabulary"] = repr(tokenizer)
         self._num_batches = 0
-        self._batches = None
+        self._reading = []  # The open tf.data iterator, or nothing.
+        # At the latest when Python exits: it would wait forever for threads that read on.
+        weakref.finalize(self, self._reading.clear)
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
-        with source_errors():
-            if self._batches is None:
-                dataset = self._dataset().skip(self._num_batches)
-                self._batches = dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-            batch = next(self._batches, None)
+        try:
+            batch = read(self._next)
+        except Exception:
+            self._reading.clear()  # It would read on in the background.
+            raise
         if batch is None:
             raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
         validate_batch(batch, self.spec)
         self._num_batches += 1
         return batch
+
+    def _next(self) -> Batch | None:
+        if not self._reading:
+            dataset = self._dataset().skip(self._num_batches).prefetch(tf.data.AUTOTUNE)
+            self._reading.append(dataset.as_numpy_iterator())
+        return next(self._reading[0], None)
 
     def state(self) -> dict:
         return {"batches": self._num_batches, "fingerprint": dict(self._fingerprint)}
@@ -210,7 +224,7 @@ class _TrainIterator:
                     "now; set it back, or begin a new run_dir"
                 )
         self._num_batches = state["batches"]
-        self._batches = None
+        self._reading.clear()
 
     def _dataset(self) -> tf.data.Dataset:
         with run_vocabulary(self._tokenizer):
@@ -259,10 +273,10 @@ def eval_sets(
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     lengths = {"inputs": config.data.inputs_length, "targets": config.data.targets_length}
-    with run_vocabulary(tokenizer), source_errors():
+    with run_vocabulary(tokenizer):
         dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1)
-        limit = -1 if config.eval.num_examples is None else config.eval.num_examples
-        rows = list(dataset.take(limit).as_numpy_iterator())
+    limit = -1 if config.eval.num_examples is None else config.eval.num_examples
+    rows = read(lambda: list(dataset.take(limit).as_numpy_iterator()))
     if not rows:
         raise ValueError(f"task {task.name} has no examples in its split {split!r}")
     if len(task.metric_fns) > len(task.predict_metric_fns):

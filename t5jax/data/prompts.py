@@ -13,7 +13,6 @@ template. In any other split row i has template i mod n, so that an evaluation c
 at the split's own size.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -108,13 +107,13 @@ def prompted_task(
     if not templates:
         raise ValueError(f"task {name!r} has no templates; give at least one (inputs, targets)")
     try:
-        templates = [_as_template(template) for template in templates]
+        parsed = [_as_template(template) for template in templates]
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from None
     feature = seqio.Feature(RunVocabulary(vocabulary), add_eos=True)
     return seqio.TaskRegistry.add(
         name,
-        source=_PromptedSource(name, source, templates, references),
+        source=_PromptedSource(name, source, parsed, references),
         output_features={"inputs": feature, "targets": feature},
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         postprocess_fn=_postprocess_fn(postprocess or (lambda text: text)),
@@ -123,16 +122,19 @@ def prompted_task(
     )
 
 
-@contextlib.contextmanager
-def source_errors():
-    """Inside, what a source or template raised is raised as it was, not as TensorFlow wraps it."""
+def read(function: Callable[[], Any]) -> Any:
+    """Returns `function()`, which reads a data set.
+
+    What a source or a template has raised is raised as it was, not as TensorFlow wraps it.
+    """
     try:
-        yield
+        return function()
     except tf.errors.OpError as error:
         found = re.search(_ERROR_KEY.format(r"(\d+)"), str(error))
         if found is None:
             raise
-        raise _errors[int(found[1])] from None
+    # Not within `except`: the wrapping's traceback would keep the data set alive, and reading.
+    raise _errors[int(found[1])]
 
 
 # An exception cannot pass through TensorFlow, a number in a message can.

@@ -9,29 +9,31 @@ import sys
 
 
 @contextlib.contextmanager
-def _nothing_on_stderr():
-    """Drops what native code writes to file descriptor 2; Python's exceptions pass."""
+def _quietly():
+    """Drops what native code logs: start-up lines (oneDNN, no CUDA) now, and later its warnings,
+    which repeat every error of a data set that reaches the user anyway."""
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+    if level in (None, "1"):  # JAX sets 1.
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     sys.stderr.flush()
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(null)
 
 
-# 3 leaves out what TensorFlow reports of errors that reach the user anyway. Its start-up lines
-# (oneDNN, no CUDA) come before it reads this setting.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with _nothing_on_stderr():
+with _quietly():
     import seqio
     import tensorflow as tf
 
-# A program that has used TensorFlow before may have placed it on purpose, and cannot move it.
-with contextlib.suppress(RuntimeError):
-    for kind in ("GPU", "TPU"):
-        tf.config.set_visible_devices([], kind)
+    # Looks for devices, and reports each kind that it does not find. A program that has used
+    # TensorFlow before may have placed it on purpose, and cannot move it.
+    with contextlib.suppress(RuntimeError):
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
 
 __all__ = ["seqio", "tf"]

@@ -90,6 +90,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
             return native.tokenize(tf.strings.regex_replace(s, SPACED_SENTINEL.pattern, r" \1"))
 
         def encode(text):
+            text = text if isinstance(text, bytes) else text.item()  # The latter outside of graphs.
             return np.array(tokenizer.encode(text.decode()), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32)
@@ -214,7 +215,7 @@ def train_sentencepiece(
       ValueError: where the lines do not give a vocabulary of this size.
     """
     lines = list(lines)
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "model_type": model_type,
         "pad_id": 0,

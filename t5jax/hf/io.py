@@ -138,7 +138,10 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
             f"{', '.join(family.architectures)}, whose checkpoints hold the whole network"
         )
     has_weights = _weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH)
-    with open_tensors(folder) if has_weights else contextlib.nullcontext({}) as tensors:
+    opened: contextlib.AbstractContextManager[Tensors] = (
+        open_tensors(folder) if has_weights else contextlib.nullcontext({})
+    )
+    with opened as tensors:
         return family.read_config(raw, tensors)
 
 

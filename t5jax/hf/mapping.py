@@ -189,7 +189,7 @@ def check_leaves(rows: list[Row], shapes: Mapping, params: Mapping) -> None:
     """
     covered = {row.ours for row in rows}
     assert covered == set(shapes), sorted(covered ^ set(shapes))
-    problems = {
+    problems: dict[str, list[tuple[str, Any]]] = {
         "missing": [(name, list(shapes[name].shape)) for name in shapes if name not in params],
         "that no row of the table covers": [
             (name, list(params[name].shape)) for name in params if name not in shapes
@@ -234,7 +234,7 @@ def check_tensors(
                 elif not same_values(tensors[present[0]], tensor):
                     different.append((other, f"differs from {present[0]}"))
     unexpected = [(name, list(tensors[name].shape)) for name in tensors if name not in known]
-    problems = {
+    problems: dict[str, list[tuple[str, Any]]] = {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshaped,

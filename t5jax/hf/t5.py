@@ -9,7 +9,7 @@ Axes: v vocab, d model, h heads, k head dim, f mlp, n buckets.
 import warnings
 from typing import Any
 
-from t5jax.architectures import T5Config
+from t5jax.architectures import MlpActivation, T5Config
 from t5jax.hf.mapping import Family, Rearrange, Row, Tensors, same_values, warn_unknown
 
 _EMBEDDING = "shared.weight"
@@ -118,7 +118,7 @@ _SYNONYMS = {
 }
 
 # feed_forward_proj: (ours, names of the inner function, the one we write first).
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, tuple[MlpActivation, tuple[str, ...]]] = {
     "relu": ("relu", ("relu",)),
     "gated-gelu": ("gated-gelu", ("gelu_new",)),
     "gated-gelu_new": ("gated-gelu", ("gelu_new",)),
@@ -168,7 +168,9 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
                 f"config.json: {key} is {given[key]!r}, which is not implemented; {expected}"
             )
 
-    values = defaults | {key: given[key] for key in (*defaults, *_OPTIONAL) if key in given}
+    values: dict[str, Any] = defaults | {
+        key: given[key] for key in (*defaults, *_OPTIONAL) if key in given
+    }
     if isinstance(values["eos_token_id"], list) and len(values["eos_token_id"]) == 1:
         values["eos_token_id"] = values["eos_token_id"][0]
     values.setdefault("num_decoder_layers", values["num_layers"])
@@ -220,7 +222,7 @@ def _check_types(values, defaults):
             )
 
 
-def _read_activation(values) -> str:
+def _read_activation(values) -> MlpActivation:
     name = values["feed_forward_proj"]
     if name not in _ACTIVATIONS:
         raise ValueError(

@@ -63,6 +63,29 @@ class RMSNorm(nn.Module):
         return (x * scale).astype(self.dtype)
 
 
+@jax.custom_vjp
+def _lookup(table_VD, tokens_BT):
+    """Returns rows of a table [B, T, D]; its gradient is summed in float32.
+
+    In bfloat16 the sum over the occurrences of one token would stand still after the 256th.
+    """
+    return jnp.take(table_VD, tokens_BT, axis=0)
+
+
+def _lookup_forward(table_VD, tokens_BT):
+    return _lookup(table_VD, tokens_BT), (table_VD, tokens_BT)
+
+
+def _lookup_backward(saved, grad_BTD):
+    table_VD, tokens_BT = saved
+    zeros_VD = jnp.zeros(table_VD.shape, jnp.float32)
+    grad_VD = zeros_VD.at[tokens_BT].add(grad_BTD.astype(jnp.float32))
+    return grad_VD.astype(table_VD.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 class Embedding(nn.Module):
     """A table of vectors; `attend` uses the same table as an output matrix."""
 
@@ -78,7 +101,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
     def __call__(self, tokens_BT):
-        return jnp.take(self.embedding, tokens_BT, axis=0).astype(self.dtype)
+        return _lookup(self.embedding, tokens_BT).astype(self.dtype)
 
     def attend(self, x_BTD):
         """Returns float32 logits [B, T, V]."""

@@ -1,0 +1,79 @@
+# Everything from a clean checkout: each target installs what it needs first, into $(VENV).
+#
+#   make quickstart                    train, evaluate, export and ask a small T5, on CPU
+#   make test                          the checks; Python 3.11 to 3.13 and make are all they need
+#   make test PYTHON=python3.12 VENV=.venv-py312      the same with another Python
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# The first of these that starts and that the packages support. A name alone says little: pyenv
+# leaves commands on the path that only report that they are not there.
+SUPPORTED := import ensurepip, sys, venv; assert (3, 11) <= sys.version_info < (3, 14)
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3 python3.12 python3.13; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+endif
+VERSION := $(shell $(PYTHON) -c '$(SUPPORTED); print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+
+# The versions tested together. jax and flax of Python 3.11 are older than those of 3.12 and later.
+CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
+
+INSTALLED := $(VENV)/.installed-$(VERSION)
+# What the parity tests compare with, of which nothing else makes use. No version of torch is
+# among those tested for Python 3.12: there these tests skip.
+TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
+
+.PHONY: help
+help:  ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: install
+install: $(INSTALLED)  ## make the environment and put t5jax into it, for CPU
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+ifeq ($(VERSION),)
+	@echo "$(if $(PYTHON),$(PYTHON) does not run or is not,there is no) Python 3.11, 3.12 or 3.13" \
+	  "with its venv module (Debian and Ubuntu: apt install python3-venv); install one, or name" \
+	  "it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2
+	@exit 1
+endif
+	[ -x $(BIN)/pip$(VERSION) ] || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.torch-installed-%: $(VENV)/.installed-%
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[torch]'
+	@touch $@
+
+.PHONY: quickstart
+quickstart: install  ## train a small T5 for some minutes, evaluate, export and ask it
+	$(BIN)/t5jax train quickstart
+	$(BIN)/t5jax eval runs/quickstart --split test
+	$(BIN)/t5jax export runs/quickstart runs/quickstart/export --overwrite
+	$(BIN)/t5jax infer --model runs/quickstart/export --prompt \
+	  "Translate English to French: two hundred and forty-one" \
+	  "How is 1984 spelled?" \
+	  "Which number is seven thousand and eleven?"
+	@echo
+	@echo 'Next, a prompt of your own:'
+	@echo "  $(BIN)/t5jax infer --model runs/quickstart/export --prompt 'How do you say ninety in German?'"
+
+.PHONY: test
+test: install $(TORCH_INSTALLED)  ## every test
+	$(BIN)/python -m pytest
+
+.PHONY: test-fast
+test-fast: install  ## the tests of a few seconds each, without torch
+	$(BIN)/python -m pytest -m 'not slow and not hf'
+
+.PHONY: lint
+lint: install  ## rules, format and types: ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.PHONY: clean
+clean:  ## remove environments, caches and builds; runs/ stays
+	rm -rf $(VENV) .venv-* build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

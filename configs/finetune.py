@@ -1,0 +1,29 @@
+"""Fine-tuning a pre-trained T5 on one task, with T5's own recipe.
+
+    t5jax train finetune --init.model google/flan-t5-base --data.mixture MIXTURE
+
+Adafactor at a constant 1e-3 and dropout 0.1, as Raffel et al. 2020 (arXiv:1910.10683) fine-tune.
+Hardware: flan-t5-small on a CPU for a try; flan-t5-base on one TPU chip or GPU; for the larger ones
+set mesh.fsdp, model.dtype bfloat16 and model.remat minimal. Result to expect: that of your task;
+stop early by eval.patience.
+"""
+
+from t5jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/finetune",
+        data=DataConfig(inputs_length=256, targets_length=64, batch_size=32),
+        optimizer=OptimizerConfig(name="adafactor", learning_rate=1e-3),
+        train=TrainConfig(steps=1000),
+        eval=EvalConfig(every=200, patience=3),
+        checkpoint=CheckpointConfig(every=200),
+    )

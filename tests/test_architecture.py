@@ -1,0 +1,291 @@
+"""Dependencies point one way, and the heavy packages stay where they belong."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "t5jax"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# The order of the design, from the top down: a module imports only from rows below its own, or
+# from a neighbour in its row that does not import it back. A package's name stands for its files.
+ORDER = [
+    {"t5jax.cli"},
+    {"t5jax.train"},
+    {"t5jax.evaluate"},
+    {"t5jax.pretrained"},
+    {"t5jax.checkpoint", "t5jax.decoding", "t5jax.hf", "t5jax.train_step", "t5jax.monitor"},
+    {"t5jax.train_state", "t5jax.losses", "t5jax.optimizers"},
+    {"t5jax.models"},
+    {"t5jax.sharding"},
+    {"t5jax.data.api", "t5jax.tokenizers", "t5jax.metrics"},
+    {"t5jax.batch"},
+    {"t5jax.config"},
+    {"t5jax.architectures", "t5jax.shipped"},
+]
+# Leaves: what they import is as light as they need it, who imports them does so in functions.
+LEAVES = "t5jax.data"
+
+
+class Import:
+    """One import statement: what, and whether it runs when its file is imported."""
+
+    def __init__(self, name: str, lazy: bool):
+        self.name, self.lazy = name, lazy
+
+
+def imports(path: Path) -> list[Import]:
+    found = []
+
+    def visit(node, lazy):
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # `from t5jax.data import tf` imports t5jax.data.tf, `from t5jax.batch import Batch`
+            # a name of t5jax.batch.
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.append(Import(name if name in MODULES else node.module, lazy))
+        inside = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def row(module: str) -> int | None:
+    for number, names in enumerate(ORDER):
+        if any(is_in(module, name) for name in names):
+            return number
+    return None
+
+
+def test_every_module_has_its_place():
+    homeless = [m for m in MODULES if row(m) is None and not is_in(m, LEAVES) and m != "t5jax"]
+    assert not homeless, "write these into ORDER, where the design has them"
+    for names in ORDER:
+        for name in names:
+            assert any(is_in(m, name) for m in MODULES), f"{name} is gone"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if row(m) is not None])
+def test_imports_point_down(module):
+    for found in imports(MODULES[module]):
+        if found.lazy or not is_in(found.name, "t5jax") or found.name == "t5jax":
+            continue  # A lazy import of what lies above would be seen in a cycle of calls.
+        below = row(found.name)
+        assert below is not None, f"{module} imports {found.name} at its top"
+        same = [p for names in ORDER for p in names if is_in(module, p) and is_in(found.name, p)]
+        assert below > row(module) or same, f"{module} imports {found.name}, which lies above it"
+
+
+def test_no_cycle_within_a_row_either():
+    graph = {m: {i.name for i in imports(p) if i.name in MODULES} for m, p in MODULES.items()}
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path, module])
+        if module in done:
+            return
+        path.append(module)
+        for name in sorted(graph[module]):
+            visit(name)
+        done.add(path.pop())
+
+    for module in graph:
+        # t5jax/__init__ and tokenizers look up the modules above them when a function is called.
+        if module not in ("t5jax", "t5jax.tokenizers"):
+            visit(module)
+
+
+def test_models_are_reached_through_their_api():
+    for module, path in MODULES.items():
+        if not is_in(module, "t5jax.models"):
+            for found in imports(path):
+                inner = is_in(found.name, "t5jax.models") and found.name != "t5jax.models.api"
+                assert not inner, f"{module} imports {found.name}; use t5jax.models.api"
+
+
+def test_data_is_imported_in_functions():
+    for module, path in MODULES.items():
+        if not is_in(module, LEAVES):
+            for found in imports(path):
+                heavy = is_in(found.name, LEAVES) and found.name != "t5jax.data.api"
+                assert not heavy or found.lazy, f"{module} imports {found.name} at its top"
+
+
+@pytest.mark.parametrize(
+    ("packages", "home"),
+    [
+        (("tensorflow", "tensorflow_text", "tensorflow_datasets", "seqio"), "t5jax.data"),
+        (("flax.linen",), "t5jax.models"),
+    ],
+)
+def test_packages_stay_at_home(packages, home):
+    users = {
+        module
+        for module, path in MODULES.items()
+        for found in imports(path)
+        if any(is_in(found.name, package) for package in packages)
+    }
+    assert users, "the test looks for the wrong name"
+    assert all(is_in(user, home) and user != "t5jax.data.api" for user in users), users
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "clu", "matplotlib", "tyro"])
+def test_packages_that_wait_for_a_function(package):
+    for module, path in MODULES.items():
+        for found in imports(path):
+            assert found.lazy or not is_in(found.name, package), f"{module} imports {package}"
+
+
+# --- In a process of its own ----------------------------------------------------------------------
+
+BLOCK = """
+import sys
+
+BLOCKED = {"tensorflow", "tensorflow_text", "seqio", "tensorflow_datasets", "torch",
+           "transformers", "clu"}
+
+class Without:  # A finder that does not find them.
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] in BLOCKED else self.finder.find_spec(name, *args)
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+
+
+def run_python(code, *args):
+    code = BLOCK + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, *map(str, args)]
+    env = tiny.environment()
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_blocker_blocks():
+    run_python(
+        """
+        try:
+            import tensorflow
+        except ImportError:
+            sys.exit(0)
+        sys.exit(1)
+        """
+    )
+
+
+def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_used(tmp_path):
+    out = run_python(
+        """
+        from pathlib import Path
+
+        import jax
+        import numpy as np
+
+        import t5jax
+        from t5jax import checkpoint, pretrained, sharding
+        from t5jax.architectures import T5Config
+        from t5jax.batch import pad_ids, shift_right
+        from t5jax.config import Config, LossConfig, OptimizerConfig
+        from t5jax.models import api
+        from t5jax.optimizers import make_optimizer
+        from t5jax.tokenizers import ByteTokenizer
+        from t5jax.train_state import (
+            create_train_state,
+            train_state_shapes,
+            train_state_shardings,
+        )
+        from t5jax.train_step import make_train_step
+
+        run_dir = Path(sys.argv[1])
+        model = T5Config(vocab_size=384, d_model=16, d_kv=4, d_ff=32, num_heads=4,
+                         num_encoder_layers=1, num_decoder_layers=1, scan_layers=False)
+        config = Config(model=model, run_dir=str(run_dir))
+        tx = make_optimizer(OptimizerConfig(), 10, api.param_axes(model))
+        mesh = sharding.make_mesh()
+        shardings = train_state_shardings(model, tx, mesh, config.axes)
+        targets = pad_ids([[5, 6, 1], [7, 1]], 2, 4)
+        batch = {
+            "encoder_input_tokens": pad_ids([[3, 4, 1], [9, 1]], 2, 4),
+            "decoder_input_tokens": shift_right(targets, 0),
+            "decoder_target_tokens": targets,
+            "decoder_loss_weights": (targets != 0).astype("float32"),
+        }
+        with sharding.use_mesh(mesh, config.axes):
+            state = jax.jit(
+                lambda: create_train_state(model, tx, jax.random.key(0)), out_shardings=shardings
+            )()
+            state, metrics = jax.jit(make_train_step(model, tx, LossConfig()))(state, batch)
+            assert float(metrics["tokens"]) == 5
+            with checkpoint.Checkpoints(run_dir) as checkpoints:
+                checkpoints.save(1, state, {"batches": 1}, config)
+            ByteTokenizer().save(run_dir / "tokenizer")
+            last = checkpoint.latest_checkpoint(run_dir)
+            with checkpoint.Checkpoints(run_dir) as checkpoints:
+                shapes = train_state_shapes(model, tx)
+                restored = checkpoints.restore(last, shapes, shardings)
+            jax.tree.map(np.testing.assert_array_equal, restored, state)
+        options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
+        pretrained.export_model(str(run_dir), str(run_dir / "hf"), **options)
+        ours = t5jax.load(str(run_dir)).generate(["abc"], max_tokens=4)
+        theirs = t5jax.load(str(run_dir / "hf")).generate(["abc"], max_tokens=4)
+        assert ours == theirs
+        print("done", ours)
+        """,
+        tmp_path / "run",
+    )
+    assert out.startswith("done ['")
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["trian"]])
+def test_command_line_answers_without_heavy_imports(args):
+    out = run_python(
+        """
+        from t5jax.cli import main
+
+        main(sys.argv[1:])
+        heavy = {"jax", "flax", "tyro", "numpy", "rich", "orbax"} & set(sys.modules)
+        assert not heavy, heavy
+        """,
+        *args,
+    )
+    assert out or args == ["trian"]
+
+
+def test_help_of_a_command_loads_no_jax():
+    out = run_python(
+        """
+        from t5jax.cli import main
+
+        try:
+            main(["train", "--help"])
+        except SystemExit:
+            heavy = {"jax", "flax"} & set(sys.modules)
+            assert not heavy, heavy
+        """
+    )
+    assert "--optimizer.learning-rate" in out

@@ -1,0 +1,213 @@
+"""Checkpoints: which stay, which is best, and what half-written or damaged ones do."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t5jax import checkpoint
+from t5jax.architectures import T5Config
+from t5jax.checkpoint import Checkpoints, best_checkpoint, latest_checkpoint
+from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
+from t5jax.train_state import TrainState
+
+CONFIG = Config(model=T5Config(d_model=16))
+
+
+def state_of(step):
+    params = {"w": jnp.arange(16.0).reshape(8, 2) + step, "b": jnp.full((3,), step, jnp.bfloat16)}
+    return TrainState(jnp.int32(step), params, {"mu": params})
+
+
+def save(run_dir, losses, keep=None):
+    """Saves a checkpoint for each step; the value is its validation loss."""
+    with Checkpoints(run_dir, keep=keep) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, state_of(step), {"at": step}, CONFIG, loss)
+
+
+def restore(run_dir, step, shardings=None):
+    shapes = jax.eval_shape(lambda: state_of(step))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = shardings or jax.tree.map(lambda _: one, shapes)
+    with Checkpoints(run_dir) as checkpoints:
+        return checkpoints.restore(run_dir / "checkpoints" / str(step), shapes, shardings)
+
+
+def steps(run_dir):
+    return sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
+
+
+def assert_equal(ours, expected):
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_round_trip_is_exact(tmp_path):
+    save(tmp_path, {7: None})
+    assert_equal(restore(tmp_path, 7), state_of(7))
+    last = latest_checkpoint(tmp_path)
+    assert last.name == "7"
+    assert checkpoint.read_config(last) == CONFIG
+    assert checkpoint.read_loop(last) == {"at": 7}
+
+
+def test_restore_splits_over_a_mesh(tmp_path):
+    save(tmp_path, {1: None})
+    mesh = jax.make_mesh((8,), ("fsdp",))
+    shapes = jax.eval_shape(lambda: state_of(1))
+    shardings = jax.tree.map(
+        lambda x: (
+            jax.NamedSharding(mesh, jax.P("fsdp" if x.shape == (8, 2) else None))
+            if x.shape
+            else jax.NamedSharding(mesh, jax.P())
+        ),
+        shapes,
+    )
+    state = restore(tmp_path, 1, shardings)
+    assert_equal(state, state_of(1))
+    assert [s.data.shape for s in state.params["w"].addressable_shards] == [(1, 2)] * 8
+    params = checkpoint.load_params(tmp_path / "checkpoints/1", shapes.params, shardings.params)
+    assert_equal(params, state_of(1).params)
+    assert params["w"].sharding == shardings.params["w"]
+
+
+def test_parameters_alone_are_read_in_another_dtype(tmp_path):
+    save(tmp_path, {1: None})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {
+        "w": jax.ShapeDtypeStruct((8, 2), "bfloat16"),
+        "b": jax.ShapeDtypeStruct((3,), "float32"),
+    }
+    params = checkpoint.load_params(tmp_path / "checkpoints/1", shapes, {"w": one, "b": one})
+    expected = state_of(1).params
+    assert_equal(
+        params, {"w": expected["w"].astype("bfloat16"), "b": expected["b"].astype("float32")}
+    )
+
+
+def test_last_and_best_stay(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None, 6: None}
+    save(tmp_path, losses, keep=2)
+    assert steps(tmp_path) == [2, 5, 6]
+    assert best_checkpoint(tmp_path).name == "2"
+    # A new process knows the losses of the old one's checkpoints.
+    save(tmp_path, {7: 1.5, 8: None, 9: None}, keep=2)
+    assert steps(tmp_path) == [2, 8, 9]
+    save(tmp_path, {10: 0.5, 11: None, 12: None}, keep=2)
+    assert steps(tmp_path) == [10, 11, 12]
+    assert best_checkpoint(tmp_path).name == "10"
+    assert latest_checkpoint(tmp_path).name == "12"
+
+
+def test_best_of_equal_losses_is_the_last_and_nan_is_never_best(tmp_path):
+    save(tmp_path, {1: 1.0, 2: 1.0, 3: math.nan, 4: math.inf})
+    assert best_checkpoint(tmp_path).name == "2"
+
+
+def test_best_without_losses_is_the_last(tmp_path):
+    save(tmp_path, {9: None, 10: None})
+    assert best_checkpoint(tmp_path).name == "10"
+
+
+def test_half_written_checkpoints_are_not_seen(tmp_path):
+    """What a kill leaves: Orbax renames a folder when it is whole."""
+    save(tmp_path, {1: None})
+    folder = tmp_path / "checkpoints"
+    half = folder / "2.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    assert latest_checkpoint(tmp_path).name == best_checkpoint(tmp_path).name == "1"
+    assert not checkpoint.is_checkpoint(half)
+    save(tmp_path, {2: None})
+    assert [p.name for p in sorted(folder.iterdir())] == ["1", "2"]
+    assert_equal(restore(tmp_path, 2), state_of(2))
+
+
+@pytest.mark.parametrize("part", ["state", "state/d", "state/manifest.ocdbt"])
+def test_damaged_checkpoint_is_named(part, tmp_path):
+    save(tmp_path, {1: None, 2: None})
+    path = tmp_path / "checkpoints/2" / part
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_bytes(path.read_bytes()[:20])
+    message = r"checkpoint .*/checkpoints/2 is damaged \(.*\); delete its folder to go on from the"
+    with pytest.raises(ValueError, match=message):
+        restore(tmp_path, 2)
+    shutil.rmtree(tmp_path / "checkpoints/2")
+    assert_equal(restore(tmp_path, 1), state_of(1))
+
+
+@pytest.mark.parametrize("part", ["config", "loop"])
+def test_truncated_json_is_damage_too(part, tmp_path):
+    save(tmp_path, {1: None})
+    path = tmp_path / "checkpoints/1" / part / "metadata"
+    path.write_text(path.read_text()[:-1])
+    read = {"config": checkpoint.read_config, "loop": checkpoint.read_loop}[part]
+    with pytest.raises(ValueError, match=r"checkpoints/1 is damaged"):
+        read(tmp_path / "checkpoints/1")
+
+
+def test_run_without_a_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="has no finished checkpoint yet; wait for the first, or"):
+        best_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["/proc/t5jax", "file/run"])
+def test_folder_that_cannot_be_written(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run folder .* cannot be written \(.*\); choose another"):
+        checkpoint.create_run_dir(tmp_path / place)  # An absolute place stays what it is.
+
+
+# --- Going on with another config -----------------------------------------------------------------
+
+ADAFACTOR = OptimizerConfig(name="adafactor")
+ADAMW = OptimizerConfig(name="adamw")
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ({"model": T5Config(d_ff=8)}, {"model": T5Config()}, "model.d_ff was 8 and is 1024"),
+        ({}, {"init": InitConfig("x")}, "init.model was '' and is 'x'"),
+        ({}, {"train": TrainConfig(seed=3)}, "train.seed was 0 and is 3"),
+        ({}, {"optimizer": ADAMW}, "optimizer.name was 'adafactor' and is 'adamw'"),
+        (
+            {"optimizer": dataclasses.replace(ADAFACTOR, b1=0.9)},
+            {"optimizer": ADAFACTOR},
+            "optimizer.b1 was 0.9 and is None",
+        ),
+    ],
+)
+def test_what_a_run_keeps(was, now, message):
+    with pytest.raises(ValueError, match=f"cannot go on: {message}; set it back, or begin a new"):
+        checkpoint.check_same_run(Config(**was), Config(**now))
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"model": T5Config(dtype="bfloat16", scan_layers=False, remat="full", dropout_rate=0.2)},
+        {"train": TrainConfig(steps=5, log_every=1, microbatches=2)},
+        {"optimizer": dataclasses.replace(ADAMW, learning_rate=1.0, b1=0.5, warmup_steps=3)},
+    ],
+)
+def test_what_a_run_may_change(now):
+    checkpoint.check_same_run(Config(optimizer=ADAMW), Config(**{"optimizer": ADAMW} | now))
+
+
+def test_metrics_file_is_what_orbax_writes(tmp_path):
+    save(tmp_path, {1: 2.5})
+    written = tmp_path / "checkpoints/1/metrics/metrics"
+    assert json.loads(written.read_text()) == {"loss": 2.5}

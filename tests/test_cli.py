@@ -1,0 +1,353 @@
+"""The command line: what each mistake is answered with, and what goes to which stream."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+from t5jax.cli import COMMANDS, main
+from t5jax.config import Config, from_json, to_json
+from tiny import TASK_FILE, TINY, compile_once, one_device, trained_run  # noqa: F401
+
+TASK = """
+from t5jax.data.prompts import prompted_task
+from t5jax.data.sources import jsonl
+from t5jax.metrics import exact_match
+
+prompted_task({name!r}, jsonl({{"train": {train!r}, "validation": {train!r}}}),
+              [("capitals: {{word}}", "{{capitals}}")], metrics=[exact_match], vocabulary="bytes")
+"""
+
+
+def run(capsys, *args):
+    """Runs a command; returns its exit status and what it wrote to each stream."""
+    try:
+        status = main([str(arg) for arg in args])
+    except SystemExit as error:  # tyro's own answer to options that it cannot read.
+        status = error.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def fails(capsys, *args) -> str:
+    """Runs a command that must fail; returns its message, on one line."""
+    status, out, err = run(capsys, *args)
+    assert status not in (0, None)
+    assert out == ""
+    assert "Traceback" not in err
+    return " ".join(err.replace("│", " ").split())
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file of TINY, as --print-config writes it, with its run in the test's folder."""
+    path = tmp_path / "tiny.json"
+    path.write_text(to_json(dataclasses.replace(TINY, run_dir=str(tmp_path / "run"))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    assert main(["export", str(trained_run()), str(folder)]) == 0
+    return folder
+
+
+# --- Streams and help -----------------------------------------------------------------------------
+
+
+def test_without_a_command_the_usage(capsys):
+    for args in ((), ("--help",), ("-h",)):
+        status, out, err = run(capsys, *args)
+        assert (status, err) == (0, "")
+        assert all(f"  {command} " in out for command in COMMANDS)
+    assert run(capsys, "--version")[1].count(".") == 2
+
+
+def options_of(cls, prefix=""):
+    for field in dataclasses.fields(cls):
+        value = getattr(cls(), field.name)
+        if dataclasses.is_dataclass(value):
+            yield from options_of(type(value), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}".replace("_", "-"), value
+
+
+def test_help_of_train_shows_every_option_with_its_default(capsys):
+    status, out, _ = run(capsys, "train", "--help")
+    assert status == 0
+    text = " ".join(out.replace("│", " ").split())
+    for name, value in options_of(Config):
+        _, found, rest = text.partition(f" --{name}")
+        assert found, name
+        default = rest.split("(default: ")[1].split(")")[0]
+        expected = " ".join(value) if isinstance(value, tuple) else str(value)
+        expected = "''" if value == "" else expected
+        assert default == expected, name
+    assert "--print-config prints the whole config as JSON" in text
+    assert "quickstart" in text
+
+
+def test_help_has_the_defaults_of_a_config(capsys):
+    out = run(capsys, "train", "quickstart", "--help")[1]
+    assert "Steps in all" in out
+    assert "(default: runs/quickstart)" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("eval", ["MODEL", "--mixture STR", "--json {None}|PATH", "(default: test)"]),
+        ("infer", ["--model STR", "--prompt", "--max-tokens INT", "(default: 64)"]),
+        ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite"]),
+        ("import", ["MODEL OUTPUT"]),
+    ],
+)
+def test_help_of_the_other_commands(command, expected, capsys):
+    status, out, err = run(capsys, command, "--help")
+    assert (status, err) == (0, "")
+    for text in expected:
+        assert text in out
+    assert "\n    Without" not in out  # Indented as in the source.
+    assert "\n    Not needed" not in out
+
+
+def test_print_config_is_read_back_and_is_a_config(config, capsys):
+    args = ["--train.steps", "7", "--data.task-files", "a.py", "b.py", "--axes.embed", "None"]
+    status, out, err = run(capsys, "train", config, *args, "--print-config")
+    assert (status, err) == (0, "")
+    printed = from_json(out)
+    assert printed.train.steps == 7
+    assert printed.data.task_files == ("a.py", "b.py")
+    assert printed.axes.embed is None
+    config.write_text(out)
+    assert from_json(run(capsys, "train", config, "--print-config")[1]) == printed
+
+
+def test_answers_alone_go_to_stdout(exported, capsys):
+    prompts = ["capitals: ab", "capitals: c"]
+    options = ["--max-tokens", "4"]
+    status, out, err = run(capsys, "infer", "--model", exported, "--prompt", *prompts, *options)
+    assert status == 0
+    assert err == ""
+    assert len(out.splitlines()) == 2
+
+
+def test_export_and_import_say_what_they_wrote(exported, tmp_path, capsys):
+    status, out, err = run(capsys, "import", exported, tmp_path / "run")
+    assert (status, out, err) == (0, "", f"wrote {tmp_path / 'run'}\n")
+    status, out, err = run(capsys, "export", tmp_path / "run", tmp_path / "hf")
+    assert (status, out, err) == (0, "", f"wrote {tmp_path / 'hf'}\n")
+
+
+def test_prompts_and_answers_through_a_pipe_without_noise(exported):
+    command = [sys.executable, "-m", "t5jax.cli", "infer", "--model", str(exported)]
+    done = subprocess.run(
+        [*command, "--max-tokens", "4"],
+        input="capitals: ab\ncapitals: c\n\n",
+        capture_output=True,
+        text=True,
+        env=tiny.environment(),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 3
+
+
+def test_a_run_writes_nothing_that_is_not_ours(config):
+    command = [sys.executable, "-m", "t5jax.cli", "train", str(config), "--train.steps", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment())
+    assert (done.returncode, done.stdout) == (0, "")
+    starts = (
+        "reading tasks",
+        "18,800 parameters on 1 cpu device",
+        "step ",
+        "best validation loss ",
+        "done: ",
+        " ",  # Scores and samples.
+    )
+    strange = [x for x in done.stderr.splitlines() if x and not x.startswith(starts)]
+    assert not strange
+
+
+# --- Mistakes in the command ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "there is no command 'trian'; did you mean train? known are train, eval"),
+        (["train"], "train needs a CONFIG in front of its options: a Python file, a .json file"),
+        (["train", "quickstrat"], "there is no config 'quickstrat'; did you mean quickstart?"),
+        (["train", "absent.py"], "there is no file absent.py"),
+        (["train", "absent.json"], "config absent.json cannot be read: No such file"),
+        (["train", "CONFIG", "--train.stpes", "3"], "Perhaps you meant: --train.steps INT"),
+        (["train", "CONFIG", "--optimizer.name", "adm"], "Expected one of ('adafactor', 'adamw'"),
+        (["train", "CONFIG", "--train.steps", "many"], "Error parsing --train.steps"),
+        (
+            ["train", "CONFIG", "--optimizer.learning-rate", "None"],
+            "Error parsing --optimizer.lear",
+        ),
+        (["train", "CONFIG", "--optimizer.learning-rate", "0"], "learning_rate is 0.0; expected a"),
+        (["train", "CONFIG", "--optimizer.learning-rate", "-1"], "learning_rate is -1.0; expected"),
+        (["train", "CONFIG", "--optimizer.learning-rate", "nan"], "learning_rate is nan; expected"),
+        (["train", "CONFIG", "--model.dtype", "float16"], "Expected one of ('float32', 'bfloat16"),
+        (["train", "CONFIG", "--run-dir", "/proc/t5jax"], "run folder /proc/t5jax cannot be writ"),
+        (["train", "CONFIG", "--run-dir", "FILE/x"], "x cannot be written (Not a directory)"),
+        (["train", "CONFIG", "--run-dir", "FILE"], "cannot be written (File exists); choose anoth"),
+        (["train", "CONFIG", "--data.mixture", "capitols"], "no task file registers; did you mean"),
+        (["train", "CONFIG", "--init.model", "owner/absent"], "the hub cannot be reached"),
+        (["infer", "--model", "x", "--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0; exp"),
+        (["infer", "--model", "x", "--prompt", "a", "--batch-size", "0"], "--batch-size is 0; exp"),
+        (["infer", "--model", "./absent", "--prompt", "a"], "there is no folder ./absent; give on"),
+        (["infer", "--model", "owner/absent", "--prompt", "a"], "check the network, or download"),
+        (["eval"], "Missing from t5jax eval: MODEL"),
+        (["eval", "RUN", "--split", "dev"], "no split 'dev'; there are train, validation"),
+        (["export", "RUN", "/proc/t5jax"], "/proc/t5jax cannot be written"),
+        (["export", "RUN"], "Missing from t5jax export: OUTPUT"),
+        (["import", "RUN", "FILE/x"], "x cannot be written (Not a directory)"),
+    ],
+)
+def test_mistakes_in_a_command(args, message, config, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    places = {"CONFIG": str(config), "FILE": str(tmp_path / "file"), "RUN": str(trained_run())}
+    for name, place in places.items():
+        args = [place + arg.removeprefix(name) if arg.startswith(name) else arg for arg in args]
+    assert message in fails(capsys, *args)
+
+
+def test_no_prompts(exported, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
+    message = fails(capsys, "infer", "--model", exported)
+    assert "there is no prompt; give --prompt TEXT, or lines on standard input" in message
+
+
+@pytest.mark.usefixtures("eight_devices_cli")
+def test_batch_that_the_mesh_does_not_divide(config, capsys):
+    message = fails(capsys, "train", config, "--data.batch-size", "12")
+    assert "data.batch_size 12 is not divisible by data x fsdp = 8 devices; use 8 or 16" in message
+
+
+@pytest.fixture
+def eight_devices_cli(one_device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(tiny.sharding, "make_mesh", tiny._make_mesh)
+
+
+# --- Mistakes in files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(:\n    pass", "broken.py, line 1: SyntaxError: invalid syntax"),
+        ("\ndef get_config():\n    return 1 / 0", "line 3: ZeroDivisionError: division by zero"),
+        ("import no_such_module", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1", "broken.py has no get_config(); a config file defines get_config() -> Config"),
+        ("def get_config():\n    return 3", "returned int, not a Config"),
+        (
+            "from t5jax.config import *\ndef get_config():\n    return Config(\n"
+            "        optimizer=OptimizerConfig(learning_rate=None))",
+            "broken.py, line 4: optimizer.learning_rate is None; expected a positive number",
+        ),
+        (
+            "from t5jax.config import *\ndef get_config():\n    return Config(trian=TrainConfig())",
+            "line 3: TypeError: Config.__init__() got an unexpected keyword argument 'trian'",
+        ),
+    ],
+)
+def test_broken_config_file(code, message, tmp_path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text(code)
+    assert message in fails(capsys, "train", path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "broken.json: Expecting property name"),
+        ('{"trian": {}}', "config field trian does not exist; did you mean train?"),
+        ('{"train": {"steps": "ten"}}', "config field train.steps is 'ten'; expected int"),
+        ('{"optimizer": {"learning_rate": null}}', "optimizer.learning_rate is None; expected"),
+        ("[]", "is []; expected"),
+    ],
+)
+def test_broken_config_json(text, message, tmp_path, capsys):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    assert message in fails(capsys, "train", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("cli_missing", None, "task 'cli_missing': there is no file"),
+        ("cli_empty", "", "is empty; expected one JSON object a line"),
+        ("cli_malformed", '{"word": "a", "capitals": "A"}\n{"word\n', "line 2 is not JSON"),
+        ("cli_field", '{"word": "a"}\n', "there is no field 'capitals'; the row has word"),
+    ],
+)
+def test_data_files(name, lines, message, config, tmp_path, capsys):
+    data = tmp_path / "train.jsonl"
+    if lines is not None:
+        data.write_text(lines)
+    task = tmp_path / "task.py"
+    task.write_text(TASK.format(name=name, train=str(data)))
+    args = ["--data.task-files", task, "--data.mixture", name]
+    for every in ("0", "5"):  # Met by training, and by evaluation.
+        assert message in fails(capsys, "train", config, *args, "--eval.every", every)
+
+
+def test_broken_task_file(config, tmp_path, capsys):
+    task = tmp_path / "task.py"
+    task.write_text("import no_such_module")
+    message = fails(capsys, "train", config, "--data.task-files", task)
+    assert f"task file {task} fails: ModuleNotFoundError: No module named 'no_such" in message
+
+
+@pytest.mark.parametrize("command", ["infer", "train", "import"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "is not a whole safetensors file"),
+        ("architecture", "model_type is 'bert'; expected one of t5"),
+        ("shape", "lm_head.weight"),
+    ],
+)
+def test_damaged_models(command, damage, message, exported, config, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    if damage == "truncated":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        text = json.loads((folder / "config.json").read_text())
+        changes = {"model_type": "bert"} if damage == "architecture" else {"vocab_size": 512}
+        (folder / "config.json").write_text(json.dumps(text | changes))
+    options = {
+        "infer": ["infer", "--model", folder, "--prompt", "a"],
+        "train": ["train", config, "--init.model", folder, "--eval.every", "0"],
+        "import": ["import", folder, tmp_path / "imported"],
+    }
+    if (command, damage) == ("train", "shape"):
+        message = "model.vocab_size is 384, in"
+    assert message in fails(capsys, *options[command])
+    assert not (tmp_path / "imported" / "checkpoints").exists()
+
+
+def test_run_that_cannot_go_on_and_one_that_diverges(config, tmp_path, capsys):
+    run_dir = trained_run(copy_to=tmp_path / "run")
+    before = tiny.contents(run_dir)
+    message = fails(capsys, "train", config, "--model.d-model", "32", "--train.steps", "20")
+    assert "cannot go on: model.d_model was 16 and is 32; set it back, or begin a new" in message
+    assert tiny.contents(run_dir) == before
+    options = ["--optimizer.learning-rate", "1e30", "--train.steps", "20", "--eval.every", "0"]
+    message = fails(capsys, "train", config, *options)
+    assert "at step 12; the last good checkpoint stands" in message
+
+
+def test_traceback_on_demand(config, monkeypatch):
+    monkeypatch.setenv("T5JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no folder ./absent"):
+        main(["infer", "--model", "./absent", "--prompt", "a"])

@@ -1,0 +1,213 @@
+"""Evaluation: every example counts once, and the numbers are those of a plain computation."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+import tiny
+from small import SMALL, random_params
+from t5jax import evaluate, pretrained, sharding
+from t5jax.config import AxisRules, MeshConfig
+from t5jax.data.api import EvalExample, EvalSet
+from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
+from t5jax.metrics import exact_match
+from t5jax.models import api
+from t5jax.tokenizers import ByteTokenizer
+from tiny import TASK_FILE, compile_once, one_device, trained_run  # noqa: F401
+
+MODEL = dataclasses.replace(SMALL, vocab_size=384)
+PARAMS = random_params(MODEL)
+
+
+def eval_set(size=7, metric_fns=(exact_match,)):
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(size):
+        texts = ["".join(rng.choice(list("abc"), rng.integers(1, 9))) for _ in range(2)]
+        ids = [[*ByteTokenizer().encode(text), 1] for text in texts]
+        examples.append(EvalExample(texts[0], "copied", texts[1] if i else "copied", *ids))
+    return EvalSet("letters", examples, metric_fns, lambda text: text)
+
+
+def run(examples, batch_size, **options):
+    mesh = sharding.make_mesh(MeshConfig())
+    options = {"max_tokens": 5} | options
+    with sharding.use_mesh(mesh):
+        evaluator = Evaluator(
+            MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=batch_size, **options
+        )
+        return evaluator.evaluate(PARAMS, examples)
+
+
+def plain_sums(examples):
+    """Negative log likelihood, tokens and hits, one example after the other, without padding."""
+    nll, tokens, correct = 0.0, 0, 0
+    for example in examples:
+        inputs = np.array([example.input_ids], np.int32)
+        targets = np.array(example.target_ids)
+        decoder = np.array([[0, *example.target_ids[:-1]]], np.int32)
+        batch = {"encoder_input_tokens": inputs, "decoder_input_tokens": decoder}
+        logits_TV = np.asarray(api.logits(MODEL, PARAMS, batch), np.float64)[0]
+        log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        nll -= log_p_TV[np.arange(len(targets)), targets].sum()
+        correct += (logits_TV.argmax(-1) == targets).sum()
+        tokens += len(targets)
+    return nll, tokens, correct
+
+
+def test_loss_is_that_of_a_plain_computation_and_does_not_depend_on_the_batch():
+    examples = eval_set()
+    nll, tokens, correct = plain_sums(examples.examples)
+    results = [run(examples, batch_size) for batch_size in (1, 3, 64)]
+    for result in results:
+        assert result.sums["tokens"] == tokens
+        assert result.sums["correct"] == correct
+        assert result.sums["nll"] == pytest.approx(nll, rel=1e-5)
+        assert result.scores["loss"] == pytest.approx(nll / tokens, rel=1e-5)
+        assert result.scores["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+        assert result.scores["token_accuracy"] == pytest.approx(100 * correct / tokens)
+        assert len(result.predictions) == 7
+        assert result.predictions == results[0].predictions
+        assert result.scores["exact_match"] == results[0].scores["exact_match"]
+
+
+def test_baselines_are_of_the_task_and_not_of_the_model():
+    baselines = run(eval_set(), 8).baselines
+    assert {name: scores["exact_match"] for name, scores in baselines.items()} == pytest.approx(
+        {"copy the input": 100 / 7, "most frequent target": 100 / 7}
+    )
+
+
+def test_eight_devices_measure_what_one_does():
+    expected = run(eval_set(), 8)
+    mesh = tiny._make_mesh(MeshConfig(data=4, fsdp=2))
+    with sharding.use_mesh(mesh):
+        evaluator = Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5)
+        result = evaluator.evaluate(PARAMS, eval_set())
+    assert result.predictions == expected.predictions
+    assert result.scores == pytest.approx(expected.scores, rel=1e-5)
+    with pytest.raises(ValueError, match=r"eval.batch_size 3 is not divisible by data x fsdp = 8"):
+        Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=3, max_tokens=5)
+
+
+def test_without_generation_or_metrics_the_loss_alone():
+    for result in (run(eval_set(), 8, generate=False), run(eval_set(metric_fns=()), 8)):
+        assert set(result.scores) == {"loss", "perplexity", "token_accuracy"}
+        assert result.predictions == []
+        assert result.baselines == {}
+
+
+def test_max_tokens_limits_predictions():
+    short, long = run(eval_set(), 8, max_tokens=1), run(eval_set(), 8, max_tokens=6)
+    tokenizer = ByteTokenizer()
+    assert all(len(tokenizer.encode(text)) <= 1 for text in short.predictions)
+    assert any(len(tokenizer.encode(text)) > 1 for text in long.predictions)
+
+
+def test_mean_loss_weighs_tokens():
+    one, two = run(eval_set(2), 8), run(eval_set(7), 8)
+    expected = (one.sums["nll"] + two.sums["nll"]) / (one.sums["tokens"] + two.sums["tokens"])
+    assert mean_loss([one, two]) == pytest.approx(expected)
+    assert mean_loss([one, two]) != pytest.approx((one.scores["loss"] + two.scores["loss"]) / 2)
+
+
+# --- `t5jax eval` ---------------------------------------------------------------------------------
+
+OPTIONS = {
+    "mixture": "",
+    "split": "validation",
+    "task_files": (),
+    "batch_size": 8,
+    "num_examples": None,
+    "inputs_length": None,
+    "max_tokens": None,
+    "dtype": None,
+    "mesh": MeshConfig(),
+    "num_samples": 0,
+    "json": None,
+}
+
+
+def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
+    run_dir = trained_run()
+    scores = tmp_path / "scores.json"
+    of_run = evaluate_model(str(run_dir), **OPTIONS | {"json": scores, "num_samples": 2})
+    out, err = capsys.readouterr()
+    assert "exact_match" in out
+    assert "prediction" not in out
+    assert err.count("  prediction ") == 2
+    assert json.loads(scores.read_text()) == of_run
+    assert of_run["capitals"]["num_examples"] == 11
+
+    # What the loop measured at the checkpoint that is best, the last one here.
+    logged = [line for line in tiny.read_metrics(run_dir) if "validation/loss" in line][-1]
+    for name, value in of_run["capitals"]["model"].items():
+        assert value == pytest.approx(logged[f"validation/capitals/{name}"], rel=1e-6)
+
+    assert evaluate_model(str(run_dir / "checkpoints/10"), **OPTIONS) == of_run
+    assert evaluate_model(str(run_dir / "checkpoints/5"), **OPTIONS) != of_run
+
+    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
+    pretrained.export_model(str(run_dir), str(tmp_path / "hf"), **options)
+    given = {"mixture": "capitals", "inputs_length": 16, "max_tokens": 8}
+    assert evaluate_model(str(tmp_path / "hf"), **OPTIONS | given) == of_run
+
+
+def test_options_of_eval_count():
+    run_dir = str(trained_run())
+    result = evaluate_model(run_dir, **OPTIONS | {"num_examples": 3, "dtype": "bfloat16"})
+    full = evaluate_model(run_dir, **OPTIONS | {"num_examples": 3})
+    assert result["capitals"]["num_examples"] == 3
+    assert result["capitals"]["model"]["loss"] == pytest.approx(
+        full["capitals"]["model"]["loss"], rel=0.02
+    )
+    assert result["capitals"]["model"]["loss"] != full["capitals"]["model"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixture": "capitols"}, r"'capitols', which no task file registers; did you mean capi"),
+        ({"split": "test"}, r"capitals has no split 'test'; there are train, validation"),
+        ({"max_tokens": 0}, r"targets_length is 0; it must be at least 1"),
+        ({"inputs_length": 0}, r"inputs_length is 0; it must be at least 1"),
+        ({"num_examples": 0}, r"num_examples is 0; it must be at least 1"),
+        ({"json": "/proc/none/scores.json"}, r"--json .*: there is no folder /proc/none; make it"),
+        ({"task_files": ("absent.py",)}, r"there is no file absent.py"),
+    ],
+)
+def test_options_of_eval_that_cannot_work(changes, message):
+    if "json" in changes:
+        changes = {"json": evaluate.Path(changes["json"])}
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(str(trained_run()), **OPTIONS | changes)
+
+
+def test_a_model_that_was_trained_on_nothing_needs_a_task(tmp_path):
+    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
+    pretrained.export_model(str(trained_run()), str(tmp_path / "hf"), **options)
+    with pytest.raises(ValueError, match=r"does not say what it was trained on; give --mixture"):
+        evaluate_model(str(tmp_path / "hf"), **OPTIONS)
+
+
+@pytest.mark.hf
+def test_predictions_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
+    pretrained.export_model(str(trained_run()), str(tmp_path / "hf"), **options)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompts = ["capitals: abcd", "capitals: ba", "capitals: d"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        ids = theirs.generate(**batch, max_new_tokens=8, do_sample=False)
+    ours = pretrained.load(str(tmp_path / "hf")).generate(prompts, max_tokens=8)
+    # Ours leave sentinels in the text, which are special tokens there.
+    texts = [ByteTokenizer().decode(row[1:]) for row in ids.tolist()]
+    assert ours == texts
+    assert len(set(texts)) >= 1
+    assert any(texts)

@@ -1,0 +1,258 @@
+"""Runs the README: every block of shell and of Python, in order, in one copy of the checkout.
+
+A comment in front of a block changes what happens to it:
+
+    <!-- not run: REASON -->       leaves it out
+    <!-- saved as: PATH -->        writes it to a file, which later blocks use
+
+Commands that set up a machine, or take long, are replaced as `INSTEAD` says.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# (pattern of a command, what is run in its place, what runs the command itself)
+INSTEAD = [
+    # make fails here too if it has no such target.
+    (r"make( [a-z-]+)?", "make --dry-run{0}", ".ci/run, and make quickstart below"),
+    (r"(git clone|cd|(python -m )?pip install|python3? -m venv|source)\b.*", "true", ".ci/run"),
+    # The numbers it reaches are not asserted here, only that what follows finds its files.
+    (
+        r"(t5jax train (?!.*(?:--help|--print-config)).*)",
+        "{0} --train.steps 2 --optimizer.warmup-steps 1 --eval.num-examples 4",
+        "tests/test_train.py",
+    ),
+    (r"(t5jax eval (?!.*--help).*)", "{0} --num-examples 4", "tests/test_evaluate.py"),
+]
+# Languages of blocks that are only shown, such as a command's output.
+SHOWN = {"text", "json", "jsonl", "toml"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block: what it holds, the line it starts on, and the comment in front of it."""
+
+    language: str
+    code: str
+    line: int
+    comment: str
+
+
+def read_blocks(text: str) -> list[Block]:
+    """Returns the fenced blocks of a Markdown page.
+
+    Raises:
+      ValueError: for a block that would never be run by mistake: one without a language or in one
+        that is unknown here, a comment without a reason, or a fence that is not closed.
+    """
+    blocks, comment, start, lines = [], "", None, []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if start is not None and line.strip() == "```":
+            language, code = lines[0].strip().removeprefix("```"), "\n".join(lines[1:]) + "\n"
+            blocks.append(Block(language, code, start, comment))
+            comment, start = "", None
+        elif start is not None:
+            lines.append(line)
+        elif line.strip().startswith("```"):
+            start, lines = number, [line]
+        elif line.strip():
+            comment = line.strip() if line.strip().startswith("<!--") else ""
+    if start is not None:
+        raise ValueError(f"line {start}: the block is not closed")
+    for block in blocks:
+        if block.language not in {"bash", "python", *SHOWN}:
+            raise ValueError(
+                f"line {block.line}: language {block.language!r}; expected bash, python, or one "
+                f"that is only shown: {', '.join(sorted(SHOWN))}"
+            )
+        if block.comment and not re.fullmatch(r"<!-- (not run|saved as): \S.* -->", block.comment):
+            raise ValueError(
+                f"line {block.line}: {block.comment!r} in front of a block; expected "
+                "'<!-- not run: REASON -->' or '<!-- saved as: PATH -->'"
+            )
+    return blocks
+
+
+def as_run(code: str) -> str:
+    """Returns a block of shell with what `INSTEAD` replaces, and one command a line."""
+    lines = []
+    for line in code.replace("\\\n", " ").splitlines():
+        for pattern, replacement, _ in INSTEAD:
+            # A comment behind a command stays out of what is put together.
+            if match := re.fullmatch(pattern, re.sub(r"\s+#.*$", "", line).strip()):
+                line = replacement.format(*(group or "" for group in match.groups()))
+                break
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def run_page(text: str, folder: Path) -> int:
+    """Runs the blocks of a page in a folder; returns how many were run.
+
+    Raises:
+      AssertionError: at the first that fails, with its line and its output.
+    """
+    commands = folder / ".commands"
+    commands.mkdir()
+    for name, arguments in (("python", ""), ("t5jax", " -m t5jax.cli")):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
+        (commands / name).chmod(0o755)
+    env = os.environ | {
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env.pop("XLA_FLAGS", None)  # One device, as readers have, not the tests' eight.
+    num_run = 0
+    for block in read_blocks(text):
+        if block.comment.startswith("<!-- not run"):
+            continue
+        if block.comment:
+            path = folder / block.comment.removeprefix("<!-- saved as: ").removesuffix(" -->")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block.code)
+            continue
+        if block.language in SHOWN:
+            continue
+        if block.language == "bash":
+            command = ["bash", "-euxo", "pipefail", "-c", as_run(block.code)]
+        else:
+            command = [sys.executable, "-c", block.code]
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"line {block.line}:\n{block.code}\n{done.stdout}"
+        num_run += 1
+    return num_run
+
+
+@pytest.mark.slow
+def test_every_block_of_the_readme_runs(tmp_path):
+    folder = tmp_path / "checkout"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    assert run_page((ROOT / "README.md").read_text(), folder) > 0
+
+
+@pytest.mark.slow
+def test_every_command_of_make_quickstart_runs(tmp_path):
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--assume-old=install", "BIN=.", "quickstart"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    commands = recipe.replace("./t5jax", "t5jax")
+    assert "--train.steps 2" in as_run(commands)
+    assert run_page(f"```bash\n{commands}```\n", tmp_path) == 1
+    weights = tmp_path / "runs/quickstart/export/model.safetensors"
+    assert weights.stat().st_size > 10**6
+
+
+def test_blocks_run_in_order_in_one_folder(tmp_path):
+    page = """
+        ```bash
+        git clone https://example.com/nothing
+        cd nothing
+        echo one > first  # A comment.
+        cat first \\
+          first > second
+        ```
+
+        <!-- not run: needs the hub -->
+
+        ```bash
+        false
+        ```
+
+        <!-- saved as: data/rows.jsonl -->
+        ```jsonl
+        {"a": 1}
+        ```
+
+        ```python
+        from pathlib import Path
+        Path("third").write_text(Path("second").read_text() + Path("data/rows.jsonl").read_text())
+        ```
+
+        ```text
+        shown only
+        ```
+    """
+    page = "\n".join(line[8:] for line in page.splitlines())
+    assert run_page(page, tmp_path) == 2
+    assert (tmp_path / "third").read_text() == 'one\none\n{"a": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "output"),
+    [
+        ("bash\necho before\nfalse\necho after", "before"),
+        ("bash\nfalse | cat", "false"),
+        ("bash\necho $UNDEFINED_NAME", "UNDEFINED_NAME"),
+        ("python\n1 / 0", "ZeroDivisionError"),
+        ("bash\nmake no-such-target", "no-such-target"),
+        ("bash\nt5jax trian quickstart", "did you mean train"),
+    ],
+)
+def test_a_block_that_fails_is_reported_with_its_line_and_output(code, output, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    with pytest.raises(AssertionError) as error:
+        run_page(f"# Title\n\n```{code}\n```\n", tmp_path)
+    assert str(error.value).startswith("line 3:")
+    assert output in str(error.value)
+    assert "\nafter" not in str(error.value).split("+ false")[-1]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("```sh\nls\n```\n", "line 1: language 'sh'; expected bash, python"),
+        ("```\nls\n```\n", "line 1: language ''"),
+        ("\n<!-- not run -->\n```bash\nls\n```\n", "line 3: '<!-- not run -->' in front"),
+        ("<!-- not run:  -->\n```bash\nls\n```\n", "expected '<!-- not run: REASON -->'"),
+        ("```bash\nls\n", "line 1: the block is not closed"),
+    ],
+)
+def test_a_block_that_would_be_missed_is_refused(page, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_blocks(page)
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        ("make quickstart   # some minutes", "make --dry-run quickstart"),
+        ("make", "make --dry-run"),
+        ("make quickstart && ls", "make quickstart && ls"),
+        ('pip install -e ".[dev]"', "true"),
+        (
+            "t5jax train quickstart",
+            "t5jax train quickstart --train.steps 2 --optimizer.warmup-steps 1 "
+            "--eval.num-examples 4",
+        ),
+        ("t5jax train quickstart --print-config", "t5jax train quickstart --print-config"),
+        ("t5jax train --help", "t5jax train --help"),
+        ("t5jax eval runs/a", "t5jax eval runs/a --num-examples 4"),
+        ("t5jax infer --model runs/a --prompt b", "t5jax infer --model runs/a --prompt b"),
+    ],
+)
+def test_what_is_run_instead_of_a_command(command, instead):
+    assert as_run(command + "\n") == instead

@@ -1,0 +1,289 @@
+"""Meshes: the same training on every shape of eight devices, and nothing large on each of them."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from t5jax import sharding
+from t5jax.architectures import published
+from t5jax.batch import BatchSpec
+from t5jax.config import AxisRules, LossConfig, MeshConfig, OptimizerConfig
+from t5jax.models import api
+from t5jax.optimizers import make_optimizer
+from t5jax.train_state import (
+    create_train_state,
+    train_state_shapes,
+    train_state_shardings,
+)
+from t5jax.train_step import make_train_step
+
+from small import EVEN, VARIANTS, assert_trees_close, random_batch
+
+RULES = AxisRules()
+# A vocabulary whose size nothing else has.
+MODEL = dataclasses.replace(EVEN, vocab_size=136, dropout_rate=0.2)
+LOSS = LossConfig(z_loss=1e-3)
+# With so large an eps, Adam does not turn the rounding of a tiny gradient into a whole step.
+ADAMW = OptimizerConfig("adamw", 1e-2, eps=1e-2, clip_norm=1.0)
+ADAFACTOR = OptimizerConfig("adafactor", 1e-2)
+
+
+def mesh_of(data=1, fsdp=1, model=1):
+    devices = jax.devices()[: data * fsdp * model]
+    return sharding.make_mesh(MeshConfig(data, fsdp, model), devices)
+
+
+def lower_step(mesh, model=MODEL, optimizer=ADAMW, microbatches=1, rows=16, length=7, rules=RULES):
+    tx = make_optimizer(optimizer, 10, api.param_axes(model))
+    shardings = train_state_shardings(model, tx, mesh, rules)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        train_state_shapes(model, tx),
+        shardings,
+    )
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, rules))
+        for name, (shape, dtype) in BatchSpec(rows, 9, length).features().items()
+    }
+    step = jax.jit(
+        make_train_step(model, tx, LOSS, microbatches=microbatches),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    with sharding.use_mesh(mesh, rules):
+        return step.lower(state, batch)
+
+
+def three_steps(mesh, optimizer=ADAMW):
+    """Trains with dropout, in two microbatches; returns the program, the state and the losses."""
+    compiled = lower_step(mesh, optimizer=optimizer, microbatches=2).compile()
+    tx = make_optimizer(optimizer, 10, api.param_axes(MODEL))
+    shardings = train_state_shardings(MODEL, tx, mesh, RULES)
+    with sharding.use_mesh(mesh, RULES):
+        create = jax.jit(lambda key: create_train_state(MODEL, tx, key), out_shardings=shardings)
+        state, losses = create(jax.random.key(0)), []
+        for seed in range(3):
+            batch = random_batch(MODEL, rows=16, seed=seed)
+            state, metrics = compiled(state, sharding.shard_batch(batch, mesh, RULES))
+            losses.append(float(metrics["loss"] / metrics["tokens"]))
+    return compiled, jax.device_get(state), losses
+
+
+@functools.cache
+def on_one_device(optimizer):
+    return three_steps(mesh_of(1), optimizer)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [
+        pytest.param({"data": 8}, ADAMW, id="data8", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, ADAMW, id="fsdp8", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "model": 4}, ADAMW, id="data2_model4", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "model": 2}, ADAMW, id="data2_fsdp2_model2"),
+        pytest.param(
+            {"fsdp": 4, "model": 2}, ADAFACTOR, id="adafactor_fsdp4_model2", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_every_mesh_trains_as_one_device_does(mesh, optimizer):
+    _, expected, expected_losses = on_one_device(optimizer)
+    compiled, state, losses = three_steps(mesh_of(**mesh), optimizer)
+    assert len(set(losses)) == 3
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert state.step == 3
+    # Adafactor divides each gradient by its size, and so makes more of its rounding.
+    atol = 1e-5 if optimizer is ADAMW else 1e-3
+    assert_trees_close(state.params, expected.params, atol=atol, rtol=1e-4)
+
+    # Logits are split along the vocabulary wherever its matrix is.
+    rows, parts = 8 // (mesh.get("data", 1) * mesh.get("fsdp", 1)), mesh.get("model", 1)
+    shapes = set(re.findall(r"f32\[(\d+),7,(136|68|34)\]", compiled.as_text()))
+    assert (str(rows), str(136 // parts)) in shapes
+    if parts > 1:
+        assert not [shape for shape in shapes if shape[1] == "136"]
+
+
+# --- Constraints, and what lies where -----------------------------------------------------------
+
+
+def num_constraints(lowered) -> int:
+    return len(re.findall(r"sharding_constraint|@Sharding", lowered.as_text()))
+
+
+def test_the_lowered_step_holds_its_constraints():
+    mesh = mesh_of(2, 2, 2)
+    count = num_constraints(lower_step(mesh))
+    # Forward in one layer of each stack: 3 a projection of attention, 1 a residual branch, 1 in
+    # the MLP; encoder 3 + 2 + 1, decoder 6 + 3 + 1; 2 embeddings. The backward pass has as many.
+    assert count >= 2 * (6 + 10 + 2)
+    # Microbatches are constrained too: one for each of the four features.
+    assert num_constraints(lower_step(mesh, microbatches=2)) >= count + 4
+
+
+def test_constrain_is_the_identity_outside_and_named_inside():
+    x = jnp.ones((8, 4, 16))
+    assert sharding.constrain(x, "batch", "length", "mlp") is x
+    mesh = mesh_of(2, 2, 2)
+    with sharding.use_mesh(mesh):
+        f = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "mlp"))
+        got = f(x).sharding
+        assert got.is_equivalent_to(
+            NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "model")), 3
+        )
+        with pytest.raises(ValueError, match="no logical axis 'mpl'; did you mean mlp?"):
+            sharding.constrain(x, "batch", "length", "mpl")
+    assert sharding.constrain(x, "batch", "length", "mlp") is x  # The rules are gone again.
+
+
+def test_a_program_of_other_rules_is_not_used_again():
+    f = jax.jit(lambda x: sharding.constrain(x, "batch", "mlp"))
+    x, mesh = jnp.ones((8, 16)), mesh_of(2, 2, 2)
+    shapes = []
+    for rules in (AxisRules(), AxisRules(mlp=None), AxisRules(batch="data"), AxisRules()):
+        with sharding.use_mesh(mesh, rules):
+            shapes.append(f(x).sharding.shard_shape(x.shape))
+    assert shapes == [(2, 8), (2, 16), (4, 8), (2, 8)]
+    assert f(x).sharding.shard_shape(x.shape) == x.shape
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, ADAFACTOR], ids=lambda o: o.name)
+def test_under_fsdp_nothing_large_is_replicated(optimizer):
+    model = published("t5_1_1_base")
+    tx = make_optimizer(optimizer, 10, api.param_axes(model))
+    shapes = train_state_shapes(model, tx)
+    shardings = train_state_shardings(model, tx, mesh_of(fsdp=8), RULES)
+    total = split = 0
+    for (path, x), s in zip(
+        jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    ):
+        total += x.size
+        split += s.shard_shape(x.shape) != x.shape and x.size
+        if x.size > 100_000:
+            assert np.prod(s.shard_shape(x.shape)) == x.size / 8, jax.tree_util.keystr(path)
+    params = sum(x.size for x in jax.tree.leaves(shapes.params))
+    copies = 3 if optimizer is ADAMW else 1  # Adam has two moments.
+    assert split == pytest.approx(copies * params, rel=1e-3)
+    assert total == pytest.approx(split, rel=5e-3)
+
+
+def test_under_tensor_parallelism_the_stacks_are_split():
+    model = published("t5_1_1_base")
+    shapes = api.param_shapes(model)
+    shardings = sharding.param_shardings(api.param_axes(model), shapes, mesh_of(model=4), RULES)
+    for x, s in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        if x.size > 100_000:
+            assert np.prod(s.shard_shape(x.shape)) == x.size / 4
+
+
+def test_a_full_size_step_lowers():
+    mesh = mesh_of(fsdp=8)
+    model = published("t5_1_1_xxl", dtype="bfloat16", remat="full")
+    lowered = lower_step(mesh, model, ADAFACTOR, rows=64, length=114)
+    assert num_constraints(lowered) >= 36
+    assert "tensor<24x4096x10240xf32>" in lowered.as_text()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_leaf_of_the_state_has_a_sharding(variant):
+    model = dataclasses.replace(VARIANTS[variant], d_model=16)
+    tx = make_optimizer(ADAMW, 10, api.param_axes(model))
+    mesh = mesh_of(fsdp=8)
+    shapes, shardings = (
+        train_state_shapes(model, tx),
+        train_state_shardings(model, tx, mesh, RULES),
+    )
+    assert jax.tree.structure(shapes) == jax.tree.structure(shardings)
+    num_split = sum(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
+    # Everything but bias tables has an "embed", and Adam has two moments of each.
+    tables = 2
+    assert num_split == 3 * (len(jax.tree.leaves(shapes.params)) - tables)
+
+
+# --- The mesh and its errors --------------------------------------------------------------------
+
+
+def test_make_mesh():
+    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "model": 1}
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, model=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("config", "product"),
+    [
+        (MeshConfig(data=4), "4 x 1 x 1"),
+        (MeshConfig(fsdp=3), "-1 x 3 x 1"),
+        (MeshConfig(fsdp=16), "-1 x 16 x 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(config, product):
+    expected = f"mesh data x fsdp x model = {product} does not fit 8 devices"
+    with pytest.raises(ValueError, match=expected):
+        sharding.make_mesh(config)
+
+
+def test_partition_spec():
+    def spec(*axes, **changes):
+        return sharding.partition_spec(axes, AxisRules(**changes))
+
+    assert spec("batch", "length", "heads") == PartitionSpec(("data", "fsdp"), None, "model")
+    assert spec("vocab", "embed") == PartitionSpec("model", "fsdp")
+    assert spec(None, "embed") == PartitionSpec(None, "fsdp")
+    # A mesh axis splits one dimension only: the first that wants it.
+    assert spec("heads", "mlp") == PartitionSpec("model", None)
+    assert spec("batch", "activation_embed", activation_embed="fsdp") == PartitionSpec(
+        ("data", "fsdp"), None
+    )
+    assert spec("batch", batch=None) == PartitionSpec(None)
+    with pytest.raises(ValueError, match="no logical axis 'head'; did you mean heads?"):
+        spec("head")
+    with pytest.raises(ValueError, match="no logical axis 'xyz'; known are batch, length, "):
+        spec("xyz")
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused():
+    model = dataclasses.replace(MODEL, num_heads=3)
+    shapes, axes = api.param_shapes(model), api.param_axes(model)
+    expected = (
+        "parameter decoder/layers/cross_attention/key/kernel: dimension 2 (heads, 3) is not "
+        "divisible by the 2 devices of mesh axis model; choose a mesh that divides it, or set "
+        "axes.heads to None"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        sharding.param_shardings(axes, shapes, mesh_of(model=2), RULES)
+    # The remedy works.
+    sharding.param_shardings(axes, shapes, mesh_of(model=2), AxisRules(heads=None))
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    mesh = mesh_of(data=4, fsdp=2)
+    expected = (
+        "data.batch_size 30 is not divisible by data x fsdp = 8 devices; use 24 or 32, or set "
+        "mesh.data or mesh.fsdp"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        sharding.check_batch_size(30, mesh, RULES)
+    with pytest.raises(ValueError, match="eval.batch_size 5 is not .* use 8, or set"):
+        sharding.check_batch_size(5, mesh, RULES, "eval.batch_size")
+    with pytest.raises(ValueError, match="by data = 4 devices; use 4 or 8, or set mesh.data$"):
+        sharding.check_batch_size(6, mesh, AxisRules(batch="data"))
+    sharding.check_batch_size(32, mesh, RULES)
+    sharding.check_batch_size(30, mesh_of(model=8), RULES)
+    sharding.check_batch_size(30, mesh, AxisRules(batch=None))
+
+
+def test_shard_batch_splits_rows():
+    batch = random_batch(MODEL, rows=16)
+    mesh = mesh_of(2, 2, 2)
+    arrays = sharding.shard_batch(batch, mesh, RULES)
+    for name, x in arrays.items():
+        assert x.dtype == batch[name].dtype
+        np.testing.assert_array_equal(x, batch[name])
+        assert x.sharding.shard_shape(x.shape) == (4, *x.shape[1:])

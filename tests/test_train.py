@@ -1,0 +1,489 @@
+"""The loop: it learns, goes on in the same bits wherever it was stopped, and says what it does."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import tiny
+from t5jax import monitor, pretrained
+from t5jax import train as loop
+from t5jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    InitConfig,
+    MeshConfig,
+    TrainConfig,
+    from_json,
+)
+from t5jax.train import NonFiniteLoss, train
+from tiny import (
+    NO_EVAL,
+    assert_same_bits,
+    compile_once,  # noqa: F401
+    eight_devices,  # noqa: F401
+    make_config,
+    one_device,  # noqa: F401
+    read_state,
+    trained_run,
+)
+
+
+def interrupt_at(step, monkeypatch):
+    """Makes the loop stop as by Ctrl-C when it fetches the batch after `step`."""
+    fetch, calls = loop.Prefetch.fetch, iter(range(1, 1_000_000))
+
+    def stop(self):
+        if next(calls) > step:
+            raise KeyboardInterrupt
+        fetch(self)
+
+    monkeypatch.setattr(loop.Prefetch, "fetch", stop)
+
+
+# --- It trains, and leaves what it promises -------------------------------------------------------
+
+
+def test_loss_falls_and_metrics_have_each_step_once():
+    lines = monitor.read_metrics(trained_run())
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert list(losses) == [2, 4, 6, 8, 10]
+    assert losses[2] > 5  # Random: log(384) is 5.95.
+    assert losses[10] < losses[2] - 1.5
+    evaluated = [line["step"] for line in lines if "validation/loss" in line]
+    assert evaluated == [5, 10]
+    rates = [line for line in lines if "train/tokens_per_second" in line]
+    assert [line["step"] for line in rates] == [2, 4, 6, 8, 10]
+    assert all(line["train/steps_per_second"] > 0 for line in rates)
+    for line in rates:  # Every row has a prompt of 11 to 14 bytes and eos, and an answer.
+        assert 8 * 13 < line["train/tokens_per_second"] / line["train/steps_per_second"] < 8 * 21
+
+
+def test_reported_loss_is_nll_and_z_loss():
+    for line in monitor.read_metrics(trained_run()):
+        if "train/loss" in line:
+            # z_loss is 1e-4 times log(Z)^2 of at least log(384)^2, roughly.
+            assert 1e-4 < line["train/loss"] - line["train/nll"] < 1e-2
+            assert line["train/learning_rate"] == pytest.approx(1e-2)
+
+
+def test_folder_of_a_run():
+    run_dir = trained_run()
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    events = list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert any(b"train/loss" in path.read_bytes() for path in events)
+    assert from_json((run_dir / "t5jax_config.json").read_text()).model == tiny.TINY.model
+    model = pretrained.load(str(run_dir))
+    assert model.tokenizer.encode("ab") == [100, 101]
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["10", "5"]
+
+
+def test_what_a_person_sees(tmp_path, capsys):
+    config = make_config(tmp_path, train={"steps": 2}, eval={"every": 2, "num_samples": 2})
+    train(config)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "parameters on 1 cpu device (data 1 x fsdp 1 x model 1)" in err
+    assert "step 2/2, loss" in err
+    assert "step 2: validation loss" in err
+    assert err.count("  prediction ") == err.count("  input  ") == 2
+    assert "exact_match 0.00" in err
+    assert f"done: {tmp_path}" in err
+    samples = [
+        line for line in monitor.read_metrics(tmp_path) if "validation/capitals/samples" in line
+    ]
+    assert samples[0]["validation/capitals/samples"].count("prediction") == 2
+
+    train(config)  # Again: there is nothing to do.
+    err = capsys.readouterr().err
+    assert "step 2 is reached, train.steps is 2; raise it to go on" in err
+    assert "reading tasks" not in err
+
+
+# --- Going on -------------------------------------------------------------------------------------
+
+
+def test_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(8, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(tmp_path))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+    train(make_config(tmp_path))
+    assert "going on from step 5" in capsys.readouterr().err
+    assert_same_bits(tmp_path, trained_run(), 10)
+    assert tiny.read_metrics(tmp_path) == tiny.read_metrics(trained_run())
+
+
+@pytest.mark.slow
+def test_steps_raised_goes_on_in_the_same_bits(tmp_path):
+    train(make_config(tmp_path, train={"steps": 5}))
+    train(make_config(tmp_path))
+    assert_same_bits(tmp_path, trained_run(), 10)
+
+
+def test_resume_with_packing_microbatches_and_another_optimizer(tmp_path, monkeypatch):
+    """Packed rows hold examples whose number is not the number of rows."""
+    sections = {
+        "data": {"pack": True, "inputs_length": 48, "targets_length": 24, "batch_size": 16},
+        "optimizer": {"name": "adafactor", "b1": 0.9, "clip_norm": 1.0, "weight_decay": 0.1},
+        "train": {"steps": 6, "log_every": 4, "microbatches": 2},
+        "eval": NO_EVAL,
+        "checkpoint": {"every": 3},
+    }
+    train(make_config(tmp_path / "whole", **sections))
+    config = make_config(tmp_path / "parts", **sections)
+    with monkeypatch.context() as patch:
+        interrupt_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts", 6)
+    # The line of step 4 has the mean of steps 1 to 4, though a start lies between them.
+    metrics = tiny.read_metrics(tmp_path / "parts")
+    assert metrics == tiny.read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics] == [4, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("eight_devices")
+def test_run_goes_on_with_another_mesh(tmp_path, capsys):
+    """One device, then eight that split parameters and batch."""
+    run_dir = trained_run(copy_to=tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "10")
+    mesh = MeshConfig(data=2, fsdp=2, model=2)
+    train(dataclasses.replace(make_config(run_dir, eval=NO_EVAL), mesh=mesh))
+    err = capsys.readouterr().err
+    assert "parameters on 8 cpu devices (data 2 x fsdp 2 x model 2)" in err
+    ours, expected = read_state(run_dir, 10), read_state(trained_run(), 10)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_schedule_that_depends_on_steps_says_so(tmp_path, capsys):
+    cosine = {"schedule": "cosine"}
+    train(make_config(tmp_path, optimizer=cosine, train={"steps": 4}, eval=NO_EVAL))
+    capsys.readouterr()
+    train(make_config(tmp_path, optimizer=cosine, train={"steps": 8}, eval=NO_EVAL))
+    err = capsys.readouterr().err
+    assert "the cosine schedule falls until step 8 from here on; so far it fell until 4" in err
+    rates = [line["train/learning_rate"] for line in monitor.read_metrics(tmp_path)]
+    # Steps 2 and 4 of a run of 4, then 6 and 8 of a run of 8: after 1, 3, 5 and 7 updates.
+    fallen = (1 / 4, 3 / 4, 5 / 8, 7 / 8)
+    expected = [1e-2 * (1 + math.cos(math.pi * x)) / 2 for x in fallen]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, math.nan, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(loop, "run_evaluation", lambda *_: {})
+    monkeypatch.setattr(loop, "mean_loss", lambda _: next(losses))
+
+    def config(patience):
+        evaluation = {"every": 1, "patience": patience}
+        return make_config(tmp_path, eval=evaluation, checkpoint={"keep": 1, "every": 100})
+
+    train(config(2))
+    reason = "2 evaluations without a loss below 2.0000"
+    assert f"stopping at step 4: {reason}" in capsys.readouterr().err
+    # The last one, and the best.
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+    assert pretrained.find(str(tmp_path)).path.name == "2"
+
+    train(config(2))
+    message = f"stopped early, after {reason}; raise eval.patience to go on"
+    assert message in capsys.readouterr().err
+    train(config(4))
+    assert "stopping at step 6: 4 evaluations without" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "6"]
+
+
+@pytest.mark.slow
+def test_killed_run_ends_in_the_same_bits(tmp_path):
+    """kill -9 at random moments, saving among them, until the run is through."""
+    settings = ["--train.steps", "60", "--checkpoint.every", "3", "--eval.every", "30"]
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(dataclasses.asdict(tiny.TINY)))
+
+    def start(run_dir):
+        command = [sys.executable, "-m", "t5jax.cli", "train", str(config), *settings]
+        command += ["--run-dir", str(run_dir)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, env=tiny.environment())
+
+    assert start(tmp_path / "whole").wait() == 0, "the run that nobody kills"
+    rng = random.Random(0)
+    kills = 0
+    for _ in range(12):
+        process = start(tmp_path / "killed")
+        for line in process.stderr:  # Wait until it trains, then for a random moment.
+            if b" parameters on " in line:
+                break
+        time.sleep(rng.uniform(1, 6))
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+    assert kills >= 3
+    final = start(tmp_path / "killed")
+    err = final.communicate()[1].decode()
+    assert final.returncode == 0, err
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed", 60)
+    assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
+    names = {p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert {"57", "60"} <= names <= {"57", "60", "30"}, "a half-written checkpoint is left"
+
+
+# --- Starting from other parameters ---------------------------------------------------------------
+
+
+# A step that changes no bit: what is saved are the parameters that the run began with.
+STILL = {
+    "optimizer": {"learning_rate": 1e-30},
+    "train": {"steps": 1},
+    "eval": NO_EVAL,
+}
+
+
+def params_of(run_dir, step):
+    state = read_state(run_dir, step)
+    return {name: value for name, value in state.items() if name.startswith("['params']")}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
+    pretrained.export_model(str(trained_run()), str(folder), **options)
+    return folder
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["folder", pytest.param("run", marks=SLOW), "checkpoint", pytest.param("import", marks=SLOW)],
+)
+def test_fine_tuning_starts_from_the_source(kind, exported, tmp_path, monkeypatch):
+    step = 10
+    if kind == "folder":
+        source = exported
+    elif kind == "run":
+        source = trained_run()  # Step 10 has the lower validation loss.
+    elif kind == "checkpoint":
+        source, step = trained_run() / "checkpoints" / "5", 5
+    else:
+        source = tmp_path / "imported"
+        pretrained.import_model(str(exported), str(source))
+    config = make_config(tmp_path / "run", init={"model": str(source)}, **STILL)
+    train(config)
+    expected = params_of(trained_run(), step)
+    ours = params_of(tmp_path / "run", 1)
+    assert ours.keys() == expected.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_fine_tuned_run_goes_on_without_its_source(exported, tmp_path):
+    """And takes architecture and tokenizer from it: nothing of them is in the config."""
+    source = shutil.copytree(exported, tmp_path / "source")
+    (source / "config.json").write_text(
+        (exported / "config.json").read_text().replace('"d_ff": 32', '"d_ff": 32, "note": 1')
+    )
+    model = type(tiny.TINY.model)(scan_layers=False)
+    config = make_config(tmp_path / "run", init={"model": str(source)}, **STILL)
+    config = dataclasses.replace(config, model=model)
+    with pytest.warns(UserWarning, match="note"):
+        train(config)
+    shutil.rmtree(source)
+    longer = dataclasses.replace(config, train=TrainConfig(steps=2))
+    train(longer)
+    saved = from_json((tmp_path / "run" / "t5jax_config.json").read_text())
+    assert saved.model == tiny.TINY.model
+    with pytest.raises(ValueError, match=r"init.model was '.*source' and is ''"):
+        train(dataclasses.replace(longer, init=InitConfig(), model=saved.model))
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_another_dtype(exported, tmp_path):
+    bfloat16 = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    config = make_config(tmp_path, init={"model": str(exported)}, model=bfloat16, **STILL)
+    train(config)
+    expected = params_of(trained_run(), 10)
+    for name, value in params_of(tmp_path, 1).items():
+        assert value.dtype == "bfloat16"
+        np.testing.assert_array_equal(value, expected[name].astype(value.dtype), err_msg=name)
+
+
+def test_architecture_that_disagrees_with_its_source(exported, tmp_path):
+    config = make_config(tmp_path, init={"model": str(exported)}, model={"d_model": 32})
+    message = rf"model.d_model is 32, in {exported} it is 16; leave it out, or start from another"
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+def test_imported_run_is_no_run_to_go_on_with(exported, tmp_path):
+    pretrained.import_model(str(exported), str(tmp_path / "imported"))
+    with pytest.raises(ValueError, match="holds imported parameters.*set init.model to .*imported"):
+        train(make_config(tmp_path / "imported"))
+    with pytest.raises(ValueError, match="imported holds a run already; choose another folder"):
+        pretrained.import_model(str(exported), str(tmp_path / "imported"))
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
+    run_dir = trained_run(copy_to=tmp_path / "run")
+    sections = {"train": {"steps": 15}, "checkpoint": {"every": 1}}
+    config = make_config(run_dir, optimizer={"learning_rate": 1e30}, **sections)
+    with pytest.raises(NonFiniteLoss, match=r"(loss|grad_norm) is nan at step 12; the last good"):
+        train(config)
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
+    assert steps == [10, 11], "a checkpoint of NaN, or none"
+    shutil.rmtree(run_dir / "checkpoints" / "11")  # It has the step that was too long.
+    train(make_config(run_dir, optimizer={"learning_rate": 1e-3}, **sections))
+    state = read_state(run_dir, 15)
+    assert all(np.isfinite(x).all() for x in state.values())
+    assert [line["step"] for line in tiny.read_metrics(run_dir) if "train/loss" in line] == [
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+        15,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"d_model": 32}},
+            r"model.d_model was 16 and is 32; set it back, or begin a new",
+        ),
+        ({"model": {"param_dtype": "bfloat16"}}, r"model.param_dtype was 'float32' and is"),
+        ({"optimizer": {"name": "adafactor"}}, r"optimizer.name was 'adamw' and is 'adafactor'"),
+        ({"optimizer": {"clip_norm": 1.0}}, r"optimizer.clip_norm was None and is 1.0"),
+        ({"optimizer": {"weight_decay": 0.1}}, r"optimizer.weight_decay was None and is 0.1"),
+        ({"train": {"steps": 20, "seed": 1}}, r"train.seed was 0 and is 1"),
+        ({"init": {"model": "RUN"}}, r"init.model was '' and is '.*run'"),
+        ({"data": {"batch_size": 16}}, r"data.batch_size was 8 and is 16 now; set it back, or"),
+        ({"data": {"seed": 1}}, r"data.seed was 0 and is 1"),
+        ({"data": {"mixture": "numbers"}}, r"data.mixture was 'capitals' and is 'numbers'"),
+        (
+            {"data": {"mixture": "capitols"}},
+            r"data.mixture is 'capitols'.* did you mean capitals\?",
+        ),
+        ({"mesh": {"model": 3, "data": 1}}, r"mesh data x fsdp x model = 1 x 1 x 3 does not fit 8"),
+        ({"eval": {"batch_size": 3}}, r"eval.batch_size 3 is not divisible by .* = 8 devices"),
+        ({"eval": {"split": "tset"}}, r"no split 'tset'; there are train, validation"),
+    ],
+)
+@pytest.mark.usefixtures("eight_devices")
+def test_run_with_another_config_is_refused_and_loses_nothing(sections, message, tmp_path):
+    run_dir = trained_run(copy_to=tmp_path / "run")
+    before = tiny.contents(run_dir)
+    if "init" in sections:
+        sections = {"init": {"model": str(run_dir)}}
+    with pytest.raises(ValueError, match=message):
+        train(make_config(run_dir, **{"train": {"steps": 20}} | sections))
+    assert tiny.contents(run_dir) == before
+
+
+def test_runs_do_not_mix(tmp_path):
+    before = tiny.contents(trained_run())
+    train(make_config(tmp_path / "other", **STILL | {"train": {"steps": 1, "seed": 1}}))
+    assert tiny.contents(trained_run()) == before
+    other, ours = params_of(tmp_path / "other", 1), params_of(trained_run(), 10)
+    assert any((other[name] != ours[name]).any() for name in ours)
+
+
+# --- No dead option -------------------------------------------------------------------------------
+
+
+def lines_of(run_dir, prefix):
+    return [
+        {k: v for k, v in line.items() if k == "step" or k.startswith(prefix)}
+        for line in tiny.read_metrics(run_dir)
+    ]
+
+
+def steps_of(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+EVERY = {"data": DataConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig}
+EVERY |= {"train": TrainConfig, "init": InitConfig}
+# Field: another value, and what of a short run it changes; or the words with which it is refused.
+CHANGES = {
+    "data.mixture": ("nothing", "data.mixture is 'nothing'"),
+    "data.task_files": (("absent.py",), "there is no file absent.py"),
+    "data.vocabulary": ("absent.model", "no tokenizer 'absent.model'"),
+    "data.inputs_length": (8, lambda run: lines_of(run, "train/loss")),
+    "data.targets_length": (2, lambda run: lines_of(run, "train/loss")),
+    "data.batch_size": (16, lambda run: lines_of(run, "train/loss")),
+    "data.pack": (True, lambda run: lines_of(run, "train/loss")),
+    "data.seed": (1, lambda run: lines_of(run, "train/loss")),
+    "eval.every": (1, lambda run: lines_of(run, "validation/")),
+    "eval.split": ("train", lambda run: lines_of(run, "train/capitals/loss")),
+    "eval.batch_size": (0, "eval.batch_size is 0"),
+    "eval.num_examples": (2, lambda run: lines_of(run, "validation/loss")),
+    "eval.max_tokens": (1, lambda run: lines_of(run, "validation/capitals/samples")),
+    "eval.generate": (False, lambda run: lines_of(run, "validation/capitals/exact_match")),
+    "eval.num_samples": (2, lambda run: lines_of(run, "validation/capitals/samples")),
+    "eval.patience": (0, "eval.patience is 0"),  # 2 and 4: in the test of early stopping.
+    "checkpoint.every": (1, steps_of),
+    "checkpoint.keep": (0, "checkpoint.keep is 0"),  # 1: there too.
+    "train.steps": (3, steps_of),
+    "train.microbatches": (3, "data.batch_size 8 is not divisible by train.microbatches 3"),
+    "train.log_every": (2, lambda run: lines_of(run, "train/loss")),
+    "train.seed": (1, lambda run: lines_of(run, "train/loss")),
+    "init.model": ("./absent", "there is no folder ./absent"),
+}
+SHORT = {"train": {"steps": 2, "log_every": 1}, "eval": {"every": 2}}
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    return train(make_config(tmp_path_factory.mktemp("short"), **SHORT))
+
+
+def test_every_field_is_in_the_table():
+    fields = {f"{s}.{f.name}" for s, cls in EVERY.items() for f in dataclasses.fields(cls)}
+    assert fields == set(CHANGES)
+
+
+def changed(run_dir, field):
+    section, name = field.split(".")
+    return make_config(
+        run_dir, **SHORT | {section: SHORT.get(section, {}) | {name: CHANGES[field][0]}}
+    )
+
+
+@pytest.mark.parametrize("field", [k for k, (_, what) in CHANGES.items() if isinstance(what, str)])
+def test_field_that_cannot_work_is_refused(field, tmp_path):
+    with pytest.raises(ValueError, match=CHANGES[field][1]):
+        train(changed(tmp_path, field))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", [k for k, (_, what) in CHANGES.items() if callable(what)])
+def test_field_changes_the_run(field, short_run, tmp_path):
+    train(changed(tmp_path, field))
+    assert CHANGES[field][1](tmp_path) != CHANGES[field][1](short_run)

@@ -1,0 +1,248 @@
+"""One step: the mean gradient, however the batch is cut; every parameter moves; one program."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from t5jax import batch as features
+from t5jax import sharding
+from t5jax.config import AxisRules, LossConfig, MeshConfig, OptimizerConfig
+from t5jax.losses import batch_loss
+from t5jax.models import api
+from t5jax.optimizers import make_optimizer
+from t5jax.train_state import TrainState, create_train_state, train_state_shardings
+from t5jax.train_step import make_train_step
+
+from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
+
+LOSS = LossConfig(z_loss=0.01, label_smoothing=0.1)
+DROPOUT = dataclasses.replace(SMALL, dropout_rate=0.3)
+
+
+def begin(model, tx, seed=0):
+    params = random_params(model, seed)
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+
+@functools.cache
+def sgd_step(model=SMALL, rate=0.1, **options):
+    """A step whose update is the gradient itself, so that every error in it shows."""
+    return jax.jit(make_train_step(model, optax.sgd(rate), LOSS, **options))
+
+
+@functools.cache
+def sgd_result():
+    """A batch of 8 rows of unequal lengths, and what one step makes of it."""
+    batch = random_batch(SMALL, rows=8)
+    return batch, sgd_step()(begin(SMALL, optax.sgd(0.1)), batch)
+
+
+def test_update_is_the_mean_gradient_over_target_tokens():
+    batch, (state, metrics) = sgd_result()
+    params = random_params(SMALL)
+    grad = jax.jit(jax.grad(lambda p: batch_loss(SMALL, p, batch, LOSS), has_aux=True))
+    grads, sums = grad(params)
+    tokens = np.count_nonzero(batch[features.DECODER_TARGET_TOKENS])
+    assert 8 < tokens < 8 * 7
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+    assert_trees_close(state.params, expected, atol=1e-6)
+    assert state.step == 1
+    assert metrics["tokens"] == tokens
+    np.testing.assert_allclose(metrics["loss"], sums["loss"], rtol=1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches_make_the_same_step(microbatches):
+    batch, (expected, metrics) = sgd_result()
+    tokens = batch[features.DECODER_LOSS_WEIGHTS].reshape(-1, microbatches, 7).sum((0, 2))
+    assert len(set(tokens)) > 1  # A mean of means would be wrong.
+    step = sgd_step(microbatches=microbatches)
+    state, got = step(begin(SMALL, optax.sgd(0.1)), batch)
+    assert_trees_close(got, metrics, atol=1e-4)
+    assert_trees_close(state.params, expected.params, atol=1e-6)
+
+
+def test_microbatches_of_bfloat16_parameters_add_up_in_float32():
+    # A sum of equal terms in bfloat16 stands still after the 256th, so the mean would be half.
+    model = dataclasses.replace(SMALL, param_dtype="bfloat16")
+    row = random_batch(SMALL, rows=1)
+    batch = jax.tree.map(lambda x: np.repeat(x, 512, 0), row)
+    start = begin(model, optax.sgd(0.1))
+    expected = sgd_step(model)(start, row)[1]["grad_norm"]
+    got = sgd_step(model, microbatches=512)(start, batch)[1]["grad_norm"]
+    np.testing.assert_allclose(got, expected, rtol=1e-2)
+
+
+def test_padded_rows_and_targets_count_nowhere():
+    batch, (expected, metrics) = sgd_result()
+    padded = features.pad_rows(batch, 12)
+    # What stands in a target of weight 0 is nobody's business.
+    out = padded[features.DECODER_LOSS_WEIGHTS] == 0
+    padded[features.DECODER_TARGET_TOKENS] = np.where(
+        out, 7, padded[features.DECODER_TARGET_TOKENS]
+    )
+    state, got = sgd_step()(begin(SMALL, optax.sgd(0.1)), padded)
+    assert_trees_close(got, metrics, atol=1e-4)
+    assert_trees_close(state.params, expected.params, atol=1e-6)
+
+
+def test_a_batch_of_padding_alone_changes_nothing():
+    batch = jax.tree.map(np.zeros_like, sgd_result()[0])
+    start = begin(SMALL, optax.sgd(0.1))
+    state, metrics = sgd_step()(start, batch)
+    assert_trees_close(state.params, start.params, atol=0, rtol=0)
+    assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 0.0)
+
+
+# --- It trains ----------------------------------------------------------------------------------
+
+DTYPES = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16_params": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
+}
+
+
+# A third of the combinations has every variant and every dtype; the others are slow to compile.
+FAST = {("t5_1_0", "float32"), ("t5_1_1", "bfloat16"), ("umt5", "bfloat16_params")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [
+        pytest.param(v, d, marks=() if (v, d) in FAST else pytest.mark.slow)
+        for v in ("t5_1_0", "t5_1_1", "umt5")
+        for d in DTYPES
+    ],
+)
+def test_one_step_moves_every_parameter_of_every_layer(variant, dtype):
+    model = dataclasses.replace(
+        VARIANTS[variant], d_model=64, dropout_rate=0.1, **DTYPES[dtype], num_decoder_layers=1
+    )
+    steps, states = {}, {}
+    params = random_params(model)
+    for name in ("adafactor", "adamw", "adamw_scaled"):
+        rate = 1e-3 if name == "adamw" else 1e-2
+        tx = make_optimizer(OptimizerConfig(name, rate), 10, api.param_axes(model))
+        steps[name] = make_train_step(model, tx, LOSS)
+        states[name] = TrainState(jnp.int32(0), params, tx.init(params))
+
+    # One program, in which the gradient that all three have in common is computed once.
+    @jax.jit
+    def all_steps(batch):
+        return {name: steps[name](states[name], batch)[0].params for name in steps}
+
+    axes = api.param_axes(model)
+    for name, new_params in all_steps(random_batch(model, rows=8, source=16)).items():
+        for path, new in jax.tree_util.tree_leaves_with_path(new_params):
+            old, names = params, axes
+            for key in path:
+                old, names = old[key.key], names[key.key]
+            assert new.dtype == old.dtype
+            assert np.isfinite(np.asarray(new, "float32")).all()
+            changed = np.asarray(new != old)
+            layers = changed if names[0] == "layers" else changed[None]
+            stands_still = [i for i, layer in enumerate(layers) if not layer.any()]
+            assert not stands_still, (name, jax.tree_util.keystr(path), stands_still)
+
+
+def test_the_loss_falls():
+    tx = make_optimizer(OptimizerConfig("adamw", 1e-2), 10, api.param_axes(SMALL))
+    step = jax.jit(make_train_step(SMALL, tx, LOSS))
+    state, batch = create_train_state(SMALL, tx, jax.random.key(0)), random_batch(SMALL)
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["nll"] / metrics["tokens"]))
+    assert abs(losses[0] - np.log(SMALL.vocab_size)) < 1.5  # Nothing is known at first.
+    assert losses[-1] < 0.5 * losses[0]
+    assert state.step == 30
+
+
+# --- Dropout ------------------------------------------------------------------------------------
+
+
+def loss_at(step_number, step, model):
+    state = begin(model, optax.sgd(0.0)).replace(step=jnp.int32(step_number))
+    return float(step(state, sgd_result()[0])[1]["loss"])
+
+
+def test_masks_are_a_function_of_seed_and_step():
+    step = sgd_step(DROPOUT, 0.0)
+    losses = [loss_at(n, step, DROPOUT) for n in (0, 1, 2, 0)]
+    assert losses[0] == losses[3]  # What a resumed run depends on.
+    assert len(set(losses)) == 3
+    assert loss_at(0, sgd_step(DROPOUT, 0.0, seed=1), DROPOUT) != losses[0]
+    plain = float(sgd_result()[1][1]["loss"])
+    assert all(abs(loss - plain) > 1e-2 for loss in losses)
+
+
+def test_without_dropout_all_steps_are_alike():
+    step = sgd_step(SMALL, 0.0)
+    assert loss_at(0, step, SMALL) == loss_at(1, step, SMALL)
+
+
+def test_microbatches_have_masks_of_their_own():
+    # Two microbatches of the same rows: with the same masks their losses would be the same, and
+    # so would be their sum and twice the loss of the first half.
+    batch = jax.tree.map(lambda x: np.repeat(x, 2, 0), random_batch(SMALL, rows=4))
+    first = jax.tree.map(lambda x: np.concatenate([x[::2], 0 * x[::2]]), batch)
+    interleaved = jax.tree.map(
+        lambda x: x.reshape(2, 4, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), first
+    )
+    step = sgd_step(DROPOUT, 0.0, microbatches=2)
+    state = begin(DROPOUT, optax.sgd(0.0))
+    both = float(step(state, batch)[1]["loss"])
+    one = float(step(state, interleaved)[1]["loss"])
+    assert one > 0
+    assert abs(both - 2 * one) > 1e-2
+
+
+# --- Dispatch -----------------------------------------------------------------------------------
+
+
+def test_five_steps_are_one_trace_and_one_compilation_and_read_nothing():
+    mesh, rules = sharding.make_mesh(MeshConfig(fsdp=4)), AxisRules()
+    model = dataclasses.replace(EVEN, dropout_rate=0.1)
+    tx = make_optimizer(OptimizerConfig(warmup_steps=3), 10, api.param_axes(model))
+    shardings = train_state_shardings(model, tx, mesh, rules)
+    traces, compilations = [], []
+    train_step = make_train_step(model, tx, LOSS)
+
+    def counted(state, batch):
+        traces.append(1)
+        return train_step(state, batch)
+
+    def on_event(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compilations.append(name)
+
+    step = jax.jit(counted, donate_argnums=0, out_shardings=(shardings, None))
+    with sharding.use_mesh(mesh, rules):
+        create = jax.jit(lambda key: create_train_state(model, tx, key), out_shardings=shardings)
+        state = create(jax.random.key(0))
+        batches = [
+            sharding.shard_batch(random_batch(model, rows=8, seed=i), mesh, rules) for i in range(5)
+        ]
+        jax.monitoring.register_event_duration_secs_listener(on_event)
+        try:
+            for batch in batches:
+                before, all_metrics = state, []
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step(state, batch)
+                    all_metrics.append(metrics)
+                # The memory of the old state is the new one's.
+                assert all(x.is_deleted() for x in jax.tree.leaves(before))
+        finally:
+            jax.monitoring.unregister_event_duration_listener(on_event)
+    assert len(traces) == 1
+    assert len(compilations) == 1
+    assert state.step == 5
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings

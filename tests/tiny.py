@@ -1,0 +1,163 @@
+"""A run of seconds, for the tests of the loop and of what surrounds it.
+
+Modules that train import the fixtures `compile_once` and `one_device` from here, which make that
+quick; a test of meshes takes `eight_devices` besides.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from t5jax import monitor, sharding
+from t5jax.architectures import T5Config
+from t5jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from t5jax.train import train
+
+TASK_FILE = str(Path(__file__).with_name("tiny_task.py"))
+TINY = Config(
+    model=T5Config(
+        vocab_size=384,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_heads=4,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        scan_layers=False,
+    ),
+    data=DataConfig(
+        mixture="capitals",
+        task_files=(TASK_FILE,),
+        inputs_length=16,
+        targets_length=8,
+        batch_size=8,
+    ),
+    optimizer=OptimizerConfig(name="adamw", learning_rate=1e-2),
+    train=TrainConfig(steps=10, log_every=2),
+    eval=EvalConfig(every=5, batch_size=8, num_samples=1),
+    checkpoint=CheckpointConfig(every=5),
+)
+NO_EVAL = {"every": 0}
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+_CACHE = tempfile.TemporaryDirectory()
+_make_mesh = sharding.make_mesh
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once():
+    """Every run jits its own functions; here they find the programs of the runs before.
+
+    Programs are compiled without much optimization: they run for milliseconds.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def _one_device_mesh(config):
+    return _make_mesh(config, jax.devices()[:1])
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", _one_device_mesh)
+
+
+@pytest.fixture
+def eight_devices(one_device, monkeypatch):
+    monkeypatch.setattr(sharding, "make_mesh", _make_mesh)
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a process with one device, which shares the programs."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | cache
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def make_config(run_dir, **sections) -> Config:
+    """Returns TINY with fields changed: make_config(path, train={"steps": 5})."""
+    changed = {
+        name: dataclasses.replace(getattr(TINY, name), **fields)
+        for name, fields in sections.items()
+    }
+    return dataclasses.replace(TINY, run_dir=str(run_dir), **changed)
+
+
+@functools.cache
+def _trained() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    train(make_config(Path(folder.name) / "run"))
+    return folder
+
+
+def trained_run(copy_to: Path | None = None) -> Path:
+    """Returns the folder of a finished run of TINY, trained once; or a copy of it to change."""
+    run_dir = Path(_trained().name) / "run"
+    return run_dir if copy_to is None else Path(shutil.copytree(run_dir, copy_to))
+
+
+def read_state(run_dir, step) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint, path to value, as it is on disk."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore(Path(run_dir).absolute() / "checkpoints" / str(step) / "state")
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
+
+
+def read_loop(run_dir, step) -> dict:
+    """Returns what a checkpoint holds beside arrays: data position, sums, best loss."""
+    return json.loads((Path(run_dir) / f"checkpoints/{step}/loop/metadata").read_text())
+
+
+def read_metrics(run_dir) -> list[dict]:
+    """Returns the lines of metrics.jsonl without what depends on the clock."""
+    clock = ("time", "train/steps_per_second", "train/tokens_per_second")
+    lines = monitor.read_metrics(run_dir)
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def assert_same_bits(run_a, run_b, step) -> None:
+    """Compares parameters, optimizer state, and where loop and data are."""
+    a, b = read_state(run_a, step), read_state(run_b, step)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+    assert read_loop(run_a, step) == read_loop(run_b, step)
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Returns every file below a folder, to compare with later."""
+    files = (p for p in Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
