@@ -404,19 +404,19 @@ def results_table(results: Results):
 
     table = Table(box=SIMPLE_HEAD)
     head, rows = _result_rows(results)
-    for i, title in enumerate(head):
-        table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
+    table.add_column("task (examples)", overflow="fold", min_width=16)
+    table.add_column("metric", overflow="fold", min_width=14)
+    for title in head[2:-1]:
+        table.add_column(title, justify="right", overflow="fold", max_width=10)
     previous = None
-    for task, metric, *cells in rows:
+    for task, metric, *cells, num_examples in rows:
         scores = results[task]
         others = [v[metric] for k, v in _baselines(scores).items() if metric in v]
         beaten = others and not scores["model"][metric] > max(others)
         cells[0] = _plain_text(cells[0], style="yellow" if beaten else "bold")
-        # A task's name and number of examples stand in its first row alone.
-        if task == previous:
-            table.add_row("", _plain_text(metric), *cells[:-1], "")
-        else:
-            table.add_row(_plain_text(task), _plain_text(metric), *cells)
+        # A task's name stands in its first row alone.
+        name = "" if task == previous else f"{task} ({num_examples})"
+        table.add_row(_plain_text(name), _plain_text(metric), *cells)
         previous = task
     return table
 

@@ -133,6 +133,7 @@ OPTIONS = {
 
 def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
     run_dir = trained_run()
+    capsys.readouterr()  # Of the training, where this test is the first to need it.
     scores = tmp_path / "scores.json"
     of_run = evaluate_model(str(run_dir), **OPTIONS | {"json": scores, "num_samples": 2})
     out, err = capsys.readouterr()

@@ -362,9 +362,9 @@ def test_results_table_at_80_columns(monkeypatch):
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines[-3:]]
     assert rows == [
-        ["rte", "loss", "0.4123", "–", "–", "1,277"],
+        ["rte", "(1,277)", "loss", "0.4123", "–", "–"],
         ["accuracy", "71.25", "0.00", "52.70"],
-        ["numbers", "exact_match", "12.00", "40.00", "0.50", "20"],
+        ["numbers", "(20)", "exact_match", "12.00", "40.00", "0.50"],
     ]
 
 
@@ -383,7 +383,9 @@ def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch)
     lines = rendered(monitor.results_table(results))
     assert max(map(len, lines)) <= 80
     # Nothing of the name is lost.
-    assert name in "".join(line[:16].strip() for line in lines[6:])
+    row = next(i for i, line in enumerate(lines) if "a_task" in line)
+    width = lines[row].index("bleu")
+    assert "".join(line[:width].strip() for line in lines[row:]) == f"{name} (3)"
 
 
 def test_results_markdown():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -92,9 +93,11 @@ def test_not_found(name, message):
 def test_dtype_of_a_loaded_model():
     run_dir = str(trained_run())
     full, half = pretrained.load(run_dir), pretrained.load(run_dir, dtype="bfloat16")
-    assert full.params["lm_head"].dtype == "float32"
     assert (half.model.dtype, half.model.param_dtype) == ("bfloat16", "bfloat16")
-    np.testing.assert_array_equal(half.params["lm_head"], full.params["lm_head"].astype("bfloat16"))
+    pairs = zip(jax.tree.leaves(full.params), jax.tree.leaves(half.params), strict=True)
+    for wide, narrow in pairs:
+        assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
+        np.testing.assert_array_equal(narrow, wide.astype("bfloat16"))
     with pytest.raises(ValueError, match="model.param_dtype is float16; T5's activations overflow"):
         pretrained.load(run_dir, dtype="float16")
 

@@ -78,8 +78,8 @@ def compile_once():
     compilation_cache.reset_cache()
 
 
-def _one_device_mesh(config):
-    return _make_mesh(config, jax.devices()[:1])
+def _one_device_mesh(*config):
+    return _make_mesh(*config, devices=jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
