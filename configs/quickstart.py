@@ -28,7 +28,7 @@ def get_config() -> Config:
             num_heads=4,
             num_encoder_layers=2,
             num_decoder_layers=2,
-            dropout_rate=0.0,  # Data are plenty: no example is seen often enough to be learnt by heart.
+            dropout_rate=0.0,  # No example is seen often enough to be learnt by heart.
             scan_layers=False,  # Unrolled is faster on CPU, and two layers compile quickly.
         ),
         data=DataConfig(mixture="numbers", inputs_length=24, targets_length=16, batch_size=128),

@@ -242,8 +242,8 @@ def check_same_run(saved: Config, config: Config) -> None:
         != (now := getattr(getattr(config, section), name))
     ]
     # The optimizer's state has other parts with these than without.
-    switches = ("clip_norm", "weight_decay", "b1")
-    for name in switches if config.optimizer.name == "adafactor" else switches[:2]:
+    switches = ("weight_decay", "b1")
+    for name in switches if config.optimizer.name == "adafactor" else switches[:1]:
         was, now = getattr(saved.optimizer, name), getattr(config.optimizer, name)
         if bool(was) != bool(now):
             changes.append(f"optimizer.{name} was {was!r} and is {now!r}")

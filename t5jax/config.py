@@ -186,7 +186,7 @@ class EvalConfig:
     generate: bool = True
     """Generate text and compute the tasks' own metrics, beside the loss."""
     num_samples: int = 3
-    """Predictions to print for each task."""
+    """Predictions to print for each task, where text is generated."""
     patience: int | None = None
     """Stop when the validation loss has not fallen for this many evaluations. None: never."""
 
@@ -197,6 +197,11 @@ class EvalConfig:
         for name in ("num_examples", "max_tokens", "patience"):
             if getattr(self, name) is not None:
                 _at_least(getattr(self, name), 1, f"eval.{name}")
+        if self.max_tokens is not None and not self.generate:
+            raise ValueError(
+                f"eval.max_tokens is {self.max_tokens}, but eval.generate is False, so nothing is "
+                "generated; leave one of them out"
+            )
         if self.patience and not self.every:
             raise ValueError(
                 f"eval.patience is {self.patience}, but eval.every is 0, so nothing is measured "

@@ -113,10 +113,9 @@ def make_optimizer(config: OptimizerConfig, steps: int, param_axes) -> optax.Gra
       params = optax.apply_updates(params, updates)
     """
     schedule = make_schedule(config, steps)
-    parts = []
-    if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-
+    # Clipping has no state: a run can be resumed with it or without.
+    clip = config.clip_norm
+    parts = [optax.identity() if clip is None else optax.clip_by_global_norm(clip)]
     if config.name == "adafactor":
         parts.append(
             scale_by_adafactor(

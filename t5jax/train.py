@@ -266,9 +266,9 @@ class Reports:
             if not math.isfinite(metrics[name]):
                 raise NonFiniteLoss(
                     f"{name} is {metrics[name]} at step {step}; the last good checkpoint stands, "
-                    "and the same command goes on from it. Lower optimizer.learning_rate, or set "
-                    "model.dtype to float32 to see whether precision is the cause; a longer "
-                    "warm-up and optimizer.clip_norm help a run from its first step"
+                    "and the same command goes on from it. Lower optimizer.learning_rate, set "
+                    "optimizer.clip_norm, or set model.dtype to float32 to see whether precision "
+                    "is the cause; a longer warm-up helps a run from its first step"
                 )
         metrics["steps"] = 1
         self.sums = {name: self.sums.get(name, 0) + value for name, value in metrics.items()}

@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import optax
 import pytest
+
+from golden import assert_golden
+from small import EVEN, SMALL, random_batch, random_params
 from t5jax import decoding, sharding
 from t5jax.architectures import SIZES, T5Config, published
 from t5jax.batch import BatchSpec, pad_ids, pad_rows, shift_right, train_spec, validate_batch
@@ -31,9 +34,6 @@ from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.train_state import train_state_shapes
 from t5jax.train_step import make_train_step
-
-from golden import assert_golden
-from small import EVEN, SMALL, random_batch, random_params
 
 # --- What is refused ----------------------------------------------------------------------------
 

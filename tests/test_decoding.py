@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from small import EVEN, SMALL, VARIANTS, random_batch, random_params
 from t5jax import decoding, sharding
 from t5jax.batch import DECODER_INPUT_TOKENS, ENCODER_INPUT_TOKENS
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.models import api
-
-from small import EVEN, SMALL, VARIANTS, random_batch, random_params
 
 PREFILL = jax.jit(api.prefill, static_argnums=(0, 3))
 STEP = jax.jit(api.decode_step, static_argnums=0)

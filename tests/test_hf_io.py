@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from huggingface_hub import constants
+
 from t5jax.architectures import SIZES, T5Config, published
 from t5jax.config import AxisRules, MeshConfig, to_json
 from t5jax.hf import io, mapping, t5
@@ -527,7 +528,7 @@ def test_a_scaled_head_of_its_own_warns(tmp_path):
 
 def test_a_folder_that_is_not_empty(folder, tmp_path):
     params = random_params(SMALL, seed=1)
-    with pytest.raises(ValueError, match=r"is not empty \(3 entries\).*overwrite=True"):
+    with pytest.raises(ValueError, match=r"is not empty \(3 entries\).*overwrite"):
         io.save_params(folder, SMALL, params)
     assert_same(io.load_params(folder, SMALL), random_params(SMALL))
     io.save_params(folder, SMALL, params, overwrite=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from t5jax import decoding
 from t5jax.architectures import T5Config
 from t5jax.batch import DECODER_INPUT_TOKENS, ENCODER_INPUT_TOKENS, shift_right

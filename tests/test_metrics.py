@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from t5jax import metrics
 
 ALL = (

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from golden import assert_golden
+from small import SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 from t5jax import batch as features
 from t5jax.architectures import SIZES, published
 from t5jax.config import AxisRules, LossConfig
@@ -18,9 +21,6 @@ from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.models.attention import relative_position_bias, relative_position_bucket
 from t5jax.models.layers import Dropout, Embedding
-
-from golden import assert_golden
-from small import SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 
 LOSS = LossConfig(z_loss=0.01)
 LOGITS = jax.jit(api.logits, static_argnums=0)

@@ -11,6 +11,7 @@ import textwrap
 
 import numpy as np
 import pytest
+
 from t5jax import batch as features
 from t5jax import monitor
 

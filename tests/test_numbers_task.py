@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
 from t5jax.data import pipeline

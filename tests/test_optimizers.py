@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+
 from t5jax.architectures import published
 from t5jax.config import AxisRules, MeshConfig, OptimizerConfig
 from t5jax.models import api
@@ -281,7 +282,7 @@ def test_which_parameters_of_a_t5_are_factored():
     model = published("t5_1_1_small")
     tx = make_optimizer(OptimizerConfig(), STEPS, api.param_axes(model))
     shapes = api.param_shapes(model)
-    state = jax.eval_shape(tx.init, shapes).inner[0]
+    state = jax.eval_shape(tx.init, shapes).inner[1]
     layer = state.v_row["encoder"]["layers"], state.v_col["encoder"]["layers"]
     assert [x["attention"]["query"]["kernel"].shape for x in layer] == [(8, 512), (8, 6, 64)]
     assert [x["attention"]["out"]["kernel"].shape for x in layer] == [(8, 512), (8, 6, 64)]
@@ -302,7 +303,7 @@ def test_which_parameters_of_a_t5_are_factored():
 def test_a_large_table_of_position_biases_is_not_factored():
     axes = {"table": ("heads", "buckets")}
     tx = make_optimizer(OptimizerConfig(), STEPS, axes)
-    state = tx.init({"table": jnp.ones((256, 256))}).inner[0]
+    state = tx.init({"table": jnp.ones((256, 256))}).inner[1]
     assert state.v["table"].shape == (256, 256)
 
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from t5jax import metrics
 from t5jax.data.prompts import Template, prompted_task, read
 from t5jax.data.sources import Source, jsonl

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+
+from small import EVEN, VARIANTS, assert_trees_close, random_batch
 from t5jax import sharding
 from t5jax.architectures import published
 from t5jax.batch import BatchSpec
@@ -21,8 +23,6 @@ from t5jax.train_state import (
     train_state_shardings,
 )
 from t5jax.train_step import make_train_step
-
-from small import EVEN, VARIANTS, assert_trees_close, random_batch
 
 RULES = AxisRules()
 # A vocabulary whose size nothing else has.

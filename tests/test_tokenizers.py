@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+
 from t5jax.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,

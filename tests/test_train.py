@@ -379,7 +379,6 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
         ),
         ({"model": {"param_dtype": "bfloat16"}}, r"model.param_dtype was 'float32' and is"),
         ({"optimizer": {"name": "adafactor"}}, r"optimizer.name was 'adamw' and is 'adafactor'"),
-        ({"optimizer": {"clip_norm": 1.0}}, r"optimizer.clip_norm was None and is 1.0"),
         ({"optimizer": {"weight_decay": 0.1}}, r"optimizer.weight_decay was None and is 0.1"),
         ({"train": {"steps": 20, "seed": 1}}, r"train.seed was 0 and is 1"),
         ({"init": {"model": "RUN"}}, r"init.model was '' and is '.*run'"),

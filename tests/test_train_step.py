@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 from t5jax import batch as features
 from t5jax import sharding
 from t5jax.config import AxisRules, LossConfig, MeshConfig, OptimizerConfig
@@ -16,8 +18,6 @@ from t5jax.models import api
 from t5jax.optimizers import make_optimizer
 from t5jax.train_state import TrainState, create_train_state, train_state_shardings
 from t5jax.train_step import make_train_step
-
-from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 
 LOSS = LossConfig(z_loss=0.01, label_smoothing=0.1)
 DROPOUT = dataclasses.replace(SMALL, dropout_rate=0.3)

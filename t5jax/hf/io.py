@@ -472,7 +472,7 @@ def _check_destination(folder: Path, overwrite: bool) -> None:
     if entries and not overwrite:
         raise ValueError(
             f"{folder} is not empty ({len(entries)} entries); give a folder that does not exist "
-            "yet, or overwrite the model in it with overwrite=True"
+            "yet, or overwrite the model in it with --overwrite (overwrite=True)"
         )
     # Overwriting deletes the folder: it must be a model's and nothing else's.
     if entries and (not (folder / _CONFIG).is_file() or any(e.is_dir() for e in entries)):
