@@ -103,6 +103,7 @@ def main():
         print(f"{name}: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for _ in range(args.steps):
         for name, step in steps.items():
+            time.sleep(0.5)  # The others' idle threads spin for a while before they sleep.
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)

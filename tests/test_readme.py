@@ -153,8 +153,17 @@ def test_every_block_of_the_readme_runs(tmp_path):
 @pytest.mark.slow
 def test_every_command_of_make_quickstart_runs(tmp_path):
     recipe = subprocess.run(
-        ["make", "--dry-run", "--assume-old=install", "BIN=.", "quickstart"],
+        [
+            "make",
+            "--dry-run",
+            "--no-print-directory",
+            "--assume-old=install",
+            "BIN=.",
+            "quickstart",
+        ],
         cwd=ROOT,
+        # As if no other make had started the tests, whose options it would take over.
+        env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")},
         capture_output=True,
         text=True,
         check=True,
