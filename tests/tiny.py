@@ -118,7 +118,10 @@ def make_config(run_dir, **sections) -> Config:
 @functools.cache
 def _trained() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory()
-    train(make_config(Path(folder.name) / "run"))
+    # Whoever asks first, and from a fixture that comes before `one_device`: on one device.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", _one_device_mesh)
+        train(make_config(Path(folder.name) / "run"))
     return folder
 
 
