@@ -35,7 +35,7 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=100
         ),
-        train=TrainConfig(steps=800, log_every=20),
-        eval=EvalConfig(every=400, num_examples=100, batch_size=100, num_samples=1),
-        checkpoint=CheckpointConfig(every=400),
+        train=TrainConfig(steps=900, log_every=20),
+        eval=EvalConfig(every=300, num_examples=100, batch_size=100, num_samples=1),
+        checkpoint=CheckpointConfig(every=300),
     )
