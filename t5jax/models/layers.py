@@ -154,11 +154,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        def wi(name, *count):
+        def wi(name):
             return Linear(
-                "...D,DEF->E...F" if count else "...D,DF->...F",
-                (self.d_model, *count, self.d_ff),
-                ("embed", *(None for _ in count), "mlp"),
+                "...D,DF->...F",
+                (self.d_model, self.d_ff),
+                ("embed", "mlp"),
                 self.initializer_factor * self.d_model**-0.5,
                 self.dtype,
                 self.param_dtype,
@@ -166,13 +166,7 @@ class MLP(nn.Module):
             )(x_BTD)
 
         activation = ACTIVATIONS[self.activation]
-        if not self.gated:
-            h_BTF = activation(wi("wi"))
-        elif self.has_variable("params", "wi"):  # As arranged for decoding: both in one.
-            gate, linear = wi("wi", 2)
-            h_BTF = activation(gate) * linear
-        else:
-            h_BTF = activation(wi("wi_0")) * wi("wi_1")
+        h_BTF = activation(wi("wi_0")) * wi("wi_1") if self.gated else activation(wi("wi"))
         h_BTF = constrain(h_BTF, "batch", *("length",) * (h_BTF.ndim - 2), "mlp")
         h_BTF = Dropout(self.dropout_rate)(h_BTF)
         return Linear(

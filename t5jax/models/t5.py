@@ -103,15 +103,6 @@ class Attention(nn.Module):
         self.query = projection((D * K) ** -0.5)
         self.key = projection(D**-0.5)
         self.value = projection(D**-0.5)
-        # Only in parameters that `arrange_for_decoding` made: the three kernels as one.
-        self.query_key_value = Linear(
-            "BD,DEHK->EBHK",
-            (D, 3, H, K),
-            ("embed", None, "heads", "head_dim"),
-            1.0,
-            cfg.dtype,
-            cfg.param_dtype,
-        )
         self.out = Linear(
             "...HK,HKD->...D",
             (H, K, D),
@@ -135,9 +126,10 @@ class Attention(nn.Module):
         """Returns keys and values to keep, [B, H, S, K]."""
         return jnp.swapaxes(self.key(x_BSD), 1, 2), jnp.swapaxes(self.value(x_BSD), 1, 2)
 
-    def attend_one(self, q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT):
+    def attend_one(self, x_BD, k_BHTK, v_BHTK, bias_1HT, mask_BT):
         """One token attends to keys and values that were kept."""
-        return self.out(single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT))
+        h_BHK = single_query_attention(self.query(x_BD), k_BHTK, v_BHTK, bias_1HT, mask_BT)
+        return self.out(h_BHK)
 
 
 class EncoderLayer(nn.Module):
@@ -199,24 +191,24 @@ class DecoderLayer(nn.Module):
 
     # Decoding calls these one after the other, and keeps the keys and values in between.
 
+    def self_keys_values(self, x_B1D):
+        return self.self_attention.keys_values(self.pre_self_attention_norm(x_B1D))
+
     def cross_keys_values(self, encoded_BSD):
         return self.cross_attention.keys_values(encoded_BSD)
 
-    def self_query_key_value(self, x_BD):
-        """Returns one token's query, key and value, [3, B, H, K]."""
-        return self.self_attention.query_key_value(self.pre_self_attention_norm(x_BD))
-
-    def step(self, x_BD, q_BHK, position, self_kept, cross_kept, bias_1HT, cross_mask_BS):
+    def step(self, x_BD, position, self_kept, cross_kept, bias_1HT, cross_mask_BS):
         """One token, whose own key and value are among the kept ones already; [B, D]."""
         positions_T = jnp.arange(self_kept[0].shape[2])
         mask_1T = (positions_T <= position)[None]
         if self.config.per_layer_relative_bias:
             bias_1HT = self.relative_bias(position[None], positions_T)[:, :, 0]
 
-        x_BD = x_BD + self.self_attention.attend_one(q_BHK, *self_kept, bias_1HT, mask_1T)
+        h_BD = self.pre_self_attention_norm(x_BD)
+        x_BD = x_BD + self.self_attention.attend_one(h_BD, *self_kept, bias_1HT, mask_1T)
 
-        q_BHK = self.cross_attention.query(self.pre_cross_attention_norm(x_BD))
-        x_BD = x_BD + self.cross_attention.attend_one(q_BHK, *cross_kept, None, cross_mask_BS)
+        h_BD = self.pre_cross_attention_norm(x_BD)
+        x_BD = x_BD + self.cross_attention.attend_one(h_BD, *cross_kept, None, cross_mask_BS)
         return x_BD + self.mlp(self.pre_mlp_norm(x_BD))
 
 
@@ -364,13 +356,9 @@ class Network(nn.Module):
 def arrange_for_decoding(cfg: T5Config, params):
     """Returns the parameters as a decoding loop reads them fastest.
 
-    Matrices have the dtype they are computed in, and those that multiply the same vector are one:
-    a product of one token's vector costs what its matrix costs to read, and then some. Unless the
-    layers are to be scanned, each has arrays of its own: slices of a stack would be copied at
-    every token.
+    Matrices have the dtype they are computed in. Unless the layers are to be scanned, each has
+    arrays of its own: slices of a stack would be copied at every token.
     """
-    if _is_arranged(params):
-        return params
     dtype = jnp.dtype(cfg.dtype)
 
     def cast(path, x):
@@ -378,29 +366,17 @@ def arrange_for_decoding(cfg: T5Config, params):
         return x if keep else x.astype(dtype)
 
     params = jax.tree_util.tree_map_with_path(cast, params)
-    layers = dict(params["decoder"]["layers"])
-    attention, mlp = dict(layers["self_attention"]), dict(layers["mlp"])
-    own = [attention.pop(name)["kernel"] for name in ("query", "key", "value")]
-    attention["query_key_value"] = {"kernel": jnp.stack(own, axis=-3)}
-    if cfg.gated:
-        gate = [mlp.pop(name)["kernel"] for name in ("wi_0", "wi_1")]
-        mlp["wi"] = {"kernel": jnp.stack(gate, axis=-2)}
-    layers |= {"self_attention": attention, "mlp": mlp}
-    if not cfg.scan_layers:
-        layers = tuple(
+    if not cfg.scan_layers and isinstance(params["decoder"]["layers"], dict):
+        layers = params["decoder"]["layers"]
+        split = tuple(
             jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_decoder_layers)
         )
-    return params | {"decoder": params["decoder"] | {"layers": layers}}
-
-
-def _is_arranged(params) -> bool:
-    layers = params["decoder"]["layers"]
-    return isinstance(layers, tuple) or "query_key_value" in layers["self_attention"]
+        params = params | {"decoder": params["decoder"] | {"layers": split}}
+    return params
 
 
 def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
     """Encodes the inputs and makes room for `max_length` tokens."""
-    params = arrange_for_decoding(cfg, params)
     encoded_BSD, is_token_BS = Network(cfg).apply({"params": params}, batch, method="encode")
     layer, layers = DecoderLayer(cfg), params["decoder"]["layers"]
 
@@ -429,7 +405,6 @@ def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
 
 def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
     """Returns float32 logits [B, V] of the next token, and the cache with this one."""
-    params = arrange_for_decoding(cfg, params)
     network, layer = Network(cfg), DecoderLayer(cfg)
     decoder, position = params["decoder"], cache.position
     bias_1HT = None
@@ -442,14 +417,13 @@ def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
 
     def one(carry, index, params):
         x_BD, keys, values = carry
-        q_BHK, k_BHK, v_BHK = layer.apply({"params": params}, x_BD, method="self_query_key_value")
+        k_BH1K, v_BH1K = layer.apply({"params": params}, x_BD[:, None], method="self_keys_values")
         # Written first and read then: the other way round, the compiler copies the cache.
-        keys = _write(keys, index, position, k_BHK)
-        values = _write(values, index, position, v_BHK)
+        keys = _write(keys, index, position, k_BH1K)
+        values = _write(values, index, position, v_BH1K)
         x_BD = layer.apply(
             {"params": params},
             x_BD,
-            q_BHK,
             position,
             (_read(keys, index), _read(values, index)),
             (_read(cache.cross_keys, index), _read(cache.cross_values, index)),
@@ -483,9 +457,8 @@ def _read(kept, layer):
     return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)
 
 
-def _write(kept, layer, position, new_BHK):
+def _write(kept, layer, position, new_BH1K):
     """Returns what is kept with one layer's key or value at a position."""
-    new_BH1K = new_BHK[:, :, None]
     if isinstance(kept, tuple):
         one = jax.lax.dynamic_update_slice(kept[layer], new_BH1K, (0, 0, position, 0))
         return (*kept[:layer], one, *kept[layer + 1 :])
