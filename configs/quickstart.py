@@ -2,7 +2,7 @@
 
     t5jax train quickstart        (or `make quickstart`, which also evaluates, exports and answers)
 
-Hardware: any; about 4 minutes on 2 CPU cores. Result to expect: at least 95 % exact match on
+Hardware: any; under 5 minutes on 2 CPU cores. Result to expect: at least 95 % exact match on
 every task, on numbers that were never seen.
 """
 
