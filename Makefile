@@ -24,6 +24,9 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 # among those tested for Python 3.12: there these tests skip.
 TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
 
+# Compiling takes one core; files stay whole, because their tests share what they have trained.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+
 .PHONY: help
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -61,11 +64,11 @@ quickstart: install  ## train a small T5 for some minutes, evaluate, export and 
 
 .PHONY: test
 test: install $(TORCH_INSTALLED)  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: test-fast
 test-fast: install  ## the tests of a few seconds each, without torch
-	$(BIN)/python -m pytest -m 'not slow and not hf'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
 
 .PHONY: lint
 lint: install  ## rules, format and types: ruff and mypy
