@@ -19,7 +19,11 @@ from t5jax.architectures import SIZES, published
 from t5jax.config import AxisRules, LossConfig
 from t5jax.losses import batch_loss
 from t5jax.models import api
-from t5jax.models.attention import relative_position_bias, relative_position_bucket
+from t5jax.models.attention import (
+    relative_position_bias,
+    relative_position_bucket,
+    spread_over_diagonals,
+)
 from t5jax.models.layers import Dropout, Embedding
 
 LOSS = LossConfig(z_loss=0.01)
@@ -245,7 +249,7 @@ def test_buckets(num_buckets, max_distance, bidirectional):
 def test_bias_and_its_gradient_are_those_of_a_lookup(bidirectional):
     rng = np.random.default_rng(0)
     table_HN = jnp.asarray(rng.standard_normal((3, 8)), "float32")
-    queries_T, keys_S = jnp.arange(4, 15), jnp.arange(13)
+    queries_T, keys_S = range(11), range(13)
     weights_HTS = jnp.asarray(rng.standard_normal((3, 11, 13)), "float32")
     kind = {"max_distance": 9, "bidirectional": bidirectional}
 
@@ -256,7 +260,8 @@ def test_bias_and_its_gradient_are_those_of_a_lookup(bidirectional):
         return table_HN[:, buckets_TS]
 
     def ours(table_HN):
-        return relative_position_bias(table_HN, queries_T, keys_S, **kind)[0]
+        bias_HR = relative_position_bias(table_HN, jnp.arange(-10, 13), **kind)
+        return spread_over_diagonals(bias_HR, num_queries=11)[0]
 
     np.testing.assert_array_equal(ours(table_HN), lookup(table_HN))
     grad, expected = (

@@ -93,21 +93,41 @@ def relative_position_bucket(
 
 
 def relative_position_bias(
-    table_HN, query_positions_T, key_positions_S, *, max_distance: int, bidirectional: bool
+    table_HN, distance_R, *, max_distance: int, bidirectional: bool
 ) -> jax.Array:
-    """Returns the bias float32 [1, H, T, S] of one stack.
+    """Returns the bias of each distance, float32 [H, R].
 
     Args:
       table_HN: learned, one row a head and one column a bucket.
-      query_positions_T, key_positions_S: int32, indices into the row. In a packed row they serve
-        as well as positions: inside one segment both differ alike.
+      distance_R: int32, key position minus query position, in tokens.
     """
-    buckets_TS = relative_position_bucket(
-        key_positions_S[None, :] - query_positions_T[:, None],
+    bucket_R = relative_position_bucket(
+        distance_R,
         num_buckets=table_HN.shape[1],
         max_distance=max_distance,
         bidirectional=bidirectional,
     )
     # A product with one-hots instead of a gather: its gradient is a product too, not a scatter.
-    one_hot_TSN = jax.nn.one_hot(buckets_TS, table_HN.shape[1], dtype=jnp.float32)
-    return jnp.einsum("HN,TSN->HTS", table_HN.astype(jnp.float32), one_hot_TSN)[None]
+    one_hot_RN = jax.nn.one_hot(bucket_R, table_HN.shape[1], dtype=jnp.float32)
+    return jnp.einsum("HN,RN->HR", table_HN.astype(jnp.float32), one_hot_RN)
+
+
+def spread_over_diagonals(bias_HR, num_queries: int) -> jax.Array:
+    """Returns [1, H, T, S], whose entry at query t and key s is that of the distance s - t.
+
+    Both run over one sequence from its first token. In a packed row that serves as well: inside
+    one segment indices differ as positions do.
+
+    Args:
+      bias_HR: distances 1 - T to S - 1, in this order, so that R = T + S - 1.
+      num_queries: T.
+    """
+    num_heads, num_distances = bias_HR.shape
+    num_keys = num_distances - num_queries + 1
+    # Row t is the vector moved t to the right: a vector one longer than the rows that it is cut
+    # into. Its gradient is a sum, where that of a gather would scatter into a few addresses.
+    bias_HR = jnp.pad(bias_HR, ((0, 0), (0, 1)))
+    rows_HTR = jnp.broadcast_to(bias_HR[:, None], (num_heads, num_queries, num_distances + 1))
+    flat = rows_HTR.reshape(num_heads, -1)[:, : num_queries * num_distances]
+    moved_HTR = flat.reshape(num_heads, num_queries, num_distances)
+    return moved_HTR[None, :, :, num_queries - 1 : num_queries - 1 + num_keys]

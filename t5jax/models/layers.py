@@ -5,6 +5,8 @@ Parameters carry logical axes (`t5jax.config.AxisRules`). Nothing has a bias ter
 B batch, T length, D model, F mlp, V vocab.
 """
 
+import functools
+import re
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -25,6 +27,33 @@ def normal(stddev: float, axes: Sequence[str]):
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), tuple(axes))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x, kernel):
+    """Returns `jnp.einsum(equation, x, kernel)`, "...A,AB->...B"; its gradient likewise.
+
+    The kernel's gradient is written with the input first. As JAX transposes it, with the input
+    second, XLA on CPU transposes the other operand together with what it is computed from: a
+    T5 1.1 small's step took 1.2 times as long.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _product_forward(equation, x, kernel):
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(equation, saved, grad):
+    x, kernel = saved
+    x_dims, kernel_dims, out_dims = re.split(",|->", equation)
+    x_grad = jnp.einsum(f"{out_dims},{kernel_dims}->{x_dims}", grad, kernel)
+    rows = "XYZ"[: x.ndim - len(x_dims.removeprefix("..."))]
+    x_dims, out_dims = (dims.replace("...", rows) for dims in (x_dims, out_dims))
+    return x_grad, jnp.einsum(f"{x_dims},{out_dims}->{kernel_dims}", x, grad)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Linear(nn.Module):
     """An einsum with one weight, `kernel`."""
 
@@ -38,7 +67,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", normal(self.stddev, self.axes), self.shape, self.param_dtype)
-        return jnp.einsum(self.equation, x, kernel.astype(self.dtype))
+        return _product(self.equation, x, kernel.astype(self.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -23,6 +23,7 @@ from t5jax.models.attention import (
     relative_position_bias,
     segment_mask,
     single_query_attention,
+    spread_over_diagonals,
 )
 from t5jax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm, Unembedding, normal
 from t5jax.sharding import constrain
@@ -69,18 +70,22 @@ class RelativeBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, query_positions_T, key_positions_S):
+    def __call__(self, distance_R):
+        """Returns float32 [H, R] for int32 distances, key position minus query position."""
         cfg = self.config
         init = normal(cfg.initializer_factor * cfg.d_model**-0.5, ("heads", "buckets"))
         shape = (cfg.num_heads, cfg.relative_attention_num_buckets)
         table_HN = self.param("embedding", init, shape, cfg.param_dtype)
         return relative_position_bias(
             table_HN,
-            query_positions_T,
-            key_positions_S,
+            distance_R,
             max_distance=cfg.relative_attention_max_distance,
             bidirectional=self.bidirectional,
         )
+
+    def matrix(self, length: int):
+        """Returns float32 [1, H, T, T], for a sequence that attends to itself."""
+        return spread_over_diagonals(self(jnp.arange(1 - length, length)), length)
 
 
 class Attention(nn.Module):
@@ -140,10 +145,8 @@ class EncoderLayer(nn.Module):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
         if cfg.per_layer_relative_bias:
-            positions_S = jnp.arange(x_BSD.shape[1])
-            bias_1HSS = RelativeBias(cfg, bidirectional=True, name="relative_bias")(
-                positions_S, positions_S
-            )
+            bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
+            bias_1HSS = bias.matrix(x_BSD.shape[1])
 
         h_BSD = _norm(cfg, "pre_attention_norm")(x_BSD)
         h_BSD = Attention(cfg, name="attention")(h_BSD, h_BSD, bias_1HSS, mask_B1SS)
@@ -172,8 +175,7 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x_BTD, encoded_BSD, bias_1HTT, mask_B1TT, cross_mask_B1TS):
         if self.config.per_layer_relative_bias:
-            positions_T = jnp.arange(x_BTD.shape[1])
-            bias_1HTT = self.relative_bias(positions_T, positions_T)
+            bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
 
         h_BTD = self.pre_self_attention_norm(x_BTD)
         h_BTD = self.self_attention(h_BTD, h_BTD, bias_1HTT, mask_B1TT)
@@ -202,7 +204,7 @@ class DecoderLayer(nn.Module):
         positions_T = jnp.arange(self_kept[0].shape[2])
         mask_1T = (positions_T <= position)[None]
         if self.config.per_layer_relative_bias:
-            bias_1HT = self.relative_bias(position[None], positions_T)[:, :, 0]
+            bias_1HT = self.relative_bias(positions_T - position)[None]
 
         h_BD = self.pre_self_attention_norm(x_BD)
         x_BD = x_BD + self.self_attention.attend_one(h_BD, *self_kept, bias_1HT, mask_1T)
@@ -248,10 +250,8 @@ class Encoder(nn.Module):
         bias_1HSS = None
         if not cfg.per_layer_relative_bias:
             # Once a stack, outside the scan.
-            positions_S = jnp.arange(x_BSD.shape[1])
-            bias_1HSS = RelativeBias(cfg, bidirectional=True, name="relative_bias")(
-                positions_S, positions_S
-            )
+            bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
+            bias_1HSS = bias.matrix(x_BSD.shape[1])
         Layers = _stack(EncoderLayer, cfg, cfg.num_encoder_layers)
         x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask_B1SS)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
@@ -273,8 +273,7 @@ class Decoder(nn.Module):
     def __call__(self, x_BTD, encoded_BSD, mask_B1TT, cross_mask_B1TS):
         bias_1HTT = None
         if not self.config.per_layer_relative_bias:
-            positions_T = jnp.arange(x_BTD.shape[1])
-            bias_1HTT = self.relative_bias(positions_T, positions_T)
+            bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
         x_BTD = self.dropout(x_BTD)
         x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias_1HTT, mask_B1TT, cross_mask_B1TS)
         return self.dropout(self.final_norm(x_BTD))
@@ -411,9 +410,8 @@ def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
     if not cfg.per_layer_relative_bias:
         positions_T = jnp.arange(jax.tree.leaves(cache.self_keys)[0].shape[-2])
         bias = RelativeBias(cfg, bidirectional=False)
-        bias_1HT = bias.apply({"params": decoder["relative_bias"]}, position[None], positions_T)[
-            :, :, 0
-        ]
+        bias_HT = bias.apply({"params": decoder["relative_bias"]}, positions_T - position)
+        bias_1HT = bias_HT[None]
 
     def one(carry, index, params):
         x_BD, keys, values = carry
