@@ -5,7 +5,10 @@ Every module of `t5jax.data` that needs them takes them from here, so that this 
 
 import contextlib
 import os
+import re
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -36,4 +39,37 @@ with _quietly():
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
 
-__all__ = ["seqio", "tf"]
+__all__ = ["from_generator", "read", "seqio", "tf"]
+
+# An exception cannot pass through TensorFlow, a number in a message can.
+_errors: list[Exception] = []
+_ERROR_KEY = "t5jax source error {}!"
+
+
+def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.data.Dataset:
+    """Returns the data set of what `generate()` yields, whose errors pass through `read`."""
+
+    def remembering_errors():
+        try:
+            yield from generate()
+        except Exception as error:
+            _errors.append(error)
+            raise RuntimeError(_ERROR_KEY.format(len(_errors) - 1)) from None
+
+    return tf.data.Dataset.from_generator(remembering_errors, output_signature=signature)
+
+
+def read(function: Callable[[], Any]) -> Any:
+    """Returns `function()`, which reads a data set.
+
+    What a generator under `from_generator` has raised is raised as it was, not as TensorFlow
+    wraps it.
+    """
+    try:
+        return function()
+    except tf.errors.OpError as error:
+        found = re.search(_ERROR_KEY.format(r"(\d+)"), str(error))
+        if found is None:
+            raise
+    # Not within `except`: the wrapping's traceback would keep the data set alive, and reading.
+    raise _errors[int(found[1])]
