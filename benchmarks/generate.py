@@ -1,16 +1,14 @@
 """Greedy generation with T5 1.1 small, beside transformers on torch in the same run.
 
-64 tokens in, 64 out, random weights; no row may end early. The contestants take turns, so that
-whatever else the machine does falls on both; the table gives medians. Needs the `torch` extra.
+64 tokens in, 64 out, random weights; no row may end early. The table gives medians. Needs the
+`torch` extra.
 
     python benchmarks/generate.py [--batch-sizes 1 8 32] [--repeats 5] [--dtype bfloat16]
 """
 
 import argparse
 import dataclasses
-import statistics
-import sys
-import time
+import functools
 
 import jax
 import numpy as np
@@ -22,6 +20,7 @@ from t5jax.architectures import T5Config, published
 from t5jax.decoding import greedy
 from t5jax.hf.t5 import write_config
 from t5jax.models import api
+from turns import median_seconds
 
 SOURCE = NEW_TOKENS = 64
 
@@ -33,7 +32,7 @@ def t5jax_generate(model: T5Config, tokens: np.ndarray):
     params = jax.jit(lambda key: api.init_params(model, key))(jax.random.key(0))
     params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
     batch = {features.ENCODER_INPUT_TOKENS: tokens}
-    return lambda: np.asarray(greedy(model, params, batch, NEW_TOKENS))
+    return lambda: _check(model, tokens, np.asarray(greedy(model, params, batch, NEW_TOKENS)))
 
 
 def torch_generate(model: T5Config, tokens: np.ndarray):
@@ -49,9 +48,15 @@ def torch_generate(model: T5Config, tokens: np.ndarray):
 
     def run():
         with torch.inference_mode():
-            return network.generate(input_ids=inputs, **options).numpy()[:, 1:]
+            out = network.generate(input_ids=inputs, **options).numpy()[:, 1:]
+        _check(model, tokens, out)
 
     return run
+
+
+def _check(model: T5Config, tokens: np.ndarray, out: np.ndarray):
+    if out.shape != (len(tokens), NEW_TOKENS) or (out == model.vocab_size - 1).any():
+        raise RuntimeError("a row ended early: the two did not do the same work")
 
 
 def main():
@@ -69,21 +74,13 @@ def main():
     for batch_size in args.batch_sizes:
         shape = (batch_size, SOURCE)
         tokens = np.random.default_rng(0).integers(2, model.vocab_size, shape, np.int32)
-        shape_out = (batch_size, NEW_TOKENS)
-        contestants = torch_generate(model, tokens), t5jax_generate(model, tokens)
-        seconds = [], []
-        for repeat in range(args.repeats + 1):
-            for run, times in zip(contestants, seconds, strict=True):
-                time.sleep(0.5)  # The other's idle threads spin for a while before they sleep.
-                start = time.perf_counter()
-                out = run()
-                if out.shape != shape_out or (out == model.vocab_size - 1).any():
-                    raise RuntimeError("a row ended early: the two did not do the same work")
-                if repeat:  # The first run compiles.
-                    times.append(time.perf_counter() - start)
-        theirs, ours = (batch_size * NEW_TOKENS / statistics.median(times) for times in seconds)
+        contestants = {
+            f"transformers, batch {batch_size}": functools.partial(torch_generate, model, tokens),
+            f"t5jax, batch {batch_size}": functools.partial(t5jax_generate, model, tokens),
+        }
+        seconds = median_seconds(contestants, args.repeats).values()
+        theirs, ours = (batch_size * NEW_TOKENS / median for median in seconds)
         table.add_row(str(batch_size), f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.2f}x")
-        print(f"batch {batch_size}: {ours / theirs:.2f}x", file=sys.stderr)
     Console().print(table)
 
 

@@ -1,16 +1,13 @@
 """One optimizer step of T5 1.1 small, beside transformers on torch in the same run.
 
-Same size, batch, dropout rate and optimizer (AdamW), random weights and tokens. The contestants
-take turns, so that whatever else the machine does falls on all of them; the table gives medians
-and ratios to the first row. Needs the `torch` extra.
+Same size, batch, dropout rate and optimizer (AdamW), random weights and tokens; the table gives
+medians and ratios to the first row. Needs the `torch` extra.
 
     python benchmarks/train_step.py [--steps 5] [--dtype bfloat16] [--no-compile]
 """
 
 import argparse
-import statistics
-import sys
-import time
+import functools
 
 import jax
 import numpy as np
@@ -25,6 +22,7 @@ from t5jax.models import api
 from t5jax.optimizers import make_optimizer
 from t5jax.train_state import create_train_state
 from t5jax.train_step import make_train_step
+from turns import median_seconds
 
 BATCH, SOURCE, TARGET = 8, 256, 64
 
@@ -89,31 +87,18 @@ def main():
 
     small = published("t5_1_1_small", dtype=args.dtype)
     unrolled = published("t5_1_1_small", dtype=args.dtype, scan_layers=False)
-    contestants = {"transformers + torch, eager": lambda: torch_step(small, False)}
+    contestants = {"transformers + torch, eager": functools.partial(torch_step, small, False)}
     if not args.no_compile:
-        contestants["transformers + torch.compile"] = lambda: torch_step(small, True)
-    contestants["t5jax, unrolled"] = lambda: t5jax_step(unrolled)
-    contestants["t5jax, scanned"] = lambda: t5jax_step(small)
-
-    steps, seconds = {}, {name: [] for name in contestants}
-    for name, build in contestants.items():
-        start = time.perf_counter()
-        steps[name] = build()
-        steps[name]()
-        print(f"{name}: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    for _ in range(args.steps):
-        for name, step in steps.items():
-            time.sleep(0.5)  # The others' idle threads spin for a while before they sleep.
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+        contestants["transformers + torch.compile"] = functools.partial(torch_step, small, True)
+    contestants["t5jax, unrolled"] = functools.partial(t5jax_step, unrolled)
+    contestants["t5jax, scanned"] = functools.partial(t5jax_step, small)
+    seconds = median_seconds(contestants, args.steps)
 
     table = Table(title=f"T5 1.1 small, one step, {BATCH} x ({SOURCE} + {TARGET}), {args.dtype}")
     for column in ("", "seconds", "tokens/s", "times the first"):
         table.add_column(column, justify="left" if column == "" else "right")
-    first = statistics.median(seconds[next(iter(contestants))])
-    for name, values in seconds.items():
-        median = statistics.median(values)
+    first = seconds[next(iter(contestants))]
+    for name, median in seconds.items():
         rate = BATCH * (SOURCE + TARGET) / median
         table.add_row(name, f"{median:.2f}", f"{rate:,.0f}", f"{first / median:.2f}x")
     Console().print(table)

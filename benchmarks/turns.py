@@ -1,0 +1,57 @@
+"""Contestants of a benchmark, each in a process of its own, taking turns.
+
+Turns, so that whatever else the machine does falls on all of them; processes, because the thread
+pools of two frameworks in one process wait for work on the same cores.
+"""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+
+def median_seconds(contestants: Mapping[str, Callable[[], Callable]], rounds: int) -> dict:
+    """Returns the median of the seconds that each contestant takes for one call.
+
+    Args:
+      contestants: name to a function that returns what is timed; both run in the contestant's
+        process, so the function must be picklable (functools.partial of a module's function).
+        The first call, which compiles, is not counted.
+      rounds: calls of each.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for name, build in contestants.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(build, theirs), daemon=True)
+        process.start()
+        theirs.close()  # Then the end of the process ends `recv`.
+        print(f"{name}: ready after {_receive(ours, name):.0f} s", file=sys.stderr)
+        workers[name] = ours
+    seconds = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, connection in workers.items():
+            connection.send("run")
+            seconds[name].append(_receive(connection, name))
+    for connection in workers.values():
+        connection.send("end")
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def _receive(connection, name: str) -> float:
+    try:
+        return connection.recv()
+    except EOFError:
+        raise SystemExit(f"{name} has failed; its message is above") from None
+
+
+def _work(build: Callable[[], Callable], connection) -> None:
+    start = time.perf_counter()
+    run = build()
+    run()
+    connection.send(time.perf_counter() - start)
+    while connection.recv() == "run":
+        start = time.perf_counter()
+        run()
+        connection.send(time.perf_counter() - start)
