@@ -1,56 +1,69 @@
 """Batch features: one vocabulary of names from the data to the loss (SeqIO's standard names).
 
-An encoder-decoder batch is a dict of int32 arrays [B, S] or [B, T], weights float32 [B, T].
-Packed rows hold several examples; segment ids number them from 1, and 0 is padding.
+A batch is a dict of int32 arrays [B, S] or [B, T]; loss weights are float32. Packed rows hold
+several examples; segment ids number them from 1, and 0 is padding. Positions count from 0 in each.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from t5jax.config import Config
 
 ENCODER_INPUT_TOKENS = "encoder_input_tokens"
+ENCODER_TARGET_TOKENS = "encoder_target_tokens"
+ENCODER_LOSS_WEIGHTS = "encoder_loss_weights"
+ENCODER_SEGMENT_IDS = "encoder_segment_ids"
+ENCODER_POSITIONS = "encoder_positions"
 DECODER_INPUT_TOKENS = "decoder_input_tokens"
 DECODER_TARGET_TOKENS = "decoder_target_tokens"
 DECODER_LOSS_WEIGHTS = "decoder_loss_weights"
-ENCODER_SEGMENT_IDS = "encoder_segment_ids"
+DECODER_CAUSAL_ATTENTION = "decoder_causal_attention"
 DECODER_SEGMENT_IDS = "decoder_segment_ids"
-ENCODER_POSITIONS = "encoder_positions"
 DECODER_POSITIONS = "decoder_positions"
 
 Batch = dict[str, np.ndarray]
 
+Kind = Literal["encoder_decoder", "decoder", "prefix_lm", "encoder"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """Shape of an encoder-decoder batch: rows, tokens of each side, packed or not."""
+    """Shape of a batch: rows, tokens of each side, packed or not, and for which kind of model."""
 
     batch_size: int
     inputs_length: int
     targets_length: int
     pack: bool = False
+    kind: Kind = "encoder_decoder"
+    """decoder: targets alone, each token predicted from those before it. prefix_lm: a decoder whose
+    rows hold inputs and targets, inputs_length + targets_length tokens; the loss is that of the
+    targets. encoder: rows of inputs_length, targets where their inputs stand."""
 
     def features(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
         """Returns the shape and dtype of every feature."""
-        source = (self.batch_size, self.inputs_length)
-        target = (self.batch_size, self.targets_length)
-        int32, float32 = np.dtype("int32"), np.dtype("float32")
-        features = {
-            ENCODER_INPUT_TOKENS: (source, int32),
-            DECODER_INPUT_TOKENS: (target, int32),
-            DECODER_TARGET_TOKENS: (target, int32),
-            DECODER_LOSS_WEIGHTS: (target, float32),
-        }
-        if self.pack:
-            features |= {
-                ENCODER_SEGMENT_IDS: (source, int32),
-                ENCODER_POSITIONS: (source, int32),
-                DECODER_SEGMENT_IDS: (target, int32),
-                DECODER_POSITIONS: (target, int32),
-            }
-        return features
+        source, target = self.inputs_length, self.targets_length
+        if self.kind == "encoder":
+            lengths = dict.fromkeys((ENCODER_INPUT_TOKENS, ENCODER_TARGET_TOKENS), source)
+            weights = {ENCODER_LOSS_WEIGHTS: source}
+            packed = dict.fromkeys((ENCODER_SEGMENT_IDS, ENCODER_POSITIONS), source)
+        else:
+            if self.kind == "prefix_lm":
+                target += source
+            lengths = dict.fromkeys((DECODER_INPUT_TOKENS, DECODER_TARGET_TOKENS), target)
+            weights = {DECODER_LOSS_WEIGHTS: target}
+            packed = dict.fromkeys((DECODER_SEGMENT_IDS, DECODER_POSITIONS), target)
+        if self.kind == "prefix_lm":
+            lengths |= {DECODER_CAUSAL_ATTENTION: target}
+        if self.kind == "encoder_decoder":
+            lengths |= {ENCODER_INPUT_TOKENS: source}
+            packed |= dict.fromkeys((ENCODER_SEGMENT_IDS, ENCODER_POSITIONS), source)
+        tokens = lengths | packed if self.pack else lengths
+        features = {name: ((self.batch_size, n), np.dtype("int32")) for name, n in tokens.items()}
+        floats = {name: ((self.batch_size, n), np.dtype("float32")) for name, n in weights.items()}
+        return features | floats
 
 
 def train_spec(config: Config) -> BatchSpec:

@@ -184,13 +184,37 @@ def check_batch_size(batch_size: int, mesh: Mesh, rules: AxisRules, name="data.b
         )
 
 
-def shard_batch(batch: Batch, mesh: Mesh, rules: AxisRules) -> dict[str, jax.Array]:
-    """Makes global arrays of a global batch: each process keeps the rows of its own devices."""
+def process_rows(batch_size: int, mesh: Mesh, rules: AxisRules) -> list[int]:
+    """Returns the rows of a global batch that are on this process's devices, rising."""
+    places = batch_sharding(mesh, rules).addressable_devices_indices_map((batch_size, 1))
+    return sorted({row for index in places.values() for row in range(batch_size)[index[0]]})
+
+
+def shard_batch(
+    batch: Batch, mesh: Mesh, rules: AxisRules, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """Makes global arrays of a global batch, or of this process's rows of it.
+
+    Args:
+      batch: all rows, or those of `process_rows`.
+      mesh, rules: what splits the batch.
+      batch_size: rows of the global batch, where `batch` has those of this process alone.
+    """
     sharding = batch_sharding(mesh, rules)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
+    rows = process_rows(batch_size, mesh, rules) if batch_size else None
+
+    def part(x, index):
+        if rows is not None:  # Rows of a device lie side by side among those of its process.
+            first = rows.index(index[0].start or 0)
+            index = (slice(first, first + len(range(batch_size)[index[0]])), *index[1:])
+        return x[index]
+
     return {
-        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        name: jax.make_array_from_callback(
+            (batch_size or len(x), *x.shape[1:]), sharding, lambda index, x=x: part(x, index)
+        )
         for name, x in batch.items()
     }
 

@@ -1,0 +1,41 @@
+"""A causal language model of two novels, from nothing: the decoder of a small T5.
+
+    T5JAX_DATA=... t5jax train novels_lm
+
+tasks/novels.py says where the books are found. Hardware: any; a minute or two on 2 CPU cores.
+"""
+
+from t5jax.architectures import T5Config
+from t5jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/novels_lm",
+        model=T5Config(
+            vocab_size=2048,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_heads=4,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            dropout_rate=0.0,
+            scan_layers=False,  # Unrolled is faster on CPU, and two layers compile quickly.
+        ),
+        # The encoder reads nothing but eos.
+        data=DataConfig(mixture="novels_lm", inputs_length=1, targets_length=128, batch_size=32),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=20
+        ),
+        train=TrainConfig(steps=150, log_every=10),
+        eval=EvalConfig(every=50, batch_size=32, generate=False),
+        checkpoint=CheckpointConfig(every=150),
+    )

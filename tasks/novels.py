@@ -1,0 +1,61 @@
+"""Two novels, Moby-Dick and Pride and Prejudice, for pre-training objectives over plain text.
+
+The books are all *.md files in $T5JAX_DATA/text, or in ./data/text where T5JAX_DATA is not set; the
+repository mlschmitt/classic-books-markdown on GitHub has these and more. A chapter is a document;
+every tenth one of each book is held out for validation.
+
+    novels_spans     T5's span corruption
+    novels_ul2       UL2's mixture of denoisers
+    novels_prefix    the rest of a text from its beginning
+    novels_lm        every token from those before it
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+
+from t5jax.data.corpus import text_task
+from t5jax.data.objectives import CausalLM, PrefixLM, SpanCorruption, ul2
+from t5jax.data.sources import Source, text
+from t5jax.data.vocabularies import train_sentencepiece
+
+FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "text")
+
+
+BOOKS = text({"books": f"{FOLDER}/*.md"}, by="file")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chapters:
+    """The function of a split: its chapters of all books."""
+
+    held_out: bool
+
+    def __call__(self) -> Iterator[dict]:
+        for book in BOOKS.rows("books"):
+            for number, chapter in enumerate(re.split(r"\n(?=## )", book["text"])):
+                if (number % 10 == 9) == self.held_out:
+                    yield {"text": chapter}
+
+    def paths(self) -> list[str]:
+        """Returns the files, by which a cache knows that they have changed."""
+        return BOOKS.files("books")
+
+
+SOURCE = Source({"train": Chapters(held_out=False), "validation": Chapters(held_out=True)})
+
+
+def vocabulary():
+    """1,948 pieces learned from the training chapters; with the 100 sentinels they make 2,048."""
+    lines = [line for row in SOURCE.rows("train") for line in row["text"].splitlines()]
+    return train_sentencepiece(lines, 1948)
+
+
+for name, objective in {
+    "novels_spans": SpanCorruption(),
+    "novels_ul2": ul2(),
+    "novels_prefix": PrefixLM(),
+    "novels_lm": CausalLM(),
+}.items():
+    text_task(name, SOURCE, objective, vocabulary=vocabulary)
