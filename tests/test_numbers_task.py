@@ -29,7 +29,7 @@ def tokenizer(config):
 def rows():
     """Every number's texts and split, from the tasks' own sources."""
     pipeline.load_tasks()
-    source = seqio.TaskRegistry.get("numbers_en_fr").source._source
+    source = seqio.TaskRegistry.get("numbers_en_fr").source.source
     return {split: list(source.rows(split)) for split in source.splits}
 
 
