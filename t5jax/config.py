@@ -41,11 +41,18 @@ class DataConfig:
 
     mixture: str = ""
     """SeqIO task or mixture to train on."""
+    mixture_changes: tuple[str, ...] = ()
+    """Tasks or mixtures to go on with from a step on, as STEP:NAME, such as 1000:harder_mixture.
+    `mixture` is read until the first of these steps."""
     task_files: tuple[str, ...] = ()
     """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
     vocabulary: str = ""
-    """"bytes", a SentencePiece .model file, or a folder or hub name with a tokenizer. Empty: the
-    tokenizer of init.model, or else the task's own."""
+    """"bytes", a SentencePiece .model file, a tokenizer.json, GPT-2's vocab.json or BERT's
+    vocab.txt, or a folder or hub name with a tokenizer. Empty: the tokenizer of init.model, or
+    else the task's own."""
+    cache: str | None = None
+    """Folder of caches of tokenized examples, read in a global order and made where they are
+    missing or do not match their task (`t5jax cache` makes them beforehand). None: stream."""
     inputs_length: int = 512
     """Tokens of an encoder row; longer inputs are cut."""
     targets_length: int = 128
@@ -60,6 +67,34 @@ class DataConfig:
     def __post_init__(self):
         for name in ("inputs_length", "targets_length", "batch_size"):
             _at_least(getattr(self, name), 1, f"data.{name}")
+        if self.cache == "":
+            raise ValueError(
+                "data.cache is ''; expected a folder, or None to stream without a cache"
+            )
+        _ = self.mixtures  # Checks them.
+
+    @property
+    def mixtures(self) -> tuple[tuple[int, str], ...]:
+        """First step and name of every mixture, in order: ((0, "easy"), (1000, "hard")).
+
+        Raises:
+          ValueError: for a change that cannot be read, and for steps that do not rise.
+        """
+        mixtures = [(0, self.mixture)]
+        for change in self.mixture_changes:
+            step, colon, name = change.partition(":")
+            if not (step.isascii() and step.isdecimal() and colon and name):
+                raise ValueError(
+                    f"data.mixture_changes has {change!r}; expected STEP:NAME, such as "
+                    "1000:other_mixture"
+                )
+            if int(step) <= mixtures[-1][0]:
+                raise ValueError(
+                    f"data.mixture_changes has {change!r} after step {mixtures[-1][0]}; the steps "
+                    "must rise, from 1 on"
+                )
+            mixtures.append((int(step), name))
+        return tuple(mixtures)
 
 
 @dataclasses.dataclass(frozen=True)

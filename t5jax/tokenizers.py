@@ -1,23 +1,28 @@
 """Text to token ids and back, without TensorFlow: SentencePiece, bytes, Hugging Face.
 
-Ids are those of the T5 papers: pad 0, eos 1, unk 2, and the sentinels "<extra_id_0>", ... of span
-corruption (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4) at the end of the vocabulary.
-SentencePiece ids equal SeqIO's `SentencePieceVocabulary`, byte ids Hugging Face's ByT5Tokenizer
-(Xue et al. 2022, arXiv:2105.13626). The data pipeline uses the same objects
-(`t5jax/data/vocabularies.py`), so that training, evaluation and serving agree by construction.
+SentencePiece and bytes have the ids of the T5 papers: pad 0, eos 1, unk 2, and the sentinels
+"<extra_id_0>", ... of span corruption (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4) at the
+end of the vocabulary. SentencePiece ids equal SeqIO's `SentencePieceVocabulary`, byte ids Hugging
+Face's ByT5Tokenizer (Xue et al. 2022, arXiv:2105.13626). GPT-2's byte-level BPE, BERT's WordPiece
+and any tokenizer.json have the ids of transformers; `HuggingFaceTokenizer` says which of them end
+and pad a text. The data pipeline uses the same objects (`t5jax/data/vocabularies.py`), so that
+training, evaluation and serving agree by construction.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
@@ -28,6 +33,10 @@ _FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
 )
 
 
@@ -39,6 +48,17 @@ class Tokenizer(Protocol):
     pad_id: int
     eos_id: int
     unk_id: int
+    """What stands for a character that the vocabulary lacks; eos_id where it lacks none (GPT-2)."""
+    bos_id: int | None
+    """What begins a text, BERT's [CLS]; None where nothing does, as in T5."""
+    mask_id: int | None
+    """What hides a token in masked language modelling, BERT's [MASK]."""
+    sentinel_ids: tuple[int, ...]
+    """Ids of "<extra_id_0>", "<extra_id_1>", ...; empty where the vocabulary has none."""
+    chat_template: str | None
+    """The Jinja text by which the model's makers turn a conversation into a prompt."""
+    special_tokens: Mapping[str, str]
+    """What a chat template may name: {"eos_token": "</s>", ...}."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without eos. "<extra_id_0>" becomes the sentinel's id."""
@@ -54,6 +74,9 @@ class Tokenizer(Protocol):
 
 class SentencePieceTokenizer:
     """A SentencePiece model with sentinels behind it: T5, FLAN-T5, mT5, UMT5, UL2 and your own."""
+
+    bos_id: int | None = None
+    mask_id: int | None = None
 
     def __init__(
         self,
@@ -100,7 +123,18 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._processor.eos_id()
         self.unk_id: int = self._processor.unk_id()
         _check_special_ids(self, name)
+        found = {
+            int(match[1]): i
+            for i, piece in enumerate(proto.pieces)
+            if (match := SENTINEL.fullmatch(piece.piece.lstrip("▁")))
+        }
+        self.sentinel_ids = _first_ones(found)
         self._files = dict(files) if files else self._hugging_face_files(model, extra_ids)
+        self.chat_template = _chat_template(self._files, name)
+        self.special_tokens: Mapping[str, str] = {
+            f"{what}_token": self._processor.id_to_piece(getattr(self, f"{what}_id"))
+            for what in ("pad", "eos", "unk")
+        }
 
     def __repr__(self):
         digest = hashlib.sha256(self.model_bytes).hexdigest()[:12]
@@ -137,6 +171,13 @@ class ByteTokenizer:
     """UTF-8 bytes, as ByT5 has them: byte b is id b + 3, and 125 sentinels follow from id 259."""
 
     vocab_size, pad_id, eos_id, unk_id = 384, 0, 1, 2
+    bos_id: int | None = None
+    mask_id: int | None = None
+    chat_template: str | None = None
+    sentinel_ids = tuple(range(259, 384))
+    special_tokens: Mapping[str, str] = MappingProxyType(
+        {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    )
 
     _FIRST_BYTE, _FIRST_SENTINEL = 3, 259
 
@@ -175,35 +216,63 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json, read by the `tokenizers` library, for folders without a spiece.model."""
+    """Any tokenizer of the `tokenizers` library: a tokenizer.json, or what BPE and WordPiece keep.
+
+    Which token ends, pads and so on is what the folder's configuration says, or else:
+
+    | | the first of these that the vocabulary has |
+    |---|---|
+    | eos | eos_token, sep_token, </s>, <|endoftext|>, [SEP] |
+    | pad | pad_token, <pad>, [PAD], or else the eos token |
+    | unk | unk_token, <unk>, [UNK], or else the eos token: a byte-level vocabulary lacks nothing |
+    | bos | bos_token, cls_token, [CLS]; None if there is none |
+    | mask | mask_token, [MASK], <mask>; None if there is none |
+
+    So GPT-2 ends, pads and begins with <|endoftext|> (50256), and BERT begins with [CLS], ends with
+    [SEP] and pads with [PAD]. Neither has sentinels: span corruption needs a vocabulary that does.
+    """
 
     def __init__(self, files: Mapping[str, bytes], name: str = "the folder"):
         """Reads the files of a folder.
 
         Args:
-          files: name to content; tokenizer.json and tokenizer_config.json are read, all are saved.
+          files: name to content; tokenizer.json, tokenizer_config.json, special_tokens_map.json
+            and chat_template.jinja are read, all are saved.
           name: what error messages call them.
         Raises:
-          ValueError: for damaged files, and where they name no pad, eos or unk token.
+          ValueError: for damaged files, and where no token ends a text.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # The library raises Exception itself.
             raise ValueError(f"tokenizer.json in {name} is damaged: {error}") from None
+        # Some files ask for rows of one length, which would change the text.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._files = dict(files)
         config = _read_json(files, "tokenizer_config.json", name)
         config = _read_json(files, "special_tokens_map.json", name) | config
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
-        self.pad_id = self._special_id(config, "pad_token", "<pad>")
-        self.eos_id = self._special_id(config, "eos_token", "</s>")
-        self.unk_id = self._special_id(config, "unk_token", "<unk>")
-        _check_special_ids(self, name)
-
-    def _special_id(self, config: dict, key: str, default: str) -> int:
-        token = config.get(key) or default
-        token = token["content"] if isinstance(token, dict) else token
-        found = self._tokenizer.token_to_id(token)
-        return -1 if found is None else found
+        ids = self._tokenizer.get_vocab()
+        self.vocab_size: int = max(ids.values(), default=-1) + 1  # There may be holes.
+        chosen = {what: _special_token(what, config, ids) for what in _SPECIAL_TOKENS}
+        if chosen["eos"] is None:
+            raise ValueError(
+                f"{name} has no token that ends a text; name one of its vocabulary as eos_token in "
+                "tokenizer_config.json"
+            )
+        chosen["pad"] = chosen["pad"] or chosen["eos"]
+        chosen["unk"] = chosen["unk"] or chosen["eos"]
+        self.special_tokens: Mapping[str, str] = {
+            f"{what}_token": token for what, token in chosen.items() if token is not None
+        }
+        self.eos_id: int = ids[chosen["eos"]]
+        self.pad_id: int = ids[chosen["pad"]]
+        self.unk_id: int = ids[chosen["unk"]]
+        self.bos_id: int | None = ids.get(chosen["bos"])
+        self.mask_id: int | None = ids.get(chosen["mask"])
+        matches = ((SENTINEL.fullmatch(token), i) for token, i in ids.items())
+        self.sentinel_ids = _first_ones({int(match[1]): i for match, i in matches if match})
+        self.chat_template = _chat_template(files, name)
 
     def __repr__(self):
         digest = hashlib.sha256(self._files["tokenizer.json"]).hexdigest()[:12]
@@ -219,12 +288,112 @@ class HuggingFaceTokenizer:
         _write(folder, self._files)
 
 
+# Where a configuration names no such token, the names by which the common models have it.
+_SPECIAL_TOKENS = {
+    "eos": (("eos_token", "sep_token"), ("</s>", "<|endoftext|>", "[SEP]")),
+    "pad": (("pad_token",), ("<pad>", "[PAD]")),
+    "unk": (("unk_token",), ("<unk>", "[UNK]")),
+    "bos": (("bos_token", "cls_token"), ("[CLS]",)),
+    "mask": (("mask_token",), ("[MASK]", "<mask>")),
+}
+
+
+def _special_token(what: str, config: Mapping, ids: Mapping[str, int]) -> str | None:
+    fields, names = _SPECIAL_TOKENS[what]
+    configured = [config.get(field) for field in fields]
+    configured = [token["content"] if isinstance(token, dict) else token for token in configured]
+    return next((token for token in (*configured, *names) if token in ids), None)
+
+
+def _first_ones(sentinels: Mapping[int, int]) -> tuple[int, ...]:
+    """Returns the ids of sentinels 0, 1, ... up to the first that is missing."""
+    numbers = itertools.takewhile(sentinels.__contains__, itertools.count())
+    return tuple(sentinels[number] for number in numbers)
+
+
+def _chat_template(files: Mapping[str, bytes], name: str) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode()
+    template = _read_json(files, "tokenizer_config.json", name).get("chat_template")
+    if isinstance(template, list):  # Several, of which one is for plain conversations.
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _bpe_files(vocab: bytes, merges: bytes, files: Mapping[str, bytes], name: str) -> dict:
+    """Returns what GPT-2's vocab.json and merges.txt are as a tokenizer.json, and its config."""
+    ids = _read_json({"vocab.json": vocab}, "vocab.json", name)
+    lines = merges.decode().splitlines()
+    pairs: Any = [tuple(x.split(" ")) for x in lines if x and not x.startswith("#version")]
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE(ids, pairs))
+    except Exception as error:
+        raise ValueError(f"the vocabulary and the merges of {name} do not fit: {error}") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = _read_json(files, "tokenizer_config.json", name)
+    config = {"tokenizer_class": "GPT2Tokenizer"} | config
+    # A token of its own, never pieces: "<|endoftext|>" in a text is its id.
+    tokenizer.add_special_tokens([t for t in ("<|endoftext|>",) if t in ids])
+    for field in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        if "<|endoftext|>" in ids:
+            config.setdefault(field, "<|endoftext|>")
+    return _with_tokenizer_json(tokenizer, config, files)
+
+
+def _word_piece_files(vocab: bytes, files: Mapping[str, bytes], name: str) -> dict:
+    """Returns what BERT's vocab.txt is as a tokenizer.json, and its config.
+
+    Unless the configuration says so, texts are lower-cased where no entry has a capital letter.
+    """
+    tokens = vocab.decode().splitlines()
+    ids = {token: i for i, token in enumerate(tokens)}
+    missing = [token for token in _BERT_TOKENS if token not in ids]
+    if missing:
+        raise ValueError(
+            f"{name} is not a WordPiece vocabulary: it lacks {', '.join(missing)}; expected one "
+            "token a line, as in BERT's vocab.txt"
+        )
+    config: dict[str, Any] = {"tokenizer_class": "BertTokenizer"}
+    config |= {
+        f"{what}_token": f"[{what.upper()}]" for what in ("unk", "sep", "pad", "cls", "mask")
+    }
+    has_capitals = any(token != token.lower() for token in tokens if not token.startswith("["))
+    config |= {"do_lower_case": not has_capitals}
+    config |= _read_json(files, "tokenizer_config.json", name)
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config["do_lower_case"])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(_BERT_TOKENS))
+    # For those who load what we save; our own `encode` adds nothing.
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
+    )
+    return _with_tokenizer_json(tokenizer, config, files)
+
+
+_BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def _with_tokenizer_json(
+    tokenizer: tokenizers.Tokenizer, config: dict, files: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    made = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": _json_bytes(config),
+    }
+    return {**files, **made}
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Returns the tokenizer that a name means.
 
     Args:
-      source: "bytes", a SentencePiece .model file, a folder with the tokenizer files of t5jax or
-        Hugging Face, or a hub name.
+      source: "bytes"; a SentencePiece .model file; a tokenizer.json; a vocab.json of byte-level BPE
+        with its merges.txt beside it; a WordPiece vocab.txt (the names may have something in
+        front: gpt2_vocab.json, gpt2_merges.txt); a folder with such files, as t5jax and Hugging
+        Face write them; or a hub name.
     Raises:
       ValueError: where nothing is found, or what is found is damaged.
     """
@@ -232,13 +401,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(source).expanduser()
     if path.is_file():
-        return SentencePieceTokenizer(path)
+        return _load_file(path)
     if path.is_dir():
         return _load_folder(path)
     # A hub name is "name" or "owner/name", without a suffix.
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ValueError(_not_found(source))
-    if path.suffix in (".model", ".json"):
+    if path.suffix in (".model", ".json", ".txt"):
         raise ValueError(_not_found(source))
     from t5jax.hf.io import resolve
 
@@ -247,9 +416,23 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def _not_found(source) -> str:
     return (
-        f'there is no tokenizer {str(source)!r}; expected "bytes", a SentencePiece .model file, '
-        "a folder with tokenizer files, or a hub name such as google/flan-t5-small"
+        f'there is no tokenizer {str(source)!r}; expected "bytes", a SentencePiece .model file, a '
+        "tokenizer.json, vocab.json or vocab.txt, a folder with tokenizer files, or a hub name "
+        "such as google/flan-t5-small"
     )
+
+
+def _load_file(path: Path) -> Tokenizer:
+    if path.name.endswith("vocab.json"):
+        merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
+        return HuggingFaceTokenizer(
+            _bpe_files(_read(path), _read(merges), {}, str(path)), str(path)
+        )
+    if path.name.endswith("vocab.txt"):
+        return HuggingFaceTokenizer(_word_piece_files(_read(path), {}, str(path)), str(path))
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer({"tokenizer.json": _read(path)}, str(path))
+    return SentencePieceTokenizer(path)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
@@ -265,14 +448,20 @@ def _load_folder(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer(files["spiece.model"], extra_ids, files=files)
     if "tokenizer.json" in files:
         return HuggingFaceTokenizer(files, str(folder))
+    if {"vocab.json", "merges.txt"} <= set(files):
+        files = _bpe_files(files["vocab.json"], files["merges.txt"], files, str(folder))
+        return HuggingFaceTokenizer(files, str(folder))
+    if "vocab.txt" in files:
+        files = _word_piece_files(files["vocab.txt"], files, str(folder))
+        return HuggingFaceTokenizer(files, str(folder))
     if "spiece.model" in files:
         raise ValueError(
             f"{folder} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "
             "tokenizer.json that places them; save it once more with Hugging Face's tokenizer"
         )
     raise ValueError(
-        f"{folder} holds no tokenizer; expected spiece.model, tokenizer.json, or a "
-        "tokenizer_config.json of a ByT5Tokenizer"
+        f"{folder} holds no tokenizer; expected spiece.model, tokenizer.json, vocab.json with "
+        "merges.txt, vocab.txt, or a tokenizer_config.json of a ByT5Tokenizer"
     )
 
 

@@ -73,7 +73,8 @@ def train(config: Config) -> Path:
     say("reading tasks")
     pipeline.load_tasks(config.data.task_files)
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
-    iterator = pipeline.train_iterator(config, tokenizer)
+    rows = sharding.process_rows(config.data.batch_size, mesh, rules)
+    iterator = pipeline.train_iterator(config, tokenizer, rows)
     if last:
         iterator.restore(loop.iterator)
     eval_sets, evaluator = [], None
@@ -227,10 +228,14 @@ class Prefetch:
 
     def fetch(self) -> None:
         batch = next(self._iterator)
-        on_devices = sharding.shard_batch(batch, self._mesh, self._rules)
+        batch_size = self._iterator.spec.batch_size
+        on_devices = sharding.shard_batch(batch, self._mesh, self._rules, batch_size)
+        # Of all processes, estimated from this one's rows.
+        share = len(next(iter(batch.values()))) / batch_size
+        num_tokens = round(monitor.count_tokens(batch) / share)
         # The position after this batch: what a checkpoint of its step has to remember, though the
         # iterator itself is one batch ahead by then.
-        self._slot = on_devices, monitor.count_tokens(batch), self._iterator.state()
+        self._slot = on_devices, num_tokens, self._iterator.state()
 
     def __next__(self):
         if self._slot is None:

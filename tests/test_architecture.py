@@ -21,6 +21,7 @@ MODULES = {
 # from a neighbour in its row that does not import it back. A package's name stands for its files.
 ORDER = [
     {"t5jax.cli"},
+    {"t5jax.commands"},
     {"t5jax.train"},
     {"t5jax.evaluate"},
     {"t5jax.pretrained"},

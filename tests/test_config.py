@@ -59,6 +59,12 @@ REFUSED = [
     (DataConfig, {"inputs_length": 0}, "data.inputs_length is 0; it must be at least 1"),
     (DataConfig, {"targets_length": 0}, "data.targets_length is 0; it must be at least 1"),
     (DataConfig, {"batch_size": -8}, "data.batch_size is -8; it must be at least 1"),
+    (DataConfig, {"cache": ""}, "data.cache is ''; expected a folder, or None to stream"),
+    (DataConfig, {"mixture_changes": ("a",)}, "has 'a'; expected STEP:NAME, such as 1000:other_m"),
+    (DataConfig, {"mixture_changes": ("5:",)}, "has '5:'; expected STEP:NAME"),
+    (DataConfig, {"mixture_changes": ("-5:a",)}, "has '-5:a'; expected STEP:NAME"),
+    (DataConfig, {"mixture_changes": ("0:a",)}, "has '0:a' after step 0; the steps must rise"),
+    (DataConfig, {"mixture_changes": ("9:a", "9:b")}, "has '9:b' after step 9; the steps must"),
     (OptimizerConfig, {"name": "adam"}, "optimizer.name is 'adam'; .* did you mean adamw?"),
     (OptimizerConfig, {"schedule": "cos"}, "optimizer.schedule is 'cos'; .*constant, inverse_sqrt"),
     (OptimizerConfig, {"learning_rate": None}, "optimizer.learning_rate is None; expected a pos"),
@@ -104,6 +110,12 @@ def test_refused(cls, fields, message):
         cls(**fields)
 
 
+def test_mixtures_with_the_steps_that_they_begin_at():
+    assert DataConfig("easy").mixtures == ((0, "easy"),)
+    data = DataConfig("easy", mixture_changes=("100:hard", "2000:hard:5shot"))
+    assert data.mixtures == ((0, "easy"), (100, "hard"), (2000, "hard:5shot"))
+
+
 def test_batch_size_and_microbatches_must_agree():
     expected = "data.batch_size 30 is not divisible by train.microbatches 4; change one of them"
     with pytest.raises(ValueError, match=expected):
@@ -128,7 +140,7 @@ FULL = Config(
     run_dir="runs/x",
     model=published("umt5_small", dtype="bfloat16", remat="minimal"),
     init=InitConfig("google/umt5-small"),
-    data=DataConfig("mix", task_files=("a.py", "b.py"), pack=True, seed=3),
+    data=DataConfig("mix", ("9:b",), task_files=("a.py", "b.py"), cache="c", pack=True, seed=3),
     optimizer=OptimizerConfig("adamw", 1e-4, "cosine", 10, final_fraction=0.1, b1=0.8),
     loss=LossConfig(0.0, 0.1),
     train=TrainConfig(7, 2, 3, 4),

@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import os
 import re
+import socket
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -287,3 +292,52 @@ def test_shard_batch_splits_rows():
         assert x.dtype == batch[name].dtype
         np.testing.assert_array_equal(x, batch[name])
         assert x.sharding.shard_shape(x.shape) == (4, *x.shape[1:])
+
+
+@pytest.mark.slow
+def test_two_processes_put_their_own_rows_together():
+    program = """
+    import sys
+    import jax
+    import numpy as np
+    from t5jax import sharding
+    from t5jax.config import AxisRules, MeshConfig
+
+    process, port = int(sys.argv[1]), sys.argv[2]
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", 2, process)
+    # Devices of both processes in turns, so that a process has rows that are not neighbours.
+    devices = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
+    shape = (4, 1, 2) if sys.argv[3] == "shared" else (8, 1, 1)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.MESH_AXES, axis_types=auto)
+    whole = {"x": np.arange(48).reshape(16, 3)}
+    rows = sharding.process_rows(16, mesh, AxisRules())
+    part = {name: x[rows] for name, x in whole.items()}
+    arrays = sharding.shard_batch(part, mesh, AxisRules(), 16)
+    weighted = jax.jit(lambda x: (x * (1 + np.arange(16))[:, None]).sum())(arrays["x"])
+    print(rows, int(weighted), arrays["x"].shape)
+    """
+    expected = (np.arange(48).reshape(16, 3) * (1 + np.arange(16))[:, None]).sum()
+    for layout, rows in [
+        # Two devices of different processes share each row, or each process has pairs of rows.
+        ("shared", [list(range(16))] * 2),
+        ("split", [[i for i in range(16) if i // 2 % 2 == process] for process in range(2)]),
+    ]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(program), str(process), port, layout],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | flags,
+            )
+            for process in range(2)
+        ]
+        for run, expected_rows in zip(runs, rows, strict=True):
+            out, err = run.communicate(timeout=120)
+            assert out.splitlines()[-1:] == [f"{expected_rows} {expected} (16, 3)"], err

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -429,11 +430,14 @@ def steps_of(run_dir):
 
 EVERY = {"data": DataConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig}
 EVERY |= {"train": TrainConfig, "init": InitConfig}
+_CACHES = tempfile.TemporaryDirectory()
 # Field: another value, and what of a short run it changes; or the words with which it is refused.
 CHANGES = {
     "data.mixture": ("nothing", "data.mixture is 'nothing'"),
+    "data.mixture_changes": (("1:capitals",), lambda run: lines_of(run, "train/loss")),
     "data.task_files": (("absent.py",), "there is no file absent.py"),
     "data.vocabulary": ("absent.model", "no tokenizer 'absent.model'"),
+    "data.cache": (_CACHES.name, lambda run: lines_of(run, "train/loss")),
     "data.inputs_length": (8, lambda run: lines_of(run, "train/loss")),
     "data.targets_length": (2, lambda run: lines_of(run, "train/loss")),
     "data.batch_size": (16, lambda run: lines_of(run, "train/loss")),

@@ -1,8 +1,9 @@
-"""From a mixture's name to batches for training and examples for evaluation, through SeqIO.
+"""From a mixture's name to batches for training and examples for evaluation.
 
-Every process reads the whole stream of global batches, and `t5jax.sharding.shard_batch` keeps the
-rows of its own devices: so the batch at step n depends on seed, n and the global batch size alone,
-not on how many hosts there are.
+Training examples come from SeqIO, streamed, or from the cache of their tasks (data.cache); batches
+are made of them in the same way (`t5jax/data/batches.py`). Every process plans all rows of the
+global batch and keeps its own: so the batch at step n depends on seed, n and the global batch size
+alone, not on how many hosts there are.
 """
 
 import difflib
@@ -11,16 +12,19 @@ import importlib.util
 import logging
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from t5jax import shipped
-from t5jax.batch import DECODER_LOSS_WEIGHTS, Batch, train_spec, validate_batch
+from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import Config
-from t5jax.data.api import BatchIterator, EvalExample, EvalSet
-from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, read
-from t5jax.data.tf import seqio, tf
+from t5jax.data.api import BatchIterator, EvalExample, EvalSet, Example, Examples
+from t5jax.data.batches import Batches, ChangingBatches
+from t5jax.data.converters import make_converter
+from t5jax.data.corpus import CorpusSource
+from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, register_variant
+from t5jax.data.tf import read, seqio, tf
 from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
 from t5jax.tokenizers import Tokenizer, load_tokenizer
 
@@ -71,12 +75,13 @@ def task_names() -> list[str]:
 
 
 def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
-    """Returns the task or mixture of a name.
+    """Returns the task or mixture of a name, or the variant of a prompted task.
 
     Raises:
-      ValueError: if there is none, with the nearest names; or if it does not have exactly the
-        features of an encoder-decoder model.
+      ValueError: if there is none, with the nearest names; or if its features are not inputs and
+        targets, or targets alone.
     """
+    register_variant(name)
     names = task_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3)
@@ -87,10 +92,10 @@ def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
         )
         raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint}")
     found = seqio.get_mixture_or_task(name)
-    if set(found.output_features) != {"inputs", "targets"}:
+    if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):
         raise ValueError(
-            f"{name} has the features {', '.join(found.output_features)}; an encoder-decoder model "
-            "needs inputs and targets"
+            f"{name} has the features {', '.join(found.output_features)}; expected inputs and "
+            "targets, or targets alone"
         )
     return found
 
@@ -111,7 +116,7 @@ def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> To
     elif tokenizer is None and config.init.model:
         tokenizer = load_tokenizer(config.init.model)
     run_has_one = tokenizer is not None
-    for task in seqio.get_subtasks(check_mixture(config.data.mixture)):
+    for task in _all_tasks(config):
         for feature in task.output_features.values():
             own = _own_tokenizer(feature.vocabulary, run_has_one)
             tokenizer = tokenizer or own
@@ -144,109 +149,132 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
             f"{model.vocab_size}; set it to {-(-tokenizer.vocab_size // 128) * 128}, or choose "
             "another vocabulary"
         )
-    expected = {
-        "pad_token_id": tokenizer.pad_id,
-        "eos_token_id": tokenizer.eos_id,
-        "decoder_start_token_id": 0,
-    }
+    expected = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
     for field, value in expected.items():
         if getattr(model, field) != value:
             raise ValueError(
-                f"model.{field} is {getattr(model, field)}; expected {value}, as {tokenizer} and "
-                "SeqIO's batches have it"
+                f"model.{field} is {getattr(model, field)}; expected {value}, as {tokenizer} has it"
             )
     if tokenizer.pad_id != 0:
-        raise ValueError(f"{tokenizer} pads with id {tokenizer.pad_id}; SeqIO pads with 0")
+        raise ValueError(f"{tokenizer} pads with id {tokenizer.pad_id}; batches are padded with 0")
 
 
 # --- Training -----------------------------------------------------------------------------------
 
 
-def train_iterator(config: Config, tokenizer: Tokenizer | None = None) -> BatchIterator:
+def train_iterator(
+    config: Config, tokenizer: Tokenizer | None = None, rows: Sequence[int] | None = None
+) -> BatchIterator:
     """Returns the endless, shuffled stream of a run's training batches.
+
+    Caches that data.cache asks for, and that are missing or do not match, are made here; nothing
+    else is read before the first batch.
 
     Args:
       config: the run; its tasks must be loaded.
       tokenizer: of the run; by default `tokenizer_for(config)`.
+      rows: of the global batch, those to give (`sharding.process_rows`); all by default.
     Raises:
-      ValueError: for an unknown mixture, one without training data, or no vocabulary; from
-        __next__, for rows that a task cannot read.
+      ValueError: for an unknown mixture, one without training data, no vocabulary, or one that
+        does not suit an objective; from __next__, for rows that a task cannot read.
     """
-    mixture = check_mixture(config.data.mixture)
-    _tasks_with_split(mixture, TRAIN_SPLIT)
-    return _TrainIterator(config, mixture, tokenizer or tokenizer_for(config))
+    tokenizer = tokenizer or tokenizer_for(config)
+    spec = train_spec(config)
+    for _, name in config.data.mixtures:
+        mixture = check_mixture(name)
+        for task in _tasks_with_split(mixture, TRAIN_SPLIT):
+            _check_objective(task, tokenizer, spec)
+        if config.data.cache:
+            from t5jax.data.cache import cache_tasks
+
+            cache_tasks(name, config.data.cache, tokenizer, _lengths(spec))
+
+    def make_stage(name: str, seed: int) -> BatchIterator:
+        converter = make_converter(
+            spec, eos_id=tokenizer.eos_id, start_id=config.model.decoder_start_token_id
+        )
+        examples = _examples(config, name, tokenizer, spec, seed)
+        return Batches(examples, converter, spec, seed, rows)
+
+    return ChangingBatches(
+        [
+            # A mixture that comes later reads its tasks in another order than those before it.
+            (first, functools.partial(make_stage, name, config.data.seed + number))
+            for number, (first, name) in enumerate(config.data.mixtures)
+        ]
+    )
 
 
-class _TrainIterator:
-    """A `BatchIterator` over SeqIO. Nothing is read before the first batch."""
+def _examples(
+    config: Config, mixture: str, tokenizer: Tokenizer, spec: BatchSpec, seed: int
+) -> Examples:
+    if not config.data.cache:
+        return StreamedExamples(mixture, tokenizer, _lengths(spec), seed)
+    from t5jax.data.cached import open_cached
 
-    def __init__(self, config: Config, mixture, tokenizer: Tokenizer):
-        self.spec = train_spec(config)
-        self._mixture, self._tokenizer, self._seed = mixture, tokenizer, config.data.seed
-        fields = ("mixture", "inputs_length", "targets_length", "batch_size", "pack", "seed")
-        self._fingerprint = {f"data.{field}": getattr(config.data, field) for field in fields}
-        self._fingerprint["vocabulary"] = repr(tokenizer)
-        self._num_batches = 0
-        self._reading = []  # The open tf.data iterator, or nothing.
+    return open_cached(mixture, config.data.cache, tokenizer, _lengths(spec), seed)
+
+
+def _lengths(spec: BatchSpec) -> dict[str, int]:
+    """Returns what examples are cut to. An encoder's targets stand where its inputs stand."""
+    targets = spec.inputs_length if spec.kind == "encoder" else spec.targets_length
+    return {"inputs": spec.inputs_length, "targets": targets}
+
+
+def _check_objective(task: seqio.Task, tokenizer: Tokenizer, spec: BatchSpec) -> None:
+    if not isinstance(task.source, CorpusSource):
+        return
+    objective = task.source.objective
+    if objective.encoder_only != (spec.kind == "encoder"):
+        wanted = "an encoder-only model" if objective.encoder_only else "a model with a decoder"
+        raise ValueError(
+            f"task {task.name} has the objective {objective}, which is for {wanted}; choose "
+            "another task or another model"
+        )
+    try:
+        objective.bind(tokenizer, *_lengths(spec).values())
+    except ValueError as error:
+        raise ValueError(f"task {task.name}: {error}") from None
+
+
+class StreamedExamples:
+    """`Examples` straight from SeqIO, in the order of its own shuffling and mixing."""
+
+    def __init__(self, mixture: str, tokenizer: Tokenizer, lengths: dict[str, int], seed: int):
+        self._mixture, self._tokenizer = check_mixture(mixture), tokenizer
+        self._lengths, self._seed = lengths, seed
+        self.fingerprint = {
+            "data.mixture": mixture,
+            "data.cache": None,
+            "vocabulary": repr(tokenizer),
+        }
+
+    def read(self, start: int) -> Iterator[Example]:
+        """Yields the examples from number `start` on; those before it are made and skipped.
+
+        Raises:
+          ValueError: for no examples, and for what a task cannot read.
+        """
+        dataset = self._dataset().skip(start).prefetch(tf.data.AUTOTUNE)
+        opened = [dataset.as_numpy_iterator()]
         # At the latest when Python exits: it would wait forever for threads that read on.
-        weakref.finalize(self, self._reading.clear)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> Batch:
+        close = weakref.finalize(self, opened.clear)
         try:
-            batch = read(self._next)
-        except Exception:
-            self._reading.clear()  # It would read on in the background.
-            raise
-        if batch is None:
-            raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
-        validate_batch(batch, self.spec)
-        self._num_batches += 1
-        return batch
-
-    def _next(self) -> Batch | None:
-        if not self._reading:
-            dataset = self._dataset().skip(self._num_batches).prefetch(tf.data.AUTOTUNE)
-            self._reading.append(dataset.as_numpy_iterator())
-        return next(self._reading[0], None)
-
-    def state(self) -> dict:
-        return {"batches": self._num_batches, "fingerprint": dict(self._fingerprint)}
-
-    def restore(self, state: dict) -> None:
-        for field, value in self._fingerprint.items():
-            saved = state["fingerprint"].get(field)
-            if saved != value:
-                raise ValueError(
-                    f"the data cannot go on where it was: {field} was {saved!r} and is {value!r} "
-                    "now; set it back, or begin a new run_dir"
-                )
-        self._num_batches = state["batches"]
-        self._reading.clear()
+            while (example := read(lambda: next(opened[0], None))) is not None:
+                yield example
+        finally:
+            close()
+        raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
     def _dataset(self) -> tf.data.Dataset:
         with run_vocabulary(self._tokenizer):
-            dataset = seqio.get_dataset(
-                self._mixture,
-                {"inputs": self.spec.inputs_length, "targets": self.spec.targets_length},
-                # The lengths hold by trimming and padding; validate_batch checks them again.
-                seqio.EncDecFeatureConverter(pack=self.spec.pack, apply_length_check=False),
-                dataset_split=TRAIN_SPLIT,
-                shuffle=True,
-                num_epochs=None,
-                seed=self._seed,
-                batch_size=self.spec.batch_size,
-                verbose=False,
+            dataset = self._mixture.get_dataset(
+                self._lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
             )
+        features = list(self._mixture.output_features)
         options = tf.data.Options()
         options.deterministic = True
-        return dataset.map(_float_weights).with_options(options)
-
-
-def _float_weights(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return batch | {DECODER_LOSS_WEIGHTS: tf.cast(batch[DECODER_LOSS_WEIGHTS], tf.float32)}
+        return dataset.map(lambda e: {name: e[name] for name in features}).with_options(options)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -255,7 +283,7 @@ def _float_weights(batch: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 def eval_sets(
     config: Config, split: str | None = None, tokenizer: Tokenizer | None = None
 ) -> list[EvalSet]:
-    """Returns the evaluation examples of every task of the mixture, each once and in order.
+    """Returns the evaluation examples of every task of the mixtures, each once and in order.
 
     Args:
       config: the run; its tasks must be loaded. At most eval.num_examples of a task are taken.
@@ -265,16 +293,18 @@ def eval_sets(
       ValueError: if no task has the split, or a task has no examples in it.
     """
     split = split or config.eval.split
-    mixture = check_mixture(config.data.mixture)
     tokenizer = tokenizer or tokenizer_for(config)
-    tasks = _tasks_with_split(mixture, split)
-    return [_eval_set(task, split, config, tokenizer) for task in tasks]
+    mixtures = [check_mixture(name) for _, name in config.data.mixtures]
+    tasks = {task.name: task for m in mixtures for task in _tasks_with_split(m, split)}
+    return [_eval_set(task, split, config, tokenizer) for task in tasks.values()]
 
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
-    lengths = {"inputs": config.data.inputs_length, "targets": config.data.targets_length}
+    spec = train_spec(config)
+    _check_objective(task, tokenizer, spec)
     with run_vocabulary(tokenizer):
-        dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1)
+        # The seed is that of objectives: every evaluation asks the same.
+        dataset = task.get_dataset(_lengths(spec), split, shuffle=False, num_epochs=1, seed=0)
     limit = -1 if config.eval.num_examples is None else config.eval.num_examples
     rows = read(lambda: list(dataset.take(limit).as_numpy_iterator()))
     if not rows:
@@ -292,7 +322,9 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
 
 
 def _eval_example(task: seqio.Task, row: dict[str, Any], tokenizer: Tokenizer) -> EvalExample:
-    input_ids, target_ids = row["inputs"].tolist(), row["targets"].tolist()
+    # An encoder-decoder reads an eos where a task has targets alone, as it does in training.
+    input_ids = row["inputs"].tolist() if "inputs" in row else [tokenizer.eos_id]
+    target_ids = row["targets"].tolist()
     inputs = _text(row, "inputs_pretokenized", tokenizer.decode(input_ids))
     targets = _text(row, "targets_pretokenized", tokenizer.decode(target_ids))
     if task.postprocessor:
@@ -307,6 +339,12 @@ def _text(row: dict[str, Any], feature: str, default: str) -> str:
 
 def _unchanged(text: str) -> str:
     return text
+
+
+def _all_tasks(config: Config) -> list[seqio.Task]:
+    """Returns the tasks of all mixtures of a run, each once."""
+    mixtures = [check_mixture(name) for _, name in config.data.mixtures]
+    return list({task.name: task for m in mixtures for task in seqio.get_subtasks(m)}.values())
 
 
 def _tasks_with_split(mixture: seqio.Task | seqio.Mixture, split: str) -> list[seqio.Task]:

@@ -7,13 +7,15 @@ task's own. So one task trains any model.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import hashlib
 import io
 import json
 import os
+import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,10 +243,47 @@ def train_sentencepiece(
             f"cannot train a SentencePiece vocabulary of {vocab_size} pieces on {len(lines)} "
             f"lines: {error}"
         ) from None
-    return _write_atomically(Path(path), model.getvalue())
+    return write_atomically(Path(path), model.getvalue())
 
 
-def _write_atomically(path: Path, content: bytes) -> Path:
+def sample(lines: Iterable[str], size: int) -> list[str]:
+    """Returns the lines, or where there are more, `size` of them drawn at random, always the same.
+
+    Every line is as likely as any other (reservoir sampling), and no more are held in memory.
+    """
+    rng, chosen = random.Random(0), []
+    for number, line in enumerate(lines):
+        if number < size:
+            chosen.append(line)
+        elif (place := rng.randrange(number + 1)) < size:
+            chosen[place] = line
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a vocabulary does to texts."""
+
+    characters_per_token: float
+    unknown: float
+    """Share of tokens that stand for what the vocabulary lacks."""
+    unchanged: float
+    """Share of texts that are the same after encoding and decoding."""
+
+
+def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measure:
+    """Returns what a vocabulary does to texts, of which there is at least one."""
+    ids = [tokenizer.encode(text) for text in texts]
+    num_tokens = max(sum(map(len, ids)), 1)
+    same = sum(tokenizer.decode(row) == text for row, text in zip(ids, texts, strict=True))
+    return Measure(
+        characters_per_token=sum(map(len, texts)) / num_tokens,
+        unknown=sum(row.count(tokenizer.unk_id) for row in ids) / num_tokens,
+        unchanged=same / len(texts),
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
     """Writes a file so that another process sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -100,7 +100,7 @@ def _download(name: str) -> Path:
 def _needed(files: Iterable[str]) -> list[str]:
     """Returns what to download of a model's files: no subfolders, no second copy of weights."""
     files = [f for f in files if "/" not in f]
-    small = [f for f in files if f.endswith((".json", ".model", ".txt"))]
+    small = [f for f in files if f.endswith((".json", ".model", ".txt", ".jinja"))]
     for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
         weights = [f for f in files if re.fullmatch(pattern, f)]
         if weights:

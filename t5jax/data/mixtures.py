@@ -1,0 +1,184 @@
+"""Mixtures of tasks: at rates of one's own, at equal rates, or by the tasks' sizes.
+
+    mixture("calendar", {"weekdays": 3, "weekdays:ask:5shot": 1})
+    mixture("everything", ["gsm8k", "scitldr"], rates="proportional", cap=2**19, temperature=2)
+
+Proportional rates are those of Raffel et al. 2020 (arXiv:1910.10683), section 3.5.2: a task of n
+rows is drawn at min(n, cap)^(1/temperature). A cap keeps a huge task from crowding out the others
+("examples-proportional mixing" with its artificial limit K); a temperature above 1 flattens the
+rates ("temperature-scaled mixing"), towards equal ones.
+"""
+
+import dataclasses
+import json
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+from t5jax.architectures import check_choice
+from t5jax.data.fingerprint import digest, stamp_files
+from t5jax.data.prompts import TRAIN_SPLIT, register_variant
+from t5jax.data.tf import read, seqio
+from t5jax.data.vocabularies import cache_dir, write_atomically
+
+Rates = Literal["equal", "proportional"]
+
+
+def mixture(
+    name: str,
+    tasks: Mapping[str, float] | Sequence[str],
+    *,
+    rates: Rates | None = None,
+    cap: int | None = None,
+    temperature: float | None = None,
+) -> seqio.Mixture:
+    """Registers a SeqIO mixture.
+
+    Its tasks may be registered later, by another file: they are looked up, and their rows counted,
+    when the mixture is read first.
+
+    Args:
+      name: what configs call it.
+      tasks: names of tasks, variants of prompted tasks, or mixtures: a dict to their rates, of
+        which only the ratios count, or a list of them.
+      rates: of a list: "equal", which is the default, or "proportional" to the number of rows of
+        the split "train" after cleaning.
+      cap: rows that a task counts for at most, with "proportional". None: all of them.
+      temperature: with "proportional"; None is 1.
+    Returns:
+      The mixture, which is in `seqio.MixtureRegistry` now.
+    Raises:
+      ValueError: for a name that is taken, no tasks, a task twice, or a rate, cap or temperature
+        that is not above 0. When it is read: for tasks that are not there.
+    """
+    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+        if name in registry.names():
+            raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(
+            f"mixture {name!r} is of {tasks!r}; expected tasks, such as "
+            '{"gsm8k": 2, "scitldr": 1} or ["gsm8k", "scitldr"]'
+        )
+    try:
+        chosen = _rates(tasks, rates, cap, temperature)
+    except ValueError as error:
+        raise ValueError(f"mixture {name!r}: {error}") from None
+    made = _Mixture(name, chosen)
+    seqio.MixtureRegistry.add_provider(name, made)
+    return made
+
+
+def _rates(tasks, rates: Rates | None, cap, temperature) -> dict:
+    if isinstance(tasks, Mapping):
+        if rates is not None:
+            raise ValueError(f"rates is {rates!r}, but the tasks come with rates; leave one out")
+        for task, rate in tasks.items():
+            _check_positive(rate, f"the rate of {task!r}", "leave a task out that is not wanted")
+        chosen = dict(tasks)
+    else:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"a task is there twice in {', '.join(tasks)}")
+        check_choice(rates or "equal", get_args(Rates), "rates")
+        chosen = dict.fromkeys(tasks, 1.0)
+    if rates != "proportional":
+        for what, value in {"cap": cap, "temperature": temperature}.items():
+            if value is not None:
+                raise ValueError(
+                    f'{what} is {value}, which only rates="proportional" of a list of tasks uses'
+                )
+        return chosen
+    for what, value in {"cap": cap, "temperature": temperature}.items():
+        if value is not None:
+            _check_positive(value, what, "None leaves it out")
+    return dict.fromkeys(tasks, _Proportional(cap or math.inf, temperature or 1.0))
+
+
+def _check_positive(value, what: str, remedy: str) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{what} is {value!r}; expected a number above 0 ({remedy})")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Proportional:
+    """A rate as SeqIO calls it: a function of the task."""
+
+    cap: float
+    temperature: float
+
+    def __call__(self, task: seqio.Task) -> float:
+        return min(num_rows(task), self.cap) ** (1 / self.temperature)
+
+
+class _Mixture(seqio.Mixture):
+    """A mixture that looks its tasks up when it is asked for them first."""
+
+    def __init__(self, name: str, rates: Mapping):
+        self._name, self._rates = name, rates
+
+    def __getattr__(self, attribute: str):
+        # Of all that SeqIO's constructor sets, only the name is there before.
+        if attribute not in ("_tasks", "_sub_mixtures", "_task_map", "_task_to_rate", "_sample_fn"):
+            raise AttributeError(attribute)
+        self._look_up()
+        return getattr(self, attribute)
+
+    def _look_up(self) -> None:
+        for name in self._rates:
+            register_variant(name)
+            is_mixture = name in seqio.MixtureRegistry.names()
+            if not is_mixture and name not in seqio.TaskRegistry.names():
+                known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+                raise ValueError(
+                    f"mixture {self.name!r}: there is no task {name!r}; known are "
+                    f"{', '.join(known)}"
+                )
+            if is_mixture and isinstance(self._rates[name], _Proportional):
+                raise ValueError(
+                    f"mixture {self.name!r}: {name!r} is a mixture, which has no size of its own; "
+                    "name its tasks, or give rates"
+                )
+        super().__init__(self._name, list(self._rates.items()))
+
+
+# --- Sizes --------------------------------------------------------------------------------------
+
+_counts: weakref.WeakKeyDictionary[seqio.Task, dict[str, int]] = weakref.WeakKeyDictionary()
+
+
+def num_rows(task: seqio.Task, split: str = TRAIN_SPLIT) -> int:
+    """Returns how many rows a split of a task has after cleaning, before templates.
+
+    They are counted by reading them, once: where they come from files, the count is kept in
+    `t5jax.data.vocabularies.cache_dir()` until a file or the code of the source changes.
+
+    Raises:
+      ValueError: for a split that the task does not have, or rows that cannot be read.
+    """
+    known = _counts.setdefault(task, {})
+    if split not in known:
+        if split not in task.splits:
+            raise ValueError(
+                f"task {task.name!r} has no split {split!r} to count; there are "
+                f"{', '.join(task.splits)}"
+            )
+        known[split] = _count(task, split)
+    return known[split]
+
+
+def _count(task: seqio.Task, split: str) -> int:
+    rows = getattr(task.source, "source", None)  # The Source of a prompted task, or a text task.
+    if rows is None:
+        count = task.num_input_examples(split)
+        if count is None:
+            dataset = task.source.get_dataset(split, shuffle=False)
+            count = read(lambda: sum(1 for _ in dataset.as_numpy_iterator()))
+        return count
+    files = rows.files(split)
+    if not files:
+        return sum(1 for _ in rows.rows(split))
+    path = cache_dir() / "counts" / f"{digest([rows, split, stamp_files(files)])}.json"
+    if not path.is_file():
+        count = sum(1 for _ in rows.rows(split))
+        write_atomically(path, json.dumps(count).encode())
+    return json.loads(path.read_bytes())

@@ -1,0 +1,222 @@
+"""What a task's examples are as texts, and as tokens before anything is cut: of any SeqIO task.
+
+Tasks of t5jax are read without TensorFlow's pipeline, so that rows which are left out can be
+counted. Those of SeqIO's own go through SeqIO.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t5jax.data.corpus import CorpusSource
+from t5jax.data.objectives import example_rng
+from t5jax.data.pipeline import check_mixture
+from t5jax.data.prompts import TRAIN_SPLIT, PromptedSource
+from t5jax.data.sources import text
+from t5jax.data.tf import read, seqio, tf
+from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TextExample:
+    """One example, as the model gets it but for its length."""
+
+    texts: Mapping[str, str]
+    """Of each feature: as rendered, or where there are only tokens, what they decode to."""
+    ids: Mapping[str, list[int]]
+    """Of each feature, with eos, not cut to the run's lengths."""
+
+
+def read_examples(
+    task: seqio.Task,
+    split: str,
+    tokenizers: Mapping[str, Tokenizer],
+    lengths: Mapping[str, int],
+    dropped: Counter,
+) -> Generator[TextExample, None, None]:
+    """Yields the examples of a split once, in the source's order.
+
+    Args:
+      task: any task.
+      split: one of its splits.
+      tokenizers: feature to tokenizer, see `feature_tokenizers`.
+      lengths: tokens of "inputs" and "targets": exemplars are fitted to them, and an objective
+        fills them. Other examples stay whole.
+      dropped: counts the rows that are left out, by reason.
+    Raises:
+      ValueError: for what the task cannot read.
+    """
+    if isinstance(task.source, PromptedSource):
+        yield from _prompted(task, split, tokenizers["inputs"], lengths, dropped)
+    elif isinstance(task.source, CorpusSource):
+        yield from _corpus(task, split, tokenizers["targets"], lengths, dropped)
+    else:
+        yield from _foreign(task, split, tokenizers, lengths)
+
+
+def feature_tokenizers(
+    task: seqio.Task, tokenizer: Tokenizer | None = None
+) -> dict[str, Tokenizer]:
+    """Returns the tokenizer of each of a task's features.
+
+    Args:
+      task: any task.
+      tokenizer: of the run, for features that leave the choice to it.
+    Raises:
+      ValueError: for a feature without one.
+    """
+    found = {}
+    for name, feature in task.output_features.items():
+        if isinstance(feature.vocabulary, RunVocabulary):
+            found[name] = tokenizer or feature.vocabulary.default
+        else:
+            found[name] = as_tokenizer(feature.vocabulary)
+        if found[name] is None:
+            raise ValueError(
+                f"task {task.name} leaves its vocabulary to the run; name one here too, such as "
+                '--vocabulary bytes, or give the task its own (vocabulary="bytes")'
+            )
+    return found
+
+
+def common_tokenizer(mixture: str, tokenizer: Tokenizer | None = None) -> Tokenizer:
+    """Returns the one tokenizer of all features of a registered task, or of a mixture's tasks.
+
+    Raises:
+      ValueError: for a feature without one, and where there are several.
+    """
+    tasks = seqio.get_subtasks(check_mixture(mixture))
+    found = {repr(t): t for task in tasks for t in feature_tokenizers(task, tokenizer).values()}
+    if len(found) > 1:
+        raise ValueError(
+            f"{mixture} has several vocabularies: {', '.join(found)}; name the one of the run with "
+            "--vocabulary"
+        )
+    return next(iter(found.values()))
+
+
+def task_lengths(task: seqio.Task, lengths: Mapping[str, int]) -> Mapping[str, int]:
+    """Returns the lengths of a task's features in a run with these."""
+    if isinstance(task.source, CorpusSource) and task.source.objective.encoder_only:
+        return {**lengths, "targets": lengths["inputs"]}  # They stand where their inputs stand.
+    return lengths
+
+
+def _prompted(task, split, tokenizer, lengths, dropped) -> Iterator[TextExample]:
+    for example in task.source.examples(split, dropped, tokenizer=tokenizer, lengths=lengths):
+        texts = {name: example[name] for name in task.output_features}
+        ids = {name: [*tokenizer.encode(x), tokenizer.eos_id] for name, x in texts.items()}
+        yield TextExample(texts, ids)
+
+
+def _corpus(task, split, tokenizer, lengths, dropped) -> Iterator[TextExample]:
+    lengths = task_lengths(task, lengths)
+    bound = task.source.objective.bind(tokenizer, lengths["inputs"], lengths["targets"])
+    pieces = task.source.pieces(split, tokenizer, bound.tokens_length, dropped)
+    for number, piece in enumerate(pieces):
+        ids = {name: x.tolist() for name, x in bound(piece, example_rng(0, number)).items()}
+        yield TextExample({name: _decode(tokenizer, x) for name, x in ids.items()}, ids)
+
+
+def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
+    def dataset(sequence_length):
+        return task.get_dataset(sequence_length, split, shuffle=False, seed=0)
+
+    tokenizer = next(iter(tokenizers.values()))
+    with run_vocabulary(tokenizer):
+        try:
+            found = dataset(None)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found = dataset(lengths)  # One whose preprocessors cut the text need to know.
+    iterator = found.as_numpy_iterator()
+    while (row := read(lambda: next(iterator, None))) is not None:
+        ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
+        texts = {}
+        for name, feature_ids in ids.items():
+            rendered = row.get(f"{name}_pretokenized")
+            if isinstance(rendered, bytes):
+                texts[name] = rendered.decode()
+            else:
+                texts[name] = _decode(tokenizers[name], feature_ids)
+        yield TextExample(texts, ids)
+
+
+def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Returns the text of all ids but a last eos; one between documents shows as such."""
+    ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
+    is_eos = [i == tokenizer.eos_id for i in ids]
+    documents = [
+        tokenizer.decode(i for i, _ in group)
+        for ends, group in itertools.groupby(zip(ids, is_eos, strict=True), lambda pair: pair[1])
+        if not ends
+    ]
+    return f" {tokenizer.special_tokens['eos_token']} ".join(documents)
+
+
+# --- Texts alone --------------------------------------------------------------------------------
+
+
+def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
+    """Yields lines to learn a vocabulary from.
+
+    Args:
+      names: one registered task or variant; or text files, as `t5jax.data.sources.text` has them.
+      split: of the task.
+    Raises:
+      ValueError: for what is neither, a split that does not exist, or what cannot be read.
+    """
+    if len(names) > 1 or any(mark in names[0] for mark in "./*") or Path(names[0]).is_file():
+        yield from (row["text"] for row in text({"files": names}).rows("files"))
+        return
+    for task in seqio.get_subtasks(check_mixture(names[0])):
+        if split not in task.splits:
+            raise ValueError(
+                f"task {task.name!r} has no split {split!r}; there are {', '.join(task.splits)}"
+            )
+        for example_text in read_texts(task, split):
+            yield from filter(None, example_text.splitlines())
+
+
+def read_texts(task: seqio.Task, split: str) -> Iterator[str]:
+    """Yields the texts of a split as they are before tokenization, for which none is needed.
+
+    Raises:
+      ValueError: for what the task cannot read, and for a task that never has texts.
+    """
+    if isinstance(task.source, (PromptedSource, CorpusSource)):
+        for example in task.source.examples(split):
+            yield from (example[name] for name in task.output_features if name in example)
+        return
+    dataset = _before_tokens(task, split)
+    names = [name for name in task.output_features if name in dataset.element_spec]
+    iterator = dataset.as_numpy_iterator()
+    while (row := read(lambda: next(iterator, None))) is not None:
+        yield from (row[name].decode() for name in names)
+
+
+def _before_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
+    """Returns the last data set in the task's pipeline whose output features are texts."""
+    dataset, last = task.source.get_dataset(split, shuffle=False), None
+    with seqio.utils.map_seed_manager(0):
+        for step in (None, *task.preprocessors):
+            if step is not None:
+                arguments = {"output_features": task.output_features, "sequence_length": None}
+                dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
+            # A source may give lines alone, before a step makes features of them.
+            spec = dataset.element_spec if isinstance(dataset.element_spec, Mapping) else {}
+            found = [spec[name].dtype for name in task.output_features if name in spec]
+            if found and all(dtype == tf.string for dtype in found):
+                last = dataset
+            elif found:
+                break
+    if last is None:
+        raise ValueError(
+            f"task {task.name!r} has no texts under {', '.join(task.output_features)} before they "
+            "are tokens; give text files instead"
+        )
+    return last
