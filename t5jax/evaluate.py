@@ -174,7 +174,14 @@ def evaluate_model(
     task_files = (*trained.task_files, *task_files)
     config = dataclasses.replace(
         source.config,
-        data=dataclasses.replace(trained, mixture=mixture, task_files=task_files, **lengths),
+        data=dataclasses.replace(
+            trained,
+            mixture=mixture,
+            # A mixture that was asked for is measured alone.
+            mixture_changes=trained.mixture_changes if mixture == trained.mixture else (),
+            task_files=task_files,
+            **lengths,
+        ),
         eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
     )
     pipeline.load_tasks(task_files)

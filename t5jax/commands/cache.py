@@ -1,0 +1,79 @@
+"""`t5jax cache`: tokenize once what runs will read many times."""
+
+import dataclasses
+import sys
+
+from t5jax.commands.parse import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Writes caches of tokenized examples, of every task of a mixture that has none that matches.
+
+    A run reads them with --data.cache FOLDER, and with the same mixture, vocabulary and lengths.
+    What was written when rows, templates or vocabulary were others is found out and written anew.
+    """
+
+    mixture: str
+    """Task, variant or mixture."""
+    folder: str
+    """Folder of caches."""
+    vocabulary: str = ""
+    """As data.vocabulary of the runs. Empty: the tasks' own."""
+    inputs_length: int = 512
+    """As data.inputs_length of the runs."""
+    targets_length: int = 128
+    """As data.targets_length of the runs."""
+    splits: tuple[str, ...] = ("train",)
+    """Splits to write."""
+    processes: int | None = None
+    """Processes that tokenize. None: one a core."""
+    num_shards: int = 8
+    """Files of a cache."""
+    rebuild: bool = False
+    """Write those that match, too."""
+    beam: tuple[str, ...] | None = None
+    """Run on Apache Beam with these options, such as runner=FlinkRunner (the extra `beam`)."""
+    task_files: tuple[str, ...] = ()
+    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+
+
+def cache(args: list[str]) -> None:
+    """Writes caches; says which were there, and what was dropped."""
+    options = parse(Cache, args, prog="t5jax cache", positional=True)
+    for name in ("inputs_length", "targets_length"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
+            )
+    if options.beam is not None and options.processes is not None:
+        raise ValueError("--processes is for this machine, and --beam for a cluster; leave one out")
+    from t5jax.data.cache import cache_tasks
+    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.texts import common_tokenizer
+    from t5jax.tokenizers import load_tokenizer
+
+    load_tasks(options.task_files)
+    vocabulary = load_tokenizer(options.vocabulary) if options.vocabulary else None
+    write = None
+    if options.beam is not None:
+        from t5jax.data.beam import make_writer
+
+        write = make_writer([f"--{option}" for option in options.beam], options.task_files)
+    reports = cache_tasks(
+        options.mixture,
+        options.folder,
+        common_tokenizer(options.mixture, vocabulary),
+        {"inputs": options.inputs_length, "targets": options.targets_length},
+        splits=options.splits,
+        processes=options.processes,
+        num_shards=options.num_shards,
+        rebuild=options.rebuild,
+        write=write,
+    )
+    for report in reports:
+        if not report.reason:
+            print(f"kept {report.path}: {report.num_examples:,} examples", file=sys.stderr)
+        for name, number in report.dropped.items():
+            if number:
+                print(f"  {number:,} dropped by {name}", file=sys.stderr)

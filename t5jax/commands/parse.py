@@ -1,0 +1,67 @@
+"""Options of a command: a dataclass in, its instance out. tyro does the work."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def parse(
+    kind,
+    args: Sequence[str],
+    *,
+    prog: str,
+    default=None,
+    positional: bool = False,
+    description=None,
+):
+    """Returns the dataclass that the arguments describe; prints help, or exits with 2.
+
+    Args:
+      kind: the dataclass; its docstring is the help, and so are those of its fields.
+      args: of the command line, behind the command.
+      prog: what the help calls the command.
+      default: an instance of `kind`, where its fields' own defaults are not meant.
+      positional: required fields are given by position, not by name.
+      description: in place of the dataclass's docstring.
+    """
+    import tyro
+
+    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+    return tyro.cli(
+        kind,
+        args=args,
+        prog=prog,
+        description=description or inspect.cleandoc(kind.__doc__),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=markers if positional else (),
+    )
+
+
+def fields(options) -> dict:
+    """Returns a dataclass's fields as arguments, without copying what they hold."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def choose(name: str, commands: Mapping[str, Any], what: str = "command") -> Any:
+    """Returns what is known by a name.
+
+    Raises:
+      ValueError: if there is none, with the nearest one.
+    """
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no {what} {name!r}; {hint}known are {', '.join(commands)}")
+    return commands[name]
+
+
+def run_group(
+    args: Sequence[str], usage: str, group: str, commands: Mapping[str, Callable]
+) -> int | None:
+    """Runs a command of a group such as `t5jax tasks`; without one prints what there is."""
+    if not args or args[0] in ("-h", "--help"):
+        print(usage, end="")
+        return 0
+    return choose(args[0], commands, f"command {group}")(list(args[1:]))

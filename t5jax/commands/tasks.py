@@ -1,0 +1,258 @@
+"""`t5jax tasks list`, `show` and `check`: from a task's file to what the model will see."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from t5jax.commands.parse import parse, run_group
+
+USAGE = """\
+usage: t5jax tasks COMMAND ...
+
+commands:
+  list [PATTERN]   every task and mixture: source, splits, templates, metrics
+  show NAME        rendered examples, their tokens, lengths, what is cut and what is dropped
+  check NAME|all   every split reads, every template renders, targets are not empty
+
+A NAME is a task's, or a variant's: gsm8k:worked (one template), gsm8k:5shot, gsm8k:worked:5shot.
+"""
+
+
+def tasks(args: list[str]) -> int | None:
+    """Runs one of the commands on tasks."""
+    return run_group(args, USAGE, "tasks", {"list": list_, "show": show, "check": check})
+
+
+def _tokenizer(vocabulary: str):
+    """Returns the tokenizer of --vocabulary; None where it is left to the tasks."""
+    from t5jax.tokenizers import load_tokenizer
+
+    return load_tokenizer(vocabulary) if vocabulary else None
+
+
+def _lengths(options) -> dict[str, int]:
+    """Returns --inputs-length and --targets-length by feature."""
+    lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
+    for name, length in lengths.items():
+        if length < 1:
+            raise ValueError(f"--{name}-length is {length}; it must be at least 1")
+    return lengths
+
+
+# --- list ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Lists the tasks and mixtures that task files register. No row is read.
+
+    PATTERN in front of the options is part of a name, or a glob such as "numbers_*".
+    """
+
+    task_files: tuple[str, ...] = ()
+    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+
+
+def list_(args: list[str]) -> None:
+    """Prints a table of tasks."""
+    pattern = args.pop(0) if args and not args[0].startswith("-") else ""
+    options = parse(List, args, prog="t5jax tasks list [PATTERN]")
+    from t5jax.data.inspect import list_tasks
+    from t5jax.data.pipeline import load_tasks
+
+    load_tasks(options.task_files)
+    rows = [dataclasses.astuple(row) for row in list_tasks(pattern)]
+    _print_table(["name", "source", "splits", "templates", "metrics"], rows)
+
+
+# --- show ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Shows a task as the model sees it: examples, tokens, lengths, what is cut or dropped."""
+
+    name: str
+    """Task or variant."""
+    split: str = ""
+    """Split to read. Empty: train, or the first there is."""
+    num: int = 3
+    """Examples to print."""
+    num_examples: int | None = 10_000
+    """Examples to read for the numbers, the first ones. None: all."""
+    vocabulary: str = ""
+    """As data.vocabulary of a config. Empty: the task's own."""
+    inputs_length: int = 512
+    """As data.inputs_length of a config: longer inputs are cut."""
+    targets_length: int = 128
+    """As data.targets_length of a config: longer targets are cut."""
+    png: Path | None = None
+    """File to draw the histograms of lengths in."""
+    task_files: tuple[str, ...] = ()
+    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+
+
+def show(args: list[str]) -> None:
+    """Prints what a task's examples are."""
+    options = parse(Show, args, prog="t5jax tasks show", positional=True)
+    lengths = _lengths(options)
+    for name, least in {"num": 0, "num_examples": 1}.items():
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least "
+                f"{least}"
+            )
+    from t5jax.data.inspect import plot_lengths, show_task
+    from t5jax.data.pipeline import load_tasks
+
+    load_tasks(options.task_files)
+    report = show_task(
+        options.name,
+        options.split,
+        tokenizer=_tokenizer(options.vocabulary),
+        lengths=lengths,
+        num_shown=options.num,
+        num_examples=options.num_examples,
+    )
+    _print_report(report)
+    if options.png:
+        plot_lengths(report, options.png)
+        print(f"wrote {options.png}", file=sys.stderr)
+
+
+def _print_report(report) -> None:
+    for number, example in enumerate(report.shown, start=1):
+        print(f"--- example {number} of {report.task}, {report.split} ---")
+        for feature, text in example.texts.items():
+            ids = example.ids[feature]
+            print(f"{feature}:", *text.splitlines() or [""], sep="\n  ")
+            pieces = _pieces(report.tokenizers[feature], ids[:_MAX_TOKENS])
+            more = "" if len(ids) <= _MAX_TOKENS else f" ... {len(ids) - _MAX_TOKENS:,} more"
+            print(f"  {len(ids):,} tokens: {' '.join(pieces)}{more}")
+        print()
+    first = "" if report.is_whole else "the first "
+    print(f"lengths in tokens with eos, of {first}{report.num_examples:,} examples")
+    _print_table(
+        ["", "min", *(f"{p} %" for p in _PERCENTILES), "max", "mean", "cut", "unknown"],
+        [_length_row(name, feature) for name, feature in report.features.items()],
+        right=True,
+    )
+    for name, feature in report.features.items():
+        print(f"{name}, {feature.limit:,} at most")
+        print(*_histogram(feature), sep="\n")
+        print()
+    print("rows and examples dropped" + ("" if report.is_whole else " among those read"))
+    if report.dropped:
+        _print_table(["by", "number"], [(k, f"{n:,}") for k, n in report.dropped.items()])
+    else:
+        print("  none: the task has no step that drops any")
+    for name, tokenizer in report.tokenizers.items():
+        print(f"vocabulary of {name}: {tokenizer}")
+
+
+_MAX_TOKENS = 64
+_PERCENTILES = (50, 90, 95, 99)
+
+
+def _pieces(tokenizer, ids: list[int]) -> Iterator[str]:
+    """Yields each token as its number and, in brackets, its text where it has any of its own."""
+    # GPT-2 has all three in one, which is then the eos.
+    names = {tokenizer.unk_id: "unk", tokenizer.pad_id: "pad"} | {tokenizer.eos_id: "eos"}
+    for i in ids:
+        text = f"<{names[i]}>" if i in names else tokenizer.decode([i])
+        # A space alone has no text in SentencePiece, a part of a character none in bytes.
+        shown = text if text.isprintable() and "�" not in text else repr(text)
+        yield f"{i}[{shown}]" if text else str(i)
+
+
+def _length_row(name: str, feature) -> list[str]:
+    import numpy as np
+
+    lengths = feature.lengths
+    numbers = [lengths.min(), *np.percentile(lengths, _PERCENTILES), lengths.max(), lengths.mean()]
+    shares = [_share(feature.truncated), _share(feature.unknown)]
+    return [name, *(f"{x:,.0f}" for x in numbers), *shares]
+
+
+def _share(share: float) -> str:
+    if share == 0:
+        return "none"
+    return f"{share:.2%}" if share >= 1e-4 else "< 0.01%"
+
+
+def _histogram(feature) -> Iterator[str]:
+    """Yields a line for each bin of lengths: from, to, examples, and a bar."""
+    from t5jax.data.inspect import length_bins
+
+    counts, edges = length_bins(feature.lengths)
+    width, digits = len(f"{edges[-1]:,}"), len(f"{max(counts):,}")
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(50 * count / max(counts)) or ("▏" if count else "")
+        cut = "  longer than the limit" if low > feature.limit else ""
+        yield f"  {low:>{width},} to {high - 1:>{width},}  {count:>{digits},}  {bar}{cut}"
+
+
+# --- check --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Reads every split of tasks, every row under every template; fails where any of them does.
+
+    Targets must not be empty. Data that is not there is a failure too.
+    """
+
+    name: str
+    """Task, variant or mixture, or "all"."""
+    vocabulary: str = ""
+    """As data.vocabulary of a config. Empty: each task's own."""
+    inputs_length: int = 512
+    """As data.inputs_length of a config: few-shot prompts and objectives are fitted to it."""
+    targets_length: int = 512
+    """As data.targets_length of a config: tasks may drop or refuse longer targets."""
+    task_files: tuple[str, ...] = ()
+    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+
+
+def check(args: list[str]) -> int:
+    """Prints a line for each split and template; returns 1 if any of them fails."""
+    options = parse(Check, args, prog="t5jax tasks check", positional=True)
+    lengths = _lengths(options)
+    from t5jax.data.inspect import check_tasks
+    from t5jax.data.pipeline import load_tasks
+
+    load_tasks(options.task_files)
+    failed = num_parts = 0
+    checks = check_tasks(options.name, tokenizer=_tokenizer(options.vocabulary), lengths=lengths)
+    for part in checks:
+        num_parts += 1
+        failed += bool(part.error)
+        where = " ".join(filter(None, (part.task, part.split, part.template)))
+        if part.error:
+            print(f"FAILED {where}: {part.error}", flush=True)
+        else:
+            dropped = f", {part.num_dropped:,} dropped" if part.num_dropped else ""
+            print(f"ok     {where}: {part.num_examples:,} examples{dropped}", flush=True)
+    print(f"{num_parts - failed} of {num_parts} are sound")
+    return 1 if failed else 0
+
+
+# --- Tables -------------------------------------------------------------------------------------
+
+
+def _print_table(columns: Sequence[str], rows, *, right: bool = False) -> None:
+    """Prints a table on standard output; every column but the first to the right if asked."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        justify = "right" if right and number else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    # A file or a pipe has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)

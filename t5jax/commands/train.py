@@ -1,0 +1,72 @@
+"""`t5jax train`."""
+
+import inspect
+import traceback
+from pathlib import Path
+
+from t5jax.commands.parse import parse
+
+
+def train(args: list[str]) -> None:
+    """Trains what a config describes, with fields overridden: `--data.batch-size 64`.
+
+    A run that was stopped, however it was, goes on when the same command is given again.
+    """
+    from t5jax.config import Config, to_json
+
+    print_config = "--print-config" in args
+    args = [arg for arg in args if arg != "--print-config"]
+    prog, config = "t5jax train CONFIG", Config()
+    known = ", ".join(_known_configs())
+    if args and not args[0].startswith("-"):
+        prog, config = f"t5jax train {args[0]}", _load_config(args[0])
+        args = args[1:]
+    elif "--help" not in args and "-h" not in args:
+        raise ValueError(
+            "train needs a CONFIG in front of its options: a Python file, a .json file that "
+            f"--print-config wrote, or a name such as {known}"
+        )
+    description = (
+        f"{inspect.cleandoc(train.__doc__)}\n\n--print-config prints the whole config as JSON "
+        "instead. CONFIG is a Python file, a .json file that --print-config wrote, or one of: "
+        f"{known}. With CONFIG in front of --help, defaults are those of that config."
+    )
+    config = parse(Config, args, prog=prog, description=description, default=config)
+    if print_config:
+        print(to_json(config), end="")
+        return
+    from t5jax.train import train as run
+
+    run(config)
+
+
+def _load_config(name_or_path: str):
+    """Returns the config of a file; an error inside of it names the line."""
+    from t5jax import shipped
+    from t5jax.config import from_json, load_config
+
+    if name_or_path.endswith(".json"):
+        try:
+            return from_json(Path(name_or_path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config {name_or_path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}: {error}") from error
+
+    path = str(shipped.find("configs", name_or_path))
+    try:
+        return load_config(name_or_path)
+    except Exception as error:  # Whatever a user's Python may raise.
+        frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            frames.append((error.filename, error.lineno))
+        lines = [line for filename, line in frames if filename == path]
+        where = f"{path}, line {lines[-1]}: " if lines else ""
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}{what}{getattr(error, 'msg', error)}") from error
+
+
+def _known_configs() -> list[str]:
+    from t5jax import shipped
+
+    return list(shipped.list_files("configs"))
