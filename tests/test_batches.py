@@ -47,6 +47,14 @@ class RandomAccess(Streamed):
         self.num_read += len(indices)
         return [self.example(k) for k in indices]
 
+    def window(self, start, most):
+        return start + most
+
+
+class InEpochs(RandomAccess):
+    def window(self, start, most):
+        return min(start + most, (start // EPOCH + 1) * EPOCH)
+
 
 def make(examples=None, spec=SPEC, seed=0, rows=None):
     return Batches(examples or Streamed(), make_converter(spec), spec, seed, rows)
@@ -82,7 +90,7 @@ def assert_equal(a, b):
 def test_packed_content_is_the_content_of_each_window_and_no_token_is_lost(kind):
     batches = make(kind())
     seen, tokens = [], 0
-    while batches.state()["window"] < 3:  # Beyond two epochs.
+    while batches.state()["example"] < 3 * WINDOW:  # Beyond two epochs.
         batch = next(batches)
         validate_batch(batch, SPEC)
         tokens += batch["decoder_loss_weights"].sum()
@@ -95,6 +103,16 @@ def test_packed_content_is_the_content_of_each_window_and_no_token_is_lost(kind)
         numbers = range(window * WINDOW, (window + 1) * WINDOW)
         assert sorted(part) == sorted(expected(numbers))
         assert part != expected(numbers)
+
+
+def test_a_window_ends_where_the_examples_say():
+    batches, seen = make(InEpochs()), []
+    while batches.state()["example"] < 4 * EPOCH:
+        seen += examples_in(next(batches))
+    for epoch in range(4):  # Of a whole window each, and what is left.
+        part = seen[epoch * EPOCH : (epoch + 1) * EPOCH]
+        assert sorted(part) == sorted(expected(range(EPOCH)))
+        assert sorted(part[:WINDOW]) == sorted(expected(range(WINDOW)))
 
 
 def test_unpacked_rows_are_the_examples_in_order_over_the_ends_of_epochs():
@@ -142,7 +160,7 @@ def test_with_random_access_a_host_reads_its_own_examples_alone():
 
 
 @pytest.mark.parametrize("spec", [SPEC, UNPACKED])
-@pytest.mark.parametrize("kind", [Streamed, RandomAccess])
+@pytest.mark.parametrize("kind", [Streamed, InEpochs])
 def test_a_run_killed_at_random_goes_on_exactly_on_any_number_of_hosts(kind, spec):
     straight = make(kind(), spec)
     batches = [next(straight) for _ in range(90)]
@@ -171,7 +189,7 @@ def test_the_state_is_a_few_numbers():
         next(batches)
     state = batches.state()
     fingerprint = state.pop("fingerprint")
-    assert state.keys() == {"window", "row", "batches"}
+    assert state.keys() == {"example", "row", "batches"}
     assert all(type(value) is int for value in state.values())
     assert fingerprint == {
         "data.mixture": "numbers",

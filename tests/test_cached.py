@@ -244,13 +244,29 @@ def test_one_two_and_four_hosts_have_the_same_batches(tmp_path, pack):
     assert len(json.dumps(whole.state())) < 1000  # A few numbers, however long the run.
 
 
+def targets_of(batch) -> list[int]:
+    """Returns the name of every example in a batch, row by row."""
+    first = batch["decoder_target_tokens"]
+    if "decoder_positions" in batch:
+        return first[(batch["decoder_positions"] == 0) & (first != 0)].tolist()
+    return first[:, 0].tolist()
+
+
+def assert_epochs(names: list[int], every: range) -> None:
+    """Every example once in each epoch, and none twice in the one that has begun."""
+    for start in range(0, len(names), len(every)):
+        epoch = names[start : start + len(every)]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(every)
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_killed_at_random_and_restarted_on_other_hosts_every_example_is_seen_once(tmp_path, pack):
     task = part(tmp_path, 1000, 300)
     rng = np.random.default_rng(0)
-    counts, state, done = collections.Counter(), None, 0
+    names, state = [], None
     reference = batches(CachedExamples([task], LENGTHS, 3), pack)
-    while done < 4000:
+    while len(names) < 4000:
         num_hosts = int(rng.choice([1, 2, 4, 8]))
         hosts = []
         for i in range(num_hosts):
@@ -264,22 +280,57 @@ def test_killed_at_random_and_restarted_on_other_hosts_every_example_is_seen_onc
             for name, value in whole.items():
                 np.testing.assert_array_equal(np.concatenate([b[name] for b in found]), value)
             state = hosts[0].state()
-            starts = whole["decoder_target_tokens"]
-            if pack:
-                starts = starts[(whole["decoder_positions"] == 0) & (starts != 0)]
-            else:
-                starts = starts[:, 0]
-            counts.update(starts.tolist())
-            done += len(starts)
+            names += targets_of(whole)
         # What follows the last state is lost with the kill, and read again.
         for host in hosts:
             next(host)
-    # Packing reorders rows within a window of 1,024 examples, so epochs overlap there.
-    assert set(counts) == set(range(300, 1300))
-    least, most = done // 1000, -(-done // 1000)
-    slack = 1 if pack else 0
-    assert min(counts.values()) >= least - slack
-    assert max(counts.values()) <= most + slack
+    assert_epochs(names, range(300, 1300))
+
+
+@pytest.mark.parametrize("window", [7, 64, 1024])
+@pytest.mark.parametrize("size", [1, 5, 64, 65, 200])
+def test_packed_epochs_are_exact_for_every_size_window_and_number_of_hosts(
+    tmp_path, monkeypatch, size, window
+):
+    monkeypatch.setattr("t5jax.data.batches.WINDOW", window)
+    examples = CachedExamples([part(tmp_path, size)], LENGTHS, 3)
+    every, sequences = range(10, 10 + size), []
+    for count in (1, 2, 4):
+        hosts = [batches(examples, True, range(i, 8, count)) for i in range(count)]
+        names = []
+        while len(names) < 3 * size + 40:
+            found = [next(host) for host in hosts]
+            rows = {name: np.empty((8, *x.shape[1:]), x.dtype) for name, x in found[0].items()}
+            for i, batch in enumerate(found):
+                for name, x in batch.items():
+                    rows[name][i::count] = x
+            names += targets_of(rows)
+        assert_epochs(names, every)
+        sequences.append(names)
+    assert sequences[0] == sequences[1] == sequences[2]
+
+
+def test_packed_epochs_of_a_mixtures_tasks_are_exact_where_windows_stay_large(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("t5jax.data.batches.WINDOW", 32)
+    ranges = {"a": range(10, 110), "b": range(200, 500), "tiny": range(600, 603)}
+    parts = [part(tmp_path, len(r), r[0], i + 1, n) for i, (n, r) in enumerate(ranges.items())]
+    examples = CachedExamples(parts, LENGTHS, 3)
+    iterator, names = batches(examples, True), []
+    while len(names) < 3000:
+        names += targets_of(next(iterator))
+    for name in ("a", "b"):
+        assert_epochs([n for n in names if n in ranges[name]], ranges[name])
+    # The tiny one has an epoch every six examples, for which no window ends.
+    starts = [0]
+    while starts[-1] < 3000:
+        starts.append(examples.window(starts[-1], 32))
+    sizes = np.diff(starts)
+    assert sizes.max() == 32
+    assert np.mean(sizes) > 24
+    tiny = collections.Counter(n for n in names if n in ranges["tiny"])
+    assert max(tiny.values()) - min(tiny.values()) <= 32 // 6
 
 
 def test_only_the_rows_of_a_host_are_read(tmp_path, monkeypatch):

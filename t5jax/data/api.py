@@ -39,6 +39,10 @@ class RandomAccessExamples(Examples, Protocol):
     def get(self, indices: Sequence[int]) -> list[Example]:
         """Returns the examples of these numbers, in this order: one call a batch."""
 
+    def window(self, start: int, most: int) -> int:
+        """Returns the end of the examples from `start` on that may change places: behind them a
+        task begins its next epoch, or there are `most` of them."""
+
 
 class BatchIterator(Protocol):
     """An endless stream of batches that can say where it is and go back there.
@@ -75,7 +79,7 @@ class EvalExample:
     targets: Any
     """What metrics compare with: a text, or a list of references, postprocessed."""
     input_ids: list[int]
-    """Tokens of the prompt with eos, cut to data.inputs_length."""
+    """Tokens of the prompt with eos, cut to data.inputs_length; empty for targets alone."""
     target_ids: list[int]
     """Tokens of the target with eos, cut to data.targets_length."""
 

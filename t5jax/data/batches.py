@@ -1,10 +1,10 @@
 """From examples to batches: the `BatchIterator` of both ways to read (numpy, no TensorFlow).
 
-Examples are taken in windows of fixed size. Each window is packed by itself, its rows are put into
-an order drawn from (seed, window), and batches are cut from the endless row of rows. So the batch
-at step n is a function of (seed, n, batch size), the position is two numbers, and nothing is lost
-or doubled where an epoch ends. Where examples have random access, rows are planned from lengths
-alone, and a process reads no more than its own.
+Examples are taken in windows. Each window is packed by itself, its rows are put into an order drawn
+from (seed, window), and batches are cut from the endless row of rows. So the batch at step n is a
+function of (seed, n, batch size), the position is two numbers, and nothing is lost or doubled where
+an epoch ends. Where examples have random access, a window ends with the epoch, rows are planned
+from lengths alone, and a process reads no more than its own.
 """
 
 import itertools
@@ -60,7 +60,7 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        position = self._number, self._row, self._num_batches
+        position = self._start, self._row, self._num_batches
         try:
             rows = self._take(self.spec.batch_size)
             batch = self._converter(self._read([rows[i] for i in self._rows]))
@@ -74,7 +74,7 @@ class Batches:
 
     def state(self) -> dict:
         return {
-            "window": self._number,
+            "example": self._start,
             "row": self._row,
             "batches": self._num_batches,
             "fingerprint": dict(self._fingerprint),
@@ -82,10 +82,11 @@ class Batches:
 
     def restore(self, state: dict) -> None:
         check_fingerprint(state["fingerprint"], self._fingerprint)
-        self._go(state["window"], state["row"], state["batches"])
+        self._go(state["example"], state["row"], state["batches"])
 
-    def _go(self, window: int, row: int, num_batches: int) -> None:
-        self._number, self._row, self._num_batches = window, row, num_batches
+    def _go(self, start: int, row: int, num_batches: int) -> None:
+        # Of the window that is read: its first example, and its next row.
+        self._start, self._row, self._num_batches = start, row, num_batches
         self._window: _Window | None = None
         # Of streamed examples: where the window after this one begins.
         self._stream: Iterator[Example] | None = None
@@ -95,12 +96,12 @@ class Batches:
         taken = []
         while len(taken) < num_rows:
             if self._window is None:
-                self._window = self._load(self._number)
+                self._window = self._load(self._start)
             rows = self._window.rows[self._row : self._row + num_rows - len(taken)]
             taken += [(self._window, row) for row in rows]
             self._row += len(rows)
             if self._row == len(self._window.rows):
-                self._number, self._row, self._window = self._number + 1, 0, None
+                self._start, self._row, self._window = self._window.stop, 0, None
         return taken
 
     def _read(self, rows: list) -> list[list[Example]]:
@@ -112,9 +113,11 @@ class Batches:
             read += [list(itertools.islice(examples, len(row))) for row in numbers]
         return read
 
-    def _load(self, number: int) -> "_Window":
-        start, stop = number * self._window_size, (number + 1) * self._window_size
+    def _load(self, start: int) -> "_Window":
+        stop = start + self._window_size
         if isinstance(self._examples, RandomAccessExamples):
+            if self.spec.pack:  # Unpacked rows stay in order.
+                stop = self._examples.window(start, self._window_size)
             lengths = self._examples.lengths(start, stop)
 
             def get(numbers):
@@ -128,9 +131,9 @@ class Batches:
             def get(numbers):
                 return [examples[k] for k in numbers]
 
-        return _Window(self._plan(number, lengths), get)
+        return _Window(self._plan(start, lengths), get, stop)
 
-    def _plan(self, number: int, lengths: dict[str, np.ndarray]) -> list[list[int]]:
+    def _plan(self, start: int, lengths: dict[str, np.ndarray]) -> list[list[int]]:
         """Returns the rows of a window, as numbers of its examples."""
         sizes, capacity = self._converter.sizes(lengths), self._converter.capacity
         for side, (name, limit) in enumerate(capacity.items()):
@@ -143,15 +146,15 @@ class Batches:
             return [[k] for k in range(len(sizes))]
         rows = pack(sizes, list(capacity.values()))
         # Packing leaves rows in the order of their largest example.
-        order = np.random.default_rng([self._seed, number]).permutation(len(rows))
+        order = np.random.default_rng([self._seed, start]).permutation(len(rows))
         return [rows[i] for i in order]
 
 
 class _Window:
-    """Some examples, and the rows they make."""
+    """Some examples, the rows they make, and the number of the first example behind them."""
 
-    def __init__(self, rows: list[list[int]], get: Callable[[list[int]], list[Example]]):
-        self.rows, self.get = rows, get
+    def __init__(self, rows: list[list[int]], get: Callable[[list[int]], list[Example]], stop: int):
+        self.rows, self.get, self.stop = rows, get, stop
 
 
 class ChangingBatches:

@@ -208,6 +208,21 @@ class CachedExamples:
                 found.setdefault(feature, np.zeros(len(numbers), np.int32))[here] = sizes
         return found
 
+    def window(self, start: int, most: int) -> int:
+        """Returns where examples that are packed together end: before a task's next epoch.
+
+        Of a mixture, tasks whose epochs are shorter than `most` times the number of tasks do not
+        count: windows would become too small to pack well.
+        """
+        parts, epochs, _ = self._find(np.arange(start, start + most))
+        ends = [most]
+        for i in np.unique(parts):
+            epoch_length = len(self._parts[i].task) * sum(self._weights) / self._weights[i]
+            if len(self._parts) == 1 or epoch_length >= most * len(self._parts):
+                mine = parts == i
+                ends += np.flatnonzero(mine & (epochs > epochs[mine][0]))[:1].tolist()
+        return start + min(ends)
+
     def get(self, indices: Sequence[int]) -> list[Example]:
         """Returns the examples of these numbers, in this order.
 
