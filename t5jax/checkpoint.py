@@ -232,11 +232,17 @@ def write_config(run_dir: Path, config: Config) -> None:
     (run_dir / CONFIG_FILE).write_text(to_json(config))
 
 
-def check_same_run(saved: Config, config: Config) -> None:
-    """Raises ValueError where a run cannot go on with another config, naming every field."""
+def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None:
+    """Raises ValueError where a run cannot go on with another config, naming every field.
+
+    Args:
+      begun: False for a state that was imported and has not been trained here yet: its seed is
+        still open.
+    """
     changes = [
         f"{section}.{name} was {was!r} and is {now!r}"
         for section, names in _fixed_fields(config).items()
+        if begun or section != "train"
         for name in names
         if (was := getattr(getattr(saved, section), name, None))
         != (now := getattr(getattr(config, section), name))

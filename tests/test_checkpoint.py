@@ -207,6 +207,15 @@ def test_what_a_run_may_change(now):
     checkpoint.check_same_run(Config(optimizer=ADAMW), Config(**{"optimizer": ADAMW} | now))
 
 
+def test_an_imported_state_takes_any_seed_and_keeps_the_rest():
+    seeded = Config(train=TrainConfig(seed=3))
+    checkpoint.check_same_run(Config(), seeded, begun=False)
+    with pytest.raises(ValueError, match="optimizer.name was 'adafactor' and is 'adamw'; set"):
+        checkpoint.check_same_run(
+            Config(), dataclasses.replace(seeded, optimizer=ADAMW), begun=False
+        )
+
+
 def test_metrics_file_is_what_orbax_writes(tmp_path):
     save(tmp_path, {1: 2.5})
     written = tmp_path / "checkpoints/1/metrics/metrics"
