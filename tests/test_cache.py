@@ -277,6 +277,31 @@ def test_what_changes_a_task_is_found_out(tmp_path):
     assert "question y?" in [BYTES.decode(inputs) for inputs, _ in read(folder)]
 
 
+def test_hosts_that_keep_the_files_in_different_folders_share_a_cache(tmp_path):
+    def write(host, rows):
+        for number, part in enumerate((rows[:20], rows[20:])):
+            path = tmp_path / host / f"part-{number}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in part))
+            os.utime(path, (5, 5))
+
+    def reasons_on(host):
+        add_task(source=jsonl({"train": f"{tmp_path / host}/part-*.jsonl"}))
+        return reasons(tmp_path / "cache")
+
+    write("a", ROWS[:40])
+    write("b", ROWS[:40])
+    write("c", [*ROWS[:39], {"q": "question xx", "a": "answer 39"}])
+    assert [reasons_on(host) for host in "aba"] == [["it is not there"], [""], [""]]
+    # Size and time are the same, and so is all but one row.
+    assert reasons_on("c") == [f"{tmp_path}/c/part-1.jsonl has changed"]
+    assert "question xx?" in [BYTES.decode(inputs) for inputs, _ in read(tmp_path / "cache")]
+    write("a", ROWS[20:40] + ROWS[:20])
+    assert reasons_on("b") == [f"{tmp_path}/b/part-1.jsonl has changed"]
+    assert reasons_on("a") == [f"{tmp_path}/a/part-0.jsonl has changed"]
+    assert reasons_on("nowhere") == [""]
+
+
 def test_another_vocabulary_is_found_out(tmp_path):
     class Doubling(ByteTokenizer):
         def __repr__(self):

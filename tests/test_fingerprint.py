@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from t5jax.data.fingerprint import changed_file, describe, digest, stamp_files
+from t5jax.data.sources import jsonl
 
 BASE = """
     import functools, re
@@ -155,19 +156,75 @@ def test_cycles_end():
 
 def test_files(tmp_path):
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    for path in (a, b):
+    for path, text in ((a, "text"), (b, "more")):
         with open(path, "w") as file:
-            file.write("text")
-    stamps = stamp_files([b, a])
-    assert changed_file(stamps, [a, b]) is None
-    assert changed_file(stamps, [a]) == f"there are other source files ({b}, for one)"
+            file.write(text)
+    stamps = json.loads(json.dumps(stamp_files([b, a, b])))
+    assert [stamp["path"] for stamp in stamps] == [b, a]
+    assert changed_file(stamps, [b, a]) is None
+    assert changed_file(stamps, [b, a, b]) is None
+    assert changed_file(stamps, [a, b]) == f"{a} has changed"  # Their rows in another order.
+    assert changed_file(stamps, [b]) == "the number of source files was 2 and is 1"
     os.utime(a, (5, 5))
-    assert changed_file(stamps, [a, b]) is None
+    assert changed_file(stamps, [b, a]) is None
     with open(a, "w") as file:
         file.write("next")
-    assert changed_file(stamps, [a, b]) == f"{a} has changed"
+    assert changed_file(stamps, [b, a]) == f"{a} has changed"
     with pytest.raises(ValueError, match=f"{tmp_path}/c cannot be read: No such file"):
         stamp_files([f"{tmp_path}/c"])
+
+
+def test_files_elsewhere_are_told_by_their_contents(tmp_path, monkeypatch):
+    for folder, text in (("here", "text"), ("copy", "text"), ("other", "next")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text(text)
+        os.utime(tmp_path / folder / "a", (5, 5))  # As an archive sets it.
+    stamps = stamp_files([str(tmp_path / "here/a")])
+    assert changed_file(stamps, [str(tmp_path / "copy/a")]) is None
+    other = str(tmp_path / "other/a")
+    assert changed_file(stamps, [other]) == f"{other} has changed"
+    for folder, change in (("here", None), ("copy", None), ("other", "a has changed")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert changed_file(stamps, ["a"]) == change
+    # Where it was written, of the same path.
+    monkeypatch.chdir(tmp_path / "here")
+    relative = stamp_files(["a"])
+    monkeypatch.chdir(tmp_path / "other")
+    assert changed_file(relative, ["a"]) == "a has changed"
+
+
+def test_a_file_that_is_gone_counts_as_unchanged(tmp_path, caplog):
+    (tmp_path / "a").write_text("text")
+    stamps = stamp_files([str(tmp_path / "a")])
+    (tmp_path / "a").unlink()
+    for paths in ([], [str(tmp_path / "a")], [str(tmp_path / "elsewhere")]):
+        caplog.clear()
+        assert changed_file(stamps, paths) is None
+        assert "cannot be read: No such file" in caplog.text
+
+
+def test_where_the_files_of_a_source_lie_does_not_count():
+    def told(*patterns):
+        return describe(jsonl({"train": list(patterns)}))
+
+    same = [told("/a/b/train.jsonl"), told("train.jsonl"), told("gs://bucket/train.jsonl")]
+    assert same[0] == same[1] == same[2]
+    assert told("/a/*/x/train-*.jsonl") == told("data/*/x/train-*.jsonl")
+    different = [told("a/train.jsonl"), told("a/dev.jsonl"), told("a/*.jsonl"), told("*/a.jsonl")]
+    assert len({repr(x) for x in different}) == 4
+    assert told("a.jsonl", "b.jsonl") != told("b.jsonl", "a.jsonl")
+    # A task's own function, which reads a source of its module.
+    code = """
+        from t5jax.data.sources import text
+        BOOKS = text({"books": "FOLDER/*.md"}, by="file")
+        def chapters():
+            return BOOKS.rows("books")
+    """
+    here, there, other = (
+        describe(load(code.replace("FOLDER/*", files))["chapters"])
+        for files in ("/here/*", "/there/*", "/here/a*")
+    )
+    assert here == there != other
 
 
 def test_files_behind_a_url():

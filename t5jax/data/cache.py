@@ -381,7 +381,8 @@ class _Progress:
         return f"{self._examples:,} examples, {self._tokens:,} tokens, {rate:,.0f} tokens/s"
 
     def __exit__(self, kind, *exception):
-        self._bar.stop()
+        if self._console.is_interactive:
+            self._bar.stop()
         if kind is None:
             self._console.print(f"cached {self._name}: {self._done()}", soft_wrap=True)
 

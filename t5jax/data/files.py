@@ -54,6 +54,13 @@ def find_files(patterns: Sequence[str]) -> list[str]:
     return [path for pattern in patterns for path in _find(pattern)]
 
 
+def name_in_pattern(pattern: str) -> str:
+    """Returns a pattern without the folder in front: "train.jsonl", "*/train-*.jsonl.gz"."""
+    parts = pattern.split("/")
+    first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return "/".join(parts[first:])
+
+
 def _find(pattern: str) -> list[str]:
     if "://" in pattern:
         found = answer(functools.partial(_find_remote, pattern), pattern)

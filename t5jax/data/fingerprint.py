@@ -3,7 +3,8 @@
 Code is described by what it does, not by where it stands: a function is its bytecode, its
 constants, its closure, and the functions and constants of its own module that it names, so that a
 changed helper counts and a changed comment does not. Installed packages are described by name, and
-t5jax's own functions without what they name.
+t5jax's own functions without what they name. Files count by their contents and their order, not by
+the folder they are in: hosts that keep them in different places share a cache.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import re
 import site
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 _CONSTANTS = (type(None), bool, int, float, str)
+
+DESCRIBED_AS = "described as"
+"""In the metadata of a dataclass's field: a function of its value, for what is described."""
 
 
 # --- Python objects -----------------------------------------------------------------------------
@@ -85,7 +89,10 @@ class _Walk:
         if callable(value) and hasattr(value, "__qualname__"):  # A built-in function.
             return f"{value.__module__}.{value.__qualname__}"
         if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            fields = {
+                f.name: f.metadata.get(DESCRIBED_AS, lambda x: x)(getattr(value, f.name))
+                for f in dataclasses.fields(value)
+            }
         else:
             fields = getattr(value, "__dict__", {})
         return [self.describe(type(value)), self.describe(fields)]
@@ -171,8 +178,8 @@ def _is_ours(function: types.FunctionType) -> bool:
 # --- Files --------------------------------------------------------------------------------------
 
 
-def stamp_files(paths: Iterable[str]) -> dict[str, dict]:
-    """Returns what tells a file from a changed one: path to size, time and content's hash.
+def stamp_files(paths: Iterable[str]) -> list[dict]:
+    """Returns what tells files from changed ones: of each its path, size, time and content's hash.
 
     Files on this machine are read whole; of those behind a URL the file system says what it has
     (an ETag, say).
@@ -180,32 +187,35 @@ def stamp_files(paths: Iterable[str]) -> dict[str, dict]:
     Raises:
       ValueError: for a file that is missing.
     """
-    return {path: _stamp(path, with_content=True) for path in sorted(set(paths))}
+    return [_stamp(path, with_content=True) for path in dict.fromkeys(paths)]
 
 
-def changed_file(stamps: Mapping[str, Mapping], paths: Iterable[str]) -> str | None:
+def changed_file(stamps: Sequence[Mapping], paths: Iterable[str]) -> str | None:
     """Returns what differs from the stamps, or None.
 
-    A file is read only where its time differs and its size does not: a copy is no change. A file
-    that cannot be reached now counts as unchanged, so that a cache does without its sources.
+    A file is read only where it has the stamp's size, but another time or path: a copy is no
+    change. A file that cannot be reached now counts as unchanged, so that a cache does without its
+    sources.
     """
-    paths = sorted(set(paths))
-    if paths and paths != sorted(stamps):
-        new = sorted(set(paths) ^ set(stamps))
-        return f"there are other source files ({new[0]}, for one)"
-    for path, was in stamps.items():
+    paths = list(dict.fromkeys(paths)) or [stamp["path"] for stamp in stamps]
+    if len(paths) != len(stamps):
+        return f"the number of source files was {len(stamps)} and is {len(paths)}"
+    for stamp, path in zip(stamps, paths, strict=True):
         try:
-            now = _stamp(path)
-            if {k: now[k] for k in now} == {k: was.get(k) for k in now}:
-                continue
-            same_size = "sha256" in was and now.get("size") == was["size"]
-            if same_size and _stamp(path, with_content=True)["sha256"] == was["sha256"]:
-                continue
+            if not _is_unchanged(stamp, path):
+                return f"{path} has changed"
         except ValueError as error:
             _log.warning("%s; its cache is used as it is", error)
-            continue
-        return f"{path} has changed"
     return None
+
+
+def _is_unchanged(was: Mapping, path: str) -> bool:
+    now = _stamp(path)
+    if all(was.get(name) == value for name, value in now.items()):
+        return True
+    if "sha256" not in was or now.get("size") != was["size"]:
+        return False
+    return _stamp(path, with_content=True)["sha256"] == was["sha256"]
 
 
 def _stamp(path: str, with_content: bool = False) -> dict:
@@ -214,9 +224,11 @@ def _stamp(path: str, with_content: bool = False) -> dict:
             import fsspec
 
             filesystem, name = fsspec.core.url_to_fs(path)
-            return {"key": str(filesystem.ukey(name))}
+            return {"path": path, "key": str(filesystem.ukey(name))}
         stat = os.stat(path)
-        stamp: dict[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        # Whole: a relative path is another file elsewhere.
+        stamp: dict[str, Any] = {"path": os.path.abspath(path)}
+        stamp |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if with_content:
             with open(path, "rb") as file:
                 stamp["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -177,7 +177,8 @@ def _count(task: seqio.Task, split: str) -> int:
     files = rows.files(split)
     if not files:
         return sum(1 for _ in rows.rows(split))
-    path = cache_dir() / "counts" / f"{digest([rows, split, stamp_files(files)])}.json"
+    contents = [stamp.get("sha256") or stamp["key"] for stamp in stamp_files(files)]
+    path = cache_dir() / "counts" / f"{digest([rows, split, contents])}.json"
     if not path.is_file():
         count = sum(1 for _ in rows.rows(split))
         write_atomically(path, json.dumps(count).encode())

@@ -20,7 +20,7 @@ from t5jax.data.fingerprint import describe
 from t5jax.data.objectives import cut
 from t5jax.tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """To be raised with every change of what is written for the same task."""
 
 CHUNK = 256

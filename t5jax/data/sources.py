@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from t5jax.data import files
 from t5jax.data.files import Row
+from t5jax.data.fingerprint import DESCRIBED_AS
 
 Files = str | os.PathLike | Sequence[str | os.PathLike]
 """A path, URL or glob, or a list of them: "train.jsonl", "gs://bucket/*.jsonl.gz"."""
@@ -363,7 +364,10 @@ class _FileRows:
     """The rows of a split's files, one after the other."""
 
     read: Callable[[str], Iterator[Row | ValueError]]
-    patterns: tuple[str, ...]
+    patterns: tuple[str, ...] = dataclasses.field(
+        # What the files are called, without the folder: that says which rows there are.
+        metadata={DESCRIBED_AS: lambda patterns: list(map(files.name_in_pattern, patterns))}
+    )
 
     def __call__(self) -> Iterator[Row | ValueError]:
         for path in self.paths():
