@@ -192,6 +192,32 @@ def test_check_reads_every_split_under_every_template():
     assert names == ["inspect_prompted"] * 4 + ["inspect_seqio"]
 
 
+def test_check_counts_what_stands_in_train_too():
+    train = [{"q": "Where is it?", "a": "Here"}, {"q": "Who", "a": "I"}, {"q": "x", "a": "y"}]
+    test = [
+        {"q": "WHERE  is it？", "a": "here\n"},  # A full-width question mark.
+        {"q": "Who", "a": "She"},
+        {"q": "Whose", "a": "I"},
+        {"q": "x", "a": "y"},
+    ]
+    splits = {"test": lambda: test, "dev": lambda: test[2:3], "train": lambda: train}
+    add("inspect_doubles", source=Source(splits), templates={"say": ("say {q}", "{a}")})
+    found = checks("inspect_doubles")
+    assert list(found) == [("train", "say"), ("test", "say"), ("dev", "say")]
+    counts = {s: (c.num_prompts_in_train, c.num_in_train) for (s, _), c in found.items()}
+    assert counts == {"train": (0, 0), "test": (3, 2), "dev": (0, 0)}
+    # Exemplars hide what is asked.
+    assert checks("inspect_doubles:2shot")["test", "say"].num_prompts_in_train == 0
+
+    books = {"train": ["One. " * 30, "Two. " * 30], "test": ["two. " * 30, "Three. " * 30]}
+    source = Source({s: lambda b=b: [{"text": text} for text in b] for s, b in books.items()})
+    text_task("inspect_books", source, SpanCorruption(), vocabulary="bytes")
+    lengths = {"inputs": 64, "targets": 32}
+    found = {c.split: c for c in check_tasks("inspect_books", lengths=lengths)}
+    assert (found["test"].num_prompts_in_train, found["test"].num_in_train) == (1, 1)
+    assert found["test"].num_examples > 2
+
+
 def test_check_finds_what_is_wrong():
     missing = [{"q": "a", "a": "1"}, {"q": "b"}]
     add("inspect_bad", missing, {"good": ("{q}", "{q}"), "bad": ("{q}", "{a}")})
@@ -251,6 +277,7 @@ def test_commands_print_what_was_found(capsys, tmp_path):
     status, out, err = run(capsys, "tasks", "check", "inspect_prompted")
     assert (status, err) == (0, "")
     assert "ok     inspect_prompted train say: 3 examples, 2 dropped\n" in out
+    assert "ok     inspect_prompted test say: 1 examples, 1 dropped, 1 also in train\n" in out
     assert out.endswith("4 of 4 are sound\n")
     status, out, _ = run(capsys, "tasks", "check", "inspect_file")
     assert status == 1

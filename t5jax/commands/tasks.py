@@ -13,7 +13,7 @@ usage: t5jax tasks COMMAND ...
 commands:
   list [PATTERN]   every task and mixture: source, splits, templates, metrics
   show NAME        rendered examples, their tokens, lengths, what is cut and what is dropped
-  check NAME|all   every split reads, every template renders, targets are not empty
+  check NAME|all   every split reads, every template renders, no targets are empty; doubles of train
 
 A NAME is a task's, or a variant's: gsm8k:worked (one template), gsm8k:5shot, gsm8k:worked:5shot.
 """
@@ -200,7 +200,8 @@ def _histogram(feature) -> Iterator[str]:
 class Check:
     """Reads every split of tasks, every row under every template; fails where any of them does.
 
-    Targets must not be empty. Data that is not there is a failure too.
+    Targets must not be empty. Data that is not there is a failure too. Prompts and documents of
+    other splits that stand in train as well are counted, but for case and white space.
     """
 
     name: str
@@ -232,8 +233,14 @@ def check(args: list[str]) -> int:
         if part.error:
             print(f"FAILED {where}: {part.error}", flush=True)
         else:
-            dropped = f", {part.num_dropped:,} dropped" if part.num_dropped else ""
-            print(f"ok     {where}: {part.num_examples:,} examples{dropped}", flush=True)
+            notes = [f"{part.num_examples:,} examples"]
+            if part.num_dropped:
+                notes.append(f"{part.num_dropped:,} dropped")
+            if part.num_prompts_in_train:
+                others = part.num_prompts_in_train - part.num_in_train
+                other = f" ({others:,} with another answer)" if others else ""
+                notes.append(f"{part.num_prompts_in_train:,} also in train{other}")
+            print(f"ok     {where}: {', '.join(notes)}", flush=True)
     print(f"{num_parts - failed} of {num_parts} are sound")
     return 1 if failed else 0
 

@@ -4,7 +4,9 @@ import dataclasses
 import difflib
 import fnmatch
 import functools
+import hashlib
 import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from t5jax.data.corpus import CorpusSource
 from t5jax.data.pipeline import check_mixture, task_names
-from t5jax.data.prompts import PromptedSource
+from t5jax.data.prompts import TRAIN_SPLIT, PromptedSource
 from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
 from t5jax.data.tf import seqio
 from t5jax.tokenizers import Tokenizer
@@ -200,9 +202,6 @@ def show_task(
     return TaskReport(name, split, tokenizers, shown, num_read, is_whole, features, dropped)
 
 
-PERCENTILES = (0, 50, 90, 95, 99, 100)
-
-
 def length_bins(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Returns the counts of a histogram of lengths, and the edges of its bins, which are round.
 
@@ -264,6 +263,11 @@ class Check:
     num_dropped: int
     error: str
     """Empty where all is well."""
+    num_prompts_in_train: int = 0
+    """Prompts, or documents, that stand in "train" too, but for case, white space and forms of
+    characters (NFKC). 0 for "train" itself, and not known of prompts with exemplars."""
+    num_in_train: int = 0
+    """Those that stand there with the same answer."""
 
 
 def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> Iterator[Check]:
@@ -280,29 +284,41 @@ def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> It
     tasks = {t.name: t for n in names for t in seqio.get_subtasks(check_mixture(n))}
     for task in tasks.values():
         try:
-            parts = _parts(task)
+            splits = sorted(task.splits, key=lambda split: split != TRAIN_SPLIT)
         except Exception as error:
             yield Check(task.name, "", "", 0, 0, _message(error))
             continue
-        for split, template, part in parts:
-            yield _check(part, split, template, tokenizer, lengths)
+        for template, part in _parts(task):
+            in_train: set[bytes] = set()
+            for split in splits:
+                yield _check(part, split, template, tokenizer, lengths, in_train)
 
 
-def _parts(task: seqio.Task) -> list[tuple[str, str, seqio.Task]]:
-    """Returns split, template, and a task of this template alone."""
+def _parts(task: seqio.Task) -> list[tuple[str, seqio.Task]]:
+    """Returns each template, and a task of this template alone."""
     if not isinstance(task.source, PromptedSource):
-        return [(split, "", task) for split in task.splits]
+        return [("", task)]
     return [
-        (split, template.name, task.replace(source=PromptedSource(definition)))
-        for split in task.splits
+        (template.name, task.replace(source=PromptedSource(definition)))
         for template in task.source.templates
         for definition in [dataclasses.replace(task.source.definition, templates=(template,))]
     ]
 
 
-def _check(task, split: str, template: str, tokenizer, lengths) -> Check:
+def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[bytes]) -> Check:
+    """Args: in_train: what `_hashes` gives for train, which comes first and fills it."""
     dropped: Counter = Counter()
-    num_examples, error = 0, ""
+    num_examples, error, doubles = 0, "", Counter()
+    is_corpus = isinstance(task.source, CorpusSource)
+    has_exemplars = isinstance(task.source, PromptedSource) and task.source.shots > 0
+
+    def compare(texts):
+        prompt, row = _hashes(texts)
+        if split == TRAIN_SPLIT:
+            in_train.update((prompt, row))
+        else:
+            doubles.update(prompts=prompt in in_train, rows=row in in_train)
+
     try:
         tokenizers = feature_tokenizers(task, tokenizer)
         eos_ids = {name: tokenizer.eos_id for name, tokenizer in tokenizers.items()}
@@ -313,11 +329,27 @@ def _check(task, split: str, template: str, tokenizer, lengths) -> Check:
                 what = "no " + ", ".join(sorted(missing)) if missing else "empty targets"
                 raise ValueError(f"example {num_examples} has {what}")
             num_examples += 1
+            if not is_corpus and not has_exemplars:
+                compare([example.texts[name] for name in task.output_features])
         if not num_examples:
             raise ValueError("there are no examples")
+        if is_corpus:  # Its examples are pieces of documents, other ones for other lengths.
+            for document in task.source.examples(split):
+                compare(list(document.values()))
     except Exception as problem:
         error = _message(problem)
-    return Check(task.name, split, template, num_examples, dropped.total(), error)
+    found = doubles["prompts"], doubles["rows"]
+    return Check(task.name, split, template, num_examples, dropped.total(), error, *found)
+
+
+def _hashes(texts: Sequence[str]) -> tuple[bytes, bytes]:
+    """Returns hashes of the first text and of all, equal where only their form differs."""
+    plain = [" ".join(unicodedata.normalize("NFKC", x).lower().split()) for x in texts]
+    first, whole = (
+        hashlib.blake2b(x.encode(errors="surrogatepass"), digest_size=8).digest()
+        for x in (plain[0], "\0".join(plain))
+    )
+    return first, whole
 
 
 def _message(error: Exception) -> str:
