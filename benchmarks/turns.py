@@ -12,13 +12,23 @@ from collections.abc import Callable, Mapping
 
 
 def median_seconds(contestants: Mapping[str, Callable[[], Callable]], rounds: int) -> dict:
-    """Returns the median of the seconds that each contestant takes for one call.
+    """Returns the median of the seconds that each contestant takes for one call."""
+    return {
+        name: statistics.median(values)
+        for name, (values, _) in take_turns(contestants, rounds).items()
+    }
+
+
+def take_turns(contestants: Mapping[str, Callable[[], Callable]], rounds: int) -> dict:
+    """Returns the seconds of each contestant's calls, and what its `result()` says at the end.
 
     Args:
       contestants: name to a function that returns what is timed; both run in the contestant's
         process, so the function must be picklable (functools.partial of a module's function).
         The first call, which compiles, is not counted.
       rounds: calls of each.
+    Returns:
+      Name to (seconds of every call, result); the result is None where what is timed has none.
     """
     context = multiprocessing.get_context("spawn")
     workers = {}
@@ -36,7 +46,7 @@ def median_seconds(contestants: Mapping[str, Callable[[], Callable]], rounds: in
             seconds[name].append(_receive(connection, name))
     for connection in workers.values():
         connection.send("end")
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: (seconds[name], _receive(workers[name], name)) for name in workers}
 
 
 def _receive(connection, name: str) -> float:
@@ -55,3 +65,4 @@ def _work(build: Callable[[], Callable], connection) -> None:
         start = time.perf_counter()
         run()
         connection.send(time.perf_counter() - start)
+    connection.send(run.result() if hasattr(run, "result") else None)

@@ -2,7 +2,7 @@
 
     T5JAX_DATA=... t5jax train novels_spans
 
-tasks/novels.py says where the books are found. Hardware: any; one to two minutes on
+tasks/novels.py says where the books are found. Hardware: any; one to four minutes on
 2 CPU cores. Result to expect: a validation loss of 5.05 nats a token after 50 steps, 4.91 after 100
 and 4.87 after 150.
 """

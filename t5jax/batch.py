@@ -6,10 +6,11 @@ several examples; segment ids number them from 1, and 0 is padding. Positions co
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from t5jax.architectures import BertConfig, ModelConfig
 from t5jax.config import Config
 
 ENCODER_INPUT_TOKENS = "encoder_input_tokens"
@@ -38,20 +39,25 @@ class BatchSpec:
     targets_length: int
     pack: bool = False
     kind: Kind = "encoder_decoder"
-    """decoder: targets alone, each token predicted from those before it. prefix_lm: a decoder whose
-    rows hold inputs and targets, inputs_length + targets_length tokens; the loss is that of the
-    targets. encoder: rows of inputs_length, targets where their inputs stand."""
+    """decoder: rows hold inputs and targets, inputs_length + targets_length tokens, each predicted
+    from those before it; the loss is that of the targets. An inputs_length of 0 means targets
+    alone. prefix_lm: the same, and inputs see one another. encoder: rows of inputs_length, targets
+    where their inputs stand."""
+
+    @property
+    def decoder_length(self) -> int:
+        """Tokens of a decoder's row."""
+        alone = self.kind in ("decoder", "prefix_lm")
+        return self.inputs_length + self.targets_length if alone else self.targets_length
 
     def features(self) -> dict[str, tuple[tuple[int, int], np.dtype]]:
         """Returns the shape and dtype of every feature."""
-        source, target = self.inputs_length, self.targets_length
+        source, target = self.inputs_length, self.decoder_length
         if self.kind == "encoder":
             lengths = dict.fromkeys((ENCODER_INPUT_TOKENS, ENCODER_TARGET_TOKENS), source)
             weights = {ENCODER_LOSS_WEIGHTS: source}
             packed = dict.fromkeys((ENCODER_SEGMENT_IDS, ENCODER_POSITIONS), source)
         else:
-            if self.kind == "prefix_lm":
-                target += source
             lengths = dict.fromkeys((DECODER_INPUT_TOKENS, DECODER_TARGET_TOKENS), target)
             weights = {DECODER_LOSS_WEIGHTS: target}
             packed = dict.fromkeys((DECODER_SEGMENT_IDS, DECODER_POSITIONS), target)
@@ -66,10 +72,22 @@ class BatchSpec:
         return features | floats
 
 
-def train_spec(config: Config) -> BatchSpec:
-    """Returns the shape of the batches that a run trains on."""
-    data = config.data
-    return BatchSpec(data.batch_size, data.inputs_length, data.targets_length, data.pack)
+def train_spec(config: Config, *, has_inputs: bool = True) -> BatchSpec:
+    """Returns the shape of the batches that a run trains on.
+
+    Args:
+      has_inputs: whether the examples of its tasks have inputs, or targets alone.
+    """
+    data, kind = config.data, config.model.kind
+    if kind != "decoder":
+        return BatchSpec(data.batch_size, data.inputs_length, data.targets_length, data.pack, kind)
+    return BatchSpec(
+        data.batch_size,
+        data.inputs_length if has_inputs else 0,
+        data.targets_length,
+        data.pack,
+        "prefix_lm" if data.prefix_lm and has_inputs else "decoder",
+    )
 
 
 def validate_batch(batch: Batch, spec: BatchSpec) -> None:
@@ -97,13 +115,65 @@ def shift_right(targets, start_id: int):
     return inputs
 
 
-def pad_ids(rows: Sequence[Sequence[int]], batch_size: int, length: int) -> np.ndarray:
-    """Returns lists of token ids as int32 [batch_size, length], cut or padded with 0."""
-    tokens = np.zeros((batch_size, length), np.int32)
+def pad_ids(
+    rows: Sequence[Sequence[int]], batch_size: int, length: int, pad_id: int = 0
+) -> np.ndarray:
+    """Returns lists of token ids as int32 [batch_size, length], cut or padded."""
+    tokens = np.full((batch_size, length), pad_id, np.int32)
     for i, row in enumerate(rows):
         row = row[:length]
         tokens[i, : len(row)] = row
     return tokens
+
+
+def special_ids(model: ModelConfig) -> dict[str, Any]:
+    """Returns what `data.converters.make_converter` has to know of a model."""
+    if isinstance(model, BertConfig):
+        head = {"head": model.head, "num_labels": len(model.labels)}
+        return {"eos_id": model.eos_token_id, "start_id": model.cls_token_id} | head
+    start_id = 0 if model.kind == "encoder" else model.decoder_start_token_id
+    return {"eos_id": model.eos_token_id, "start_id": start_id}
+
+
+def as_prompt(model: ModelConfig, inputs: Sequence[int]) -> list[int]:
+    """Returns what a model reads of an example's inputs, as it does in training.
+
+    An encoder-decoder that gets no inputs reads eos. A decoder reads its start token first, and no
+    eos behind the inputs. BERT reads [CLS] first.
+    """
+    if isinstance(model, BertConfig):
+        return [model.cls_token_id, *inputs]
+    if model.kind != "decoder":
+        return list(inputs) or [model.eos_token_id]
+    return [model.decoder_start_token_id, *without_eos(inputs, model.eos_token_id)]
+
+
+def prompt_batch(
+    prompts: Sequence[Sequence[int]], kind: Kind, batch_size: int, length: int
+) -> Batch:
+    """Returns what a model reads before it writes; rows beyond the prompts are padding.
+
+    Args:
+      prompts: tokens of each, at most `length`; a decoder's begin with its start token.
+      kind: of the model. An encoder-decoder's prompts are padded behind. A decoder's are padded in
+        front, so that all rows go on at the same place.
+    """
+    if kind not in ("decoder", "prefix_lm"):
+        return {ENCODER_INPUT_TOKENS: pad_ids(prompts, batch_size, length)}
+    names = (DECODER_INPUT_TOKENS, DECODER_SEGMENT_IDS, DECODER_POSITIONS)
+    batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
+    for i, prompt in enumerate(prompts):
+        values = dict(zip(names, (prompt, 1, range(len(prompt))), strict=True))
+        for name, value in values.items():
+            batch[name][i, length - len(prompt) :] = value
+    if kind == "prefix_lm":
+        batch[DECODER_CAUSAL_ATTENTION] = batch[DECODER_SEGMENT_IDS]
+    return batch
+
+
+def without_eos(inputs, eos_id: int):
+    """Returns inputs without the eos at their end: where a decoder reads on, nothing has ended."""
+    return inputs[:-1] if len(inputs) and inputs[-1] == eos_id else inputs
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:

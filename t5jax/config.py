@@ -61,6 +61,9 @@ class DataConfig:
     """Rows in one step, over all devices and hosts."""
     pack: bool = False
     """Put several short examples into one row, kept apart by segment ids."""
+    prefix_lm: bool = False
+    """Decoder-only models: inputs see one another in both directions, as T5's prefix language
+    model does it, instead of only what stands before them."""
     seed: int = 0
     """Seed of the order of examples."""
 
@@ -295,6 +298,9 @@ class AxisRules:
     """d_model in parameters."""
     heads: MeshAxes = "model"
     """Attention heads, in parameters and activations."""
+    kv_heads: MeshAxes = "model"
+    """Heads of keys and values where several heads of queries share one (GPTConfig); None where
+    they are too few to split."""
     head_dim: MeshAxes = None
     """Width of one head."""
     mlp: MeshAxes = "model"
@@ -338,6 +344,11 @@ class Config:
                 f"data.batch_size {self.data.batch_size} is not divisible by train.microbatches "
                 f"{self.train.microbatches}; change one of them"
             )
+        if self.data.prefix_lm and self.model.kind != "decoder":
+            raise ValueError(
+                f"data.prefix_lm is True, but {self.model.family} is not a decoder-only model, so "
+                "nothing would change; leave it out"
+            )
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -379,6 +390,17 @@ def from_json(text: str, cls: type = Config):
     return _from_plain(json.loads(text), cls, "")
 
 
+def _description(value: dict, path: str) -> type:
+    """Returns the class of a model's description: the one that knows its family."""
+    kinds = {
+        family: kind
+        for kind in typing.get_args(ModelConfig) or (ModelConfig,)
+        for family in typing.get_type_hints(kind)["family"].__args__
+    }
+    check_choice(value.get("family"), tuple(kinds), f"{path}family")
+    return kinds[value["family"]]
+
+
 class _WrongType(ValueError):
     """A value is of none of the types that its field may have."""
 
@@ -386,6 +408,8 @@ class _WrongType(ValueError):
 def _from_plain(value: Any, kind, path: str):
     """Builds `kind` from plain JSON values, following type annotations."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if args and kind == ModelConfig and isinstance(value, dict):
+        kind, origin, args = _description(value, path), None, ()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value:

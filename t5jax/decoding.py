@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from t5jax import batch as features
 from t5jax.architectures import ModelConfig
 from t5jax.models import api
 from t5jax.sharding import constrain
@@ -20,7 +21,7 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
     Compiled once for each batch shape and max_tokens; stops early when every row has its eos.
 
     Args:
-      batch: for an encoder-decoder, encoder_input_tokens int32 [B, S].
+      batch: as `batch.prompt_batch` makes it.
     """
     params = api.arrange_for_decoding(model, params)
     logits_BV, cache = api.prefill(model, params, batch, max_tokens)
@@ -28,7 +29,8 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
     def pick(logits_BV, done_B):
         """Returns the next tokens, and which rows have ended with them."""
         tokens_B = jnp.where(done_B, model.pad_token_id, jnp.argmax(logits_BV, axis=-1))
-        return tokens_B, done_B | (tokens_B == model.eos_token_id)
+        ends_BE = tokens_B[:, None] == jnp.array(model.end_token_ids)[None]
+        return tokens_B, done_B | jnp.any(ends_BE, axis=-1)
 
     def unfinished(carry):
         index, _, done_B, _, _ = carry
@@ -40,8 +42,15 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
         tokens_B, done_B = pick(logits_BV, done_B)
         return index + 1, tokens_B, done_B, out_TB.at[index].set(tokens_B), cache
 
-    tokens_B, done_B = pick(logits_BV, jnp.zeros(len(logits_BV), bool))
+    tokens_B, done_B = pick(logits_BV, _is_filler(model, batch))
     out_TB = jnp.full((max_tokens, len(tokens_B)), model.pad_token_id, jnp.int32)
     carry = (jnp.int32(1), tokens_B, done_B, out_TB.at[0].set(tokens_B), cache)
     out_TB = jax.lax.while_loop(unfinished, body, carry)[3]
     return constrain(out_TB.T, None, None)  # Whole on every device, so that every host can read it.
+
+
+def _is_filler(model: ModelConfig, batch: dict) -> jax.Array:
+    """Returns which rows hold nothing but padding, bool [B]: nobody waits for what they say."""
+    if model.kind == "decoder":
+        return ~jnp.any(batch[features.DECODER_SEGMENT_IDS], axis=-1)
+    return jnp.all(batch[features.ENCODER_INPUT_TOKENS] == model.pad_token_id, axis=-1)

@@ -18,7 +18,8 @@ from t5jax import batch as features
 from t5jax import decoding, metrics, monitor, pretrained, sharding
 from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
-from t5jax.data.api import EvalExample, EvalSet
+from t5jax.data.api import EvalExample, EvalSet, Example
+from t5jax.data.converters import make_converter
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.tokenizers import Tokenizer
@@ -51,11 +52,13 @@ class Evaluator:
         batch_size: int,
         max_tokens: int,
         generate: bool = True,
+        prefix_lm: bool = False,
     ):
         """Args:
         batch_size: rows at a time.
         max_tokens: tokens to generate for each example, at most.
         generate: False computes the loss alone.
+        prefix_lm: a decoder's inputs see one another, as data.prefix_lm has it.
         Raises:
           ValueError: if the mesh does not divide the batch.
         """
@@ -64,6 +67,7 @@ class Evaluator:
         self._mesh, self._rules = mesh, rules
         self._batch_size, self._max_tokens = batch_size, max_tokens
         self._generate = generate
+        self._kind: features.Kind = "prefix_lm" if prefix_lm else model.kind
         # Cross-entropy alone: a perplexity is not to depend on how the model was trained.
         plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
         self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
@@ -91,20 +95,27 @@ class Evaluator:
         return Result(scores, sums, baselines, predictions)
 
     def _sum_losses(self, params, eval_set: EvalSet) -> dict[str, float]:
-        inputs = _length([example.input_ids for example in eval_set.examples])
-        targets = _length([example.target_ids for example in eval_set.examples])
+        examples = eval_set.examples
+        spec = features.BatchSpec(
+            self._batch_size,
+            _length([e.input_ids for e in examples]),
+            _length([e.target_ids for e in examples]),
+            kind=self._kind,
+        )
+        convert = make_converter(spec, **features.special_ids(self._model))
         total = Counter()
         for part in self._parts(eval_set):
-            batch = _loss_batch(part, inputs, targets, self._model.decoder_start_token_id)
+            batch = convert([[_as_example(e)] for e in part])
             total.update(jax.device_get(self._losses(params, self._shard(batch))))
         return {name: float(value) for name, value in total.items()}
 
     def _predict(self, params, eval_set: EvalSet) -> list[str]:
-        length = _length([example.input_ids for example in eval_set.examples])
+        prompts = [features.as_prompt(self._model, e.input_ids) for e in eval_set.examples]
+        length = _length(prompts)
         texts = []
-        for part in self._parts(eval_set):
-            ids = [example.input_ids for example in part]
-            batch = {features.ENCODER_INPUT_TOKENS: features.pad_ids(ids, len(ids), length)}
+        for start in range(0, len(prompts), self._batch_size):
+            part = prompts[start : start + self._batch_size]
+            batch = features.prompt_batch(part, self._kind, self._batch_size, length)
             tokens_BT = decoding.greedy(self._model, params, self._shard(batch), self._max_tokens)
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(part)]
             texts += [self._tokenizer.decode(row.tolist()) for row in tokens_BT]
@@ -198,6 +209,7 @@ def evaluate_model(
             rules,
             batch_size=batch_size,
             max_tokens=lengths["targets_length"],
+            prefix_lm=trained.prefix_lm,
         )
         for eval_set in monitor.track(eval_sets, f"evaluating on {split}"):
             result = evaluator.evaluate(params, eval_set)
@@ -219,18 +231,9 @@ def evaluate_model(
     return table
 
 
-def _loss_batch(
-    examples: Sequence[EvalExample], inputs_length: int, targets_length: int, start_id: int
-) -> features.Batch:
-    targets = features.pad_ids([e.target_ids for e in examples], len(examples), targets_length)
-    return {
-        features.ENCODER_INPUT_TOKENS: features.pad_ids(
-            [e.input_ids for e in examples], len(examples), inputs_length
-        ),
-        features.DECODER_INPUT_TOKENS: features.shift_right(targets, start_id),
-        features.DECODER_TARGET_TOKENS: targets,
-        features.DECODER_LOSS_WEIGHTS: (targets != 0).astype(np.float32),
-    }
+def _as_example(example: EvalExample) -> Example:
+    sides = {"inputs": example.input_ids, "targets": example.target_ids}
+    return {name: np.array(ids, np.int32) for name, ids in sides.items() if ids}
 
 
 def _length(ids: Sequence[Sequence[int]]) -> int:

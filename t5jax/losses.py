@@ -3,7 +3,7 @@
 Sums, divided once at the end, are exact under microbatches, data parallelism and padding.
 z-loss: Mesh TensorFlow's and PaLM's term z * log(Z)^2 (arXiv:2204.02311, section 5).
 
-B batch, T target length, D model, V vocab.
+B batch, T target length, D model, V vocab (or classes).
 """
 
 import functools
@@ -68,13 +68,16 @@ def batch_loss(
 ) -> tuple[jax.Array, Sums]:
     """Returns what `cross_entropy` does, for a batch; logits [B, T, V] are never held whole."""
     x_BTD = api.hidden(model, params, batch, dropout_rng=dropout_rng)
-    targets_BT = batch[features.DECODER_TARGET_TOKENS]
-    weights_BT = batch[features.DECODER_LOSS_WEIGHTS]
+    encodes = model.kind == "encoder"
+    targets_BT = batch[
+        features.ENCODER_TARGET_TOKENS if encodes else features.DECODER_TARGET_TOKENS
+    ]
+    weights_BT = batch[features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS]
 
     def part(head, x_BTD, targets_BT, weights_BT):
         return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
 
-    shape = (*targets_BT.shape, model.vocab_size)
+    shape = (*targets_BT.shape, model.num_outputs)
     chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), targets_BT.shape[1])
     head = api.unembed_params(model, params)
     return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT)

@@ -28,9 +28,8 @@ TRAIN_LOSS = "train/loss"
 
 def count_tokens(batch: Batch) -> int:
     """Returns the input and target tokens of a batch of NumPy arrays, without padding (id 0)."""
-    return sum(
-        int(np.count_nonzero(batch[k])) for k in (ENCODER_INPUT_TOKENS, DECODER_TARGET_TOKENS)
-    )
+    read = (ENCODER_INPUT_TOKENS, DECODER_TARGET_TOKENS)
+    return sum(int(np.count_nonzero(batch[name])) for name in read if name in batch)
 
 
 class Throughput:

@@ -12,10 +12,12 @@ import math
 from collections import deque
 from pathlib import Path
 
+import flax.traverse_util
 import jax
 from rich.console import Console
 
 from t5jax import checkpoint, monitor, pretrained, sharding
+from t5jax.architectures import ModelConfig
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalSet
@@ -53,21 +55,25 @@ def train(config: Config) -> Path:
     _check_microbatches(config, mesh)
 
     last = checkpoint.latest_checkpoint(run_dir)
+    loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source = None
-    if config.init.model:
+    if config.init.model or loop.imported:
         # A run that has begun knows what it came from: the source may have gone by now.
         name = str(last or config.init.model)
         source = pretrained.find(name)
         config = dataclasses.replace(config, model=pretrained.adopt(config.model, source, name))
     model = config.model
-    loop = LoopState()
+    api.check_head(model)
     if last:
         saved = checkpoint.read_config(last)
-        loop = LoopState(**checkpoint.read_loop(last))
-        checkpoint.check_same_run(saved, config)
+        checkpoint.check_same_run(saved, config, begun=bool(loop.iterator))
         if reason := loop.is_over(int(last.name), config):
             say(f"nothing to do in {run_dir}: {reason}")
             return _finish(run_dir, loop, config)
+
+    # --- Optimizer: what cannot work is said before a cache is written ---
+    tx = make_optimizer(config.optimizer, config.train.steps, api.param_axes(model))
+    schedule = jax.jit(make_schedule(config.optimizer, config.train.steps))
 
     # --- Data ---
     say("reading tasks")
@@ -75,7 +81,7 @@ def train(config: Config) -> Path:
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
     rows = sharding.process_rows(config.data.batch_size, mesh, rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
-    if last:
+    if loop.iterator:
         iterator.restore(loop.iterator)
     eval_sets, evaluator = [], None
     if config.eval.every:
@@ -88,11 +94,10 @@ def train(config: Config) -> Path:
             batch_size=config.eval.batch_size,
             max_tokens=config.eval.max_tokens or config.data.targets_length,
             generate=config.eval.generate,
+            prefix_lm=config.data.prefix_lm,
         )
 
-    # --- Optimizer, step, and what they need on the devices ---
-    tx = make_optimizer(config.optimizer, config.train.steps, api.param_axes(model))
-    schedule = jax.jit(make_schedule(config.optimizer, config.train.steps))
+    # --- The step, and what it needs on the devices ---
     shardings = train_state_shardings(model, tx, mesh, rules)
     train_step = jax.jit(
         make_train_step(
@@ -129,8 +134,9 @@ def train(config: Config) -> Path:
             state = create(key)
             if source:
                 say(f"parameters from {source.path}")
+                new = _new_params(source, model, state.params)
                 state = state.replace(params=None)  # Never two copies on the devices.
-                state = state.replace(params=source.params(model, shardings.params))
+                state = state.replace(params=source.params(model, shardings.params, new))
         monitor.truncate_metrics(run_dir, start)
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
@@ -173,6 +179,15 @@ def train(config: Config) -> Path:
     return _finish(run_dir, loop, config)
 
 
+def _new_params(source: pretrained.Source, model: ModelConfig, params) -> dict[str, jax.Array]:
+    """Returns those of the seed's parameters that the source lacks: a new head's, path to value."""
+    missing = source.missing(model)
+    if missing:
+        say(f"new, as the seed has them: {', '.join(missing)}")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    return {name: flat[name] for name in missing}
+
+
 def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
     if loop.best_step:
         say(f"best {config.eval.split} loss {loop.best_loss:.4f} at step {loop.best_step}")
@@ -194,6 +209,9 @@ class LoopState:
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    imported: bool = False
+    """The run began with another program's state, which brought model and tokenizer with it, but
+    no position in the data."""
 
     def add(self, step: int, loss: float) -> None:
         """Takes in the validation loss of a step."""

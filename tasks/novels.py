@@ -8,17 +8,23 @@ every tenth one of each book is held out for validation.
     novels_ul2       UL2's mixture of denoisers
     novels_prefix    the rest of a text from its beginning
     novels_lm        every token from those before it
+    novels_mlm       tokens that are masked; for encoders, and with a vocabulary that has a mask,
+                     such as --data.vocabulary google-bert/bert-base-uncased
+    novels_book      which of the two a paragraph is from
 """
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterator
 
 from t5jax.data.corpus import text_task
-from t5jax.data.objectives import CausalLM, PrefixLM, SpanCorruption, ul2
+from t5jax.data.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
+from t5jax.data.prompts import prompted_task
 from t5jax.data.sources import Source, text
 from t5jax.data.vocabularies import train_sentencepiece
+from t5jax.metrics import accuracy
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "text")
 
@@ -34,9 +40,10 @@ class Chapters:
 
     def __call__(self) -> Iterator[dict]:
         for book in BOOKS.rows("books"):
+            title = book["text"].splitlines()[0].removeprefix("# Title: ")
             for number, chapter in enumerate(re.split(r"\n(?=## )", book["text"])):
                 if (number % 10 == 9) == self.held_out:
-                    yield {"text": chapter}
+                    yield {"text": chapter, "book": title}
 
     def paths(self) -> list[str]:
         """Returns the files, by which a cache knows that they have changed."""
@@ -44,6 +51,14 @@ class Chapters:
 
 
 SOURCE = Source({"train": Chapters(held_out=False), "validation": Chapters(held_out=True)})
+
+
+def paragraphs(chapters: Chapters) -> Iterator[dict]:
+    """Yields what is long enough to be told by."""
+    for chapter in chapters():
+        for part in chapter["text"].split("\n\n"):
+            if len(part) >= 100 and not part.startswith("#"):
+                yield {"text": " ".join(part.split()), "book": chapter["book"]}
 
 
 def vocabulary():
@@ -57,5 +72,19 @@ for name, objective in {
     "novels_ul2": ul2(),
     "novels_prefix": PrefixLM(),
     "novels_lm": CausalLM(),
+    "novels_mlm": MaskedLM(),
 }.items():
     text_task(name, SOURCE, objective, vocabulary=vocabulary)
+
+prompted_task(
+    "novels_book",
+    Source(
+        {
+            split: functools.partial(paragraphs, chapters)
+            for split, chapters in SOURCE.functions.items()
+        }
+    ),
+    [("{text}", "{book}")],
+    metrics=[accuracy],
+    vocabulary=vocabulary,
+)

@@ -12,6 +12,7 @@ import pytest
 
 from golden import assert_golden
 from small import EVEN, SMALL, random_batch, random_params
+from small_gpt import LLAMA
 from t5jax import decoding, sharding
 from t5jax.architectures import SIZES, T5Config, published
 from t5jax.batch import BatchSpec, pad_ids, pad_rows, shift_right, train_spec, validate_batch
@@ -45,7 +46,7 @@ REFUSED = [
     (T5Config, {"mlp_activation": "gated-gelo"}, "expected one of relu, gated-gelu, .*mean gated-"),
     (T5Config, {"remat": "all"}, "model.remat is 'all'; expected one of none, minimal, full"),
     (T5Config, {"d_model": 0}, "model.d_model is 0; it must be at least 1"),
-    (T5Config, {"num_decoder_layers": -1}, "model.num_decoder_layers is -1; it must be at least 1"),
+    (T5Config, {"num_decoder_layers": -1}, "model.num_decoder_layers is -1; it must be at least 0"),
     (T5Config, {"vocab_size": 0}, "model.vocab_size is 0"),
     (T5Config, {"dropout_rate": 1.0}, r"model.dropout_rate is 1.0; it must be in \[0, 1\)"),
     (T5Config, {"dropout_rate": -0.1}, r"model.dropout_rate is -0.1; it must be in \[0, 1\)"),
@@ -160,7 +161,25 @@ def test_json_gives_the_same_config_back(config):
 
 def test_sections_have_json_too():
     for model in SIZES.values():
-        assert from_json(to_json(model), T5Config) == model
+        assert from_json(to_json(model), type(model)) == model
+
+
+@pytest.mark.parametrize("size", ["t5_small", "llama3_1_8b", "gemma3_1b", "bert_tiny"])
+def test_a_config_finds_its_kind_of_model_again(size):
+    config = Config(model=published(size, dtype="bfloat16"))
+    assert from_json(to_json(config)) == config
+
+
+def test_a_model_of_no_known_family():
+    plain = json.loads(to_json(Config()))
+    plain["model"]["family"] = "lama"
+    with pytest.raises(ValueError, match=r"model\.family is 'lama'; .*did you mean llama\?"):
+        from_json(json.dumps(plain))
+
+
+def test_prefix_lm_is_for_decoders():
+    with pytest.raises(ValueError, match=r"data\.prefix_lm is True, but t5 is not a decoder-only"):
+        Config(data=DataConfig(prefix_lm=True))
 
 
 def test_golden_config_json():
@@ -406,13 +425,14 @@ def test_every_field_of_the_mesh_has_an_effect(field):
 
 
 @functools.cache
-def observe_sharding(rules):
+def observe_sharding(rules, model):
     """How parameters are split, and the program of the logits with its constraints."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, model=2))
-    shapes, batch = api.param_shapes(EVEN), random_batch(EVEN, source=4, target=4)
-    shardings = sharding.param_shardings(api.param_axes(EVEN), shapes, mesh, rules)
+    shapes = api.param_shapes(model)
+    batch = random_batch(model, source=4, target=4)
+    shardings = sharding.param_shardings(api.param_axes(model), shapes, mesh, rules)
     with sharding.use_mesh(mesh, rules):
-        lowered = jax.jit(api.logits, static_argnums=0).lower(EVEN, shapes, batch)
+        lowered = jax.jit(api.logits, static_argnums=0).lower(model, shapes, batch)
     return str([s.spec for s in jax.tree.leaves(shardings)]), lowered.as_text()
 
 
@@ -425,7 +445,11 @@ def test_every_logical_axis_has_an_effect(field):
         without = AxisRules(batch="fsdp")
     else:
         rules, without = AxisRules(**{field: None}), AxisRules()
-    assert observe_sharding(rules) != observe_sharding(without)
+    model = EVEN
+    if field == "kv_heads":  # Heads are shared in decoder-only models.
+        sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 4, "num_kv_heads": 2}
+        model = dataclasses.replace(LLAMA, **sizes)
+    assert observe_sharding(rules, model) != observe_sharding(without, model)
 
 
 # --- Batches ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from t5jax.batch import BatchSpec, shift_right, validate_batch
+from t5jax.batch import BatchSpec, prompt_batch, shift_right, validate_batch
 from t5jax.data.converters import make_converter, pack
 from t5jax.data.tf import seqio, tf
 
@@ -29,7 +29,7 @@ CONVERTERS = {
 
 def spec_of(kind, packed, rows=2):
     targets_length = 10 if kind == "encoder" else 8
-    return BatchSpec(rows, 10, targets_length, packed, kind)
+    return BatchSpec(rows, 0 if kind == "decoder" else 10, targets_length, packed, kind)
 
 
 def seqio_rows(kind, packed, rows):
@@ -56,7 +56,8 @@ def test_features_are_seqios_token_for_token(kind, packed):
         rows = [[e] for row in rows for e in row]
     theirs = seqio_rows(kind, packed, rows)
     spec = spec_of(kind, packed, len(rows))
-    ours = make_converter(spec)(rows)
+    # SeqIO leaves an eos between inputs and targets.
+    ours = make_converter(spec, eos_id=-1 if kind == "prefix_lm" else 1)(rows)
     validate_batch(ours, spec)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -101,12 +102,40 @@ def test_id_0_may_be_a_word_and_another_id_the_start(kind, packed):
     rows = [[example([4, 0, 1], [0, 7, 0])]]
     batch = make_converter(spec_of(kind, packed, 1), start_id=50)(rows)
     assert batch["decoder_loss_weights"].sum() == 3
-    first = 3 if kind == "prefix_lm" else 0
+    first = 2 if kind == "prefix_lm" else 0
     assert batch["decoder_target_tokens"][0, first : first + 3].tolist() == [0, 7, 0]
     assert batch["decoder_input_tokens"][0, 0] == 50
     if not packed:
         targets = batch["decoder_target_tokens"]
         assert (batch["decoder_input_tokens"] == shift_right(targets, 50)).all()
+
+
+def test_a_decoder_reads_inputs_and_targets_in_one_row():
+    rows = [[example([7, 8, 9], [3, 9]), example([5], [6, 9])], [example([9], [4, 9])]]
+    spec = BatchSpec(2, 6, 3, True, "decoder")
+    converter = make_converter(spec, eos_id=9, start_id=50)
+    batch = converter(rows)
+    validate_batch(batch, spec)
+    # The eos behind inputs is gone, that behind targets stays; nothing is asked of the inputs.
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "decoder_input_tokens": [[50, 7, 8, 3, 50, 5, 6, 0, 0], [50, 4, 0, 0, 0, 0, 0, 0, 0]],
+        "decoder_target_tokens": [[7, 8, 3, 9, 5, 6, 9, 0, 0], [4, 9, 0, 0, 0, 0, 0, 0, 0]],
+        "decoder_loss_weights": [[0, 0, 1, 1, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0]],
+        "decoder_segment_ids": [[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0]],
+        "decoder_positions": [[0, 1, 2, 3, 0, 1, 2, 0, 0], [0, 1, 0, 0, 0, 0, 0, 0, 0]],
+    }
+    assert converter.capacity == {"data.inputs_length + data.targets_length": 9}
+    assert converter.sizes({n: np.array([3]) for n in ("inputs", "targets")}).tolist() == [[6]]
+
+
+def test_prompts_of_a_decoder_end_together():
+    batch = prompt_batch([[50, 7, 8], [50]], "prefix_lm", 3, 4)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "decoder_input_tokens": [[0, 50, 7, 8], [0, 0, 0, 50], [0, 0, 0, 0]],
+        "decoder_segment_ids": [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]],
+        "decoder_positions": [[0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 0, 0]],
+        "decoder_causal_attention": [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]],
+    }
 
 
 # --- Packing ------------------------------------------------------------------------------------

@@ -28,14 +28,17 @@ def parse(
     """
     import tyro
 
-    markers = (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+    # A field of several dataclasses, such as `model`, is of the one that its default is of.
+    markers: tuple = (tyro.conf.AvoidSubcommands,)
+    if positional:
+        markers += (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
     return tyro.cli(
         kind,
         args=args,
         prog=prog,
         description=description or inspect.cleandoc(kind.__doc__),
         default=tyro.MISSING_NONPROP if default is None else default,
-        config=markers if positional else (),
+        config=markers,
     )
 
 

@@ -1,8 +1,9 @@
 """From examples to the arrays of a batch, packed or a row each, for every kind of model (numpy).
 
-The features are those of SeqIO's converters, token for token, with two differences. Loss weights
-come from lengths, so that a vocabulary whose id 0 is a word (GPT-2's) loses nothing; and an encoder
-predicts what its targets say, where SeqIO looks for one mask id.
+The features are those of SeqIO's converters, token for token, with three differences. Loss weights
+come from lengths, so that a vocabulary whose id 0 is a word (GPT-2's) loses nothing; an encoder
+predicts what its targets say, where SeqIO looks for one mask id; and where inputs and targets share
+a row, no eos stands between them.
 """
 
 from collections.abc import Sequence
@@ -38,21 +39,47 @@ class Converter(Protocol):
         """Returns the arrays whose rows hold these examples side by side, which must fit."""
 
 
-def make_converter(spec: BatchSpec, *, eos_id: int = 1, start_id: int = 0) -> Converter:
+def make_converter(
+    spec: BatchSpec,
+    *,
+    eos_id: int = 1,
+    start_id: int = 0,
+    head: str = "masked_lm",
+    num_labels: int = 0,
+) -> Converter:
     """Returns the converter for a spec's kind of model.
 
     Args:
       spec: shape of the batch; its number of rows is not used.
-      eos_id: what an encoder-decoder reads where examples have targets alone.
-      start_id: what a decoder reads before the first token of an example.
+      eos_id: what an encoder-decoder reads where examples have targets alone; what a decoder's
+        inputs lose at their end.
+      start_id: what a decoder reads before the first token of an example; of an encoder that
+        classifies, [CLS], which its examples come without.
+      head: of an encoder, as BertConfig has it.
+      num_labels: classes of an encoder that classifies.
     """
     if spec.kind == "encoder_decoder":
         return _EncoderDecoder(spec, eos_id, start_id)
-    if spec.kind == "decoder":
-        return _Decoder(spec, start_id)
-    if spec.kind == "prefix_lm":
-        return _PrefixLM(spec, start_id)
-    return _Encoder(spec)
+    if spec.kind in ("decoder", "prefix_lm"):
+        return _Decoder(spec, eos_id, start_id)
+    if head == "masked_lm":
+        return _Encoder(spec)
+    return _Classifier(spec, start_id, head == "token_classification", num_labels)
+
+
+def example_lengths(spec: BatchSpec, head: str = "masked_lm") -> dict[str, int]:
+    """Returns the most tokens that an example's inputs and targets may have, with what ends them.
+
+    Args:
+      spec: shape of the batch.
+      head: of an encoder, as BertConfig has it.
+    """
+    inputs, targets = max(spec.inputs_length, 1), spec.targets_length
+    if spec.kind == "encoder":
+        if head != "masked_lm":
+            inputs -= 1  # For [CLS].
+        targets = 2 if head == "sequence_classification" else inputs
+    return {"inputs": inputs, "targets": targets}
 
 
 class _EncoderDecoder:
@@ -83,46 +110,44 @@ class _EncoderDecoder:
 
 
 class _Decoder:
-    features: tuple[str, ...] = ("targets",)
-
-    def __init__(self, spec: BatchSpec, start_id: int):
-        self._spec, self._start_id = spec, start_id
-        self.capacity = {"data.targets_length": spec.targets_length}
-
-    def sizes(self, lengths):
-        return lengths["targets"][:, None]
-
-    def __call__(self, rows):
-        decoder = _Layout([[e["targets"] for e in row] for row in rows], self._spec.targets_length)
-        return _decoder_features(decoder, self._spec.pack, self._start_id)
-
-
-class _PrefixLM:
-    features: tuple[str, ...] = ("inputs", "targets")
-
-    def __init__(self, spec: BatchSpec, start_id: int):
-        self._spec, self._start_id = spec, start_id
-        self._length = spec.inputs_length + spec.targets_length
-        self.capacity = {"data.inputs_length + data.targets_length": self._length}
+    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int):
+        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
+        self.features: tuple[str, ...] = ("targets",)
+        side = "data.targets_length"
+        if spec.inputs_length:
+            self.features = ("inputs", "targets")
+            side = f"data.inputs_length + {side}"
+        self.capacity = {side: spec.decoder_length}
 
     def sizes(self, lengths):
-        return (lengths["inputs"] + lengths["targets"])[:, None]
+        # With the inputs' eos: whether there is one cannot be told from lengths.
+        return sum(lengths[name] for name in self.features)[:, None]
 
     def __call__(self, rows):
-        parts = [[np.concatenate([e["inputs"], e["targets"]]) for e in row] for row in rows]
-        decoder = _Layout(parts, self._length)
+        length = self._spec.decoder_length
+        if not self._spec.inputs_length:
+            decoder = _Layout([[e["targets"] for e in row] for row in rows], length)
+            return _decoder_features(decoder, self._spec.pack, self._start_id)
+        inputs = [[features.without_eos(e["inputs"], self._eos_id) for e in row] for row in rows]
+        parts = [
+            [np.concatenate([i, e["targets"]]) for i, e in zip(*row, strict=True)]
+            for row in zip(inputs, rows, strict=True)
+        ]
+        decoder = _Layout(parts, length)
         batch = _decoder_features(decoder, self._spec.pack, self._start_id)
-        num_inputs = np.array([len(e["inputs"]) for row in rows for e in row])
-        num_inputs = np.repeat(num_inputs, decoder.sizes)
+        num_inputs = np.repeat([len(i) for row in inputs for i in row], decoder.sizes)
         is_target = decoder.offsets >= num_inputs
         batch[features.DECODER_LOSS_WEIGHTS] = decoder.put(is_target, np.float32)
-        # One position more than there are inputs: it reads the last of them, and the input before
-        # it is the start. T5's own rule, and SeqIO's.
-        batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
+        if self._spec.kind == "prefix_lm":
+            # One position more than there are inputs: it reads the last of them, and the input
+            # before it is the start. T5's own rule, and SeqIO's.
+            batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
         return batch
 
 
 class _Encoder:
+    """Each position has a target, or none: id 0."""
+
     features: tuple[str, ...] = ("inputs", "targets")
 
     def __init__(self, spec: BatchSpec):
@@ -133,18 +158,61 @@ class _Encoder:
         return lengths["inputs"][:, None]
 
     def __call__(self, rows):
-        length = self._spec.inputs_length
-        encoder = _Layout([[e["inputs"] for e in row] for row in rows], length)
+        encoder = _Layout([[e["inputs"] for e in row] for row in rows], self._spec.inputs_length)
         targets = np.concatenate([e["targets"] for row in rows for e in row])
-        batch = {
-            features.ENCODER_INPUT_TOKENS: encoder.tokens,
-            features.ENCODER_TARGET_TOKENS: encoder.put(targets),
-            features.ENCODER_LOSS_WEIGHTS: encoder.put(targets != 0, np.float32),
-        }
-        if self._spec.pack:
-            batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
-            batch[features.ENCODER_POSITIONS] = encoder.positions()
-        return batch
+        return _encoder_features(encoder, self._spec.pack, targets, targets != 0)
+
+
+class _Classifier:
+    """[CLS] stands before each text, and has the text's class; or the text's pieces have classes.
+
+    Targets are those of a `LabelTokenizer`: classes, what has none, and eos at the end.
+    """
+
+    features: tuple[str, ...] = ("inputs", "targets")
+
+    def __init__(self, spec: BatchSpec, start_id: int, per_word: bool, num_labels: int):
+        self._spec, self._start = spec, np.array([start_id], np.int32)
+        self._per_word, self._num_labels = per_word, num_labels
+        self.capacity = {"data.inputs_length": spec.inputs_length}
+
+    def sizes(self, lengths):
+        return lengths["inputs"][:, None] + 1
+
+    def __call__(self, rows):
+        inputs = [[np.concatenate([self._start, e["inputs"]]) for e in row] for row in rows]
+        encoder = _Layout(inputs, self._spec.inputs_length)
+        examples = [e for row in rows for e in row]
+        classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
+        return _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
+
+    def _classes(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Returns a class for each token of [CLS] and inputs; num_labels or more where none is."""
+        none = np.full(len(inputs) + 1, self._num_labels)
+        if self._per_word and len(targets) == len(inputs):
+            none[1:] = targets
+            return none
+        if not self._per_word and len(targets) == 2 and targets[0] < self._num_labels:
+            none[0] = targets[0]
+            return none
+        expected = f"{len(inputs)}, one a piece" if self._per_word else "a class"
+        raise ValueError(
+            f"the targets of an example are {targets[:9].tolist()} ({len(targets)} ids); expected "
+            f"{expected}{'' if self._per_word else f' below {self._num_labels}'}, with what ends "
+            "them, as t5jax.data.prompts.prompted_task gives them for a model with labels"
+        )
+
+
+def _encoder_features(encoder: "_Layout", pack: bool, targets, is_asked) -> Batch:
+    batch = {
+        features.ENCODER_INPUT_TOKENS: encoder.tokens,
+        features.ENCODER_TARGET_TOKENS: encoder.put(np.where(is_asked, targets, 0)),
+        features.ENCODER_LOSS_WEIGHTS: encoder.put(is_asked, np.float32),
+    }
+    if pack:
+        batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
+        batch[features.ENCODER_POSITIONS] = encoder.positions()
+    return batch
 
 
 def _decoder_features(decoder: "_Layout", pack: bool, start_id: int) -> Batch:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import shipped
-from t5jax.batch import BatchSpec, train_spec
+from t5jax.batch import BatchSpec, special_ids, train_spec
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalExample, EvalSet, Example, Examples
 from t5jax.data.batches import Batches, ChangingBatches
@@ -26,7 +26,7 @@ from t5jax.data.corpus import CorpusSource
 from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, register_variant
 from t5jax.data.tf import read, seqio, tf
 from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
-from t5jax.tokenizers import Tokenizer, load_tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -149,13 +149,15 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
             f"{model.vocab_size}; set it to {-(-tokenizer.vocab_size // 128) * 128}, or choose "
             "another vocabulary"
         )
-    expected = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    expected = {"eos_token_id": tokenizer.eos_id}
+    if model.kind != "decoder":  # Whose padding is told by its place: GPT-2 pads with a word's id.
+        expected["pad_token_id"] = tokenizer.pad_id
     for field, value in expected.items():
         if getattr(model, field) != value:
             raise ValueError(
                 f"model.{field} is {getattr(model, field)}; expected {value}, as {tokenizer} has it"
             )
-    if tokenizer.pad_id != 0:
+    if model.kind != "decoder" and tokenizer.pad_id != 0:
         raise ValueError(f"{tokenizer} pads with id {tokenizer.pad_id}; batches are padded with 0")
 
 
@@ -179,9 +181,9 @@ def train_iterator(
         does not suit an objective; from __next__, for rows that a task cannot read.
     """
     tokenizer = tokenizer or tokenizer_for(config)
-    spec = train_spec(config)
-    for _, name in config.data.mixtures:
-        mixture = check_mixture(name)
+    mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
+    spec = train_spec(config, has_inputs=_have_inputs(mixtures))
+    for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
             _check_objective(task, tokenizer, spec)
         if config.data.cache:
@@ -190,9 +192,7 @@ def train_iterator(
             cache_tasks(name, config.data.cache, tokenizer, _lengths(spec))
 
     def make_stage(name: str, seed: int) -> BatchIterator:
-        converter = make_converter(
-            spec, eos_id=tokenizer.eos_id, start_id=config.model.decoder_start_token_id
-        )
+        converter = make_converter(spec, **special_ids(config.model))
         examples = _examples(config, name, tokenizer, spec, seed)
         return Batches(examples, converter, spec, seed, rows)
 
@@ -203,6 +203,22 @@ def train_iterator(
             for number, (first, name) in enumerate(config.data.mixtures)
         ]
     )
+
+
+def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> bool:
+    """Returns whether examples have inputs, or targets alone.
+
+    Raises:
+      ValueError: if some mixtures of a run do and others do not.
+    """
+    having = {name: "inputs" in mixture.output_features for name, mixture in mixtures}
+    if len(set(having.values())) > 1:
+        raise ValueError(
+            f"{', '.join(n for n, has in having.items() if has)} has inputs and targets, "
+            f"{', '.join(n for n, has in having.items() if not has)} targets alone; the mixtures "
+            "of one run must have the same features"
+        )
+    return all(having.values())
 
 
 def _examples(
@@ -218,7 +234,7 @@ def _examples(
 def _lengths(spec: BatchSpec) -> dict[str, int]:
     """Returns what examples are cut to. An encoder's targets stand where its inputs stand."""
     targets = spec.inputs_length if spec.kind == "encoder" else spec.targets_length
-    return {"inputs": spec.inputs_length, "targets": targets}
+    return {"inputs": max(spec.inputs_length, 1), "targets": targets}
 
 
 def _check_objective(task: seqio.Task, tokenizer: Tokenizer, spec: BatchSpec) -> None:
@@ -240,14 +256,24 @@ def _check_objective(task: seqio.Task, tokenizer: Tokenizer, spec: BatchSpec) ->
 class StreamedExamples:
     """`Examples` straight from SeqIO, in the order of its own shuffling and mixing."""
 
-    def __init__(self, mixture: str, tokenizer: Tokenizer, lengths: dict[str, int], seed: int):
+    def __init__(
+        self,
+        mixture: str,
+        tokenizer: Tokenizer,
+        lengths: dict[str, int],
+        seed: int,
+        labels: LabelTokenizer | None = None,
+    ):
+        """Args: labels: of the run, whose model is a classifier."""
         self._mixture, self._tokenizer = check_mixture(mixture), tokenizer
-        self._lengths, self._seed = lengths, seed
+        self._lengths, self._seed, self._labels = lengths, seed, labels
         self.fingerprint = {
             "data.mixture": mixture,
             "data.cache": None,
             "vocabulary": repr(tokenizer),
         }
+        if labels is not None:
+            self.fingerprint["model.labels"] = repr(labels)
 
     def read(self, start: int) -> Iterator[Example]:
         """Yields the examples from number `start` on; those before it are made and skipped.
@@ -267,7 +293,7 @@ class StreamedExamples:
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
     def _dataset(self) -> tf.data.Dataset:
-        with run_vocabulary(self._tokenizer):
+        with run_vocabulary(self._tokenizer, self._labels):
             dataset = self._mixture.get_dataset(
                 self._lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
             )
@@ -300,7 +326,7 @@ def eval_sets(
 
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
-    spec = train_spec(config)
+    spec = train_spec(config, has_inputs="inputs" in task.output_features)
     _check_objective(task, tokenizer, spec)
     with run_vocabulary(tokenizer):
         # The seed is that of objectives: every evaluation asks the same.
@@ -322,8 +348,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
 
 
 def _eval_example(task: seqio.Task, row: dict[str, Any], tokenizer: Tokenizer) -> EvalExample:
-    # An encoder-decoder reads an eos where a task has targets alone, as it does in training.
-    input_ids = row["inputs"].tolist() if "inputs" in row else [tokenizer.eos_id]
+    input_ids = row["inputs"].tolist() if "inputs" in row else []
     target_ids = row["targets"].tolist()
     inputs = _text(row, "inputs_pretokenized", tokenizer.decode(input_ids))
     targets = _text(row, "targets_pretokenized", tokenizer.decode(target_ids))

@@ -9,6 +9,7 @@ arXiv:2202.01279), whose language `JinjaTemplate` speaks. Two things differ from
 in Jinja's sandbox, and a field that is not there is an error instead of an empty text.
 """
 
+import abc
 import contextvars
 import copy
 import dataclasses
@@ -48,7 +49,7 @@ class Prompt(NamedTuple):
         return not (self.inputs.strip() and self.targets.strip())
 
 
-class PromptTemplate:
+class PromptTemplate(abc.ABC):
     """What every kind of template can do."""
 
     name: str
@@ -60,14 +61,15 @@ class PromptTemplate:
         return False
 
     @property
+    @abc.abstractmethod
     def _text(self) -> str:
         """What tells the template apart where it has no word for a name."""
-        raise NotImplementedError
 
     def __str__(self):
         """Returns what error messages call it."""
         return repr(self._text if not self.name or self.name.isdigit() else self.name)
 
+    @abc.abstractmethod
     def render(self, row: Row, number: int = 0) -> Prompt:
         """Returns the row's prompt and answer; both empty where a condition leaves the row out.
 
@@ -77,7 +79,6 @@ class PromptTemplate:
         Raises:
           ValueError: for a field that the row lacks, or a value that cannot be printed.
         """
-        raise NotImplementedError
 
     def render_few_shot(
         self, row: Row, number: int, exemplars: Sequence[tuple[Row, Prompt]], form: str

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,22 @@ import safetensors.numpy
 from huggingface_hub.errors import RepositoryNotFoundError
 from jax.experimental import multihost_utils
 
-from t5jax.architectures import ModelConfig, check_dtype
-from t5jax.hf import t5
-from t5jax.hf.mapping import Family, Row, Tensors, check_leaves, check_tensors
+from t5jax.architectures import BertConfig, ModelConfig, check_dtype
+from t5jax.hf import bert, gemma, gpt2, llama, qwen3, t5, t5gemma
+from t5jax.hf.mapping import Family, Row, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
+from t5jax.tokenizers import load_tokenizer
 
-FAMILIES: tuple[Family, ...] = (t5.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    t5.FAMILY,
+    gpt2.FAMILY,
+    llama.FAMILY,
+    qwen3.FAMILY,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
+    bert.FAMILY,
+    t5gemma.FAMILY,
+)
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -137,12 +147,25 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
             f"{folder / _CONFIG}: architectures is {classes}; expected one of "
             f"{', '.join(family.architectures)}, whose checkpoints hold the whole network"
         )
+    raw = raw | _missing_token_ids(folder, family, raw)
     has_weights = _weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH)
     opened: contextlib.AbstractContextManager[Tensors] = (
         open_tensors(folder) if has_weights else contextlib.nullcontext({})
     )
     with opened as tensors:
-        return family.read_config(raw, tensors)
+        return family.read_config(raw, family.rename(tensors))
+
+
+def _missing_token_ids(folder: Path, family: Family, raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns ids that config.json leaves out and the folder's tokenizer has, if there is one."""
+    missing = {key: name for key, name in family.token_ids if raw.get(key) is None}
+    if not missing:
+        return {}
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError:
+        return {}
+    return {key: getattr(tokenizer, name) for key, name in missing.items()}
 
 
 def _family(config: ModelConfig) -> Family:
@@ -320,36 +343,120 @@ def load_params(folder: str | os.PathLike, config: ModelConfig, shardings=None) 
       ValueError: where the weights are not exactly the description's, with every name, the shape
         found and the shape expected; and as `open_tensors`.
     """
-    rows = _family(config).rows(config)
-    leaves = _flatten(api.param_shapes(config))
-    shardings = _flatten(shardings) if shardings is not None else {}
-    params = {}
+    family = _family(config)
     with open_tensors(folder) as tensors:
-        check_tensors(_family(config), rows, leaves, tensors, str(folder))
-        for row in rows:
-            leaf = leaves[row.ours]
-            if shardings:
-                array = _read_sharded(row, leaf, tensors, shardings[row.ours])
-            else:
-                whole = (slice(None),) * len(leaf.shape)
-                array = jax.device_put(row.read(leaf, whole, tensors))
-            # A transfer is asynchronous and keeps its source alive: wait, so that one leaf at a
-            # time is on the host.
-            params[row.ours] = jax.block_until_ready(array)
+        tensors = family.rename(tensors)
+        rows = family.rows(config)
+        return read_params(rows, config, tensors, str(folder), shardings, family.ignored)
+
+
+def load_shared_params(
+    folder: str | os.PathLike, config: ModelConfig, names: Iterable[str], shardings=None
+) -> dict[str, jax.Array]:
+    """Returns those parameters of a network that a folder has, whose own network is another.
+
+    Args:
+      folder: as `resolve` returns it.
+      config: the network that is read for: that of the folder under another head, or a part of it.
+      names: paths of what to read. The rest of the folder's network is left alone.
+      shardings: as in `load_params`, of the whole network.
+    Returns:
+      Path to array.
+    Raises:
+      ValueError: as `load_params`.
+    """
+    family, names = _family(config), set(names)
+    leaves = _flatten(api.param_shapes(config))
+    leaves = {name: leaf for name, leaf in leaves.items() if name in names}
+    rows = [row for row in family.rows(config) if row.ours in leaves]
+    ignored = (*family.ignored, *_patterns(family.rows(read_config(folder))))
+    places = _flatten(shardings) if shardings is not None else {}
+    with open_tensors(folder) as tensors:
+        tensors = family.rename(tensors)
+        check_tensors(rows, leaves, tensors, str(folder), ignored)
+        return {
+            row.ours: read_leaf(row, leaves[row.ours], tensors, places.get(row.ours))
+            for row in rows
+        }
+
+
+def spare_params(folder: str | os.PathLike, config: ModelConfig) -> set[str]:
+    """Returns the paths of a network's parameters that a folder holds beside its own network's.
+
+    BERT's first files, which are of a masked language model, have the pooler that classification
+    begins with.
+    """
+    family = _family(config)
+    own = re.compile("|".join(_patterns(family.rows(read_config(folder)))))
+    with open_tensors(folder) as tensors:
+        tensors = family.rename(tensors)
+        return {
+            row.ours
+            for row in family.rows(config)
+            if row.theirs in tensors and not own.fullmatch(row.theirs)
+        }
+
+
+def _patterns(rows: Iterable[Row]) -> list[str]:
+    """Returns patterns of the names that the rows' tensors may have."""
+    names = [name for row in rows for name in (row.theirs, *row.aliases)]
+    return [re.escape(name).replace(re.escape("{layer}"), r"\d+") for name in names]
+
+
+def read_params(
+    rows: list[Row],
+    config: ModelConfig,
+    tensors: Tensors,
+    where: str,
+    shardings=None,
+    ignored: Sequence[str] = (),
+) -> api.Params:
+    """Returns the parameters that a table finds among tensors, as `load_params` does.
+
+    Args:
+      rows: the table.
+      config: the network's description.
+      tensors: those of the network, all of which the table must cover.
+      ignored: patterns of those that it need not.
+      where: what they were read from, for messages.
+      shardings: tree of jax.sharding.Sharding, or None for the default device.
+    Raises:
+      ValueError: where the tensors are not exactly the description's.
+    """
+    leaves = _flatten(api.param_shapes(config))
+    check_tensors(rows, leaves, tensors, where, ignored)
+    places = _flatten(shardings) if shardings is not None else {}
+    params = {
+        row.ours: read_leaf(row, leaves[row.ours], tensors, places.get(row.ours)) for row in rows
+    }
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
-def _read_sharded(row: Row, leaf, tensors: Tensors, sharding) -> jax.Array:
-    # Devices that hold the same slice share one read.
-    read: dict[str, np.ndarray] = {}
+def read_leaf(row: Row, leaf, tensors: Tensors, sharding=None) -> jax.Array:
+    """Returns one leaf on the devices, of which this host reads what its own devices need.
 
-    def slice_of_leaf(index):
-        key = str(index)
-        if key not in read:
-            read[key] = row.read(leaf, index, tensors)
-        return read[key]
+    Args:
+      row: where it is.
+      leaf: its shape and dtype.
+      sharding: where it goes; None for the default device.
+    """
+    if sharding is None:
+        whole = (slice(None),) * len(leaf.shape)
+        array = jax.device_put(row.read(leaf, whole, tensors))
+    else:
+        # Devices that hold the same slice share one read.
+        read: dict[str, np.ndarray] = {}
 
-    return jax.make_array_from_callback(leaf.shape, sharding, slice_of_leaf)
+        def slice_of_leaf(index):
+            key = str(index)
+            if key not in read:
+                read[key] = row.read(leaf, index, tensors)
+            return read[key]
+
+        array = jax.make_array_from_callback(leaf.shape, sharding, slice_of_leaf)
+    # A transfer is asynchronous and keeps its source alive: wait, so that one leaf at a time is on
+    # the host.
+    return jax.block_until_ready(array)
 
 
 def _flatten(tree) -> dict[str, Any]:
@@ -397,15 +504,13 @@ def save_params(
     rows, leaves = family.rows(config), _flatten(params)
     check_leaves(rows, _flatten(api.param_shapes(config)), leaves)
     description = family.write_config(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tokens = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-    generation = {key: description[key] for key in tokens} | (generation or {})
-    tensors = (
-        tensor for row in rows for tensor in row.write(_to_host(leaves[row.ours]), np.dtype(dtype))
-    )
+    generation = _token_ids(config) | (generation or {})
+    tensors = write_rows(rows, lambda name: _to_host(leaves[name]), np.dtype(dtype))
 
     def write(where: Path) -> None:
         _write_json(where / _CONFIG, description)
-        _write_json(where / _GENERATION, generation)
+        if generation:
+            _write_json(where / _GENERATION, generation)
         if tokenizer is not None:
             tokenizer.save(where)
         shapes = [
@@ -423,6 +528,19 @@ def save_params(
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_params")
+
+
+def _token_ids(config: ModelConfig) -> dict[str, Any]:
+    """Returns what generation_config.json says of a network that writes."""
+    if isinstance(config, BertConfig) or config.kind == "encoder":
+        return {}
+    ends = list(config.end_token_ids)
+    start = "bos_token_id" if config.kind == "decoder" else "decoder_start_token_id"
+    return {
+        start: config.decoder_start_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": config.pad_token_id,
+    }
 
 
 def _to_host(leaf) -> np.ndarray:

@@ -9,10 +9,11 @@ Layouts are spelled as the einops library spells them.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,7 +45,7 @@ class View(Protocol):
         """Returns ours[index], where ours has `shape`, reading little more than it needs."""
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Returns theirs, contiguous."""
+        """Returns theirs, contiguous, or that part of theirs which is ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,50 @@ class Rearrange:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """One of equal parts that a tensor of theirs has along an axis: queries of GPT-2's c_attn.
+
+    The rows of all parts name the same tensor and follow one another in the table, in order.
+    """
+
+    view: Rearrange
+    """The layout of this part."""
+    axis: int
+    """Along which theirs is divided."""
+    place: int
+    """Which part this is, from 0."""
+    count: int
+    """How many there are."""
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        theirs = list(self.view.their_shape(shape))
+        theirs[self.axis] *= self.count
+        return tuple(theirs)
+
+    def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
+        start = self.place * self.view.their_shape(shape)[self.axis]
+        return self.view.read(_Moved(tensor, self.axis, start), index, shape)
+
+    def to_theirs(self, ours: np.ndarray) -> np.ndarray:
+        return self.view.to_theirs(ours)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moved:
+    """A tensor that is indexed as if it began at `start` along an axis."""
+
+    tensor: Tensor
+    axis: int
+    start: int
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        moved = list(index)
+        span = moved[self.axis]
+        moved[self.axis] = slice(span.start + self.start, span.stop + self.start)
+        return self.tensor[tuple(moved)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One leaf of ours and what it is called in a checkpoint of theirs."""
 
@@ -108,7 +153,7 @@ class Row:
     aliases: tuple[str, ...] = ()
     """Other names that one unstacked tensor may have, instead or besides; all must be equal."""
     copies: tuple[str, ...] = ()
-    """Those of the aliases that are written besides."""
+    """Names that it is written under besides."""
 
     @property
     def stacked(self) -> bool:
@@ -167,12 +212,44 @@ class Family:
     """Classes of transformers, in config.json, whose checkpoints hold the whole network."""
     read_config: Callable[[dict[str, Any], Tensors], ModelConfig]
     """From config.json; the tensors are there for what only they tell."""
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-    """To config.json."""
-    rows: Callable[[ModelConfig], list[Row]]
-    """The table."""
+    write_config: Callable[[Any], dict[str, Any]]
+    """From the family's description to config.json."""
+    rows: Callable[[Any], list[Row]]
+    """The table of a description."""
     ignored: tuple[str, ...] = ()
-    """Tensors in published checkpoints that the network never uses."""
+    """Patterns of tensors in published checkpoints that the network never uses."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Pattern and replacement, as of re.sub, from names in some files to those of the table."""
+    token_ids: tuple[tuple[str, str], ...] = ()
+    """Keys that config.json may leave out, and what `t5jax.tokenizers.Tokenizer` calls them."""
+
+    def rename(self, tensors: Tensors) -> Tensors:
+        """Returns the tensors of a file under the names of the table."""
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            new = name
+            for pattern, replacement in self.renames:
+                new = re.sub(pattern, replacement, new)
+            # What would take the place of another tensor stays, and is reported as unexpected.
+            renamed[name if new in tensors else new] = tensor
+        return renamed
+
+
+def write_rows(
+    rows: Iterable[Row], leaf: Callable[[str], np.ndarray], dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and tensor of theirs, in `dtype`; the parts of one tensor are joined.
+
+    Args:
+      leaf: returns one of ours by its path. One is held at a time, or all parts of one tensor.
+    """
+    for _, parts in itertools.groupby(rows, key=lambda row: row.theirs):
+        parts = list(parts)
+        for tensors in zip(*(row.write(leaf(row.ours), dtype) for row in parts), strict=True):
+            (name, theirs), *others = tensors
+            if others:
+                theirs = np.concatenate([theirs, *(x for _, x in others)], parts[0].view.axis)
+            yield name, theirs
 
 
 # --- Checks -------------------------------------------------------------------------------------
@@ -204,7 +281,7 @@ def check_leaves(rows: list[Row], shapes: Mapping, params: Mapping) -> None:
 
 
 def check_tensors(
-    family: Family, rows: list[Row], shapes: Mapping, tensors: Tensors, where: str
+    rows: list[Row], shapes: Mapping, tensors: Tensors, where: str, ignored: Sequence[str] = ()
 ) -> None:
     """Raises ValueError unless the tensors are exactly those that the table expects.
 
@@ -214,13 +291,16 @@ def check_tensors(
     Args:
       shapes: path to what the network has, with .shape.
       where: what the tensors were read from, for the message.
+      ignored: patterns, for re.fullmatch, of tensors that may be there besides.
     """
     covered = {row.ours for row in rows}
     assert covered == set(shapes), sorted(covered ^ set(shapes))
-    known = set(family.ignored)
+    known: set[str] = set()
     missing, misshaped, not_floats, different = [], [], [], []
     for row in rows:
         for name, shape in row.their_shapes(shapes[row.ours].shape).items():
+            if name in known:  # Another part of it was ours already.
+                continue
             known.update((name, *row.aliases))
             present = row.present(name, tensors)
             if not present:
@@ -233,7 +313,11 @@ def check_tensors(
                     not_floats.append((other, tensor.dtype))
                 elif not same_values(tensors[present[0]], tensor):
                     different.append((other, f"differs from {present[0]}"))
-    unexpected = [(name, list(tensors[name].shape)) for name in tensors if name not in known]
+    unexpected = [
+        (name, list(tensors[name].shape))
+        for name in tensors
+        if name not in known and not any(re.fullmatch(pattern, name) for pattern in ignored)
+    ]
     problems: dict[str, list[tuple[str, Any]]] = {
         "missing": missing,
         "unexpected": unexpected,
@@ -261,7 +345,7 @@ def _merge_layers(listed: Iterable[tuple[str, Any]]) -> list[str]:
     """Returns "name detail" lines; names that differ in their layer alone share one."""
     layers: dict[tuple[str, str], list[int]] = {}
     for name, detail in listed:
-        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        match = re.search(r"(?<=\.)\d+(?=\.)|(?<=/layers_)\d+(?=/)", name)
         key = name[: match.start()] + "{}" + name[match.end() :] if match else name
         layers.setdefault((key, str(detail)), []).extend([int(match[0])] if match else [])
     return [
@@ -319,6 +403,56 @@ BOOKKEEPING = frozenset(
         """,
     )
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of config.json that is read."""
+
+    kind: type
+    """Of its value; an int does for a float."""
+    default: Any = None
+    """What its absence means: what transformers takes."""
+    may_be_null: bool = False
+    """Whether null is a value of its own; else it means absence too."""
+
+
+def read_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], harmless=()) -> dict[str, Any]:
+    """Returns the values of the keys, of their type or None.
+
+    Args:
+      harmless: further keys that may be there and change nothing.
+    Raises:
+      ValueError: for a value of another type.
+    """
+    warn_unknown(raw, (*keys, *harmless))
+    values = {}
+    for name, key in keys.items():
+        value = raw.get(name)
+        if value is None and not (key.may_be_null and name in raw):
+            value = key.default
+        if key.kind is float and type(value) is int:
+            value = float(value)
+        if value is not None and type(value) is not key.kind:
+            raise ValueError(
+                f"config.json: {name} is {value!r}; expected a value of type {key.kind.__name__}"
+            )
+        values[name] = value
+    return values
+
+
+def check_required(given: Mapping[str, Any], required: Mapping[str, tuple]) -> None:
+    """Raises ValueError for a key whose value means a network that is not built here.
+
+    Args:
+      required: key to the values that it may have; none at all where any would be another network.
+    """
+    for key, allowed in required.items():
+        if given.get(key) is not None and given[key] not in allowed:
+            expected = f"expected {allowed[0]!r}" if allowed else "expected plain float weights"
+            raise ValueError(
+                f"config.json: {key} is {given[key]!r}, which is not implemented; {expected}"
+            )
 
 
 def warn_unknown(raw: Mapping[str, Any], known: Iterable[str]) -> None:

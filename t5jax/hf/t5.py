@@ -1,7 +1,7 @@
 """The T5 family in Hugging Face's format: T5 1.0, 1.1, LM-adapted, FLAN, mT5, UMT5, ByT5, UL2.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/t5`, `mt5`, `umt5`). Where the
-two differ, comments say how.
+Whole, or the encoder alone. Source: the checkpoints on the hub and transformers 4 and 5
+(`models/t5`, `mt5`, `umt5`). Where the two differ, comments say how.
 
 Axes: v vocab, d model, h heads, k head dim, f mlp, n buckets.
 """
@@ -10,7 +10,15 @@ import warnings
 from typing import Any
 
 from t5jax.architectures import MlpActivation, T5Config
-from t5jax.hf.mapping import Family, Rearrange, Row, Tensors, same_values, warn_unknown
+from t5jax.hf.mapping import (
+    Family,
+    Rearrange,
+    Row,
+    Tensors,
+    check_required,
+    same_values,
+    warn_unknown,
+)
 
 _EMBEDDING = "shared.weight"
 _EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -22,6 +30,10 @@ _HEAD = "lm_head.weight"
 
 def rows(config: T5Config) -> list[Row]:
     """Returns the table of a T5 model."""
+    if config.kind == "encoder":
+        view = Rearrange("v d -> v d")
+        embedding = Row("token_embedder/embedding", _EMBEDDING, view, _EMBEDDING_ALIASES[:1])
+        return [embedding, *_stack("encoder", config, {"attention": "SelfAttention"})]
     head = _HEAD if config.tie_word_embeddings else None
     table = [
         Row(
@@ -135,6 +147,9 @@ _REQUIRED = {
     "quantization_config": (),
 }
 
+# Classes of the encoder alone, whose config.json often is that of the whole model.
+_ENCODERS = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
+
 # T5 1.0's former input limit, which its network never had, and dropout before a classifier.
 _HARMLESS = ("n_positions", "classifier_dropout", "add_cross_attention")
 
@@ -161,13 +176,11 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
     defaults = _DEFAULTS_OF[raw["model_type"]]
     warn_unknown(raw, (*defaults, *_REQUIRED, *_HARMLESS, *_OPTIONAL))
     given = {key: value for key, value in raw.items() if value is not None}
-    for key, allowed in _REQUIRED.items():
-        if key in given and given[key] not in allowed:
-            expected = f"expected {allowed[0]!r}" if allowed else "expected plain float weights"
-            raise ValueError(
-                f"config.json: {key} is {given[key]!r}, which is not implemented; {expected}"
-            )
-
+    if any(name in _ENCODERS for name in raw.get("architectures") or ()):
+        # Whatever it says of a decoder.
+        given |= {"is_encoder_decoder": True, "num_decoder_layers": 0}
+        given |= {"tie_word_embeddings": False, "scale_decoder_outputs": False}
+    check_required(given, _REQUIRED)
     values: dict[str, Any] = defaults | {
         key: given[key] for key in (*defaults, *_OPTIONAL) if key in given
     }
@@ -251,12 +264,14 @@ def write_config(config: T5Config) -> dict[str, Any]:
             "transformers 4 and CTranslate2 do not scale such a model's logits",
             stacklevel=2,
         )
-    umt5 = config.per_layer_relative_bias
+    umt5, is_encoder = config.per_layer_relative_bias, config.kind == "encoder"
     functions = _ACTIVATIONS[config.mlp_activation][1]
     # As `rows` writes a tied head that is not scaled.
-    tied = config.tie_word_embeddings and config.scale_decoder_outputs
+    # An encoder's own embedding is tied to the model's.
+    tied = is_encoder or (config.tie_word_embeddings and config.scale_decoder_outputs)
+    kind = "EncoderModel" if is_encoder else "ForConditionalGeneration"
     return {
-        "architectures": ["UMT5ForConditionalGeneration" if umt5 else "T5ForConditionalGeneration"],
+        "architectures": [f"{'UMT5' if umt5 else 'T5'}{kind}"],
         "model_type": "umt5" if umt5 else "t5",
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
@@ -276,9 +291,9 @@ def write_config(config: T5Config) -> dict[str, Any]:
         "is_gated_act": config.gated,
         "tie_word_embeddings": tied,
         "scale_decoder_outputs": config.scale_decoder_outputs,
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": not is_encoder,
         "is_decoder": False,
-        "use_cache": True,
+        "use_cache": not is_encoder,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
         "decoder_start_token_id": config.decoder_start_token_id,
@@ -293,6 +308,7 @@ FAMILY = Family(
         "MT5ForConditionalGeneration",
         "UMT5ForConditionalGeneration",
         "T5WithLMHeadModel",  # What T5ForConditionalGeneration was called in 2019.
+        *_ENCODERS,
     ),
     read_config=read_config,
     write_config=write_config,

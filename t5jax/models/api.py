@@ -15,18 +15,25 @@ import flax.linen as nn
 import jax
 
 from t5jax import batch as features
-from t5jax.architectures import ModelConfig
-from t5jax.models import t5
+from t5jax.architectures import BertConfig, GPTConfig, ModelConfig, T5Config, T5GemmaConfig
+from t5jax.models import bert, gpt, t5, t5gemma
 
 Params = dict[str, Any]
-Cache = t5.Cache
+Cache = Any
+"""What decoding remembers between tokens: a tree of arrays, of the family's own kind."""
 
-# A family's file defines Network, arrange_for_decoding, init_cache and decode_step.
-_FAMILIES = {"t5": t5}
+# What a description's module defines: Network, with the methods `hidden`, `unembed` and `logits`
+# (and `encode`, where it has an encoder); unembed_params; head_params, where the head is to choose;
+# and where it has a decoder, arrange_for_decoding, prefill and decode_step.
+_MODULES = {T5Config: t5, GPTConfig: gpt, BertConfig: bert, T5GemmaConfig: t5gemma}
+
+
+def _module(model: ModelConfig):
+    return _MODULES[type(model)]
 
 
 def _network(model: ModelConfig, *, train: bool = False) -> nn.Module:
-    return _FAMILIES[model.family].Network(model if train else _without_dropout(model))
+    return _module(model).Network(model if train else _without_dropout(model))
 
 
 def _without_dropout(model: ModelConfig) -> ModelConfig:
@@ -34,14 +41,20 @@ def _without_dropout(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, dropout_rate=0.0)
 
 
-def _abstract_batch():
-    int32 = jax.ShapeDtypeStruct((1, 8), "int32")
-    return {features.ENCODER_INPUT_TOKENS: int32, features.DECODER_INPUT_TOKENS: int32}
+def _tokens(model: ModelConfig) -> dict[str, jax.Array]:
+    """Returns a batch from which Flax learns the shapes of parameters."""
+    tokens = jax.numpy.zeros((1, 8), "int32")
+    batch = {}
+    if model.kind != "decoder":
+        batch[features.ENCODER_INPUT_TOKENS] = tokens
+    if model.kind != "encoder":
+        batch[features.DECODER_INPUT_TOKENS] = tokens
+    return batch
 
 
 def _init(model: ModelConfig, key):
-    batch = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), _abstract_batch())
-    return _network(model).init(key, batch, method="logits")["params"]
+    method = "logits" if model.num_outputs else "hidden"
+    return _network(model).init(key, _tokens(model), method=method)["params"]
 
 
 def init_params(model: ModelConfig, key: jax.Array) -> Params:
@@ -67,12 +80,15 @@ def param_axes(model: ModelConfig) -> dict:
 def logits(
     model: ModelConfig, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
-    """Returns float32 logits [B, T, V] of the decoder's targets.
+    """Returns float32 logits [B, T, V] of the decoder's targets, or those of an encoder alone.
 
     Args:
       batch: features of `t5jax.batch`; targets and loss weights are not needed.
       dropout_rng: a key to train with dropout, or None for none.
+    Raises:
+      ValueError: for a network without an output, as `check_head` does.
     """
+    check_head(model)
     return _apply(model, params, dropout_rng, batch, method="logits")
 
 
@@ -83,6 +99,20 @@ def hidden(
     return _apply(model, params, dropout_rng, batch, method="hidden")
 
 
+def check_head(model: ModelConfig) -> None:
+    """Raises ValueError for a network that predicts nothing, and so cannot be trained."""
+    if not model.num_outputs:
+        remedy = (
+            "set model.head to masked_lm, sequence_classification or token_classification"
+            if hasattr(model, "head")
+            else "take a model with a decoder"
+        )
+        raise ValueError(
+            f"this {model.family} is an encoder without a head: it has no logits, and nothing that "
+            f"could be trained; {remedy}, or use its encodings (`t5jax embed`)"
+        )
+
+
 def unembed(model: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V]; `params` may hold `unembed_params` alone."""
     return _network(model).apply({"params": params}, x_BTD, method="unembed")
@@ -90,8 +120,29 @@ def unembed(model: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
 
 def unembed_params(model: ModelConfig, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
-    name = "token_embedder" if model.tie_word_embeddings else "lm_head"
-    return {name: params[name]}
+    return {name: params[name] for name in _module(model).unembed_params(model)}
+
+
+def encode(model: ModelConfig, params: Params, batch: Mapping) -> jax.Array:
+    """Returns the encoder's output [B, S, D], in `model.dtype`; 0 at padding is not promised."""
+    return _apply(model, params, None, batch, method="encode")
+
+
+def new_params(model: ModelConfig, source: ModelConfig) -> list[str]:
+    """Returns the paths of the parameters that `source` does not have: a head's, another than its.
+
+    Both are of one architecture but for the head.
+    """
+    if not hasattr(_module(model), "head_params"):
+        return []
+    ours, theirs = (_module(m).head_params(m) for m in (model, source))
+    new = {name for name, meaning in ours.items() if theirs.get(name) != meaning}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(param_shapes(model))]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path in paths
+        if path[0].key in new
+    ]
 
 
 def arrange_for_decoding(model: ModelConfig, params: Params) -> Params:
@@ -99,32 +150,30 @@ def arrange_for_decoding(model: ModelConfig, params: Params) -> Params:
 
     Do it once, outside of the loop over tokens.
     """
-    return _FAMILIES[model.family].arrange_for_decoding(_without_dropout(model), params)
+    return _module(model).arrange_for_decoding(_without_dropout(model), params)
 
 
 def prefill(
     model: ModelConfig, params: Params, batch: Mapping, max_length: int
 ) -> tuple[jax.Array, Cache]:
-    """Reads the inputs; makes room for `max_length` tokens, the decoder's start token among them.
+    """Reads the inputs, and makes room to write `max_length` tokens after them.
 
     Args:
-      batch: for an encoder-decoder, encoder_input_tokens [B, S].
+      batch: for an encoder-decoder, encoder_input_tokens [B, S], of which the decoder reads nothing
+        but its start token. For a decoder, decoder_input_tokens [B, P]: the start token and the
+        prompt, so that each row ends with its last token; and with padding in front of shorter
+        rows, decoder_segment_ids [B, P], 0 there, and decoder_positions [B, P].
     Returns:
-      float32 logits [B, V] of the first token, and the cache.
+      float32 logits [B, V] of the first token to write, and the cache.
     """
-    family = _FAMILIES[model.family]
-    cache = family.init_cache(_without_dropout(model), params, batch, max_length)
-    batch_size = batch[features.ENCODER_INPUT_TOKENS].shape[0]
-    start_B = jax.numpy.full((batch_size,), model.decoder_start_token_id, "int32")
-    return decode_step(model, params, cache, start_B)
+    return _module(model).prefill(_without_dropout(model), params, batch, max_length)
 
 
 def decode_step(
     model: ModelConfig, params: Params, cache: Cache, tokens_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Returns float32 logits [B, V] of the token after `tokens_B`, int32 [B], and the cache."""
-    family = _FAMILIES[model.family]
-    return family.decode_step(_without_dropout(model), params, cache, tokens_B)
+    return _module(model).decode_step(_without_dropout(model), params, cache, tokens_B)
 
 
 def _apply(model, params, dropout_rng, *args, method):

@@ -1,12 +1,14 @@
-"""Attention, its masks, and T5's relative-position bias.
+"""Attention, its masks, T5's relative-position bias, and rotary positions.
 
-B batch, T query length, S key length, H heads, K head dim, N buckets.
+B batch, T query length, S key length, H heads, G heads of keys and values, R = H / G, K head dim,
+N buckets.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Finite, so that a row without any key gives a uniform softmax instead of NaN.
 MASKED = -1e9
@@ -50,6 +52,65 @@ def single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT):
     return jnp.einsum("BHT,BHTK->BHK", probs_BHT, v_BHTK)
 
 
+def grouped_query_attention(
+    q_BTHK, k_BSGK, v_BSGK, mask_B1TS, *, scale: float, softcap: float | None = None, dropout=None
+):
+    """Returns softmax(cap(scale q k)) v, where H / G heads of queries share one of keys and values.
+
+    Args:
+      q_BTHK, k_BSGK, v_BSGK: one dtype, which the result has.
+      mask_B1TS: bool, broadcastable to [B, 1, T, S]; True where a query may see a key.
+      scale: the scores' factor.
+      softcap: as in the function of that name.
+      dropout: applied to the probabilities [B, G, R, T, S], or None.
+    Returns:
+      [B, T, H, K]. The softmax is float32.
+    Source: Ainslie et al. 2023 (arXiv:2305.13245); the cap is Gemma 2's.
+    """
+    q_BTGRK = _group(q_BTHK, k_BSGK.shape[2])
+    scores_BGRTS = jnp.einsum(
+        "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32
+    )
+    scores_BGRTS = jnp.where(mask_B1TS[:, None], _cap(scores_BGRTS, scale, softcap), MASKED)
+    probs_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
+    if dropout is not None:
+        probs_BGRTS = dropout(probs_BGRTS)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", probs_BGRTS, v_BSGK).reshape(q_BTHK.shape)
+
+
+def grouped_single_query_attention(
+    q_BHK, k_BGTK, v_BGTK, mask_BT, *, scale: float, softcap: float | None = None
+):
+    """Returns [B, H, K]: what one token sees of the keys and values that were kept.
+
+    Args:
+      q_BHK: its query.
+      k_BGTK, v_BGTK: heads in front, so that each product reads memory in order.
+      mask_BT: bool [B or 1, T]; true where a key may be seen.
+      scale, softcap: as in `grouped_query_attention`.
+    """
+    q_BGRK = _group(q_BHK, k_BGTK.shape[1])
+    scores_BGRT = jnp.einsum("BGRK,BGTK->BGRT", q_BGRK, k_BGTK, preferred_element_type=jnp.float32)
+    scores_BGRT = jnp.where(mask_BT[:, None, None], _cap(scores_BGRT, scale, softcap), MASKED)
+    probs_BGRT = jax.nn.softmax(scores_BGRT, axis=-1).astype(v_BGTK.dtype)
+    return jnp.einsum("BGRT,BGTK->BGRK", probs_BGRT, v_BGTK).reshape(q_BHK.shape)
+
+
+def _group(q, num_groups: int):
+    """[..., H, K] -> [..., G, R, K]."""
+    return q.reshape(*q.shape[:-2], num_groups, -1, q.shape[-1])
+
+
+def _cap(scores, scale: float, softcap: float | None):
+    scores *= scale
+    return scores if softcap is None else soft_cap(scores, softcap)
+
+
+def soft_cap(x, cap: float):
+    """Returns cap * tanh(x / cap): `x` where it is small, and never more than the cap."""
+    return cap * jnp.tanh(x / cap)
+
+
 def segment_mask(query_ids_BT, key_ids_BS) -> jax.Array:
     """Returns bool [B, 1, T, S]: true where query and key are of the same segment."""
     return query_ids_BT[:, None, :, None] == key_ids_BS[:, None, None, :]
@@ -58,6 +119,68 @@ def segment_mask(query_ids_BT, key_ids_BS) -> jax.Array:
 def causal_mask(length: int) -> jax.Array:
     """Returns bool [1, 1, T, T]: true where the key is not after the query."""
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+def window_mask(length: int, window: int) -> jax.Array:
+    """Returns bool [1, 1, T, T]: true where the key is fewer than `window` tokens away."""
+    index_T = jnp.arange(length)
+    return (jnp.abs(index_T[:, None] - index_T[None]) < window)[None, None]
+
+
+def rope_frequencies(
+    head_dim: int,
+    theta: float,
+    *,
+    scaling: str = "none",
+    factor: float | None = None,
+    low_factor: float | None = None,
+    high_factor: float | None = None,
+    original_length: int | None = None,
+) -> np.ndarray:
+    """Returns by how much each pair of a head turns from one position to the next.
+
+    Args:
+      theta: base of the wavelengths, which grow from 2 pi to nearly 2 pi theta tokens.
+      scaling: "linear" divides all frequencies by `factor`; "llama3" those whose wavelength is
+        above original_length / low_factor, leaves those below original_length / high_factor as
+        they are, and mixes the two in between.
+    Returns:
+      float32 [K / 2], in radians.
+    Source: Su et al. 2021 (arXiv:2104.09864), section 3.4; Chen et al. 2023 (arXiv:2306.15595) for
+      linear; for llama3 the code that came with Llama 3.1, which no paper describes.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if scaling == "linear":
+        frequencies /= factor
+    elif scaling == "llama3":
+        # How often a pair turns within the original length decides how much of it is kept.
+        turns = original_length * frequencies / (2 * np.pi)
+        kept = np.clip((turns - low_factor) / (high_factor - low_factor), 0, 1)
+        frequencies *= kept + (1 - kept) / factor
+    return frequencies.astype(np.float32)
+
+
+def rope_table(positions_BT, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Returns cosine and sine of each pair's angle at each position, float32 [B, T, K / 2]."""
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHK, table) -> jax.Array:
+    """Returns queries or keys turned by their positions; computed in float32.
+
+    Pair i of a head are its entries i and i + K / 2, as in Hugging Face's checkpoints; in Meta's
+    they are neighbours.
+
+    Args:
+      table: as `rope_table` returns it, or None to leave them as they are.
+    """
+    if table is None:
+        return x_BTHK
+    cos, sin = (part[:, :, None] for part in table)
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
 
 
 def relative_position_bucket(

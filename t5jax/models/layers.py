@@ -1,6 +1,6 @@
-"""Layers that the networks share: linear maps, RMSNorm, embedding, MLP.
+"""Layers that the networks share: linear maps, norms, embedding, MLP, and the stack of layers.
 
-Parameters carry logical axes (`t5jax.config.AxisRules`). Nothing has a bias term.
+Parameters carry logical axes (`t5jax.config.AxisRules`).
 
 B batch, T length, D model, F mlp, V vocab.
 """
@@ -18,6 +18,7 @@ from t5jax.sharding import constrain
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # Hugging Face's gelu_new.
+    "gelu-exact": lambda x: jax.nn.gelu(x, approximate=False),
     "silu": jax.nn.silu,
 }
 
@@ -55,7 +56,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
-    """An einsum with one weight, `kernel`."""
+    """An einsum with one weight, `kernel`, whose last axes are those of the output."""
 
     equation: str
     shape: tuple[int, ...]
@@ -63,15 +64,54 @@ class Linear(nn.Module):
     stddev: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", normal(self.stddev, self.axes), self.shape, self.param_dtype)
-        return _product(self.equation, x, kernel.astype(self.dtype))
+        x = _product(self.equation, x, kernel.astype(self.dtype))
+        if not self.use_bias:
+            return x
+        dims = len(self.equation.split("->...")[1])
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-dims:])
+        bias = self.param("bias", init, self.shape[-dims:], self.param_dtype)
+        # Added in float32, so that its gradient is summed in float32.
+        return (x.astype(jnp.float32) + float32_for(x, bias)).astype(self.dtype)
+
+
+def float32_for(x, param):
+    """Returns a parameter of the last dimensions of `x`, float32, to be broadcast with it."""
+    return jnp.expand_dims(param.astype(jnp.float32), range(x.ndim - param.ndim))
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale, without mean or bias (arXiv:1910.07467).
+
+    Statistics are float32 whatever the dtype. With `plus_one` it is 1 + scale that is multiplied
+    by, and scale begins at 0 (Gemma).
+    """
+
+    epsilon: float
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    plus_one: bool = False
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x):
+        """Takes and returns [..., D]."""
+        init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        init = nn.with_logical_partitioning(init, (self.axis,))
+        scale_D = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        x = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(variance + self.epsilon)
+        scale = float32_for(x, scale_D)
+        return (x * (1 + scale if self.plus_one else scale)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias (arXiv:1607.06450).
 
     Statistics are float32 whatever the dtype.
     """
@@ -83,13 +123,16 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Takes and returns [..., D]."""
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale_D = self.param("scale", init, x.shape[-1:], self.param_dtype)
-        x = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(variance + self.epsilon)
-        scale = jnp.expand_dims(scale_D.astype(jnp.float32), range(x.ndim - 1))
-        return (x * scale).astype(self.dtype)
+
+        def param(name, init):
+            init = nn.with_logical_partitioning(init, ("embed",))
+            return float32_for(x, self.param(name, init, x.shape[-1:], self.param_dtype))
+
+        scale, bias = param("scale", nn.initializers.ones), param("bias", nn.initializers.zeros)
+        y = x.astype(jnp.float32)
+        y -= jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        return (y * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
 
 
 @jax.custom_vjp
@@ -123,9 +166,10 @@ class Embedding(nn.Module):
     stddev: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    axis: str | None = "vocab"
 
     def setup(self):
-        init = normal(self.stddev, ("vocab", "embed"))
+        init = normal(self.stddev, (self.axis, "embed"))
         shape = (self.num_embeddings, self.features)
         self.embedding = self.param("embedding", init, shape, self.param_dtype)
 
@@ -150,14 +194,21 @@ class Unembedding(nn.Module):
     stddev: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    use_bias: bool = False
+    axis: str | None = "vocab"
 
     @nn.compact
     def __call__(self, x_BTD):
-        shape, axes = (self.features, self.num_embeddings), ("embed", "vocab")
+        shape, axes = (self.features, self.num_embeddings), ("embed", self.axis)
         kernel = self.param("kernel", normal(self.stddev, axes), shape, self.param_dtype)
-        return jnp.einsum(
+        logits_BTV = jnp.einsum(
             "...D,DV->...V", x_BTD, kernel.astype(self.dtype), preferred_element_type=jnp.float32
         )
+        if not self.use_bias:
+            return logits_BTV
+        init = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
+        bias_V = self.param("bias", init, shape[1:], self.param_dtype)
+        return logits_BTV + float32_for(logits_BTV, bias_V)
 
 
 def Dropout(rate: float) -> nn.Module:
@@ -177,9 +228,11 @@ class MLP(nn.Module):
     activation: str
     gated: bool
     dropout_rate: float
-    initializer_factor: float
+    wi_stddev: float
+    wo_stddev: float
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD):
@@ -188,9 +241,10 @@ class MLP(nn.Module):
                 "...D,DF->...F",
                 (self.d_model, self.d_ff),
                 ("embed", "mlp"),
-                self.initializer_factor * self.d_model**-0.5,
+                self.wi_stddev,
                 self.dtype,
                 self.param_dtype,
+                self.use_bias,
                 name=name,
             )(x_BTD)
 
@@ -202,8 +256,35 @@ class MLP(nn.Module):
             "...F,FD->...D",
             (self.d_ff, self.d_model),
             ("mlp", "embed"),
-            self.initializer_factor * self.d_ff**-0.5,
+            self.wo_stddev,
             self.dtype,
             self.param_dtype,
+            self.use_bias,
             name="wo",
         )(h_BTF)
+
+
+def stack(layer: type[nn.Module], config, length: int, in_axes=nn.broadcast) -> type[nn.Module]:
+    """Returns `length` layers as one: parameters stacked on a leading axis, "layers".
+
+    Args:
+      layer: takes the residual stream and further arguments; returns the stream and None.
+      config: a description, of which `remat` and `scan_layers` are read.
+      in_axes: of the further arguments: 0 for those that have an entry for each layer.
+    """
+    if config.remat != "none":
+        policy = None
+        if config.remat == "minimal":
+            policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+        # Inside a scan nothing can be merged across a layer's boundary, so CSE need not be
+        # prevented.
+        layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=1 if config.scan_layers else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -25,7 +25,16 @@ from t5jax.models.attention import (
     single_query_attention,
     spread_over_diagonals,
 )
-from t5jax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm, Unembedding, normal
+from t5jax.models.layers import (
+    MLP,
+    Dropout,
+    Embedding,
+    Linear,
+    RMSNorm,
+    Unembedding,
+    normal,
+    stack,
+)
 from t5jax.sharding import constrain
 
 
@@ -56,7 +65,8 @@ def _mlp(cfg: T5Config, name=None):
         cfg.mlp_activation.removeprefix("gated-"),
         cfg.gated,
         cfg.dropout_rate,
-        cfg.initializer_factor,
+        cfg.initializer_factor * cfg.d_model**-0.5,
+        cfg.initializer_factor * cfg.d_ff**-0.5,
         cfg.dtype,
         cfg.param_dtype,
         name=name,
@@ -214,30 +224,6 @@ class DecoderLayer(nn.Module):
         return x_BD + self.mlp(self.pre_mlp_norm(x_BD))
 
 
-def _remat(layer: type[nn.Module], cfg: T5Config) -> type[nn.Module]:
-    """Returns the layer with its rematerialisation policy."""
-    if cfg.remat == "none":
-        return layer
-    policy = None
-    if cfg.remat == "minimal":
-        policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-    # Inside a scan nothing can be merged across the layer's boundary, so CSE need not be prevented.
-    return nn.remat(layer, policy=policy, prevent_cse=not cfg.scan_layers)
-
-
-def _stack(layer: type[nn.Module], cfg: T5Config, length: int) -> type[nn.Module]:
-    """Returns `length` layers as one: parameters stacked on a leading axis, "layers"."""
-    return nn.scan(
-        _remat(layer, cfg),
-        variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=length,
-        unroll=1 if cfg.scan_layers else length,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-
-
 class Encoder(nn.Module):
     """Tokens' embeddings [B, S, D] to the encoding [B, S, D]."""
 
@@ -252,7 +238,7 @@ class Encoder(nn.Module):
             # Once a stack, outside the scan.
             bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
             bias_1HSS = bias.matrix(x_BSD.shape[1])
-        Layers = _stack(EncoderLayer, cfg, cfg.num_encoder_layers)
+        Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
         x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask_B1SS)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
@@ -264,7 +250,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.layers = _stack(DecoderLayer, cfg, cfg.num_decoder_layers)(cfg)
+        self.layers = stack(DecoderLayer, cfg, cfg.num_decoder_layers)(cfg)
         self.final_norm = _norm(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.per_layer_relative_bias:
@@ -290,6 +276,8 @@ class Network(nn.Module):
             cfg.vocab_size, cfg.d_model, cfg.initializer_factor, cfg.dtype, cfg.param_dtype
         )
         self.encoder = Encoder(cfg)
+        if cfg.kind == "encoder":
+            return
         self.decoder = Decoder(cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Unembedding(
@@ -302,24 +290,25 @@ class Network(nn.Module):
             )
 
     def encode(self, batch):
-        """Returns the encoding [B, S, D], and where its tokens are, bool [B, S]."""
+        """Returns the encoding [B, S, D]."""
         tokens_BS = batch[features.ENCODER_INPUT_TOKENS]
-        is_token_BS = tokens_BS != self.config.pad_token_id
-        mask_B1SS = is_token_BS[:, None, None, :]
+        mask_B1SS = _is_token(self.config, batch)[:, None, None, :]
         if features.ENCODER_SEGMENT_IDS in batch:
             ids_BS = batch[features.ENCODER_SEGMENT_IDS]
             mask_B1SS = segment_mask(ids_BS, ids_BS)
         x_BSD = constrain(self.token_embedder(tokens_BS), "batch", "length", "activation_embed")
-        return self.encoder(x_BSD, mask_B1SS), is_token_BS
+        return self.encoder(x_BSD, mask_B1SS)
 
     def hidden(self, batch):
-        """Returns the decoder's output [B, T, D], ready for `unembed`."""
-        encoded_BSD, is_token_BS = self.encode(batch)
+        """Returns the decoder's output [B, T, D], ready for `unembed`; an encoder's, its own."""
+        encoded_BSD = self.encode(batch)
+        if self.config.kind == "encoder":
+            return encoded_BSD
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
         # Padding among the decoder's inputs cannot be told from its start token, and need not be:
         # it comes last, where only padding sees it.
         mask_B1TT = causal_mask(tokens_BT.shape[1])
-        cross_mask_B1TS = is_token_BS[:, None, None, :]
+        cross_mask_B1TS = _is_token(self.config, batch)[:, None, None, :]
         if features.DECODER_SEGMENT_IDS in batch:
             ids_BT = batch[features.DECODER_SEGMENT_IDS]
             mask_B1TT &= segment_mask(ids_BT, ids_BT)
@@ -349,6 +338,18 @@ class Network(nn.Module):
         return x_BTD * cfg.d_model**-0.5 if cfg.scale_decoder_outputs else x_BTD
 
 
+def _is_token(cfg: T5Config, batch):
+    """Returns where the encoder has a token, bool [B, S]."""
+    return batch[features.ENCODER_INPUT_TOKENS] != cfg.pad_token_id
+
+
+def unembed_params(cfg: T5Config) -> tuple[str, ...]:
+    """Returns the names of the parameters that `Network.unembed` reads."""
+    if cfg.kind == "encoder":
+        return ()
+    return ("token_embedder",) if cfg.tie_word_embeddings else ("lm_head",)
+
+
 # --- Decoding, one token at a time ---------------------------------------------------------------
 
 
@@ -374,9 +375,16 @@ def arrange_for_decoding(cfg: T5Config, params):
     return params
 
 
-def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
-    """Encodes the inputs and makes room for `max_length` tokens."""
-    encoded_BSD, is_token_BS = Network(cfg).apply({"params": params}, batch, method="encode")
+def prefill(cfg: T5Config, params, batch, max_length: int) -> tuple[jax.Array, Cache]:
+    """Encodes the inputs, reads the start token, and makes room for `max_length` tokens."""
+    cache = _init_cache(cfg, params, batch, max_length)
+    batch_size = batch[features.ENCODER_INPUT_TOKENS].shape[0]
+    start_B = jnp.full((batch_size,), cfg.decoder_start_token_id, jnp.int32)
+    return decode_step(cfg, params, cache, start_B)
+
+
+def _init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
+    encoded_BSD = Network(cfg).apply({"params": params}, batch, method="encode")
     layer, layers = DecoderLayer(cfg), params["decoder"]["layers"]
 
     def cross(params):
@@ -398,7 +406,7 @@ def init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
         self_values=jax.tree.map(empty, cross_keys),
         cross_keys=cross_keys,
         cross_values=cross_values,
-        encoder_mask=is_token_BS,
+        encoder_mask=_is_token(cfg, batch),
     )
 
 

@@ -1,17 +1,17 @@
-"""What a network is: frozen descriptions, and every published size by name.
-
-Plain Python without jax, so that configs load and print at once. The networks that read these
-descriptions are in `t5jax/models/`. Names follow the T5 papers and Hugging Face's `config.json`.
-"""
+"""The T5 family's description, and its published sizes by name."""
 
 import dataclasses
-import difflib
 from typing import Literal
 
-Family = Literal["t5"]
+from t5jax.architectures.common import (
+    Dtype,
+    Kind,
+    RematPolicy,
+    check_fields,
+    check_positive,
+)
+
 MlpActivation = Literal["relu", "gated-gelu", "gated-silu"]
-Dtype = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "minimal", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class T5Config:
     1.1; Chung et al. 2023 (arXiv:2304.09151) for UMT5; Tay et al. 2022 (arXiv:2205.05131) for UL2.
     """
 
-    family: Family = "t5"
+    family: Literal["t5"] = "t5"
     """Which network in `t5jax/models/` reads this description."""
     vocab_size: int = 32128
     """Rows of the embedding; never the length of the tokenizer, which is smaller."""
@@ -37,7 +37,7 @@ class T5Config:
     num_encoder_layers: int = 8
     """Layers of the encoder (Hugging Face: num_layers)."""
     num_decoder_layers: int = 8
-    """Layers of the decoder."""
+    """Layers of the decoder. 0: the encoder alone, which encodes texts and predicts nothing."""
     mlp_activation: MlpActivation = "gated-gelu"
     """relu (1.0), gated-gelu (1.1, mT5, UMT5, ByT5) or gated-silu (UL2); HF: feed_forward_proj."""
     tie_word_embeddings: bool = False
@@ -73,29 +73,14 @@ class T5Config:
     """Recompute in the backward pass: nothing, all but weight products (minimal), or all (full)."""
 
     def __post_init__(self):
-        for name in ("dtype", "param_dtype"):
-            check_dtype(getattr(self, name), f"model.{name}")
-        for name, allowed in (
-            ("family", Family),
-            ("mlp_activation", MlpActivation),
-            ("remat", RematPolicy),
-        ):
-            check_choice(getattr(self, name), allowed.__args__, f"model.{name}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_token_id"):
-                if not 0 <= value < self.vocab_size:
-                    raise ValueError(
-                        f"model.{field.name} is {value}; it must be in [0, {self.vocab_size}), "
-                        "the vocabulary"
-                    )
-            elif field.type is int and value < 1:
-                raise ValueError(f"model.{field.name} is {value}; it must be at least 1")
-        for name in ("layer_norm_epsilon", "initializer_factor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"model.dropout_rate is {self.dropout_rate}; it must be in [0, 1)")
+        check_fields(self, may_be_zero=("num_decoder_layers",))
+        check_positive(self, "layer_norm_epsilon", "initializer_factor")
+        for name in ("tie_word_embeddings", "scale_decoder_outputs"):
+            if self.kind == "encoder" and getattr(self, name):
+                raise ValueError(
+                    f"model.{name} is True, but with model.num_decoder_layers 0 there is no output "
+                    "matrix; set it to False"
+                )
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
                 f"model.relative_attention_num_buckets is {self.relative_attention_num_buckets}; "
@@ -109,31 +94,28 @@ class T5Config:
             )
 
     @property
+    def kind(self) -> Kind:
+        return "encoder_decoder" if self.num_decoder_layers else "encoder"
+
+    @property
+    def num_outputs(self) -> int:
+        """Width of the logits; 0 for an encoder alone."""
+        return self.vocab_size if self.num_decoder_layers else 0
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a sequence."""
+        return (self.eos_token_id,)
+
+    @property
     def gated(self) -> bool:
         return self.mlp_activation.startswith("gated-")
 
-
-ModelConfig = T5Config
-
-
-def check_choice(value, allowed, name):
-    """Raises ValueError where `value` is not one of `allowed`, naming the nearest."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}{hint}"
+    def encoder_alone(self) -> "T5Config":
+        """Returns the description of this network's encoder."""
+        return dataclasses.replace(
+            self, num_decoder_layers=0, tie_word_embeddings=False, scale_decoder_outputs=False
         )
-
-
-def check_dtype(value, name):
-    """Raises ValueError for a dtype that the T5 family cannot be computed in."""
-    if value == "float16":
-        raise ValueError(
-            f"{name} is float16; T5's activations overflow float16 (above 65504) and turn into "
-            "NaN; use bfloat16 or float32"
-        )
-    check_choice(value, Dtype.__args__, name)
 
 
 # --- Published sizes ----------------------------------------------------------------------------
@@ -157,7 +139,7 @@ def _t5(d_model, d_ff, d_kv, num_heads, layers, decoder_layers=None, **rest):
     )
 
 
-SIZES: dict[str, ModelConfig] = {
+SIZES: dict[str, T5Config] = {
     "t5_small": _t5(512, 2048, 64, 8, 6, **_T5_1_0),
     "t5_base": _t5(768, 3072, 64, 12, 12, **_T5_1_0),
     "t5_large": _t5(1024, 4096, 64, 16, 24, **_T5_1_0),
@@ -187,16 +169,3 @@ SIZES |= {
     "byt5_xl": _t5(2560, 6720, 64, 32, 36, 12, vocab_size=384),
     "byt5_xxl": _t5(4672, 12352, 64, 64, 36, 12, vocab_size=384),
 }
-
-
-def published(name: str, **changes) -> ModelConfig:
-    """Returns the description of a published size, with fields changed.
-
-    Args:
-      name: a key of `SIZES`, such as "t5_1_1_base".
-      **changes: fields to replace, such as dtype="bfloat16".
-    Raises:
-      ValueError: for a name that is not known, naming the nearest.
-    """
-    check_choice(name, tuple(SIZES), "the model's size")
-    return dataclasses.replace(SIZES[name], **changes)

@@ -1,0 +1,179 @@
+"""A letter-by-letter GPT trained on one book, beside a plain torch model of the same size.
+
+Same text, batches, sizes, initial standard deviations and optimizer (AdamW at a constant rate), in
+turns in one run. The table gives the loss on the last tenth of the book and the speed. Needs the
+`torch` extra.
+
+    python benchmarks/gpt.py BOOK.md [--steps 400]
+"""
+
+import argparse
+import functools
+import statistics
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from t5jax import batch as features
+from t5jax.architectures import GPTConfig
+from t5jax.config import LossConfig, OptimizerConfig
+from t5jax.losses import batch_loss
+from t5jax.models import api
+from t5jax.optimizers import make_optimizer
+from t5jax.train_state import create_train_state
+from t5jax.train_step import make_train_step
+from turns import take_turns
+
+ROWS, LENGTH, RATE, STEPS_A_TURN = 32, 128, 1e-3, 20
+MODEL = GPTConfig(
+    vocab_size=256,
+    d_model=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    d_ff=512,
+    max_positions=LENGTH,
+    dropout_rate=0.0,
+    pad_token_id=0,
+    eos_token_id=0,
+    decoder_start_token_id=0,
+    scan_layers=False,
+)
+
+
+class Book:
+    """Bytes to learn from, and the last tenth to be measured on."""
+
+    def __init__(self, path: str):
+        text = np.frombuffer(Path(path).read_bytes(), np.uint8).astype(np.int32)
+        cut = len(text) * 9 // 10
+        self._train, held_out = text[:cut], text[cut:]
+        rows = len(held_out) // (LENGTH + 1)
+        self.held_out = held_out[: rows * (LENGTH + 1)].reshape(rows, LENGTH + 1)[:256]
+        self._rng = np.random.default_rng(0)
+
+    def rows(self) -> np.ndarray:
+        """Returns int32 [ROWS, LENGTH + 1], each from somewhere in the book."""
+        starts = self._rng.integers(0, len(self._train) - LENGTH, ROWS)
+        return np.stack([self._train[s : s + LENGTH + 1] for s in starts])
+
+
+class T5jax:
+    def __init__(self, book: str):
+        self._book = Book(book)
+        tx = make_optimizer(
+            OptimizerConfig(name="adamw", learning_rate=RATE), 1000, api.param_axes(MODEL)
+        )
+        loss = LossConfig(z_loss=0.0)
+        self._state = jax.jit(lambda key: create_train_state(MODEL, tx, key))(jax.random.key(0))
+        self._step = jax.jit(make_train_step(MODEL, tx, loss), donate_argnums=0)
+        self._loss = jax.jit(lambda params, batch: batch_loss(MODEL, params, batch, loss)[1])
+
+    def __call__(self):
+        for _ in range(STEPS_A_TURN):
+            self._state, metrics = self._step(self._state, _batch(self._book.rows()))
+        metrics["loss"].block_until_ready()
+
+    def result(self) -> float:
+        sums = self._loss(self._state.params, _batch(self._book.held_out))
+        return float(sums["nll"] / sums["tokens"])
+
+
+def _batch(rows: np.ndarray) -> dict:
+    return {
+        features.DECODER_INPUT_TOKENS: rows[:, :-1],
+        features.DECODER_TARGET_TOKENS: rows[:, 1:],
+        features.DECODER_LOSS_WEIGHTS: np.ones((len(rows), LENGTH), np.float32),
+    }
+
+
+def torch_gpt(book: str):
+    """Returns torch's own layers put together as GPT-2, as a contestant."""
+    import torch
+    from torch import nn
+
+    cfg = MODEL
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+            self.positions = nn.Embedding(LENGTH, cfg.d_model)
+            layer = nn.TransformerEncoderLayer(
+                cfg.d_model,
+                cfg.num_heads,
+                cfg.d_ff,
+                dropout=0.0,
+                activation=functools.partial(nn.functional.gelu, approximate="tanh"),
+                batch_first=True,
+                norm_first=True,
+            )
+            self.layers = nn.TransformerEncoder(
+                layer, cfg.num_layers, nn.LayerNorm(cfg.d_model), enable_nested_tensor=False
+            )
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
+            small = cfg.initializer_range * (2 * cfg.num_layers) ** -0.5
+            for name, x in self.named_parameters():
+                if x.ndim == 2:
+                    writes = name.endswith(("out_proj.weight", "linear2.weight"))
+                    nn.init.normal_(x, std=small if writes else cfg.initializer_range)
+
+        def forward(self, rows):
+            x = self.tokens(rows[:, :-1]) + self.positions.weight
+            x = self.layers(x, mask=self.mask, is_causal=True)
+            logits = x @ self.tokens.weight.T
+            return nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+    class Torch:
+        def __init__(self):
+            torch.manual_seed(0)
+            self._book, self._network = Book(book), GPT()
+            self._optimizer = torch.optim.AdamW(
+                self._network.parameters(), lr=RATE, weight_decay=0.0
+            )
+
+        def __call__(self):
+            for _ in range(STEPS_A_TURN):
+                self._optimizer.zero_grad()
+                self._network(torch.tensor(self._book.rows()).long()).backward()
+                self._optimizer.step()
+
+        def result(self) -> float:
+            with torch.inference_mode():
+                return self._network(torch.tensor(self._book.held_out).long()).item()
+
+    return Torch()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("book", help="a text file")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of each")
+    args = parser.parse_args()
+
+    contestants = {
+        "torch.nn, eager": functools.partial(torch_gpt, args.book),
+        "t5jax": functools.partial(T5jax, args.book),
+    }
+    # The first call, which is not timed, trains too.
+    measured = take_turns(contestants, max(1, args.steps // STEPS_A_TURN - 1))
+    num_params = sum(x.size for x in jax.tree.leaves(api.param_shapes(MODEL)))
+    table = Table(
+        title=f"GPT of {num_params:,} parameters, {ROWS} x {LENGTH} bytes a step, float32"
+    )
+    for column in ("", "nats a byte, held out", "steps/s", "times the first"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    medians = {name: statistics.median(seconds) for name, (seconds, _) in measured.items()}
+    first = next(iter(medians.values()))
+    for name, median in medians.items():
+        loss = measured[name][1]
+        table.add_row(name, f"{loss:.3f}", f"{STEPS_A_TURN / median:.2f}", f"{first / median:.2f}x")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

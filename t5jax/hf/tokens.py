@@ -1,0 +1,55 @@
+"""The special tokens in a decoder-only model's config.json.
+
+Ours begin with decoder_start_token_id, theirs with bos_token_id. Where they have none, ours begin
+with what ends a text. Theirs may have no id that pads: padding is told by segment ids here, so that
+any will do, and eos is taken, as transformers does it.
+"""
+
+import warnings
+from typing import Any
+
+from t5jax.architectures import GPTConfig
+
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_token_ids(raw: dict[str, Any], *, bos=None, eos=None, pad=None) -> dict[str, Any]:
+    """Returns the fields of `GPTConfig` that are token ids.
+
+    Args:
+      raw: config.json.
+      bos, eos, pad: what transformers takes where a key is absent; None for nothing.
+    Raises:
+      ValueError: for what is no id, or no list of ids that end a text.
+    """
+    bos, eos, pad = (
+        raw.get(key, default) for key, default in zip(KEYS, (bos, eos, pad), strict=True)
+    )
+    ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ids = [i for i in (bos, pad) if i is not None]
+    for key, found in (("eos_token_id", ends), ("bos_token_id and pad_token_id", ids)):
+        if any(type(i) is not int for i in found):
+            raise ValueError(f"config.json: {key} is {found}; expected whole numbers")
+    if not ends:
+        warnings.warn(
+            "config.json names no eos_token_id; 0 is taken, and may end a text too early",
+            stacklevel=3,
+        )
+        ends = [0]
+    return {
+        "decoder_start_token_id": ends[0] if bos is None else bos,
+        "eos_token_id": ends[0],
+        "more_eos_token_ids": tuple(ends[1:]),
+        "pad_token_id": ends[0] if pad is None or pad < 0 else pad,
+    }
+
+
+def write_token_ids(config: GPTConfig) -> dict[str, Any]:
+    """Returns the keys of config.json."""
+    ends = list(config.end_token_ids)
+    return {
+        "bos_token_id": config.decoder_start_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        # torch's embedding never trains the row that pads.
+        "pad_token_id": None if config.pad_token_id == ends[0] else config.pad_token_id,
+    }

@@ -1,0 +1,221 @@
+"""BERT: an encoder with its norms behind the branches, and the heads on it.
+
+Devlin et al. 2019 (arXiv:1810.04805), as the released checkpoints have it. Departures: every token
+is of the first kind of text (segment A), as no task here has pairs; dropout draws one mask for all
+positions of a row (`layers.Dropout`); classification of texts pools at every position, so that a
+packed row has the class of each of its texts, where only a text's first position is asked.
+
+B batch, S length, D model, H heads, K head dim, V vocab or classes.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t5jax import batch as features
+from t5jax.architectures import BertConfig
+from t5jax.models.attention import grouped_query_attention, segment_mask
+from t5jax.models.layers import (
+    ACTIVATIONS,
+    MLP,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Unembedding,
+    float32_for,
+    stack,
+)
+from t5jax.sharding import constrain
+
+
+def _norm(cfg: BertConfig, name=None):
+    return LayerNorm(cfg.layer_norm_epsilon, cfg.dtype, cfg.param_dtype, name=name)
+
+
+def _linear(cfg: BertConfig, equation, shape, axes):
+    return Linear(
+        equation, shape, axes, cfg.initializer_range, cfg.dtype, cfg.param_dtype, use_bias=True
+    )
+
+
+def _dense(cfg: BertConfig):
+    """Returns a map of the residual stream to itself."""
+    axes = ("embed", "activation_embed")
+    return _linear(cfg, "...D,DE->...E", (cfg.d_model, cfg.d_model), axes)
+
+
+class Attention(nn.Module):
+    """Self-attention in which every token of a text sees every other."""
+
+    config: BertConfig
+
+    def setup(self):
+        cfg = self.config
+        D, H, K = cfg.d_model, cfg.num_heads, cfg.head_dim
+
+        def projection():
+            return _linear(cfg, "...D,DHK->...HK", (D, H, K), ("embed", "heads", "head_dim"))
+
+        self.query, self.key, self.value = projection(), projection(), projection()
+        self.out = _linear(cfg, "...HK,HKD->...D", (H, K, D), ("heads", "head_dim", "embed"))
+        self.dropout = Dropout(cfg.dropout_rate)
+
+    def __call__(self, x_BSD, mask_B1SS):
+        q_BSHK, k_BSHK, v_BSHK = (
+            constrain(project(x_BSD), "batch", "length", "heads", "head_dim")
+            for project in (self.query, self.key, self.value)
+        )
+        h_BSHK = grouped_query_attention(  # Of as many groups as there are heads.
+            q_BSHK,
+            k_BSHK,
+            v_BSHK,
+            mask_B1SS,
+            scale=self.config.head_dim**-0.5,
+            dropout=self.dropout,
+        )
+        return self.out(h_BSHK)
+
+
+class Layer(nn.Module):
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, mask_B1SS):
+        cfg = self.config
+        dropout = Dropout(cfg.dropout_rate)
+        h_BSD = Attention(cfg, name="attention")(x_BSD, mask_B1SS)
+        x_BSD = _norm(cfg, "attention_norm")(x_BSD + dropout(h_BSD))
+        x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
+
+        h_BSD = MLP(
+            cfg.d_model,
+            cfg.d_ff,
+            cfg.activation,
+            False,
+            0.0,
+            cfg.initializer_range,
+            cfg.initializer_range,
+            cfg.dtype,
+            cfg.param_dtype,
+            use_bias=True,
+            name="mlp",
+        )(x_BSD)
+        x_BSD = _norm(cfg, "mlp_norm")(x_BSD + dropout(h_BSD))
+        return constrain(x_BSD, "batch", "length", "activation_embed"), None
+
+
+class Encoder(nn.Module):
+    """All layers."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x_BSD, mask_B1SS):
+        cfg = self.config
+        x_BSD, _ = stack(Layer, cfg, cfg.num_layers)(cfg, name="layers")(x_BSD, mask_B1SS)
+        return x_BSD
+
+
+class MaskedLM(nn.Module):
+    """What stands between the encoder's output and the matrix over the vocabulary, and its bias."""
+
+    config: BertConfig
+
+    def setup(self):
+        cfg = self.config
+        self.transform = _dense(cfg)
+        self.norm = _norm(cfg)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        self.bias = self.param("bias", init, (cfg.vocab_size,), cfg.param_dtype)
+
+    def __call__(self, x):
+        return self.norm(ACTIVATIONS[self.config.activation](self.transform(x)))
+
+
+class Network(nn.Module):
+    """The whole network. `t5jax.models.api` wraps its methods as functions of parameters."""
+
+    config: BertConfig
+
+    def setup(self):
+        cfg = self.config
+        table = (cfg.d_model, cfg.initializer_range, cfg.dtype, cfg.param_dtype)
+        self.token_embedder = Embedding(cfg.vocab_size, *table)
+        self.position_embedder = Embedding(cfg.max_positions, *table, axis="length")
+        self.type_embedder = Embedding(cfg.type_vocab_size, *table, axis=None)
+        self.embedding_norm = _norm(cfg)
+        self.encoder = Encoder(cfg)
+        self.dropout = Dropout(cfg.dropout_rate)
+        if cfg.head == "masked_lm":
+            self.masked_lm = MaskedLM(cfg)
+            if not cfg.tie_word_embeddings:
+                self.lm_head = Unembedding(cfg.d_model, cfg.vocab_size, *table[1:])
+        if cfg.head in ("sequence_classification", "pooler"):
+            self.pooler = _dense(cfg)
+        if cfg.classifies:
+            # Classes are few, and need not divide by anything: no logical axis.
+            self.classifier = Unembedding(
+                cfg.d_model, cfg.num_outputs, *table[1:], use_bias=True, axis=None
+            )
+
+    def encode(self, batch):
+        """Returns the last layer's output [B, S, D]."""
+        cfg = self.config
+        tokens_BS = batch[features.ENCODER_INPUT_TOKENS]
+        length = tokens_BS.shape[1]
+        if length > cfg.max_positions:
+            raise ValueError(
+                f"a row of {length} tokens has no positions in this model; {cfg.family} learned "
+                f"{cfg.max_positions} (model.max_positions); make rows shorter "
+                "(data.inputs_length), or cut the text"
+            )
+        positions_BS = batch.get(features.ENCODER_POSITIONS, jnp.arange(length)[None])
+        mask_B1SS = (tokens_BS != cfg.pad_token_id)[:, None, None, :]
+        if features.ENCODER_SEGMENT_IDS in batch:
+            ids_BS = batch[features.ENCODER_SEGMENT_IDS]
+            mask_B1SS = segment_mask(ids_BS, ids_BS)
+
+        x_BSD = self.token_embedder(tokens_BS) + self.position_embedder(positions_BS)
+        x_BSD += self.type_embedder(jnp.zeros((1, 1), jnp.int32))
+        x_BSD = self.dropout(self.embedding_norm(x_BSD))
+        return self.encoder(constrain(x_BSD, "batch", "length", "activation_embed"), mask_B1SS)
+
+    def hidden(self, batch):
+        """Returns what `unembed` reads [B, S, D]: the last layer's output, or pooled."""
+        cfg = self.config
+        x_BSD = self.encode(batch)
+        if cfg.head in ("sequence_classification", "pooler"):
+            x_BSD = jnp.tanh(self.pooler(x_BSD))
+        return self.dropout(x_BSD) if cfg.classifies else x_BSD
+
+    def unembed(self, x):
+        """Returns float32 logits [..., V] for `hidden`'s output [..., D]."""
+        cfg = self.config
+        if cfg.classifies:
+            return self.classifier(x)
+        x = self.masked_lm(x)
+        logits = self.token_embedder.attend(x) if cfg.tie_word_embeddings else self.lm_head(x)
+        return logits + float32_for(logits, self.masked_lm.bias)
+
+    def logits(self, batch):
+        logits_BSV = self.unembed(self.hidden(batch))
+        return constrain(logits_BSV, "batch", "length", None if self.config.classifies else "vocab")
+
+
+def unembed_params(cfg: BertConfig) -> tuple[str, ...]:
+    """Returns the names of the parameters that `Network.unembed` reads."""
+    if cfg.head == "masked_lm":
+        return ("masked_lm", "token_embedder" if cfg.tie_word_embeddings else "lm_head")
+    return ("classifier",) if cfg.classifies else ()
+
+
+def head_params(cfg: BertConfig) -> dict[str, tuple]:
+    """Returns the names of the head's parameters, each with what it must share to be the same."""
+    names = {
+        "masked_lm": ("masked_lm",) if cfg.tie_word_embeddings else ("masked_lm", "lm_head"),
+        "sequence_classification": ("pooler", "classifier"),
+        "token_classification": ("classifier",),
+        "pooler": ("pooler",),
+        "none": (),
+    }[cfg.head]
+    return {name: (cfg.head, cfg.labels) if name == "classifier" else () for name in names}
