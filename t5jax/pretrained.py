@@ -113,7 +113,7 @@ class Source:
             )
             read = _flatten(checkpoint.load_params(self.path, *shared))
         else:
-            read = hf_io.load_shared_params(self.path, model, names, shardings)
+            read = hf_io.load_shared_params(self.path, self.model, model, names, shardings)
         return flax.traverse_util.unflatten_dict({**read, **new}, sep="/")
 
     def missing(self, model: ModelConfig) -> list[str]:
@@ -124,7 +124,7 @@ class Source:
         """
         missing = api.new_params(model, self.model)
         if missing and not self.is_checkpoint:
-            spare = hf_io.spare_params(self.path, model)
+            spare = hf_io.spare_params(self.path, self.model, model)
             missing = [name for name in missing if name not in spare]
         return missing
 
@@ -155,7 +155,7 @@ def find(name_or_path: str) -> Source:
             "--vocabulary FILE`, and give OUTPUT here"
         )
     path = hf_io.resolve(name_or_path)
-    return Source(path, Config(model=hf_io.read_config(path)))
+    return Source(path, Config(model=hf_io.read_config(path, load_tokenizer)))
 
 
 def adopt(model: ModelConfig, source: Source, name: str) -> ModelConfig:

@@ -55,7 +55,9 @@ def _write(
     from apache_beam.metrics import MetricsFilter
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    read = (recipe.task, recipe.split, recipe.lengths, recipe.encoder.tokenizer, task_files)
+    encoder = recipe.encoder
+    vocabulary = (encoder.tokenizer, encoder.labels)
+    read = (recipe.task, recipe.split, recipe.lengths, vocabulary, task_files)
     pipeline = beam.Pipeline(options=PipelineOptions(options))
     _ = (
         pipeline
@@ -85,10 +87,10 @@ def _read(what):
 
     from t5jax.data import pipeline
 
-    name, split, lengths, tokenizer, task_files = what
+    name, split, lengths, (tokenizer, labels), task_files = what
     pipeline.load_tasks(task_files)
     dropped = Counter()
-    recipe = recipe_of(pipeline.check_mixture(name), split, tokenizer, lengths)
+    recipe = recipe_of(pipeline.check_mixture(name), split, tokenizer, lengths, labels)
     yield from enumerate(recipe.chunks(dropped))
     for step, count in dropped.items():
         Metrics.counter(_DROPPED, step).inc(count)

@@ -34,7 +34,7 @@ import numpy as np
 from t5jax.data import cached
 from t5jax.data.fingerprint import changed_file, stamp_files
 from t5jax.data.recipes import Encoder, Recipe, recipe_of
-from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def cache_tasks(
     processes: int | None = None,
     num_shards: int = NUM_SHARDS,
     rebuild: bool = False,
+    labels: LabelTokenizer | None = None,
     write: Callable[[Recipe, Path, int, Counter], list["Shard"]] | None = None,
 ) -> list[CacheReport]:
     """Writes the caches of a task, or of a mixture's tasks, that are missing or do not match.
@@ -84,6 +85,7 @@ def cache_tasks(
       processes: that tokenize; as many as there are cores by default, and 1 for this one alone.
       num_shards: files of a cache, at most.
       rebuild: write those that match, too.
+      labels: of the run, whose model is a classifier.
       write: what writes the shards, such as `t5jax.data.beam.make_writer()`; by default,
         processes of this machine.
     Raises:
@@ -112,7 +114,7 @@ def cache_tasks(
     reports = []
     for task, split in itertools.product(tasks, splits):
         if split in task.splits:
-            recipe = recipe_of(task, split, tokenizer, lengths)
+            recipe = recipe_of(task, split, tokenizer, lengths, labels)
             path = cached.split_folder(folder, task.name, split)
             with _lock(path):
                 reports.append(_cache(recipe, path, num_shards, rebuild, write))

@@ -26,7 +26,7 @@ import numpy as np
 
 from t5jax.data.api import Example
 from t5jax.data.objectives import BoundObjective, example_rng
-from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 INFO_FILE = "cache.json"
 LENGTHS_FILE = "lengths.npy"
@@ -345,6 +345,7 @@ def open_cached(
     lengths: Mapping[str, int],
     seed: int,
     split: str = "train",
+    labels: LabelTokenizer | None = None,
 ) -> CachedExamples:
     """Returns the cached examples of a registered task or mixture.
 
@@ -357,6 +358,7 @@ def open_cached(
       lengths: tokens of "inputs" and "targets" with eos.
       seed: of the order of examples and of objectives.
       split: to read.
+      labels: of the run, whose model is a classifier.
     Raises:
       ValueError: where a task has no cache, or a damaged one.
     """
@@ -372,6 +374,8 @@ def open_cached(
             "vocabulary": repr(tokenizer),
         },
     )
+    if labels is not None:
+        fingerprint["model.labels"] = repr(labels)
     for task in tasks:
         objective = getattr(task.source, "objective", None)
         if objective is not None:

@@ -31,8 +31,8 @@ from t5jax.data.fewshot import POOL_SIZE, FewShot
 from t5jax.data.sources import Row, Source, get_field
 from t5jax.data.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
 from t5jax.data.tf import from_generator, seqio, tf
-from t5jax.data.vocabularies import RunVocabulary
-from t5jax.tokenizers import Tokenizer
+from t5jax.data.vocabularies import RunVocabulary, run_labels
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 TRAIN_SPLIT = "train"
 
@@ -138,11 +138,14 @@ class _Definition:
 def _register(task: _Definition) -> seqio.Task:
     if task.name in seqio.TaskRegistry.names() or task.name in seqio.MixtureRegistry.names():
         raise ValueError(f"there is a task or mixture {task.name!r} already; choose another name")
-    feature = seqio.Feature(task.vocabulary, add_eos=True)
+    vocabularies = {"inputs": task.vocabulary, "targets": task.vocabulary.of_targets()}
     return seqio.TaskRegistry.add(
         task.name,
         source=PromptedSource(task),
-        output_features={"inputs": feature, "targets": feature},
+        output_features={
+            name: seqio.Feature(vocabulary, add_eos=True)
+            for name, vocabulary in vocabularies.items()
+        },
         preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
         postprocess_fn=_postprocess_fn(task.postprocess),
         metric_fns=list(task.metrics),
@@ -253,6 +256,7 @@ class PromptedSource(seqio.DataSource):
         dropped: Counter | None = None,
         *,
         tokenizer: Tokenizer | None = None,
+        labels: LabelTokenizer | None = None,
         lengths: Mapping[str, int] | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, str]]:
@@ -262,6 +266,7 @@ class PromptedSource(seqio.DataSource):
           split: name of the split.
           dropped: counts what is left out, by reason.
           tokenizer: of the run. A chat template may come from it, and it counts tokens.
+          labels: of the run, whose model is a classifier; then there is a tokenizer too.
           lengths: tokens of "inputs" and "targets" with eos. Without these and a tokenizer, every
             exemplar stays and no target is too long.
           shard: (i, n) renders row i and every n-th after it, of those that cleaning leaves.
@@ -274,11 +279,11 @@ class PromptedSource(seqio.DataSource):
         """
         dropped = Counter() if dropped is None else dropped
         try:
-            yield from self._examples(split, dropped, tokenizer, lengths, shard)
+            yield from self._examples(split, dropped, tokenizer, labels, lengths, shard)
         except ValueError as error:
             raise ValueError(f"task {self.definition.name!r}: {error}") from None
 
-    def _examples(self, split, dropped, tokenizer, lengths, shard):
+    def _examples(self, split, dropped, tokenizer, labels, lengths, shard):
         lengths = lengths if tokenizer is not None and lengths else {}
         is_train = split == TRAIN_SPLIT
         renderers = self._renderers(split, tokenizer, lengths.get("inputs"))
@@ -289,8 +294,14 @@ class PromptedSource(seqio.DataSource):
             for template, render in renderers[first:] + renderers[:first]:
                 try:
                     prompt = render(row, number)
-                    reason = self._reason_to_drop(prompt, is_train, tokenizer, lengths)
                     references = self._references_of(row)
+                    if labels is not None and not prompt.is_empty:
+                        # Metrics compare with the labels themselves.
+                        found = labels.decode(labels.encode(prompt.targets))
+                        references = references or json.dumps(found)
+                        arranged = labels.arrange(prompt.inputs, prompt.targets, tokenizer)
+                        prompt = prompt._replace(targets=arranged)
+                    reason = self._reason_to_drop(prompt, is_train, labels or tokenizer, lengths)
                 except ValueError as error:
                     where = f"split {split!r}, row {number}, template {template}"
                     raise ValueError(f"{where}: {error}") from None
@@ -385,11 +396,14 @@ class PromptedSource(seqio.DataSource):
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
         # There is one shard, so SeqIO never asks for a part of it.
-        lengths = _lengths.get()
-        tokenizer = self.definition.vocabulary.tokenizer if self._needs_tokenizer else None
+        lengths, labels = _lengths.get(), run_labels()
+        needed = self._needs_tokenizer or labels is not None
+        tokenizer = self.definition.vocabulary.tokenizer if needed else None
         text = tf.TensorSpec([None], tf.string)
         dataset = from_generator(
-            lambda: _in_chunks(self.examples(split, tokenizer=tokenizer, lengths=lengths)),
+            lambda: _in_chunks(
+                self.examples(split, tokenizer=tokenizer, labels=labels, lengths=lengths)
+            ),
             dict.fromkeys(("inputs", "targets", SOURCE_FEATURE, REFERENCES_FEATURE), text),
         ).unbatch()
         # Texts fill the buffer faster than tokens, and SeqIO repeats the data after this, so that

@@ -6,6 +6,7 @@ where the task does: a corpus is cut into pieces that fill a row, exemplars have
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import inspect
 import itertools
@@ -18,7 +19,7 @@ import numpy as np
 
 from t5jax.data.fingerprint import describe
 from t5jax.data.objectives import cut
-from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 FORMAT = 2
 """To be raised with every change of what is written for the same task."""
@@ -56,6 +57,8 @@ class Encoder:
     eos_ids: Mapping[str, int | None]
     """What is put behind each feature's tokens; None for nothing."""
     tokenizer: Tokenizer
+    labels: LabelTokenizer | None = None
+    """Of the targets, where the run's model is a classifier."""
     piece_length: int | None = None
     """Of a corpus: tokens into which its documents, joined with eos, are cut."""
     tokenized: bool = False
@@ -64,7 +67,11 @@ class Encoder:
     @property
     def dtype(self) -> str:
         """Of the tokens in a record."""
-        return "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<i4"
+        return "<u2" if self._num_ids <= 1 << 16 else "<i4"
+
+    @property
+    def _num_ids(self) -> int:
+        return max(self.tokenizer.vocab_size, self.labels.vocab_size if self.labels else 0)
 
     def __call__(self, chunk: list[Mapping[str, Any]]) -> tuple[np.ndarray, list[bytes]]:
         """Returns the features' lengths, int32 [n, features], and the n records.
@@ -80,7 +87,7 @@ class Encoder:
             rows = [[self._tokens(example, f) for f in self.features] for example in chunk]
         lengths = np.array([[len(x) for x in row] for row in rows], np.int32)
         largest = max((int(x.max()) for row in rows for x in row if len(x)), default=0)
-        if largest >= self.tokenizer.vocab_size:
+        if largest >= self._num_ids:
             raise ValueError(
                 f"an example has the id {largest}, but the vocabulary {self.tokenizer} has "
                 f"{self.tokenizer.vocab_size}; use the vocabulary of its task"
@@ -96,27 +103,41 @@ class Encoder:
         if self.tokenized:
             return np.asarray(example[feature])
         eos_id = self.eos_ids[feature]
-        ids = self.tokenizer.encode(example[feature])
+        of_labels = self.labels is not None and feature == "targets"
+        ids = (self.labels if of_labels else self.tokenizer).encode(example[feature])
         return np.array(ids if eos_id is None else [*ids, eos_id], np.int32)
 
 
-def recipe_of(task, split: str, tokenizer: Tokenizer, lengths: Mapping[str, int]) -> Recipe:
+def recipe_of(
+    task,
+    split: str,
+    tokenizer: Tokenizer,
+    lengths: Mapping[str, int],
+    labels: LabelTokenizer | None = None,
+) -> Recipe:
     """Returns how a SeqIO task is cached.
 
     Raises:
       ValueError: where something random, or something that depends on lengths, follows what would
-        be cached.
+        be cached; for classes of a task that is no prompted one.
     """
     fingerprint = {
         "the format of caches": FORMAT,
         "the vocabulary": repr(tokenizer),
         "the tokenizers' version": _version_of(tokenizer),
     }
+    if labels is not None:
+        if not hasattr(task.source, "templates"):
+            raise ValueError(
+                f"task {task.name} is no prompted task, which a classifier's targets come from; "
+                "register it with t5jax.data.prompts.prompted_task"
+            )
+        fingerprint["model.labels"] = repr(labels)
     source = task.source
     if hasattr(source, "objective"):
         make = _corpus_recipe
     elif hasattr(source, "templates"):
-        make = _prompted_recipe
+        make = functools.partial(_prompted_recipe, labels=labels)
     else:
         make = _foreign_recipe
     recipe = make(task, split, tokenizer, lengths)
@@ -125,7 +146,7 @@ def recipe_of(task, split: str, tokenizer: Tokenizer, lengths: Mapping[str, int]
     return dataclasses.replace(recipe, fingerprint=json.loads(json.dumps(fingerprint)))
 
 
-def _prompted_recipe(task, split, tokenizer, lengths) -> Recipe:
+def _prompted_recipe(task, split, tokenizer, lengths, labels) -> Recipe:
     source = task.source
     fingerprint = {
         "its templates or how they are read": source.fingerprint(tokenizer),
@@ -139,11 +160,12 @@ def _prompted_recipe(task, split, tokenizer, lengths) -> Recipe:
         fingerprint["data.targets_length"] = lengths["targets"]
 
     def chunks(dropped):
-        texts = source.examples(split, dropped, tokenizer=tokenizer, lengths=lengths)
+        texts = source.examples(split, dropped, tokenizer=tokenizer, labels=labels, lengths=lengths)
         return _in_chunks(({f: text[f] for f in features} for text in texts), CHUNK)
 
     features = ("inputs", "targets")
-    encoder = Encoder(features, dict.fromkeys(features, tokenizer.eos_id), tokenizer)
+    eos_ids = {"inputs": tokenizer.eos_id, "targets": (labels or tokenizer).eos_id}
+    encoder = Encoder(features, eos_ids, tokenizer, labels)
     return Recipe(task.name, split, lengths, chunks, encoder, fingerprint, files)
 
 

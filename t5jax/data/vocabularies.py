@@ -2,7 +2,8 @@
 
 A prompted task does not fix a vocabulary: its features hold a `RunVocabulary`, which stands for
 the tokenizer that the run has chosen (data.vocabulary, or that of init.model), or else for the
-task's own. So one task trains any model.
+task's own. So one task trains any model. Where the run's model is a classifier, that of its targets
+stands for the classes.
 """
 
 import contextlib
@@ -27,24 +28,35 @@ from t5jax.data.tf import seqio, tf
 from t5jax.tokenizers import (
     SPACED_SENTINEL,
     ByteTokenizer,
+    LabelTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
 
-_run_tokenizer: contextvars.ContextVar[Tokenizer | None] = contextvars.ContextVar(
-    "run_tokenizer", default=None
+_run: contextvars.ContextVar[tuple[Tokenizer | None, LabelTokenizer | None]] = (
+    contextvars.ContextVar("run", default=(None, None))
 )
 
 
 @contextlib.contextmanager
-def run_vocabulary(tokenizer: Tokenizer):
-    """Sets what every `RunVocabulary` stands for while data sets are built inside."""
-    token = _run_tokenizer.set(tokenizer)
+def run_vocabulary(tokenizer: Tokenizer, labels: LabelTokenizer | None = None):
+    """Sets what every `RunVocabulary` stands for while data sets are built inside.
+
+    Args:
+      tokenizer: of the run.
+      labels: of its targets, where its model is a classifier.
+    """
+    token = _run.set((tokenizer, labels))
     try:
         yield
     finally:
-        _run_tokenizer.reset(token)
+        _run.reset(token)
+
+
+def run_labels() -> LabelTokenizer | None:
+    """Returns the classes of the run that data sets are being built for, if it has any."""
+    return _run.get()[1]
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -126,7 +138,7 @@ class RunVocabulary(TokenizerVocabulary):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        tokenizer = _run_tokenizer.get() or self.default
+        tokenizer = _run.get()[0] or self.default
         if tokenizer is None:
             raise ValueError(
                 "the run has no vocabulary; set data.vocabulary or init.model, or give the task "
@@ -138,6 +150,24 @@ class RunVocabulary(TokenizerVocabulary):
     def default(self) -> Tokenizer | None:
         """The task's own tokenizer."""
         return None if self._default is None else as_tokenizer(self._default)
+
+    def of_targets(self) -> "RunVocabulary":
+        """Returns that of the targets, which are classes where the run's model is a classifier."""
+        return _TargetsVocabulary(self)
+
+
+class _TargetsVocabulary(RunVocabulary):
+    def __init__(self, run: RunVocabulary):
+        seqio.Vocabulary.__init__(self)
+        self._run = run
+
+    @property
+    def tokenizer(self) -> Any:
+        return run_labels() or self._run.tokenizer
+
+    @property
+    def default(self) -> Tokenizer | None:
+        return self._run.default
 
 
 def as_tokenizer(source: Any) -> Tokenizer:

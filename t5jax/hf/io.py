@@ -30,7 +30,6 @@ from t5jax.architectures import BertConfig, ModelConfig, check_dtype
 from t5jax.hf import bert, gemma, gpt2, llama, qwen3, t5, t5gemma
 from t5jax.hf.mapping import Family, Row, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
-from t5jax.tokenizers import load_tokenizer
 
 FAMILIES: tuple[Family, ...] = (
     t5.FAMILY,
@@ -121,12 +120,18 @@ def _needed(files: Iterable[str]) -> list[str]:
 # --- Config -------------------------------------------------------------------------------------
 
 
-def read_config(folder: str | os.PathLike) -> ModelConfig:
+def read_config(
+    folder: str | os.PathLike, load_tokenizer: Callable[[Path], Any] | None = None
+) -> ModelConfig:
     """Returns the description of the network in a folder's config.json.
 
     dtype, param_dtype, scan_layers and remat are this package's defaults; config.json has no word
     for them.
 
+    Args:
+      folder: as `resolve` returns it.
+      load_tokenizer: returns a folder's tokenizer, which tells ids that config.json may leave out;
+        without it, or where there is none, they are those of the description by default.
     Raises:
       ValueError: if there is no config.json, it is of an architecture that is not known, or it
         asks for something that is not implemented.
@@ -147,7 +152,8 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
             f"{folder / _CONFIG}: architectures is {classes}; expected one of "
             f"{', '.join(family.architectures)}, whose checkpoints hold the whole network"
         )
-    raw = raw | _missing_token_ids(folder, family, raw)
+    if load_tokenizer is not None:
+        raw = raw | _missing_token_ids(folder, family, raw, load_tokenizer)
     has_weights = _weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH)
     opened: contextlib.AbstractContextManager[Tensors] = (
         open_tensors(folder) if has_weights else contextlib.nullcontext({})
@@ -156,7 +162,9 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
         return family.read_config(raw, family.rename(tensors))
 
 
-def _missing_token_ids(folder: Path, family: Family, raw: dict[str, Any]) -> dict[str, Any]:
+def _missing_token_ids(
+    folder: Path, family: Family, raw: dict[str, Any], load_tokenizer: Callable[[Path], Any]
+) -> dict[str, Any]:
     """Returns ids that config.json leaves out and the folder's tokenizer has, if there is one."""
     missing = {key: name for key, name in family.token_ids if raw.get(key) is None}
     if not missing:
@@ -351,13 +359,18 @@ def load_params(folder: str | os.PathLike, config: ModelConfig, shardings=None) 
 
 
 def load_shared_params(
-    folder: str | os.PathLike, config: ModelConfig, names: Iterable[str], shardings=None
+    folder: str | os.PathLike,
+    own: ModelConfig,
+    config: ModelConfig,
+    names: Iterable[str],
+    shardings=None,
 ) -> dict[str, jax.Array]:
     """Returns those parameters of a network that a folder has, whose own network is another.
 
     Args:
       folder: as `resolve` returns it.
-      config: the network that is read for: that of the folder under another head, or a part of it.
+      own: the folder's network, as `read_config` returns it.
+      config: the network that is read for: the folder's under another head, or a part of it.
       names: paths of what to read. The rest of the folder's network is left alone.
       shardings: as in `load_params`, of the whole network.
     Returns:
@@ -369,7 +382,7 @@ def load_shared_params(
     leaves = _flatten(api.param_shapes(config))
     leaves = {name: leaf for name, leaf in leaves.items() if name in names}
     rows = [row for row in family.rows(config) if row.ours in leaves]
-    ignored = (*family.ignored, *_patterns(family.rows(read_config(folder))))
+    ignored = (*family.ignored, *_patterns(family.rows(own)))
     places = _flatten(shardings) if shardings is not None else {}
     with open_tensors(folder) as tensors:
         tensors = family.rename(tensors)
@@ -380,20 +393,20 @@ def load_shared_params(
         }
 
 
-def spare_params(folder: str | os.PathLike, config: ModelConfig) -> set[str]:
+def spare_params(folder: str | os.PathLike, own: ModelConfig, config: ModelConfig) -> set[str]:
     """Returns the paths of a network's parameters that a folder holds beside its own network's.
 
     BERT's first files, which are of a masked language model, have the pooler that classification
     begins with.
     """
     family = _family(config)
-    own = re.compile("|".join(_patterns(family.rows(read_config(folder)))))
+    used = re.compile("|".join(_patterns(family.rows(own))))
     with open_tensors(folder) as tensors:
         tensors = family.rename(tensors)
         return {
             row.ours
             for row in family.rows(config)
-            if row.theirs in tensors and not own.fullmatch(row.theirs)
+            if row.theirs in tensors and not used.fullmatch(row.theirs)
         }
 
 
