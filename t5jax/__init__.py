@@ -1,4 +1,4 @@
-"""t5jax: T5 models in JAX, from a prompted task to a trained, evaluated, exported model.
+"""t5jax: T5, GPT and BERT in JAX, from a prompted task to a trained, evaluated, exported model.
 
 import t5jax
 model = t5jax.load("google/flan-t5-small")

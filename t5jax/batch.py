@@ -126,13 +126,14 @@ def pad_ids(
     return tokens
 
 
-def special_ids(model: ModelConfig) -> dict[str, Any]:
-    """Returns what `data.converters.make_converter` has to know of a model."""
+def converter_options(model: ModelConfig) -> dict[str, Any]:
+    """Returns what `data.converters.make_converter` has to know of a model beside the spec."""
+    options = {"eos_id": model.eos_token_id}
+    if model.kind != "encoder":
+        return options | {"start_id": model.decoder_start_token_id}
     if isinstance(model, BertConfig):
-        head = {"head": model.head, "num_labels": len(model.labels)}
-        return {"eos_id": model.eos_token_id, "start_id": model.cls_token_id} | head
-    start_id = 0 if model.kind == "encoder" else model.decoder_start_token_id
-    return {"eos_id": model.eos_token_id, "start_id": start_id}
+        options |= {"start_id": model.cls_token_id, "head": model.head}
+    return options | {"num_labels": model.num_outputs}
 
 
 def as_prompt(model: ModelConfig, inputs: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from json import dumps
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from t5jax.data.api import EvalExample, EvalSet, Example
 from t5jax.data.converters import make_converter
 from t5jax.losses import batch_loss
 from t5jax.models import api
-from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Evaluator:
         # Cross-entropy alone: a perplexity is not to depend on how the model was trained.
         plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
         self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
+        self._labels = LabelTokenizer.of(model)
+        self._classes = jax.jit(
+            lambda params, batch: api.logits(model, params, batch).argmax(axis=-1)
+        )
 
     def evaluate(self, params: api.Params, eval_set: EvalSet) -> Result:
         """Measures one task."""
@@ -82,7 +86,8 @@ class Evaluator:
             "perplexity": math.exp(min(loss, 700.0)),
             "token_accuracy": 100 * sums["correct"] / sums["tokens"],
         }
-        if not self._generate or not eval_set.metric_fns:
+        predicts = self._model.kind != "encoder" or self._labels
+        if not (self._generate and eval_set.metric_fns and predicts):
             return Result(scores, sums, {}, [])
         predictions = self._predict(params, eval_set)
         targets = [example.targets for example in examples]
@@ -95,21 +100,28 @@ class Evaluator:
         return Result(scores, sums, baselines, predictions)
 
     def _sum_losses(self, params, eval_set: EvalSet) -> dict[str, float]:
-        examples = eval_set.examples
-        spec = features.BatchSpec(
-            self._batch_size,
-            _length([e.input_ids for e in examples]),
-            _length([e.target_ids for e in examples]),
-            kind=self._kind,
-        )
-        convert = make_converter(spec, **features.special_ids(self._model))
         total = Counter()
-        for part in self._parts(eval_set):
-            batch = convert([[_as_example(e)] for e in part])
+        for batch in self._batches(eval_set):
             total.update(jax.device_get(self._losses(params, self._shard(batch))))
         return {name: float(value) for name, value in total.items()}
 
+    def _batches(self, eval_set: EvalSet) -> Iterator[features.Batch]:
+        """Yields batches with inputs and targets, all of one shape but for the last one's rows."""
+        examples = eval_set.examples
+        spec = features.BatchSpec(
+            self._batch_size,
+            # An encoder that classifies reads one token more, in front.
+            _length([e.input_ids for e in examples], more=self._labels is not None),
+            _length([e.target_ids for e in examples]),
+            kind=self._kind,
+        )
+        convert = make_converter(spec, **features.converter_options(self._model))
+        for start in range(0, len(examples), self._batch_size):
+            yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
+
     def _predict(self, params, eval_set: EvalSet) -> list[str]:
+        if self._labels:
+            return self._classify(params, eval_set)
         prompts = [features.as_prompt(self._model, e.input_ids) for e in eval_set.examples]
         length = _length(prompts)
         texts = []
@@ -121,9 +133,17 @@ class Evaluator:
             texts += [self._tokenizer.decode(row.tolist()) for row in tokens_BT]
         return texts
 
-    def _parts(self, eval_set: EvalSet):
-        for start in range(0, len(eval_set.examples), self._batch_size):
-            yield eval_set.examples[start : start + self._batch_size]
+    def _classify(self, params, eval_set: EvalSet) -> list[str]:
+        """Returns the likeliest label of each text, or of each of its words."""
+        texts = []
+        for batch in self._batches(eval_set):
+            asked_BS = batch[features.ENCODER_LOSS_WEIGHTS] > 0
+            classes_BS = np.asarray(jax.device_get(self._classes(params, self._shard(batch))))
+            texts += [
+                self._labels.decode(classes[asked].tolist())
+                for classes, asked in zip(classes_BS, asked_BS, strict=False)
+            ]
+        return texts
 
     def _shard(self, batch):
         batch = features.pad_rows(batch, self._batch_size)
@@ -236,6 +256,6 @@ def _as_example(example: EvalExample) -> Example:
     return {name: np.array(ids, np.int32) for name, ids in sides.items() if ids}
 
 
-def _length(ids: Sequence[Sequence[int]]) -> int:
-    """Returns the longest row, rounded up to a multiple of 8: one shape for a whole task."""
-    return -(-max(map(len, ids)) // 8) * 8
+def _length(ids: Sequence[Sequence[int]], more: int = 0) -> int:
+    """Returns the longest row and `more`, rounded up to a multiple of 8: one shape for a task."""
+    return -(-(max(map(len, ids)) + more) // 8) * 8

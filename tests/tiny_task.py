@@ -1,10 +1,13 @@
-"""A task for runs of seconds: write letters as capitals. Registered through data.task_files."""
+"""Tasks for runs of seconds, registered through data.task_files.
+
+Write letters as capitals; say with which letter a word begins, or of each of two which it is.
+"""
 
 import random
 
 from t5jax.data.prompts import prompted_task
 from t5jax.data.sources import Source
-from t5jax.metrics import exact_match
+from t5jax.metrics import accuracy, exact_match
 
 
 def rows(split, size):
@@ -13,10 +16,19 @@ def rows(split, size):
     return [{"word": word, "capitals": word.upper()} for word in words]
 
 
+SOURCE = Source({s: lambda s=s, n=n: rows(s, n) for s, n in [("train", 40), ("validation", 11)]})
+
 prompted_task(
     "capitals",
-    Source({s: lambda s=s, n=n: rows(s, n) for s, n in [("train", 40), ("validation", 11)]}),
+    SOURCE,
     [("capitals: {word}", "{capitals}")],
     metrics=[exact_match],
     vocabulary="bytes",
+)
+prompted_task("first_letter", SOURCE, ["{{word}} ||| letter {{word[0]}}"], metrics=[accuracy])
+prompted_task(
+    "letters",
+    SOURCE,
+    ["{{word[0]}} {{word}} ||| {{word[0]}} {{word[-1]}}"],
+    metrics=[accuracy],
 )

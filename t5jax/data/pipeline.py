@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import shipped
-from t5jax.batch import BatchSpec, special_ids, train_spec
+from t5jax.architectures import BertConfig, ModelConfig
+from t5jax.batch import converter_options, train_spec
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalExample, EvalSet, Example, Examples
 from t5jax.data.batches import Batches, ChangingBatches
-from t5jax.data.converters import make_converter
+from t5jax.data.converters import example_lengths, make_converter
 from t5jax.data.corpus import CorpusSource
-from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, register_variant
+from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, PromptedSource, register_variant
 from t5jax.data.tf import read, seqio, tf
 from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
@@ -150,6 +151,13 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
             "another vocabulary"
         )
     expected = {"eos_token_id": tokenizer.eos_id}
+    if isinstance(model, BertConfig):
+        if tokenizer.bos_id is None:
+            raise ValueError(
+                f"{tokenizer} has no token that begins a text, as BERT's [CLS]; set "
+                "data.vocabulary to one that has, such as google-bert/bert-base-uncased"
+            )
+        expected["cls_token_id"] = tokenizer.bos_id
     if model.kind != "decoder":  # Whose padding is told by its place: GPT-2 pads with a word's id.
         expected["pad_token_id"] = tokenizer.pad_id
     for field, value in expected.items():
@@ -183,18 +191,27 @@ def train_iterator(
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
     spec = train_spec(config, has_inputs=_have_inputs(mixtures))
+    options = converter_options(config.model)
+    lengths = example_lengths(spec, options.get("head", "none"))
+    labels = LabelTokenizer.of(config.model)
     for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
-            _check_objective(task, tokenizer, spec)
+            _check_objective(task, config.model, tokenizer, lengths)
         if config.data.cache:
             from t5jax.data.cache import cache_tasks
 
-            cache_tasks(name, config.data.cache, tokenizer, _lengths(spec))
+            cache_tasks(name, config.data.cache, tokenizer, lengths, labels=labels)
 
     def make_stage(name: str, seed: int) -> BatchIterator:
-        converter = make_converter(spec, **special_ids(config.model))
-        examples = _examples(config, name, tokenizer, spec, seed)
-        return Batches(examples, converter, spec, seed, rows)
+        if config.data.cache:
+            from t5jax.data.cached import open_cached
+
+            examples: Examples = open_cached(
+                name, config.data.cache, tokenizer, lengths, seed, labels=labels
+            )
+        else:
+            examples = StreamedExamples(name, tokenizer, lengths, seed, labels)
+        return Batches(examples, make_converter(spec, **options), spec, seed, rows)
 
     return ChangingBatches(
         [
@@ -221,34 +238,30 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
     return all(having.values())
 
 
-def _examples(
-    config: Config, mixture: str, tokenizer: Tokenizer, spec: BatchSpec, seed: int
-) -> Examples:
-    if not config.data.cache:
-        return StreamedExamples(mixture, tokenizer, _lengths(spec), seed)
-    from t5jax.data.cached import open_cached
-
-    return open_cached(mixture, config.data.cache, tokenizer, _lengths(spec), seed)
-
-
-def _lengths(spec: BatchSpec) -> dict[str, int]:
-    """Returns what examples are cut to. An encoder's targets stand where its inputs stand."""
-    targets = spec.inputs_length if spec.kind == "encoder" else spec.targets_length
-    return {"inputs": max(spec.inputs_length, 1), "targets": targets}
-
-
-def _check_objective(task: seqio.Task, tokenizer: Tokenizer, spec: BatchSpec) -> None:
-    if not isinstance(task.source, CorpusSource):
-        return
-    objective = task.source.objective
-    if objective.encoder_only != (spec.kind == "encoder"):
-        wanted = "an encoder-only model" if objective.encoder_only else "a model with a decoder"
+def _check_objective(
+    task: seqio.Task, model: ModelConfig, tokenizer: Tokenizer, lengths: dict[str, int]
+) -> None:
+    """Raises ValueError for a task that asks for something else than the model gives."""
+    if not isinstance(task.source, (CorpusSource, PromptedSource)):
+        return  # SeqIO's own: what its examples are for cannot be told.
+    objective = getattr(task.source, "objective", None)
+    hides_tokens = objective is not None and objective.encoder_only
+    if hides_tokens != (getattr(model, "head", None) == "masked_lm"):
+        needed = "an encoder with a masked_lm head" if hides_tokens else "another model"
+        given = f"model.head {model.head}" if hasattr(model, "head") else model.kind
         raise ValueError(
-            f"task {task.name} has the objective {objective}, which is for {wanted}; choose "
-            "another task or another model"
+            f"task {task.name} ({objective or 'inputs and targets'}) is for {needed}, and not for "
+            f"{model.family} with {given}; choose another task or another model"
+        )
+    if objective is None:
+        return
+    if model.kind == "encoder" and not hides_tokens:
+        raise ValueError(
+            f"task {task.name} has the objective {objective}, which is for a model with a decoder; "
+            "choose another task or another model"
         )
     try:
-        objective.bind(tokenizer, *_lengths(spec).values())
+        objective.bind(tokenizer, *lengths.values())
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
 
@@ -327,10 +340,11 @@ def eval_sets(
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
-    _check_objective(task, tokenizer, spec)
-    with run_vocabulary(tokenizer):
+    lengths = example_lengths(spec, converter_options(config.model).get("head", "none"))
+    _check_objective(task, config.model, tokenizer, lengths)
+    with run_vocabulary(tokenizer, LabelTokenizer.of(config.model)):
         # The seed is that of objectives: every evaluation asks the same.
-        dataset = task.get_dataset(_lengths(spec), split, shuffle=False, num_epochs=1, seed=0)
+        dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1, seed=0)
     limit = -1 if config.eval.num_examples is None else config.eval.num_examples
     rows = read(lambda: list(dataset.take(limit).as_numpy_iterator()))
     if not rows:

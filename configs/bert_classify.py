@@ -1,0 +1,43 @@
+"""Fine-tuning a BERT to tell which of two novels a paragraph is from: classification of texts.
+
+    T5JAX_DATA=... t5jax train bert_classify --init.model google-bert/bert-base-uncased
+
+tasks/novels.py says where the books are found. Vocabulary and sizes come with the model; the head
+is new. For a task of your own set data.mixture, and model.labels to its targets. Hardware: one TPU
+chip or GPU, which has not been run. On 2 CPU cores a small BERT learns it from nothing:
+
+    T5JAX_DATA=... t5jax train bert_classify --data.vocabulary google-bert/bert-base-uncased \\
+      --model.d-model 128 --model.d-ff 512 --model.num-layers 2 --model.num-heads 2 \\
+      --optimizer.learning-rate 5e-4
+
+Result to expect of that: EXPECT
+"""
+
+from t5jax.architectures import BertConfig
+from t5jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/bert_classify",
+        model=BertConfig(
+            head="sequence_classification",
+            labels=("Moby-Dick", "Pride and Prejudice"),
+        ),
+        data=DataConfig(mixture="novels_book", inputs_length=128, batch_size=32),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=5e-5, schedule="linear", warmup_steps=20, clip_norm=1.0
+        ),
+        loss=LossConfig(z_loss=0.0),
+        train=TrainConfig(steps=200, log_every=10),
+        eval=EvalConfig(every=50, batch_size=64, num_samples=1),
+        checkpoint=CheckpointConfig(every=200),
+    )

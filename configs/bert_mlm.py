@@ -1,0 +1,42 @@
+"""BERT's pretraining, masked tokens, on two novels: a small BERT from nothing.
+
+    T5JAX_DATA=... t5jax train bert_mlm --data.vocabulary google-bert/bert-base-uncased
+
+tasks/novels.py says where the books are found; a vocab.txt that lies here does as vocabulary too.
+Another text: --data.mixture with a task of the objective MaskedLM. Hardware: any; some minutes on
+2 CPU cores. Result to expect: EXPECT
+"""
+
+from t5jax.architectures import BertConfig
+from t5jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        run_dir="runs/bert_mlm",
+        model=BertConfig(
+            d_model=128,
+            d_ff=512,
+            num_layers=2,
+            num_heads=2,
+            max_positions=128,
+            dropout_rate=0.0,
+            scan_layers=False,  # Unrolled is faster on CPU, and two layers compile quickly.
+        ),
+        data=DataConfig(mixture="novels_mlm", inputs_length=128, batch_size=32),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=2e-3, schedule="cosine", warmup_steps=20, clip_norm=1.0
+        ),
+        loss=LossConfig(z_loss=0.0),
+        train=TrainConfig(steps=150, log_every=10),
+        eval=EvalConfig(every=50, batch_size=32, generate=False),
+        checkpoint=CheckpointConfig(every=150),
+    )
