@@ -1,0 +1,217 @@
+"""The files of a T5X checkpoint, in each of the forms that T5X has written: name to array.
+
+    FILE                          flax's msgpack with every array in it
+    checkpoint_STEP/
+      checkpoint                  the same, but large arrays are references to zarr folders
+      target.encoder.…/.zarray    one array, in chunks
+    checkpoint_STEP/state/        what Orbax writes for T5X: zarr folders, or all of them inside an
+                                  OCDBT database, with or without a msgpack file
+
+Names are paths in T5X's train state: "target/decoder/decoder_norm/scale", "state/step". Arrays in
+zarr stay on disk until they are indexed. A msgpack file is held as a whole, once.
+"""
+
+import dataclasses
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore
+from flax import serialization
+
+from t5jax.hf.mapping import Tensors
+
+_MSGPACK = "checkpoint"
+_OCDBT = "manifest.ocdbt"
+_PLACEHOLDER = "PLACEHOLDER://"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a path can only be meant as T5X's: a file, or a folder of the forms above."""
+    if path.is_dir():
+        named = _steps(path) or _is_state(path) or _is_state(path / "state")
+        return bool(named) and not (path / "config.json").exists()
+    return path.is_file()
+
+
+def open_tensors(path: Path) -> Tensors:
+    """Returns the arrays of a checkpoint by name.
+
+    Args:
+      path: a msgpack file, or the folder of one step.
+    Raises:
+      ValueError: if it is no checkpoint of T5X's, or cut short, or refers to arrays that are not
+        there.
+    """
+    if path.is_file():
+        file, folder = path, path.parent
+    else:
+        folder = path / "state" if (path / "state").is_dir() else path
+        file = folder / _MSGPACK
+        if not _is_state(folder):
+            steps = ", ".join(_steps(path)[:8])
+            there = f"checkpoints of several steps: {steps}; choose one" if steps else "none"
+            raise ValueError(f"{path}: expected T5X's checkpoint of one step, found {there}")
+
+    leaves = dict(_leaves(_read_msgpack(file))) if file.is_file() else {}
+    inside = {name: value for name, value in leaves.items() if not isinstance(value, str)}
+    stored = {name: value for name, value in leaves.items() if isinstance(value, str)}
+    if not file.is_file():
+        stored = {name.replace(".", "/"): name for name in _list_arrays(folder)}
+    tensors: dict[str, Any] = {
+        name: _Array(np.asarray(value), str(file)) for name, value in inside.items()
+    }
+    tensors |= _open_arrays(folder, stored)
+    if not any(name.startswith("target/") for name in tensors):
+        names = ", ".join(sorted({name.split("/")[0] for name in tensors})) or "nothing"
+        raise ValueError(
+            f"{path} is not a checkpoint of T5X's: expected parameters below target/, found {names}"
+        )
+    return tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    """An array that was read, or one in zarr."""
+
+    array: Any
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> str:
+        name = self.array.dtype.name
+        return re.sub(r"^(b?)float(\d+)$", lambda m: f"{m[1].upper()}F{m[2]}", name)
+
+    def __getitem__(self, index) -> np.ndarray:
+        if isinstance(self.array, np.ndarray):
+            return self.array[index]
+        try:
+            return self.array[index].read().result()
+        except ValueError as error:
+            raise ValueError(
+                f"{self.where} cannot be read ({_first_line(error)}); copy the checkpoint again"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _steps(folder: Path) -> list[str]:
+    found = [p.name for p in folder.glob("checkpoint_*") if re.fullmatch(r"\D+\d+", p.name)]
+    return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
+
+
+def _is_state(folder: Path) -> bool:
+    return (
+        (folder / _MSGPACK).is_file()
+        or (folder / _OCDBT).is_file()
+        or any(folder.glob("target.*/.zarray"))
+    )
+
+
+# --- msgpack ------------------------------------------------------------------------------------
+
+
+def _read_msgpack(file: Path) -> dict[str, Any]:
+    """Returns the train state in a file, with arrays and references to arrays as its leaves."""
+    with file.open("rb") as opened:
+        start = opened.read(21)
+        if start == b"model_checkpoint_path":
+            raise ValueError(
+                f"{file} belongs to a TensorFlow checkpoint, as Mesh TensorFlow's T5 wrote them; "
+                "convert it with T5X's convert_tf_checkpoint, and import what it writes"
+            )
+        try:
+            # Not read but mapped, so that the host holds the arrays alone.
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                tree = serialization.msgpack_restore(mapped)
+        except Exception as error:
+            raise ValueError(
+                f"{file} is not a whole msgpack file of T5X's ({_first_line(error)}): "
+                f"{file.stat().st_size} bytes are here; if it is one, it was cut short or damaged "
+                "on its way, and must be copied again (of a Hugging Face model give the folder)"
+            ) from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} holds a {type(tree).__name__}; expected T5X's train state")
+    # T5X puts its train state below "optimizer", Orbax has it as it is or below its field's name.
+    kept = {k: v for k, v in tree.items() if k not in ("version", "optimizer", "_optimizer")}
+    return kept | (tree.get("optimizer") or tree.get("_optimizer") or {})
+
+
+def _leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields name and array; instead of an array in zarr, the name of its folder."""
+    for key, value in tree.items():
+        path = (*above, str(key))
+        if isinstance(value, dict) and "kvstore" in value:  # The reference of T5X's own writer.
+            place = value["kvstore"].get("path") or value.get("path") or ""
+            yield "/".join(path), place.strip("/").rsplit("/", 1)[-1]
+        elif isinstance(value, dict):
+            yield from _leaves(value, path)
+        elif isinstance(value, str):  # Orbax's.
+            yield "/".join(path), value.removeprefix(_PLACEHOLDER)
+        elif value is not None:
+            yield "/".join(path), value
+
+
+# --- zarr ---------------------------------------------------------------------------------------
+
+
+def _store(folder: Path, name: str = "") -> dict[str, Any]:
+    """Returns tensorstore's description of where an array's files are, or those of all arrays."""
+    name = f"{name}/" if name else ""
+    if (folder / _OCDBT).is_file():
+        base = {"driver": "file", "path": f"{folder.absolute()}/"}
+        return {"driver": "ocdbt", "base": base, "path": name}
+    return {"driver": "file", "path": f"{folder.absolute()}/{name}"}
+
+
+def _list_arrays(folder: Path) -> Iterable[str]:
+    if not (folder / _OCDBT).is_file():
+        return [path.parent.name for path in folder.glob("*/.zarray")]
+    keys = tensorstore.KvStore.open(_store(folder)).result().list().result()
+    return [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+
+
+def _open_arrays(folder: Path, names: dict[str, str]) -> Tensors:
+    """Opens arrays in zarr, all at once: reads what they are, not what is in them.
+
+    Args:
+      names: name of an array to that of its folder.
+    """
+    opening = {
+        name: tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": _store(folder, stored),
+                # A chunk that is not there would be read as zeros.
+                "fill_missing_data_reads": False,
+            },
+            open=True,
+            read=True,
+        )
+        for name, stored in names.items()
+    }
+    tensors: dict[str, Any] = {}
+    failed = []
+    for name, opened in opening.items():
+        where = f"{folder}/{names[name]}"
+        try:
+            tensors[name] = _Array(opened.result(), where)
+        except ValueError as error:
+            lacks = "NOT_FOUND" in str(error)
+            failed.append(f"{names[name]} ({'not there' if lacks else _first_line(error)})")
+    if failed:
+        more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+        raise ValueError(
+            f"{folder} refers to {len(names)} arrays, of which {len(failed)} cannot be opened: "
+            f"{', '.join(failed[:8])}{more}; copy the checkpoint again, with all its folders"
+        )
+    return tensors
