@@ -191,7 +191,7 @@ class Network(nn.Module):
         # One more than in the decoder, as in transformers 5; version 4 and Google's own code have
         # as many.
         window = cfg.sliding_window and cfg.sliding_window + 1
-        reach = _reach(cfg.encoder, mask_B1SS, window, positions_BS)
+        reach = gpt.Reach(*_reach(cfg.encoder, mask_B1SS, window, positions_BS))
         x_BSD = self.dropout(_scaled(self.encoder_embedder, tokens_BS))
         x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
         return self.dropout(self.encoder(x_BSD, reach))
@@ -208,11 +208,11 @@ class Network(nn.Module):
             mask_B1TT &= segment_mask(ids_BT, ids_BT)
             cross_mask_B1TS = segment_mask(ids_BT, batch[features.ENCODER_SEGMENT_IDS])
         positions_BT = _positions(batch, features.DECODER_POSITIONS, tokens_BT)
-        reach = _reach(cfg.decoder, mask_B1TT, cfg.sliding_window, positions_BT)
-        x_BTD = constrain(
-            self.dropout(self.embed(tokens_BT)), "batch", "length", "activation_embed"
-        )
-        return self.dropout(self.decoder(x_BTD, reach, encoded_BSD, cross_mask_B1TS))
+        own = _reach(cfg.decoder, mask_B1TT, cfg.sliding_window, positions_BT)
+        x_BTD = self.dropout(self.embed(tokens_BT))
+        x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
+        reach = DecoderReach(*own, encoded=encoded_BSD, cross_mask=cross_mask_B1TS)
+        return self.dropout(self.decoder(x_BTD, reach))
 
     def unembed(self, x_BTD):
         """Returns float32 logits [..., V] for `hidden`'s output [..., D]."""
@@ -245,13 +245,13 @@ def _positions(batch, name: str, tokens):
     return batch[name] if name in batch else jnp.arange(tokens.shape[1])[None]
 
 
-def _reach(cfg: GPTConfig, mask, window: int | None, positions) -> gpt.Reach:
-    """Returns what each token of one side sees, and how its query and key are turned."""
+def _reach(cfg: GPTConfig, mask, window: int | None, positions) -> tuple:
+    """Returns the fields of `gpt.Reach` for the tokens of one side."""
     local_mask = None
     if any(cfg.local_layers):
         # Distances in a row: inside one text they are those of positions.
         local_mask = mask & window_mask(positions.shape[1], window)
-    return gpt.Reach(mask, local_mask, _rope(cfg, positions), None)
+    return mask, local_mask, _rope(cfg, positions), None
 
 
 def _rope(cfg: GPTConfig, positions):
