@@ -1,5 +1,7 @@
 """`t5jax tasks` and `t5jax vocab train`: what they find in tasks, and say of broken ones."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -309,6 +311,34 @@ def test_commands_refuse(args, message, capsys, tmp_path, monkeypatch):
     status, out, err = run(capsys, *[str(tmp_path) if arg == "FOLDER" else arg for arg in args])
     assert (status, out) == (1, "")
     assert message in err
+
+
+def test_tokens_show_where_words_begin(capsys, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("say aaa aa a b\n" * 9)
+    run(capsys, "vocab", "train", lines, "--size", 9, "--output", tmp_path / "x.model")
+    options = ["--vocabulary", tmp_path / "x.model", "--num", 1]
+    _, out, _ = run(capsys, "tasks", "show", "inspect_open", *options)
+    inputs, targets = (line for line in out.splitlines() if " tokens: " in line)
+    assert "".join(re.findall(r"\[(.*?)\]", inputs)) == " say a<eos>"
+    assert "".join(re.findall(r"\[(.*?)\]", targets)) == " <unk><eos>"
+    assert out.count("vocabulary: SentencePieceTokenizer(109 ids") == 1
+
+
+def test_lengths_that_no_example_has_are_one_line(capsys):
+    rows = [{"q": "a" * n, "a": "1"} for n in (1, 1, 1, 50, 100)]
+    add("inspect_gaps", rows)
+    limits = ["--inputs-length", 60, "--targets-length", 4]
+    _, out, _ = run(capsys, "tasks", "show", "inspect_gaps", *limits)
+    found = out.partition("inputs, 60 at most\n")[2].partition("\n\ntargets, 4 at most\n")
+    assert found[0].splitlines() == [
+        "    0 to   9  3  " + "█" * 50,
+        "   10 to  49  0",
+        "   50 to  59  1  " + "█" * 17,
+        "   60 to  99  0",
+        "  100 to 109  1  " + "█" * 17 + "  longer than the limit",
+    ]
+    assert found[2].splitlines()[:3] == ["  2  5  " + "█" * 50, "", "rows and examples dropped"]
 
 
 def test_groups_and_their_commands_have_help(capsys):

@@ -1,6 +1,7 @@
 """`t5jax tasks list`, `show` and `check`: from a task's file to what the model will see."""
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -143,12 +144,15 @@ def _print_report(report) -> None:
         print(*_histogram(feature), sep="\n")
         print()
     print("rows and examples dropped" + ("" if report.is_whole else " among those read"))
-    if report.dropped:
-        _print_table(["by", "number"], [(k, f"{n:,}") for k, n in report.dropped.items()])
+    if not report.dropped:
+        print("  none: the task has no step that could")
+    elif not any(report.dropped.values()):
+        print(f"  none by {', '.join(report.dropped)}")
     else:
-        print("  none: the task has no step that drops any")
-    for name, tokenizer in report.tokenizers.items():
-        print(f"vocabulary of {name}: {tokenizer}")
+        _print_table(["by", "number"], [(k, f"{n:,}") for k, n in report.dropped.items()])
+    vocabularies = {str(tokenizer): name for name, tokenizer in report.tokenizers.items()}
+    for tokenizer, name in vocabularies.items():
+        print(f"vocabulary{f' of {name}' if len(vocabularies) > 1 else ''}: {tokenizer}")
 
 
 _MAX_TOKENS = 64
@@ -158,12 +162,15 @@ _PERCENTILES = (50, 90, 95, 99)
 def _pieces(tokenizer, ids: list[int]) -> Iterator[str]:
     """Yields each token as its number and, in brackets, its text where it has any of its own."""
     # GPT-2 has all three in one, which is then the eos.
-    names = {tokenizer.unk_id: "unk", tokenizer.pad_id: "pad"} | {tokenizer.eos_id: "eos"}
+    names = {tokenizer.unk_id: "<unk>", tokenizer.pad_id: "<pad>"} | {tokenizer.eos_id: "<eos>"}
+    names |= {i: tokenizer.decode([i]) for i in tokenizer.sentinel_ids}
+    # Behind another one, since a text's first token loses the space with which a word begins.
+    before = tokenizer.encode("e")[-1:]
+    start = len(tokenizer.decode(before))
     for i in ids:
-        text = f"<{names[i]}>" if i in names else tokenizer.decode([i])
-        # A space alone has no text in SentencePiece, a part of a character none in bytes.
+        text = names.get(i) or tokenizer.decode([*before, i])[start:]
         shown = text if text.isprintable() and "�" not in text else repr(text)
-        yield f"{i}[{shown}]" if text else str(i)
+        yield f"{i}[{shown}]" if text else str(i)  # In bytes, a part of a character has none.
 
 
 def _length_row(name: str, feature) -> list[str]:
@@ -186,11 +193,19 @@ def _histogram(feature) -> Iterator[str]:
     from t5jax.data.inspect import length_bins
 
     counts, edges = length_bins(feature.lengths)
-    width, digits = len(f"{edges[-1]:,}"), len(f"{max(counts):,}")
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(50 * count / max(counts)) or ("▏" if count else "")
-        cut = "  longer than the limit" if low > feature.limit else ""
-        yield f"  {low:>{width},} to {high - 1:>{width},}  {count:>{digits},}  {bar}{cut}"
+    most, digits = max(counts), len(f"{edges[-1]:,}")
+    lines = []
+    # Neighbours without examples are one line.
+    for _, group in itertools.groupby(range(len(counts)), lambda i: i if counts[i] else -1):
+        bins = list(group)
+        count, low, high = counts[bins[0]], edges[bins[0]], edges[bins[-1] + 1] - 1
+        last = f" to {high:>{digits},}" if high > low else ""
+        bar = "█" * round(50 * count / most) or ("▏" if count else "")
+        cut = "  longer than the limit" if count and low > feature.limit else ""
+        lines.append((f"{low:>{digits},}{last}", f"{count:,}", bar + cut))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for bounds, count, bar in lines:
+        yield f"  {bounds:<{widths[0]}}  {count:>{widths[1]}}  {bar}".rstrip()
 
 
 # --- check --------------------------------------------------------------------------------------

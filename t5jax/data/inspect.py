@@ -93,10 +93,12 @@ def _where(source: Any) -> str:
         function = function.function
     if hasattr(function, "patterns"):
         return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
-    if isinstance(function, functools.partial) and function.args:
+    if isinstance(function, functools.partial):
         library = {"_tfds_rows": "TFDS", "_hf_rows": "Hugging Face"}.get(_name_of(function.func))
-        return f"{library} {function.args[0]}" if library else _name_of(function.func)
-    code = getattr(function, "__code__", None)
+        if library:
+            return f"{library} {function.args[0]}"
+        function = function.func
+    code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
     return Path(code.co_filename).name if code else type(function).__name__
 
 
@@ -230,7 +232,8 @@ def plot_lengths(report: TaskReport, path: str | Path) -> None:
         axes = figure.add_subplot(1, len(report.features), i + 1)
         counts, edges = length_bins(feature.lengths, 40)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="0.55", linewidth=0)
-        label = f"limit {feature.limit:,}: {feature.truncated:.2%} are longer"
+        longer = f"{feature.truncated:.2%} are" if feature.truncated else "none is"
+        label = f"limit {feature.limit:,}: {longer} longer"
         # A limit far out would squeeze the bars into a corner.
         if feature.limit <= 1.5 * edges[-1]:
             axes.axvline(feature.limit, color="tab:red", linewidth=1.2)
@@ -238,7 +241,7 @@ def plot_lengths(report: TaskReport, path: str | Path) -> None:
         axes.set_xlabel("Tokens with eos")
         axes.set_ylabel("Examples")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
             axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
