@@ -5,6 +5,7 @@ several examples; segment ids number them from 1, and 0 is padding. Positions co
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -170,6 +171,11 @@ def prompt_batch(
     if kind == "prefix_lm":
         batch[DECODER_CAUSAL_ATTENTION] = batch[DECODER_SEGMENT_IDS]
     return batch
+
+
+def as_answer(model: ModelConfig, tokens: Sequence[int]) -> list[int]:
+    """Returns the tokens that were written before the first that ends a text."""
+    return list(itertools.takewhile(lambda i: i not in model.end_token_ids, tokens))
 
 
 def without_eos(inputs, eos_id: int):

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 USAGE = """\
 usage: t5jax COMMAND ...
 
-T5 models in JAX, from a prompted task to a trained, evaluated, exported model.
+T5, GPT and BERT in JAX, from a prompted task to a trained, evaluated, exported model.
 
 models:
   train CONFIG [--section.field VALUE ...]   train; goes on by itself where the run stopped
   eval MODEL                                 a task's metrics, loss and perplexity
   infer --model MODEL --prompt TEXT          answers to prompts
+  embed --model MODEL --text TEXT            vectors of texts, of BERT or a T5's encoder
   export MODEL OUTPUT                        write a Hugging Face folder
-  import MODEL OUTPUT                        make a Hugging Face model a run to train from
+  import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
 
 data:
   tasks list | show NAME | check NAME        what there is; what a model sees of it; is it sound
@@ -39,6 +40,7 @@ COMMANDS = {
     "train": "train.train",
     "eval": "model.evaluate",
     "infer": "model.infer",
+    "embed": "model.embed",
     "export": "model.export",
     "import": "model.import_",
     "tasks": "tasks.tasks",

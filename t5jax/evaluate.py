@@ -130,7 +130,8 @@ class Evaluator:
             batch = features.prompt_batch(part, self._kind, self._batch_size, length)
             tokens_BT = decoding.greedy(self._model, params, self._shard(batch), self._max_tokens)
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(part)]
-            texts += [self._tokenizer.decode(row.tolist()) for row in tokens_BT]
+            answers = (features.as_answer(self._model, row.tolist()) for row in tokens_BT)
+            texts += [self._tokenizer.decode(answer) for answer in answers]
         return texts
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:

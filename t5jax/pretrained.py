@@ -241,7 +241,8 @@ class Pretrained:
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
                 tokens_BT = decoding.greedy(self.model, self.params, batch, max_tokens)
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
-            answers += [self.tokenizer.decode(row.tolist()) for row in tokens_BT]
+            written = (features.as_answer(self.model, row.tolist()) for row in tokens_BT)
+            answers += [self.tokenizer.decode(tokens) for tokens in written]
         return answers
 
     def embed(

@@ -1,6 +1,7 @@
-"""`t5jax eval`, `infer`, `export` and `import`: what takes a model."""
+"""`t5jax eval`, `infer`, `embed`, `export` and `import`: what takes a model."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Literal
@@ -74,19 +75,8 @@ class Infer:
 
 def infer(args: list[str]) -> None:
     options = parse(Infer, args, prog="t5jax infer")
-    for name in ("max_tokens", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more"
-            )
-    if options.prompt:
-        prompts = list(options.prompt)
-    else:
-        if sys.stdin.isatty():
-            print("one prompt a line; Ctrl-D ends", file=sys.stderr)
-        prompts = sys.stdin.read().splitlines()
-    if not prompts:
-        raise ValueError("there is no prompt; give --prompt TEXT, or lines on standard input")
+    _check_positive(max_tokens=options.max_tokens, batch_size=options.batch_size)
+    prompts = _given_or_lines(options.prompt, "prompt")
 
     from t5jax.pretrained import load
 
@@ -95,6 +85,83 @@ def infer(args: list[str]) -> None:
     )
     for answer in answers:
         print(answer if options.prompt else answer.replace("\n", " "))
+
+
+def _check_positive(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
+
+
+def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
+    """Returns the texts of an option, or where it has none, the lines of standard input."""
+    if given:
+        return list(given)
+    if sys.stdin.isatty():
+        print(f"one {what} a line; Ctrl-D ends", file=sys.stderr)
+    lines = sys.stdin.read().splitlines()
+    if not lines:
+        raise ValueError(f"there is no {what}; give --{what} TEXT, or lines on standard input")
+    return lines
+
+
+# --- embed --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed:
+    """Gives each text a vector: BERT's, or that of a T5's encoder.
+
+    Without --text, each line of standard input is a text. Vectors go to standard output, each a
+    line that is a JSON list of numbers, or all of them to a file.
+    """
+
+    model: str
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
+    text: tuple[str, ...] = ()
+    """One or more texts."""
+    output: Path | None = None
+    """A .npy file to write, float32 [texts, d_model], instead of standard output."""
+    pooling: Literal["mean", "first", "max", "pooler"] = "mean"
+    """mean or max over a text's tokens, the special ones among them; first: the first token's
+    vector; pooler: BERT's layer over it, where its head has one."""
+    max_length: int | None = None
+    """Tokens of a text, at most; longer ones are cut. None: nothing is cut."""
+    batch_size: int = 32
+    """Texts at a time."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What to compute in, and to hold parameters in. None: as the model was trained."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to use."""
+
+
+def embed(args: list[str]) -> None:
+    options = parse(Embed, args, prog="t5jax embed")
+    _check_positive(batch_size=options.batch_size)
+    output = options.output
+    if output and (output.suffix != ".npy" or not output.parent.is_dir()):
+        raise ValueError(
+            f"--output {output}: expected a file that ends in .npy, in a folder that exists"
+        )
+    texts = _given_or_lines(options.text, "text")
+
+    import numpy as np
+
+    from t5jax.pretrained import load
+
+    vectors = load(options.model, dtype=options.dtype, mesh=options.mesh).embed(
+        texts,
+        pooling=options.pooling,
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+    )
+    if output:
+        np.save(output, vectors)
+        print(f"wrote {output}: {len(vectors)} x {vectors.shape[1]}", file=sys.stderr)
+        return
+    for vector in vectors:
+        # By way of text: as few digits as tell a float32.
+        print(json.dumps([float(str(x)) for x in vector]))
 
 
 # --- export and import --------------------------------------------------------------------------
@@ -114,20 +181,34 @@ class Export:
     """Largest file of weights, in bytes; with more than one file an index is written."""
     overwrite: bool = False
     """Replace a model that is there."""
+    encoder_only: bool = False
+    """Write the encoder of a T5 model alone, as transformers' T5EncoderModel reads it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Makes a run's folder of a Hugging Face model, whose parameters other runs start from.
+    """Makes a run's folder of a Hugging Face model or of a T5X checkpoint.
 
-    Not needed for `--init.model`, which takes a hub name or a folder directly: it spares reading
-    and converting a large model at every start.
+    Other runs start from its parameters; with --loss-tokens, `t5jax train` also goes on where T5X
+    stood. A Hugging Face model need not be imported, since `--init.model` takes it directly:
+    importing spares reading and converting a large one at every start.
     """
 
     model: str
-    """Hub name, Hugging Face folder, run, or checkpoint."""
+    """Hub name, Hugging Face folder, run, checkpoint; or T5X's checkpoint_STEP."""
     output: str
     """Folder to write."""
+    vocabulary: str = ""
+    """T5X: what it was trained with, as its checkpoints have no tokenizer: a SentencePiece .model
+    file, "bytes", or a folder or hub name with a tokenizer."""
+    mlp_activation: Literal["relu", "gated-gelu", "gated-silu"] | None = None
+    """T5X: of the MLP. None: that of the published sizes with the same shapes."""
+    loss_tokens: float | None = None
+    """T5X: go on with its Adafactor, whose statistics are of a loss summed over so many target
+    tokens: those of a batch, where LOSS_NORMALIZING_FACTOR is None (BATCH_SIZE times the targets'
+    length, if packed); 1, where it is NUM_REAL_TARGET_TOKENS. None: parameters alone."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to split the state over on its way."""
 
 
 def export(args: list[str]) -> None:
@@ -140,7 +221,18 @@ def export(args: list[str]) -> None:
 
 def import_(args: list[str]) -> None:
     options = parse(Import, args, prog="t5jax import", positional=True)
+    from t5jax.importing import import_t5x, is_t5x
     from t5jax.pretrained import import_model
 
-    import_model(**fields(options))
+    if is_t5x(options.model):
+        for line in import_t5x(**fields(options)):
+            print(line, file=sys.stderr)
+    else:
+        for name in ("vocabulary", "mlp_activation", "loss_tokens"):
+            if getattr(options, name) not in (None, ""):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for T5X checkpoints; {options.model} says "
+                    "itself what it is"
+                )
+        import_model(options.model, options.output, mesh=options.mesh)
     print(f"wrote {options.output}", file=sys.stderr)

@@ -1,0 +1,209 @@
+"""Every kind of model through the loop: it learns, goes on in the same bits, is measured and used.
+
+T5 is in test_train.py, whose properties of the loop are not shown again here.
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import small_gpt
+import tiny
+from t5jax import monitor, pretrained
+from t5jax.architectures import BertConfig, GPTConfig
+from t5jax.batch import as_answer
+from t5jax.evaluate import evaluate_model
+from t5jax.hf import io as hf_io
+from t5jax.tokenizers import ByteTokenizer
+from t5jax.train import train
+from tiny import assert_same_bits, make_config, read_metrics
+
+compile_once, one_device = tiny.compile_once, tiny.one_device
+pytestmark = pytest.mark.slow
+
+BYTES = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+GPT = {
+    name: dataclasses.replace(model, scan_layers=False, **BYTES)
+    for name, model in {
+        "gpt2": small_gpt.GPT2,
+        "llama": small_gpt.LLAMA,
+        "gemma2": small_gpt.GEMMA2,  # Three layers, two of them local.
+    }.items()
+}
+BERT = BertConfig(
+    vocab_size=16,
+    d_model=16,
+    d_ff=32,
+    num_layers=2,
+    num_heads=2,
+    max_positions=32,
+    cls_token_id=2,
+    eos_token_id=3,
+    scan_layers=False,
+)
+HEADS = {
+    "first_letter": {
+        "head": "sequence_classification",
+        "labels": tuple(f"letter {x}" for x in "abcd"),
+    },
+    "letters": {"head": "token_classification", "labels": tuple("abcd")},
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> str:
+    """A WordPiece vocabulary whose words are split into letters."""
+    path = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    path.write_text("\n".join([*special, *"abcd", *(f"##{x}" for x in "abcd")]) + "\n")
+    return str(path)
+
+
+def config_of(model, run_dir, **sections):
+    return dataclasses.replace(make_config(run_dir, **sections), model=model)
+
+
+def losses(run_dir) -> list[float]:
+    return [x["train/loss"] for x in monitor.read_metrics(run_dir) if "train/loss" in x]
+
+
+@pytest.mark.parametrize("name", GPT)
+def test_a_decoder_learns_goes_on_and_writes(name, tmp_path):
+    data = {"pack": True, "inputs_length": 24} if name == "llama" else {}
+    sections = {
+        "data": data,
+        "train": {"steps": 60, "log_every": 10},
+        "eval": {"every": 30, "num_examples": 4},
+        "checkpoint": {"every": 30},
+    }
+    whole = config_of(GPT[name], tmp_path / "whole", **sections)
+    train(whole)
+    assert losses(whole.run_dir)[-1] < losses(whole.run_dir)[0] - 0.5
+
+    parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
+    train(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=30)))
+    train(parts)
+    assert_same_bits(whole.run_dir, parts.run_dir, 60)
+
+    model = pretrained.load(whole.run_dir)
+    prompts = ["capitals: ab", "capitals: abcd", "c"]
+    answers = model.generate(prompts, max_tokens=5)
+    assert len(set(answers)) > 1
+    # A row does not depend on those beside it, though shorter ones are padded.
+    assert [model.generate([p], max_tokens=5)[0] for p in prompts] == answers
+    pretrained.export_model(
+        whole.run_dir,
+        str(tmp_path / "hf"),
+        dtype="float32",
+        max_shard_bytes=10**9,
+        overwrite=False,
+    )
+    exported = pretrained.load(str(tmp_path / "hf"))
+    assert exported.generate(prompts, max_tokens=5) == answers
+
+
+def test_a_decoders_inputs_see_one_another_where_the_run_says_so(tmp_path):
+    causal = config_of(GPT["gpt2"], tmp_path / "causal", train={"steps": 2}, eval={"every": 2})
+    prefix = dataclasses.replace(
+        causal,
+        run_dir=str(tmp_path / "prefix"),
+        data=dataclasses.replace(causal.data, prefix_lm=True),
+    )
+    train(causal)
+    train(prefix)
+    assert losses(causal.run_dir) != losses(prefix.run_dir)
+    assert pretrained.load(prefix.run_dir).kind == "prefix_lm"
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_an_encoder_learns_classes_and_goes_on(task, vocabulary, tmp_path):
+    model = dataclasses.replace(BERT, **HEADS[task])
+    sections = {
+        "data": {"mixture": task, "vocabulary": vocabulary, "pack": task == "letters"},
+        "train": {"steps": 60, "log_every": 10},
+        "eval": {"every": 30, "num_samples": 1},
+        "checkpoint": {"every": 30},
+    }
+    whole = config_of(model, tmp_path / "whole", **sections)
+    train(whole)
+    # A word's first piece says it all; of two words, the last letter has to be found.
+    *_, scores = (x for x in read_metrics(whole.run_dir) if f"validation/{task}/accuracy" in x)
+    least = {"first_letter": 60, "letters": 15}[task]
+    assert scores[f"validation/{task}/accuracy"] > least
+    assert losses(whole.run_dir)[-1] < losses(whole.run_dir)[0] - 0.3
+
+    parts = dataclasses.replace(whole, run_dir=str(tmp_path / "parts"))
+    train(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=30)))
+    train(parts)
+    assert_same_bits(whole.run_dir, parts.run_dir, 60)
+
+    table = evaluate_model(
+        whole.run_dir,
+        mixture="",
+        split="validation",
+        task_files=(),
+        batch_size=8,
+        num_examples=None,
+        inputs_length=None,
+        max_tokens=None,
+        dtype=None,
+        mesh=whole.mesh,
+        num_samples=0,
+        json=tmp_path / "scores.json",
+    )
+    again = json.loads((tmp_path / "scores.json").read_text())
+    assert table == again
+    np.testing.assert_allclose(
+        table[task]["model"]["accuracy"], scores[f"validation/{task}/accuracy"]
+    )
+    with pytest.raises(ValueError, match="bert is an encoder and writes no text"):
+        pretrained.load(whole.run_dir).generate(["a"])
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            dataclasses.replace(BERT, head="none"),
+            {},
+            "this bert is an encoder without a head",
+        ),
+        (BERT, {}, r"task first_letter \(inputs and targets\) is for another model"),
+        (
+            dataclasses.replace(BERT, head="sequence_classification", labels=("letter a", "b")),
+            {},
+            "'letter [bcd]' is no class of the model",
+        ),
+        (
+            dataclasses.replace(BERT, **HEADS["first_letter"]),
+            {"vocabulary": "bytes"},
+            "has no token that begins a text",
+        ),
+    ],
+)
+def test_what_an_encoder_cannot_learn(model, data, message, vocabulary, tmp_path):
+    data = {"mixture": "first_letter", "vocabulary": vocabulary} | data
+    if data["vocabulary"] == "bytes":
+        model = dataclasses.replace(model, vocab_size=384, eos_token_id=1)
+    with pytest.raises(ValueError, match=message):
+        train(config_of(model, tmp_path, data=data, eval={"every": 0}))
+
+
+def test_a_text_longer_than_the_learned_positions(tmp_path):
+    model = dataclasses.replace(GPT["gpt2"], max_positions=20)
+    assert isinstance(model, GPTConfig)
+    with pytest.raises(ValueError, match="max_positions"):
+        train(config_of(model, tmp_path, eval={"every": 0}))
+
+
+def test_the_tokenizers_eos_is_the_one_to_train_with(tmp_path):
+    # As Llama 3's chat models: several ids end a text, and the tokenizer's is not the first.
+    model = dataclasses.replace(GPT["llama"], eos_token_id=5, more_eos_token_ids=(1, 7))
+    hf_io.save_params(
+        tmp_path / "hf", model, small_gpt.random_params(model), tokenizer=ByteTokenizer()
+    )
+    found = pretrained.find(str(tmp_path / "hf")).model
+    assert (found.eos_token_id, found.more_eos_token_ids) == (1, (5, 7))
+    assert as_answer(found, [9, 8, 7, 6, 1]) == [9, 8]
