@@ -1,6 +1,5 @@
 """BERT against transformers', under every head, from random weights of small configs; both ways."""
 
-import dataclasses
 import json
 import warnings
 
@@ -9,7 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t5jax.architectures import BertConfig
+from small_bert import (
+    SMALL,
+    VARIANTS,
+    WITH_LOGITS,
+    batch_of,
+    pack,
+    random_params,
+    targets_of,
+    texts,
+)
 from t5jax.config import LossConfig
 from t5jax.hf import io
 from t5jax.losses import batch_loss
@@ -23,38 +31,6 @@ transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)  # For models this small a second thread only waits.
 
-TEXT_LABELS, WORD_LABELS = ("bad", "so so", "good"), ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
-SMALL = BertConfig(
-    vocab_size=67,
-    d_model=21,
-    d_ff=34,
-    num_layers=3,
-    num_heads=3,
-    max_positions=29,
-    cls_token_id=2,
-    eos_token_id=3,
-)
-VARIANTS = {
-    "masked_lm": SMALL,
-    "masked_lm_untied": dataclasses.replace(
-        SMALL, activation="gelu", num_heads=1, d_model=16, tie_word_embeddings=False
-    ),
-    "sequence_classification": dataclasses.replace(
-        SMALL, activation="relu", head="sequence_classification", labels=TEXT_LABELS
-    ),
-    "token_classification": dataclasses.replace(
-        SMALL,
-        num_heads=5,
-        d_model=20,
-        layer_norm_epsilon=1e-3,
-        type_vocab_size=1,
-        head="token_classification",
-        labels=WORD_LABELS,
-    ),
-    "pooler": dataclasses.replace(SMALL, num_layers=1, activation="gelu", head="pooler"),
-    "none": dataclasses.replace(SMALL, num_layers=2, head="none"),
-}
-WITH_LOGITS = [name for name, config in VARIANTS.items() if config.num_outputs]
 CLASSES = {
     "masked_lm": "BertForMaskedLM",
     "sequence_classification": "BertForSequenceClassification",
@@ -67,17 +43,6 @@ HIDDEN = jax.jit(api.hidden, static_argnums=0)
 ENCODE = jax.jit(api.encode, static_argnums=0)
 LOSS = jax.jit(batch_loss, static_argnums=(0, 3))
 PLAIN = LossConfig(z_loss=0.0)
-
-
-def random_params(config):
-    """Parameters all of which matter: norm scales away from 1, biases as large as the rest."""
-    rng = np.random.default_rng(0)
-
-    def one(path, x):
-        values = 0.4 * rng.standard_normal(x.shape)
-        return (values + (path[-1].key == "scale")).astype("float32")
-
-    return jax.tree_util.tree_map_with_path(one, api.param_shapes(config))
 
 
 def without_pooler(config):
@@ -117,39 +82,6 @@ def their_model(config, kind=None):
     return model
 
 
-def texts(config, lengths=(25, 17, 4), seed=1):
-    rng = np.random.default_rng(seed)
-    return [np.array([2, *rng.integers(4, config.vocab_size, n - 2), 3], np.int32) for n in lengths]
-
-
-def as_rows(texts, values, length):
-    """int32 [texts, length]: values for each text, padded with 0."""
-    out = np.zeros((len(texts), length), np.int32)
-    for row, value in zip(out, values, strict=True):
-        row[: len(value)] = value
-    return out
-
-
-def targets_of(config, texts):
-    """A target for every token of each text, and which of them are asked (at least one)."""
-    rng = np.random.default_rng(2)
-    targets = [rng.integers(0, config.num_outputs, len(text)) for text in texts]
-    asked = [rng.random(len(text)) < 0.5 for text in texts]
-    if config.head == "sequence_classification":
-        asked = [np.arange(len(text)) == 0 for text in texts]
-    return targets, asked
-
-
-def our_batch(config, length=27):
-    rows = texts(config)
-    targets, asked = targets_of(config, rows) if config.num_outputs else (rows, rows)
-    return {
-        "encoder_input_tokens": as_rows(rows, rows, length),
-        "encoder_target_tokens": as_rows(rows, targets, length),
-        "encoder_loss_weights": as_rows(rows, asked, length).astype("float32"),
-    }
-
-
 def their_output(model, config, batch):
     """Output for a padded batch, with the labels that transformers takes, of what is asked."""
     ids = torch.tensor(batch["encoder_input_tokens"]).long()
@@ -165,7 +97,7 @@ def their_output(model, config, batch):
 
 def assert_same_outputs(config, params, model):
     """Compares encodings, logits and loss, or what is pooled."""
-    batch = our_batch(config)
+    batch = batch_of(config)
     theirs = their_output(model, config, batch)
     real = batch["encoder_input_tokens"] != 0
     encoded = theirs.hidden_states[-1].numpy()
@@ -233,22 +165,7 @@ def test_packed_rows_give_what_each_text_gives_alone(variant):
     config = VARIANTS[variant]
     params, rows = random_params(config), texts(config, (11, 14, 9, 5))
     targets, asked = targets_of(config, rows)
-    packed = {name: [] for name in ("input_tokens", "target_tokens", "loss_weights")}
-    packed |= {name: [] for name in ("segment_ids", "positions")}
-    for number, (text, target, ask) in enumerate(zip(rows, targets, asked, strict=True)):
-        packed["input_tokens"] += list(text)
-        packed["target_tokens"] += list(target)
-        packed["loss_weights"] += list(ask)
-        packed["segment_ids"] += [number % 2 + 1] * len(text)
-        packed["positions"] += range(len(text))
-    # Two texts a row, with padding behind them.
-    split = len(rows[0]) + len(rows[1])
-    batch = {
-        f"encoder_{name}": as_rows(rows[:2], [values[:split], values[split:]], 27)
-        for name, values in packed.items()
-    }
-    batch["encoder_loss_weights"] = batch["encoder_loss_weights"].astype("float32")
-
+    batch = pack(config, rows, [[0, 1], [2, 3]])
     model = their_model(config)
     model.load_state_dict(
         {k: torch.tensor(v) for k, v in their_tensors(config, params).items()}, strict=False
@@ -308,7 +225,7 @@ def test_the_first_files_with_both_heads_gamma_and_beta(tmp_path):
     model = pretraining_folder(tmp_path)
     config = io.read_config(tmp_path)
     assert config == SMALL
-    batch = our_batch(config)
+    batch = batch_of(config)
     ids = torch.tensor(batch["encoder_input_tokens"]).long()
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=(ids != 0).long()).prediction_logits

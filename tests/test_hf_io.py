@@ -20,7 +20,8 @@ import pytest
 import safetensors.numpy
 from huggingface_hub import constants
 
-from t5jax.architectures import SIZES, T5Config, published
+from t5jax.architectures import T5Config, bert, published
+from t5jax.architectures.t5 import SIZES
 from t5jax.config import AxisRules, MeshConfig, to_json
 from t5jax.hf import io, mapping, t5
 from t5jax.hf.mapping import Rearrange
@@ -263,11 +264,11 @@ def test_names_and_layouts_are_theirs(folder):
         assert file.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *bert.SIZES])
 def test_every_published_size_has_a_row_for_each_leaf(size):
     config = published(size)
     shapes = io._flatten(api.param_shapes(config))
-    rows = t5.rows(config)
+    rows = io._family(config).rows(config)
     assert sorted(row.ours for row in rows) == sorted(shapes)
     names = [name for row in rows for name in row.their_shapes(shapes[row.ours].shape)]
     assert len(names) == len(set(names))

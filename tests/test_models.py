@@ -15,7 +15,8 @@ import pytest
 from golden import assert_golden
 from small import SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 from t5jax import batch as features
-from t5jax.architectures import SIZES, published
+from t5jax.architectures import published
+from t5jax.architectures.t5 import SIZES
 from t5jax.config import AxisRules, LossConfig
 from t5jax.losses import batch_loss
 from t5jax.models import api

@@ -115,6 +115,7 @@ def check_head(model: ModelConfig) -> None:
 
 def unembed(model: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V]; `params` may hold `unembed_params` alone."""
+    check_head(model)
     return _network(model).apply({"params": params}, x_BTD, method="unembed")
 
 
