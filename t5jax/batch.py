@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from t5jax.architectures import BertConfig, ModelConfig
+from t5jax.architectures import BertConfig, ModelConfig, T5GemmaConfig
 from t5jax.config import Config
 
 ENCODER_INPUT_TOKENS = "encoder_input_tokens"
@@ -130,6 +130,8 @@ def pad_ids(
 def converter_options(model: ModelConfig) -> dict[str, Any]:
     """Returns what `data.converters.make_converter` has to know of a model beside the spec."""
     options = {"eos_id": model.eos_token_id}
+    if isinstance(model, T5GemmaConfig):
+        options |= {"inputs_start_id": model.decoder_start_token_id}
     if model.kind != "encoder":
         return options | {"start_id": model.decoder_start_token_id}
     if isinstance(model, BertConfig):

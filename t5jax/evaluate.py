@@ -108,14 +108,15 @@ class Evaluator:
     def _batches(self, eval_set: EvalSet) -> Iterator[features.Batch]:
         """Yields batches with inputs and targets, all of one shape but for the last one's rows."""
         examples = eval_set.examples
+        options = features.converter_options(self._model)
+        starts = self._labels is not None or "inputs_start_id" in options
         spec = features.BatchSpec(
             self._batch_size,
-            # An encoder that classifies reads one token more, in front.
-            _length([e.input_ids for e in examples], more=self._labels is not None),
+            _length([e.input_ids for e in examples], more=starts),
             _length([e.target_ids for e in examples]),
             kind=self._kind,
         )
-        convert = make_converter(spec, **features.converter_options(self._model))
+        convert = make_converter(spec, **options)
         for start in range(0, len(examples), self._batch_size):
             yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from t5jax.batch import BatchSpec, prompt_batch, shift_right, validate_batch
-from t5jax.data.converters import make_converter, pack
+from t5jax.data.converters import example_lengths, make_converter, pack
 from t5jax.data.tf import seqio, tf
 
 
@@ -126,6 +126,17 @@ def test_a_decoder_reads_inputs_and_targets_in_one_row():
     }
     assert converter.capacity == {"data.inputs_length + data.targets_length": 9}
     assert converter.sizes({n: np.array([3]) for n in ("inputs", "targets")}).tolist() == [[6]]
+
+
+def test_an_encoder_may_begin_with_a_token_instead_of_ending_with_one():
+    spec = BatchSpec(1, 9, 6, True)
+    converter = make_converter(spec, eos_id=9, start_id=50, inputs_start_id=50)
+    batch = converter([[example([7, 8, 9], [3, 9]), example([5], [6, 9])]])
+    assert batch["encoder_input_tokens"].tolist() == [[50, 7, 8, 50, 5, 0, 0, 0, 0]]
+    assert batch["encoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0, 0]]
+    lengths = {"inputs": np.array([3, 1]), "targets": np.array([2, 2])}
+    assert converter.sizes(lengths).tolist() == [[4, 2], [2, 2]]
+    assert example_lengths(spec, {"inputs_start_id": 50}) == {"inputs": 8, "targets": 6}
 
 
 def test_prompts_of_a_decoder_end_together():

@@ -164,7 +164,7 @@ def test_a_text_has_its_class_where_it_begins():
     assert converter.capacity == {"data.inputs_length": 8}
     lengths = {"inputs": np.array([3, 7]), "targets": np.array([2, 2])}
     assert converter.sizes(lengths).tolist() == [[4], [8]]
-    assert example_lengths(spec, "sequence_classification") == {"inputs": 7, "targets": 2}
+    assert example_lengths(spec, {"head": "sequence_classification"}) == {"inputs": 7, "targets": 2}
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -184,13 +184,16 @@ def test_first_pieces_have_the_classes_of_their_words(pack):
         joined = [[*parts[0], *parts[1]]] if pack else parts
         padded = [part + [0] * (8 - len(part)) for part in joined]
         assert batch[name].tolist() == padded, name
-    assert example_lengths(spec, "token_classification") == {"inputs": 7, "targets": 7}
+    assert example_lengths(spec, {"head": "token_classification"}) == {"inputs": 7, "targets": 7}
 
 
 def test_lengths_of_the_other_kinds():
-    assert example_lengths(BatchSpec(2, 9, 4)) == {"inputs": 9, "targets": 4}
-    assert example_lengths(BatchSpec(2, 9, 4, kind="encoder")) == {"inputs": 9, "targets": 9}
-    assert example_lengths(BatchSpec(2, 0, 4, kind="decoder")) == {"inputs": 1, "targets": 4}
+    assert example_lengths(BatchSpec(2, 9, 4), {}) == {"inputs": 9, "targets": 4}
+    assert example_lengths(BatchSpec(2, 9, 4, kind="encoder"), {"head": "masked_lm"}) == {
+        "inputs": 9,
+        "targets": 9,
+    }
+    assert example_lengths(BatchSpec(2, 0, 4, kind="decoder"), {}) == {"inputs": 1, "targets": 4}
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def as_set(examples):
 def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     head, labels = CASES[task]
     spec = BatchSpec(4, 9, 4, True, "encoder")
-    lengths = example_lengths(spec, head)
+    lengths = example_lengths(spec, {"head": head})
     expected = expected_examples(task, word_piece, lengths)
     assert len(expected) > 5
     assert max(len(inputs) for inputs, _ in expected) == 8  # Some are cut.

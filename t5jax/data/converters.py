@@ -6,8 +6,8 @@ predicts what its targets say, where SeqIO looks for one mask id; and where inpu
 a row, no eos stands between them.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def make_converter(
     *,
     eos_id: int = 1,
     start_id: int = 0,
+    inputs_start_id: int | None = None,
     head: str = "masked_lm",
     num_labels: int = 0,
 ) -> Converter:
@@ -55,11 +56,13 @@ def make_converter(
         inputs lose at their end.
       start_id: what a decoder reads before the first token of an example; of an encoder that
         classifies, [CLS], which its examples come without.
+      inputs_start_id: what an encoder-decoder reads before its inputs, which then have no eos:
+        T5Gemma's <bos>. None: nothing.
       head: of an encoder, as BertConfig has it.
       num_labels: classes of an encoder that classifies.
     """
     if spec.kind == "encoder_decoder":
-        return _EncoderDecoder(spec, eos_id, start_id)
+        return _EncoderDecoder(spec, eos_id, start_id, inputs_start_id)
     if spec.kind in ("decoder", "prefix_lm"):
         return _Decoder(spec, eos_id, start_id)
     if head == "masked_lm":
@@ -67,14 +70,17 @@ def make_converter(
     return _Classifier(spec, start_id, head == "token_classification", num_labels)
 
 
-def example_lengths(spec: BatchSpec, head: str = "masked_lm") -> dict[str, int]:
+def example_lengths(spec: BatchSpec, options: Mapping[str, Any]) -> dict[str, int]:
     """Returns the most tokens that an example's inputs and targets may have, with what ends them.
 
     Args:
       spec: shape of the batch.
-      head: of an encoder, as BertConfig has it.
+      options: those of `make_converter`.
     """
     inputs, targets = max(spec.inputs_length, 1), spec.targets_length
+    head = options.get("head", "none")
+    if options.get("inputs_start_id") is not None:
+        inputs -= 1
     if spec.kind == "encoder":
         if head != "masked_lm":
             inputs -= 1  # For [CLS].
@@ -85,9 +91,11 @@ def example_lengths(spec: BatchSpec, head: str = "masked_lm") -> dict[str, int]:
 class _EncoderDecoder:
     features: tuple[str, ...] = ("targets",)
 
-    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int):
-        self._spec, self._start_id = spec, start_id
+    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int, inputs_start_id: int | None):
+        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
         self._no_inputs = np.array([eos_id], np.int32)
+        starts = [] if inputs_start_id is None else [inputs_start_id]
+        self._inputs_start = np.array(starts, np.int32)
         self.capacity = {
             "data.inputs_length": spec.inputs_length,
             "data.targets_length": spec.targets_length,
@@ -95,10 +103,11 @@ class _EncoderDecoder:
 
     def sizes(self, lengths):
         targets = lengths["targets"]
-        return np.stack([lengths.get("inputs", np.ones_like(targets)), targets], axis=1)
+        inputs = lengths.get("inputs", np.ones_like(targets))
+        return np.stack([inputs + len(self._inputs_start), targets], axis=1)
 
     def __call__(self, rows):
-        inputs = [[e.get("inputs", self._no_inputs) for e in row] for row in rows]
+        inputs = [[self._inputs(e) for e in row] for row in rows]
         targets = [[e["targets"] for e in row] for row in rows]
         encoder = _Layout(inputs, self._spec.inputs_length)
         decoder = _Layout(targets, self._spec.targets_length)
@@ -107,6 +116,12 @@ class _EncoderDecoder:
             batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
             batch[features.ENCODER_POSITIONS] = encoder.positions()
         return batch | _decoder_features(decoder, self._spec.pack, self._start_id)
+
+    def _inputs(self, example: Example) -> np.ndarray:
+        inputs = example.get("inputs", self._no_inputs)
+        if not len(self._inputs_start):
+            return inputs
+        return np.concatenate([self._inputs_start, features.without_eos(inputs, self._eos_id)])
 
 
 class _Decoder:

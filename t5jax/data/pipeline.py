@@ -192,7 +192,7 @@ def train_iterator(
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
     spec = train_spec(config, has_inputs=_have_inputs(mixtures))
     options = converter_options(config.model)
-    lengths = example_lengths(spec, options.get("head", "none"))
+    lengths = example_lengths(spec, options)
     labels = LabelTokenizer.of(config.model)
     for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
@@ -340,7 +340,7 @@ def eval_sets(
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
-    lengths = example_lengths(spec, converter_options(config.model).get("head", "none"))
+    lengths = example_lengths(spec, converter_options(config.model))
     _check_objective(task, config.model, tokenizer, lengths)
     with run_vocabulary(tokenizer, LabelTokenizer.of(config.model)):
         # The seed is that of objectives: every evaluation asks the same.
