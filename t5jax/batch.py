@@ -129,25 +129,24 @@ def pad_ids(
 
 def converter_options(model: ModelConfig) -> dict[str, Any]:
     """Returns what `data.converters.make_converter` has to know of a model beside the spec."""
-    options = {"eos_id": model.eos_token_id}
-    if isinstance(model, T5GemmaConfig):
-        options |= {"inputs_start_id": model.decoder_start_token_id}
-    if model.kind != "encoder":
-        return options | {"start_id": model.decoder_start_token_id}
+    options: dict[str, Any] = {"eos_id": model.eos_token_id}
     if isinstance(model, BertConfig):
-        options |= {"start_id": model.cls_token_id, "head": model.head}
-    return options | {"num_labels": model.num_outputs}
+        labels = {"head": model.head, "num_labels": model.num_outputs}
+        return options | labels | {"start_id": model.cls_token_id}
+    if isinstance(model, T5GemmaConfig):
+        options["inputs_start_id"] = model.decoder_start_token_id
+    return options | {"start_id": model.decoder_start_token_id}
 
 
 def as_prompt(model: ModelConfig, inputs: Sequence[int]) -> list[int]:
     """Returns what a model reads of an example's inputs, as it does in training.
 
-    An encoder-decoder that gets no inputs reads eos. A decoder reads its start token first, and no
-    eos behind the inputs. BERT reads [CLS] first.
+    An encoder-decoder that gets no inputs reads eos. A decoder, and T5Gemma's encoder, reads its
+    start token first, and no eos behind the inputs. BERT reads [CLS] first.
     """
     if isinstance(model, BertConfig):
         return [model.cls_token_id, *inputs]
-    if model.kind != "decoder":
+    if model.kind != "decoder" and not isinstance(model, T5GemmaConfig):
         return list(inputs) or [model.eos_token_id]
     return [model.decoder_start_token_id, *without_eos(inputs, model.eos_token_id)]
 
@@ -177,7 +176,9 @@ def prompt_batch(
 
 def as_answer(model: ModelConfig, tokens: Sequence[int]) -> list[int]:
     """Returns the tokens that were written before the first that ends a text."""
-    return list(itertools.takewhile(lambda i: i not in model.end_token_ids, tokens))
+    assert not isinstance(model, BertConfig), "BERT writes nothing"
+    ends = model.end_token_ids
+    return list(itertools.takewhile(lambda i: i not in ends, tokens))
 
 
 def without_eos(inputs, eos_id: int):

@@ -378,3 +378,8 @@ def test_fine_tuning_from_a_folder(tmp_path):
         again["decoder"]["layers"]["cross_attention"]["key"]["kernel"][1],
         tuned.params["decoder"]["layers"][1]["cross_attention"]["key"]["kernel"],
     )
+
+
+def test_its_encoder_reads_the_start_token_first():
+    start, eos = SMALL.decoder_start_token_id, SMALL.eos_token_id
+    assert features.as_prompt(SMALL, [7, 8, eos]) == [start, 7, 8]

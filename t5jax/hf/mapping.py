@@ -24,9 +24,12 @@ from t5jax.architectures import ModelConfig
 class Tensor(Protocol):
     """A tensor of a checkpoint, which stays on disk until it is indexed."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors names it: F32, BF16, I8."""
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it: F32, BF16, I8."""
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
@@ -133,6 +136,14 @@ class _Moved:
     tensor: Tensor
     axis: int
     start: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
 
     def __getitem__(self, index: Index) -> np.ndarray:
         moved = list(index)
@@ -248,7 +259,9 @@ def write_rows(
         for tensors in zip(*(row.write(leaf(row.ours), dtype) for row in parts), strict=True):
             (name, theirs), *others = tensors
             if others:
-                theirs = np.concatenate([theirs, *(x for _, x in others)], parts[0].view.axis)
+                view = parts[0].view
+                assert isinstance(view, Part), f"{name} is written more than once"
+                theirs = np.concatenate([theirs, *(x for _, x in others)], view.axis)
             yield name, theirs
 
 

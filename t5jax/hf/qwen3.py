@@ -5,7 +5,7 @@ Source: the checkpoints on the hub and transformers 4 and 5 (`models/qwen3`).
 
 from typing import Any
 
-from t5jax.architectures import GPTConfig
+from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
 from t5jax.hf.mapping import Family, Key, Tensors
 
@@ -30,7 +30,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """
     values, fields = llama.read_shape(raw, _KEYS, {"hidden_act": ("silu",)}, ("layer_types",))
     num_layers, window = fields["num_layers"], None
-    kinds = ["global"] * num_layers
+    kinds: list[LayerKind] = ["global"] * num_layers
     if values["use_sliding_window"]:
         window = values["sliding_window"]
         first = min(values["max_window_layers"], num_layers)
