@@ -153,10 +153,13 @@ def _default(value, default):
 
 
 def _decays(param_axes):
-    """Returns True for every matrix, False for vectors and tables of position biases."""
+    """Returns True for every matrix, False for vectors and tables of position biases.
+
+    A bias of heads has two dimensions, but only a matrix has the residual stream's.
+    """
 
     def one(axes):
-        return len(_own_dims(axes)) >= 2 and "buckets" not in axes
+        return len(_own_dims(axes)) >= 2 and "embed" in axes
 
     return jax.tree.map(one, param_axes, is_leaf=lambda x: isinstance(x, tuple))
 

@@ -459,6 +459,21 @@ def test_weight_decay_spares_norms_and_position_biases():
             np.testing.assert_allclose(u, -share * p, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def test_weight_decay_spares_the_biases_of_heads():
+    axes = {
+        "kernel": ("layers", "embed", "heads", "head_dim"),
+        "bias": ("layers", "heads", "head_dim"),
+        "classes": ("embed", None),
+    }
+    params = {name: jnp.ones([2] * len(names)) for name, names in axes.items()}
+    optimizer = OptimizerConfig("adamw", learning_rate=0.5, weight_decay=0.25)
+    tx = make_optimizer(optimizer, 10, axes)
+    update = last_update(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    np.testing.assert_allclose(update["kernel"], -0.125)
+    np.testing.assert_allclose(update["classes"], -0.125)
+    np.testing.assert_array_equal(update["bias"], 0)
+
+
 # Every field of OptimizerConfig: a value beside which another one changes the update.
 FIELDS = {
     "name": ({}, {"name": "adamw_scaled"}),
