@@ -30,7 +30,8 @@ _GEMMA = {**_SMALL, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "sliding_w
 GEMMA2 = published("gemma2_2b", **(_GEMMA | {"num_layers": 3}), query_pre_attention_scalar=10)
 GEMMA3 = published(
     "gemma3_4b",
-    **(_GEMMA | {"num_layers": 7, "rope_theta": 1000.0, "rope_local_theta": 10.0}),
+    **(_GEMMA | {"num_layers": 4, "rope_theta": 1000.0, "rope_local_theta": 10.0}),
+    layer_pattern=("local", "local", "global"),
 )
 
 
@@ -90,8 +91,8 @@ VARIANTS: dict[str, GPTConfig] = {
         GEMMA3,
         num_heads=2,
         num_kv_heads=2,
-        num_layers=4,
-        layer_pattern=("local", "local", "global"),
+        num_layers=2,
+        layer_pattern=("local", "global"),
         rope_scaling="none",
         rope_scaling_factor=None,
         tie_word_embeddings=False,

@@ -6,6 +6,7 @@ by halves, as ours are: the hub's files are permuted against Meta's own, and nee
 Axes: v vocab, d model, h heads, k head dim, f mlp.
 """
 
+import warnings
 from typing import Any
 
 from t5jax.architectures import GPTConfig
@@ -177,7 +178,17 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
 
 
 def write_config(config: GPTConfig) -> dict[str, Any]:
-    """Returns config.json, without the dtype of the weights."""
+    """Returns config.json, without the dtype of the weights.
+
+    Warns of what other readers compute differently.
+    """
+    if config.num_heads * config.head_dim != config.d_model:
+        warnings.warn(
+            f"a Llama whose heads are {config.head_dim} wide instead of hidden_size / "
+            f"num_attention_heads = {config.d_model // config.num_heads} is read by transformers "
+            "and vLLM; CTranslate2 takes the latter without a word",
+            stacklevel=2,
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

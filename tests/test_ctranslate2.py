@@ -1,0 +1,142 @@
+"""Exports in CTranslate2: the same tokens, and the same scores, which alone show a wrong scale."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import small_gpt
+from small import SMALL, random_params
+from t5jax import batch as features
+from t5jax import decoding
+from t5jax.hf import io
+from t5jax.models import api
+
+ctranslate2 = pytest.importorskip("ctranslate2", reason="what reads the exports")
+transformers = pytest.importorskip("transformers", reason="what it converts with")
+pytest.importorskip("torch", reason="what it converts with")
+pytestmark = pytest.mark.hf
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+STEPS = 8
+T5 = {
+    "1.1": SMALL,
+    "1.0": dataclasses.replace(
+        SMALL, mlp_activation="relu", tie_word_embeddings=True, scale_decoder_outputs=True
+    ),
+    "1.1, tied": dataclasses.replace(SMALL, tie_word_embeddings=True),
+}
+GPT = {
+    "gpt2": small_gpt.GPT2,
+    "gpt2_untied": small_gpt.VARIANTS["gpt2_untied"],
+    # Its Llama has heads of d_model / num_heads, and does not stretch what llama3 stretches.
+    "llama": small_gpt.change(small_gpt.LLAMA, head_dim=4),
+    "llama_biased": small_gpt.change(
+        small_gpt.VARIANTS["llama_biased"], d_model=20, head_dim=4, rope_theta=300.0
+    ),
+    "qwen3": small_gpt.QWEN3,
+}
+LOGITS = jax.jit(api.logits, static_argnums=0)
+
+
+def token(i: int) -> str:
+    return f"t{i}"
+
+
+class Converter(ctranslate2.converters.TransformersConverter):
+    """One that reads whether a T5's head is tied as transformers 4 did, from config.json.
+
+    Since version 5 transformers says of every T5 that it is, and CTranslate2 4.8 takes this to mean
+    that its logits are scaled: it converts no T5 1.1 rightly, be it Google's own or an export.
+    """
+
+    def load_model(self, model_class, folder, **options):
+        model = super().load_model(model_class, folder, **options)
+        raw = json.loads((Path(folder) / "config.json").read_text())
+        model.config.tie_word_embeddings = raw["tie_word_embeddings"]
+        return model
+
+
+def convert(folder, config, params):
+    """Exports a model with a tokenizer whose tokens are t0, t1, ..., and converts it."""
+    io.save_params(folder / "hf", config, params)
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {token(i): i for i in range(config.vocab_size)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=token(3)))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token=token(3),
+        pad_token=token(config.pad_token_id),
+        eos_token=token(config.eos_token_id),
+        bos_token=token(config.decoder_start_token_id),
+    ).save_pretrained(folder / "hf")
+    return Converter(str(folder / "hf")).convert(str(folder / "ct2"))
+
+
+def expect(config, logits, tokens, results):
+    """Compares greedy tokens, and the mean of their log-probabilities.
+
+    Args:
+      logits: [B, T, V], those from which the tokens were taken.
+      tokens: [B, T], with what ends a text, and padding behind.
+      results: for each row, the tokens without what ends it, and the score.
+    """
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    assert len(np.unique(tokens)) > 1  # Not one token over and over.
+    for row, (got, score) in enumerate(results):
+        ends = np.flatnonzero(tokens[row] == config.eos_token_id)
+        length = ends[0] if len(ends) else tokens.shape[1]
+        assert got == [token(i) for i in tokens[row, :length]]
+        places = np.arange(min(length + 1, tokens.shape[1]))
+        expected = log_probs[row, places, tokens[row, places]].mean()
+        np.testing.assert_allclose(score, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", T5)
+def test_t5(variant, tmp_path):
+    config = T5[variant]
+    params = random_params(config, seed=1)
+    translator = ctranslate2.Translator(convert(tmp_path, config, params), device="cpu")
+
+    rng = np.random.default_rng(0)
+    sources = [rng.integers(2, config.vocab_size, n).tolist() for n in (9, 5, 7)]
+    inputs = features.pad_ids(sources, 3, 9)
+    batch = {features.ENCODER_INPUT_TOKENS: inputs}
+    tokens = np.asarray(decoding.greedy(config, params, batch, STEPS))
+    batch[features.DECODER_INPUT_TOKENS] = features.shift_right(tokens, 0)
+    results = translator.translate_batch(
+        [[token(i) for i in source] for source in sources],
+        beam_size=1,
+        min_decoding_length=0,  # By default the first token is not to end the text.
+        max_decoding_length=STEPS,
+        return_scores=True,
+    )
+    found = [(result.hypotheses[0], result.scores[0]) for result in results]
+    expect(config, LOGITS(config, params, batch), tokens, found)
+
+
+@pytest.mark.parametrize("variant", GPT)
+def test_gpt(variant, tmp_path):
+    config = GPT[variant]
+    params = small_gpt.random_params(config, seed=1)
+    generator = ctranslate2.Generator(convert(tmp_path, config, params), device="cpu")
+
+    # Of one length: behind padding CTranslate2 counts positions from the padding on.
+    prompts = [text.tolist() for text in small_gpt.random_texts(config, lengths=(6, 6, 6))]
+    batch = features.prompt_batch(prompts, "decoder", 3, 6)
+    tokens = np.asarray(decoding.greedy(config, params, batch, STEPS))
+    whole = {features.DECODER_INPUT_TOKENS: np.concatenate([prompts, tokens], axis=1)[:, :-1]}
+    results = generator.generate_batch(
+        [[token(i) for i in prompt] for prompt in prompts],
+        beam_size=1,
+        sampling_topk=1,
+        max_length=STEPS,
+        include_prompt_in_result=False,
+        return_scores=True,
+    )
+    found = [(result.sequences[0], result.scores[0]) for result in results]
+    expect(config, LOGITS(config, params, whole)[:, 5:], tokens, found)
