@@ -4,7 +4,8 @@
 
 tasks/novels.py says where the books are found; a vocab.txt that lies here does as vocabulary too.
 Another text: --data.mixture with a task of the objective MaskedLM. Hardware: any; some minutes on
-2 CPU cores. Result to expect: EXPECT
+2 CPU cores. Result to expect: a validation loss that falls from about
+10.3 nats a predicted token, that of a guess, at every evaluation.
 """
 
 from t5jax.architectures import BertConfig
