@@ -103,7 +103,8 @@ def test_help_has_the_defaults_of_a_config(capsys):
     [
         ("eval", ["MODEL", "--mixture STR", "--json {None}|PATH", "(default: test)"]),
         ("infer", ["--model STR", "--prompt", "--max-tokens INT", "(default: 64)"]),
-        ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite"]),
+        ("embed", ["--model STR", "--text", "--pooling {mean,first,max,pooler}", "--output"]),
+        ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite", "--encoder-only"]),
         ("import", ["MODEL OUTPUT"]),
     ],
 )
@@ -312,7 +313,7 @@ def test_broken_task_file(config, tmp_path, capsys):
     ("damage", "message"),
     [
         ("truncated", "is not a whole safetensors file"),
-        ("architecture", "model_type is 'bert'; expected one of t5"),
+        ("architecture", "model_type is 'bart'; expected one of t5"),
         ("shape", "lm_head.weight"),
     ],
 )
@@ -323,7 +324,7 @@ def test_damaged_models(command, damage, message, exported, config, tmp_path, ca
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         text = json.loads((folder / "config.json").read_text())
-        changes = {"model_type": "bert"} if damage == "architecture" else {"vocab_size": 512}
+        changes = {"model_type": "bart"} if damage == "architecture" else {"vocab_size": 512}
         (folder / "config.json").write_text(json.dumps(text | changes))
     options = {
         "infer": ["infer", "--model", folder, "--prompt", "a"],

@@ -383,9 +383,9 @@ def test_config_json_of_transformers_4(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert"}, r"model_type is 'bert'; expected one of t5, mt5, umt5"),
+        ({"model_type": "bart"}, r"model_type is 'bart'; expected one of t5, mt5, umt5"),
         ({"model_type": ...}, r"model_type is None; expected one of t5, mt5, umt5"),
-        ({"architectures": ["T5EncoderModel"]}, r"\['T5EncoderModel'\]; expected one of T5For"),
+        ({"architectures": ["T5Model"]}, r"\['T5Model'\]; expected one of T5For"),
         ({"feed_forward_proj": "gelu"}, r"feed_forward_proj is 'gelu'.*gated-gelu"),
         ({"dense_act_fn": "gelu"}, r"dense_act_fn is 'gelu'.*expected 'gelu_new'"),
         ({"is_gated_act": False}, r"is_gated_act is False.*expected True"),

@@ -442,6 +442,7 @@ CHANGES = {
     "data.targets_length": (2, lambda run: lines_of(run, "train/loss")),
     "data.batch_size": (16, lambda run: lines_of(run, "train/loss")),
     "data.pack": (True, lambda run: lines_of(run, "train/loss")),
+    "data.prefix_lm": (True, "data.prefix_lm is True, but t5"),  # True: test_train_families.py.
     "data.seed": (1, lambda run: lines_of(run, "train/loss")),
     "eval.every": (1, lambda run: lines_of(run, "validation/")),
     "eval.split": ("train", lambda run: lines_of(run, "train/capitals/loss")),

@@ -180,6 +180,11 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
         # Whatever it says of a decoder.
         given |= {"is_encoder_decoder": True, "num_decoder_layers": 0}
         given |= {"tie_word_embeddings": False, "scale_decoder_outputs": False}
+    elif given.get("num_decoder_layers") == 0:
+        raise ValueError(
+            "config.json: num_decoder_layers is 0; expected 1 or more, or T5EncoderModel in "
+            "architectures for the encoder alone"
+        )
     check_required(given, _REQUIRED)
     values: dict[str, Any] = defaults | {
         key: given[key] for key in (*defaults, *_OPTIONAL) if key in given
