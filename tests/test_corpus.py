@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from t5jax.architectures import T5Config
+from t5jax.batch import as_prompt
 from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline
 from t5jax.data.corpus import CorpusSource, text_task
@@ -114,7 +115,9 @@ def test_a_language_model_without_inputs_trains_an_encoder_decoder():
     for row in batch["decoder_target_tokens"]:
         assert tuple(row[row != 0].tolist()) in pieces
     [eval_set] = pipeline.eval_sets(config)
-    assert {tuple(e.input_ids) for e in eval_set.examples} == {(1,)}
+    # There are none; the model reads an eos, as in training.
+    assert {tuple(e.input_ids) for e in eval_set.examples} == {()}
+    assert as_prompt(config.model, []) == [1]
     assert [i for e in eval_set.examples for i in e.target_ids] == stream()
     assert eval_set.metric_fns == []
 
@@ -175,7 +178,8 @@ def test_lengths_that_do_not_suit_the_objective_are_refused_before_training():
 def test_an_objective_for_another_kind_of_model_is_refused():
     add_task(MaskedLM())
     with pytest.raises(
-        ValueError, match=r"task texts has the objective MaskedLM\(share=0.15\), which"
+        ValueError,
+        match=r"task texts \(MaskedLM\(share=0.15\)\) is for an encoder with a masked_lm",
     ):
         pipeline.train_iterator(make_config())
 
