@@ -207,3 +207,25 @@ def test_our_folder_computes_the_same_there(variant, tmp_path):
         expected = theirs[text]
         got = ours[row, start : start + len(expected)]
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_text_model_is_taken_out_of_their_gemma_with_images(tmp_path):
+    config = VARIANTS["gemma3"]
+    text, vision = their_config(config), {"hidden_size": 8, "intermediate_size": 8}
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    around = transformers.Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config={"model_type": "siglip_vision_model", **vision},
+        mm_tokens_per_image=4,
+        **{name: 60 for name in ("boi_token_index", "eoi_token_index", "image_token_index")},
+        **{key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    model = transformers.Gemma3ForConditionalGeneration(around).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="its text model is taken"):
+        assert io.read_config(tmp_path) == config
+    params = io.load_params(tmp_path, config)
+    texts = [text % 60 for text in random_texts(config, lengths=(27, 27))]  # No image among them.
+    theirs = their_logits(model, texts)
+    batch = {features.DECODER_INPUT_TOKENS: np.stack(texts)[:, :-1]}
+    np.testing.assert_allclose(LOGITS(config, params, batch), theirs, atol=1e-4, rtol=1e-4)
