@@ -666,6 +666,22 @@ def test_all_that_is_missing_unexpected_and_mis_shaped_is_listed(tmp_path):
         assert part in message, message
 
 
+def test_a_list_of_arrays_that_is_damaged(tmp_path):
+    path = damaged(tmp_path, lambda theirs: None, "ocdbt")
+    for content in ("", "{}", '{"tree_metadata": {"a": {"key_metadata": 3}}}'):
+        (path / "state/_METADATA").write_text(content)
+        with pytest.raises(ValueError, match="_METADATA is not a list of arrays as Orbax writes"):
+            read(path)
+
+
+def test_an_embedding_that_is_no_matrix(tmp_path):
+    def change(theirs):
+        theirs["token_embedder/embedding"] = np.ones(9, "float32")
+
+    with pytest.raises(ValueError, match=r"token_embedder/embedding is \[9\]; expected a matrix"):
+        read(damaged(tmp_path, change))
+
+
 def test_a_layer_in_the_middle_is_missed(tmp_path):
     deep = dataclasses.replace(SMALL, num_encoder_layers=3)
 
@@ -743,10 +759,12 @@ def test_files_of_others(content, message, tmp_path):
             read(path)
 
 
-@pytest.mark.parametrize("form", ["references", "placeholders"])
+@pytest.mark.parametrize("form", ["references", "placeholders", "orbax"])
 def test_arrays_that_are_not_there(form, tmp_path):
     path = damaged(tmp_path, lambda theirs: None, form)
-    for name in ("target.token_embedder.embedding", "target.encoder.layers_0.mlp.wo.kernel"):
+    path = path / "state" if form == "orbax" else path
+    # Without its head the model would be another one.
+    for name in ("target.decoder.logits_dense.kernel", "target.encoder.layers_0.mlp.wo.kernel"):
         (path / name).rename(tmp_path / name)
     with pytest.raises(ValueError, match="of which 2 cannot be opened") as caught:
         read(path, "gated-gelu")
@@ -769,7 +787,7 @@ def test_what_is_and_is_not_t5xs(imported, tmp_path):
     for step in (1, 2, 10):
         (steps / f"checkpoint_{step}").mkdir(parents=True)
     assert is_t5x(str(steps))
-    with pytest.raises(ValueError, match="steps: checkpoint_1, checkpoint_2, checkpoint_10; ch"):
+    with pytest.raises(ValueError, match="found checkpoint_1, checkpoint_2, checkpoint_10; give o"):
         read(steps)
     hugging_face = tmp_path / "hf"
     hugging_face.mkdir()

@@ -142,14 +142,17 @@ def describe(tensors: Tensors, where: str, activation: MlpActivation | None = No
     def find(*names: str) -> tuple[str, tuple[int, ...]]:
         for name in names:
             if f"{_PARAMS}/{name}" in tensors:
-                return name, tuple(tensors[f"{_PARAMS}/{name}"].shape)
+                shape = tuple(tensors[f"{_PARAMS}/{name}"].shape)
+                if len(shape) < 2:
+                    raise ValueError(f"{where}: {name} is {list(shape)}; expected a matrix")
+                return name, shape
         there = [name.removeprefix(f"{_PARAMS}/") for name in tensors if name.startswith(_PARAMS)]
         raise ValueError(
             f"{where} holds no encoder-decoder of T5X's: there is no {' or '.join(names)} among "
             f"its {len(there)} parameters ({', '.join(sorted(there)[:4])}, ...)"
         )
 
-    _, (vocab_size, d_model) = find("token_embedder/embedding")
+    _, (vocab_size, *_, d_model) = find("token_embedder/embedding")
     bias, (num_heads, *_, num_buckets) = find(
         "encoder/relpos_bias/rel_embedding", f"{layer}/relpos_bias/rel_embedding"
     )
@@ -161,6 +164,7 @@ def describe(tensors: Tensors, where: str, activation: MlpActivation | None = No
         )
     wi, (*_, d_ff) = find(f"{layer}/mlp/wi_0/kernel", f"{layer}/mlp/wi/kernel")
     find(f"{layout.layer('decoder')}/mlp/wo/kernel")
+    tied = f"{_PARAMS}/decoder/logits_dense/kernel" not in tensors
     config = T5Config(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -170,8 +174,8 @@ def describe(tensors: Tensors, where: str, activation: MlpActivation | None = No
         num_encoder_layers=_num_layers("encoder", tensors),
         num_decoder_layers=_num_layers("decoder", tensors),
         mlp_activation="gated-gelu" if "wi_0" in wi else "relu",
-        tie_word_embeddings=f"{_PARAMS}/decoder/logits_dense/kernel" not in tensors,
-        scale_decoder_outputs=f"{_PARAMS}/decoder/logits_dense/kernel" not in tensors,
+        tie_word_embeddings=tied,
+        scale_decoder_outputs=tied,
         relative_attention_num_buckets=num_buckets,
         per_layer_relative_bias=bias.startswith(layer),
     )

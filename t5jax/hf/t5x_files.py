@@ -5,16 +5,17 @@
       checkpoint                  the same, but large arrays are references to zarr folders
       target.encoder.…/.zarray    one array, in chunks
     checkpoint_STEP/state/        what Orbax writes for T5X: zarr folders, or all of them inside an
-                                  OCDBT database, with or without a msgpack file
+                                  OCDBT database, listed by a msgpack file or in _METADATA
 
 Names are paths in T5X's train state: "target/decoder/decoder_norm/scale", "state/step". Arrays in
 zarr stay on disk until they are indexed. A msgpack file is held as a whole, once.
 """
 
 import dataclasses
+import json
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from flax import serialization
 from t5jax.hf.mapping import Tensors
 
 _MSGPACK = "checkpoint"
+_METADATA = "_METADATA"
 _OCDBT = "manifest.ocdbt"
 _PLACEHOLDER = "PLACEHOLDER://"
 
@@ -53,14 +55,14 @@ def open_tensors(path: Path) -> Tensors:
         file = folder / _MSGPACK
         if not _is_state(folder):
             steps = ", ".join(_steps(path)[:8])
-            there = f"checkpoints of several steps: {steps}; choose one" if steps else "none"
+            there = f"{steps}; give one of them" if steps else "none"
             raise ValueError(f"{path}: expected T5X's checkpoint of one step, found {there}")
 
     leaves = dict(_leaves(_read_msgpack(file))) if file.is_file() else {}
     inside = {name: value for name, value in leaves.items() if not isinstance(value, str)}
     stored = {name: value for name, value in leaves.items() if isinstance(value, str)}
     if not file.is_file():
-        stored = {name.replace(".", "/"): name for name in _list_arrays(folder)}
+        stored = {"/".join(keys): ".".join(keys) for keys in _read_metadata(folder / _METADATA)}
     tensors: dict[str, Any] = {
         name: _Array(np.asarray(value), str(file)) for name, value in inside.items()
     }
@@ -110,14 +112,10 @@ def _steps(folder: Path) -> list[str]:
 
 
 def _is_state(folder: Path) -> bool:
-    return (
-        (folder / _MSGPACK).is_file()
-        or (folder / _OCDBT).is_file()
-        or any(folder.glob("target.*/.zarray"))
-    )
+    return (folder / _MSGPACK).is_file() or (folder / _METADATA).is_file()
 
 
-# --- msgpack ------------------------------------------------------------------------------------
+# --- Lists of arrays: msgpack and _METADATA -----------------------------------------------------
 
 
 def _read_msgpack(file: Path) -> dict[str, Any]:
@@ -161,23 +159,32 @@ def _leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple
             yield "/".join(path), value
 
 
+def _read_metadata(file: Path) -> list[list[str]]:
+    """Returns the keys of every array that Orbax wrote; not from a look at what is there, so that
+    an array that went missing is missed."""
+    try:
+        tree = json.loads(file.read_text())["tree_metadata"].values()
+        return [
+            [str(key["key"]) for key in leaf["key_metadata"]]
+            for leaf in tree
+            if leaf["value_metadata"]["value_type"] not in ("None", "Dict")
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a list of arrays as Orbax writes it ({type(error).__name__}: "
+            f"{_first_line(error)}); copy the checkpoint again"
+        ) from None
+
+
 # --- zarr ---------------------------------------------------------------------------------------
 
 
-def _store(folder: Path, name: str = "") -> dict[str, Any]:
-    """Returns tensorstore's description of where an array's files are, or those of all arrays."""
-    name = f"{name}/" if name else ""
+def _store(folder: Path, name: str) -> dict[str, Any]:
+    """Returns tensorstore's description of where an array's files are."""
     if (folder / _OCDBT).is_file():
         base = {"driver": "file", "path": f"{folder.absolute()}/"}
-        return {"driver": "ocdbt", "base": base, "path": name}
-    return {"driver": "file", "path": f"{folder.absolute()}/{name}"}
-
-
-def _list_arrays(folder: Path) -> Iterable[str]:
-    if not (folder / _OCDBT).is_file():
-        return [path.parent.name for path in folder.glob("*/.zarray")]
-    keys = tensorstore.KvStore.open(_store(folder)).result().list().result()
-    return [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+        return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    return {"driver": "file", "path": f"{folder.absolute()}/{name}/"}
 
 
 def _open_arrays(folder: Path, names: dict[str, str]) -> Tensors:
