@@ -1,6 +1,6 @@
 """A letter-by-letter GPT trained on one book, beside a plain torch model of the same size.
 
-Same text, batches, sizes, initial standard deviations and optimizer (AdamW at a constant rate), in
+Same text, batches, sizes, initial distribution and optimizer (AdamW at a constant rate), in
 turns in one run. The table gives the loss on the last tenth of the book and the speed. Needs the
 `torch` extra.
 
@@ -118,7 +118,9 @@ def torch_gpt(book: str):
             self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
             small = cfg.initializer_range * (2 * cfg.num_layers) ** -0.5
             for name, x in self.named_parameters():
-                if x.ndim == 2:
+                if name.endswith("bias"):
+                    nn.init.zeros_(x)
+                elif x.ndim == 2:
                     writes = name.endswith(("out_proj.weight", "linear2.weight"))
                     nn.init.normal_(x, std=small if writes else cfg.initializer_range)
 

@@ -19,7 +19,15 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import checkpoint, decoding, sharding
-from t5jax.architectures import BertConfig, Dtype, ModelConfig, T5Config, check_choice
+from t5jax.architectures import (
+    BertConfig,
+    Dtype,
+    GPTConfig,
+    ModelConfig,
+    T5Config,
+    T5GemmaConfig,
+    check_choice,
+)
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.hf import io as hf_io
 from t5jax.hf import t5x_files
@@ -155,7 +163,26 @@ def find(name_or_path: str) -> Source:
             "--vocabulary FILE`, and give OUTPUT here"
         )
     path = hf_io.resolve(name_or_path)
-    return Source(path, Config(model=hf_io.read_config(path, load_tokenizer)))
+    model = _tokenizers_eos_first(hf_io.read_config(path, load_tokenizer), path)
+    return Source(path, Config(model=model))
+
+
+def _tokenizers_eos_first(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Returns the same with the tokenizer's eos as its eos_token_id.
+
+    config.json may name several ids that end a text (Llama 3's chat models), in any order; the
+    tokenizer's ends the texts that a run trains on.
+    """
+    if not isinstance(model, (GPTConfig, T5GemmaConfig)) or not model.more_eos_token_ids:
+        return model
+    try:
+        eos = load_tokenizer(folder).eos_id
+    except ValueError:  # Weights alone; a run names its vocabulary.
+        return model
+    if eos not in model.end_token_ids:
+        return model
+    rest = tuple(i for i in model.end_token_ids if i != eos)
+    return dataclasses.replace(model, eos_token_id=eos, more_eos_token_ids=rest)
 
 
 def adopt(model: ModelConfig, source: Source, name: str) -> ModelConfig:

@@ -248,17 +248,6 @@ class GPTConfig:
         """Ids that end a text, first the one that it was trained with."""
         return (self.eos_token_id, *self.more_eos_token_ids)
 
-    def ending_with(self, eos_token_id: int) -> "GPTConfig":
-        """Returns the same with another of the ids that end a text as its eos_token_id.
-
-        That of the tokenizer, which ends the texts that a run trains on: config.json may name
-        several (Llama 3's chat models), in any order. One that is not among them changes nothing.
-        """
-        if eos_token_id not in self.end_token_ids:
-            return self
-        rest = tuple(i for i in self.end_token_ids if i != eos_token_id)
-        return dataclasses.replace(self, eos_token_id=eos_token_id, more_eos_token_ids=rest)
-
     @property
     def gated(self) -> bool:
         return self.mlp_activation.startswith("gated-")
