@@ -24,8 +24,9 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 # among those tested for Python 3.12: there these tests skip.
 TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
 
-# Compiling takes one core; files stay whole, because their tests share what they have trained.
-PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+# Compiling takes one core; files stay whole, because their tests share what they have trained, and
+# come in the order of tests/conftest.py.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help
 help:  ## show this list

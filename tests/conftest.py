@@ -1,11 +1,23 @@
-"""Eight emulated CPU devices, and no silent broadcasting of ranks, for every test."""
+"""Eight emulated CPU devices, no silent broadcasting of ranks, and programs that are compiled once.
 
+Compiling takes most of the time here. So programs are not optimized, which computes the same, and
+what one test has compiled is there for the others, and for the processes that they start.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
+from collections import Counter
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the time here, and unoptimised code computes the same.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_FLAGS = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # The processes of pytest-xdist have that of all.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="t5jax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # No test may reach for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,3 +32,9 @@ def _free_compiled_programs():
     """Those of one file are of no use to the next, and fill the memory of a small machine."""
     yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the files with slow tests first, so that no core is left alone with one at the end."""
+    num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -num_slow[item.path])

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from t5jax.cli import COMMANDS, main
 from t5jax.config import Config, from_json, to_json
-from tiny import TASK_FILE, TINY, compile_once, one_device, trained_run  # noqa: F401
+from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
 TASK = """
 from t5jax.data.prompts import prompted_task

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from test_readme import ROOT, read_blocks, run_page
+from test_readme import ROOT, clean_registries, one_device, read_blocks, run_page  # noqa: F401
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
@@ -23,6 +23,7 @@ def test_a_task_of_the_page_fits_on_a_screen(page: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("clean_registries")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page: Path, tmp_path: Path):
     assert run_page(page.read_text(), tmp_path) > 0

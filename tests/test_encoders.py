@@ -25,7 +25,7 @@ from t5jax.models import api
 from t5jax.pretrained import Pretrained, adopt
 from t5jax.tokenizers import ByteTokenizer, load_tokenizer
 from t5jax.train import _new_params
-from tiny import compile_once, one_device, trained_run  # noqa: F401
+from tiny import one_device, trained_run  # noqa: F401
 
 T5 = {
     "t5_1_0": VARIANTS["t5_1_0"],

@@ -16,7 +16,7 @@ from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
 from t5jax.metrics import exact_match
 from t5jax.models import api
 from t5jax.tokenizers import ByteTokenizer
-from tiny import TASK_FILE, compile_once, one_device, trained_run  # noqa: F401
+from tiny import TASK_FILE, one_device, trained_run  # noqa: F401
 
 MODEL = dataclasses.replace(SMALL, vocab_size=384)
 PARAMS = random_params(MODEL)

@@ -20,7 +20,6 @@ from t5jax.architectures import SIZES
 from t5jax.hf import io, t5gemma
 from t5jax.models import api
 from test_models import pack
-from tiny import compile_once  # noqa: F401
 
 torch = pytest.importorskip("torch", reason="transformers' T5Gemma runs on torch")
 transformers = pytest.importorskip("transformers", reason="what is compared with")

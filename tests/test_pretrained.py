@@ -15,7 +15,7 @@ from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.pretrained import Pretrained, Source, adopt
 from t5jax.tokenizers import ByteTokenizer
-from tiny import compile_once, one_device, trained_run  # noqa: F401
+from tiny import one_device, trained_run  # noqa: F401
 
 MODEL = dataclasses.replace(SMALL, vocab_size=384)
 PARAMS = random_params(MODEL)

@@ -5,18 +5,25 @@ A comment in front of a block changes what happens to it:
     <!-- not run: REASON -->       leaves it out
     <!-- saved as: PATH -->        writes it to a file, which later blocks use
 
-Commands that set up a machine, or take long, are replaced as `INSTEAD` says.
+Commands that set up a machine, or take long, are replaced as `INSTEAD` says. A block of nothing but
+t5jax's commands runs in this process, where all that they import is there already.
 """
 
+import contextlib
 import dataclasses
+import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from t5jax.cli import main
+from tiny import one_device  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +33,13 @@ INSTEAD = [
     (r"make( [a-z-]+)?", "make --dry-run{0}", ".ci/run, and make quickstart below"),
     (r"(git clone|cd|(python -m )?pip install|python3? -m venv|source)\b.*", "true", ".ci/run"),
     # The numbers it reaches are not asserted here, only that what follows finds its files.
+    (
+        r"(t5jax train quickstart(?!.*(?:--help|--print-config)).*)",
+        "{0} --train.steps 2 --optimizer.warmup-steps 1 --eval.every 0 --data.batch-size 8 "
+        "--model.num-encoder-layers 1 --model.num-decoder-layers 1 --model.d-model 16 "
+        "--model.d-kv 4 --model.d-ff 32",
+        "tests/test_train.py, and make quickstart",
+    ),
     (
         r"(t5jax train (?!.*(?:--help|--print-config)).*)",
         "{0} --train.steps 2 --optimizer.warmup-steps 1 --eval.num-examples 4",
@@ -124,33 +138,111 @@ def run_page(text: str, folder: Path) -> int:
             continue
         if block.language in SHOWN:
             continue
-        if block.language == "bash":
-            command = ["bash", "-euxo", "pipefail", "-c", as_run(block.code)]
-        else:
-            command = [sys.executable, "-c", block.code]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, f"line {block.line}:\n{block.code}\n{done.stdout}"
+        output = ""
+        for command in commands_of(block):
+            if isinstance(command, list):
+                status, printed = _run_here(command, folder)
+            else:
+                status, printed = _run_there(block.language, command, folder, env)
+            output += printed
+            assert status == 0, f"line {block.line}:\n{block.code}\n{output}"
         num_run += 1
     return num_run
 
 
+def commands_of(block: Block) -> list[list[str] | str]:
+    """Returns what a block runs: arguments of t5jax, for this process, and texts for another."""
+    if block.language == "python":
+        return [block.code]
+    commands, code = [], as_run(block.code)
+    for line in code.splitlines():
+        arguments = t5jax_arguments(line)
+        if arguments is None and not line.startswith("echo "):
+            return [code]  # Its lines may depend on one another.
+        commands.append(line if arguments is None else arguments)
+    return commands
+
+
+def t5jax_arguments(line: str) -> list[str] | None:
+    """Returns the arguments of a line of t5jax; None for others, and for what needs a shell."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # A text of several lines.
+        return None
+    bare = re.sub(r"""'[^']*'|"[^"$`]*\"""", "", line)
+    if words[:1] != ["t5jax"] or re.search(r"[|&;<>()$`*?]", bare):
+        return None
+    return words[1:]
+
+
+def _run_here(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Runs t5jax in a folder; returns its status and what it has printed."""
+    output = io.StringIO(f"+ t5jax {shlex.join(arguments)}\n")
+    output.seek(0, io.SEEK_END)
+    with (
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            status = main(arguments)
+        except SystemExit as error:  # After --help, or for an option that there is not.
+            status = error.code or 0
+    return status, output.getvalue()
+
+
+def _run_there(language: str, code: str, folder: Path, env: dict) -> tuple[int, str]:
+    """Runs code of a shell or of Python in a folder; returns its status and what it has printed."""
+    shell = [sys.executable] if language == "python" else ["bash", "-euxo", "pipefail"]
+    done = subprocess.run(
+        [*shell, "-c", code],
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def clean_registries(monkeypatch):
+    """Sets aside what other tests have registered in this process, and then what a page has."""
+    from t5jax.data import pipeline
+    from t5jax.data.tf import seqio
+
+    registries = (seqio.TaskRegistry, seqio.MixtureRegistry)
+
+    def take_out():
+        taken = {r: {name: r.get(name) for name in r.names()} for r in registries}
+        for registry, entries in taken.items():
+            for name in entries:
+                registry.remove(name)
+        return taken
+
+    monkeypatch.setattr(pipeline, "_loaded", set())
+    others = take_out()
+    yield
+    take_out()
+    for registry, entries in others.items():
+        for name, entry in entries.items():
+            registry.add_provider(name, entry)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("clean_registries")
 def test_every_block_of_the_readme_runs(tmp_path):
     folder = tmp_path / "checkout"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    # What the package reads is that of this process.
+    left_out = shutil.ignore_patterns(".*", "runs", "__pycache__", "tasks", "configs", "t5jax")
+    shutil.copytree(ROOT, folder, ignore=left_out)
     assert run_page((ROOT / "README.md").read_text(), folder) > 0
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("clean_registries")
 def test_every_command_of_make_quickstart_runs(tmp_path):
     recipe = subprocess.run(
         [
@@ -172,7 +264,7 @@ def test_every_command_of_make_quickstart_runs(tmp_path):
     assert "--train.steps 2" in as_run(commands)
     assert run_page(f"```bash\n{commands}```\n", tmp_path) == 1
     weights = tmp_path / "runs/quickstart/export/model.safetensors"
-    assert weights.stat().st_size > 10**6
+    assert weights.stat().st_size > 4 * 2 * 384 * 16  # Two embeddings at least.
 
 
 def test_blocks_run_in_order_in_one_folder(tmp_path):
@@ -253,8 +345,8 @@ def test_a_block_that_would_be_missed_is_refused(page, message):
         ("make quickstart && ls", "make quickstart && ls"),
         ('pip install -e ".[dev]"', "true"),
         (
-            "t5jax train quickstart",
-            "t5jax train quickstart --train.steps 2 --optimizer.warmup-steps 1 "
+            "t5jax train finetune --init.model runs/a",
+            "t5jax train finetune --init.model runs/a --train.steps 2 --optimizer.warmup-steps 1 "
             "--eval.num-examples 4",
         ),
         ("t5jax train quickstart --print-config", "t5jax train quickstart --print-config"),
@@ -265,3 +357,44 @@ def test_a_block_that_would_be_missed_is_refused(page, message):
 )
 def test_what_is_run_instead_of_a_command(command, instead):
     assert as_run(command + "\n") == instead
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments"),
+    [
+        ("t5jax a 'b c' # d", ["a", "b c"]),
+        ("t5jax a 'b|c; $d?' \"e?\"", ["a", "b|c; $d?", "e?"]),
+        ("t5jax a | cat", None),
+        ("t5jax a>b", None),
+        ("t5jax a;t5jax b", None),
+        ("t5jax a $B", None),
+        ('t5jax a "$B"', None),
+        ("t5jax a $(date)", None),
+        ("t5jax a &", None),
+        ("t5jax a *.model", None),
+        ("t5jax a 'b", None),
+        ("A=1 t5jax a", None),
+        ("", None),
+    ],
+)
+def test_what_needs_no_shell(line, arguments):
+    assert t5jax_arguments(line) == arguments
+
+
+def test_lines_run_together_where_one_may_change_the_next():
+    (block,) = read_blocks("```bash\nt5jax a\necho b | t5jax c\n```")
+    assert commands_of(block) == [["a"], "echo b | t5jax c"]
+    (block,) = read_blocks("```bash\nexport A=1\nt5jax a\n```")
+    assert commands_of(block) == ["export A=1\nt5jax a"]
+
+
+def test_commands_that_run_here_stop_at_the_first_that_fails(tmp_path):
+    page = "```bash\nt5jax tasks --help\nt5jax --version\nt5jax trian\nt5jax vocab\n```"
+    with pytest.raises(AssertionError, match="did you mean train") as error:
+        run_page(page, tmp_path)
+    assert "+ t5jax --version" in str(error.value)
+    assert "+ t5jax vocab" not in str(error.value)
+    page, other = "```bash\nt5jax tasks list --no-such-option\n```", tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(AssertionError, match="no-such-option"):
+        run_page(page, other)

@@ -16,7 +16,7 @@ from t5jax.metrics import compute
 from t5jax.models import api  # noqa: F401  JAX before TensorFlow's threads.
 from t5jax.monitor import read_metrics
 from t5jax.tokenizers import ByteTokenizer
-from tiny import compile_once, one_device  # noqa: F401
+from tiny import one_device  # noqa: F401
 
 REGISTRIES = (seqio.TaskRegistry, seqio.MixtureRegistry)
 
@@ -218,8 +218,8 @@ def test_its_config_improves_the_validation_loss(name, load, tmp_path, monkeypat
     config = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
-        train=dataclasses.replace(config.train, steps=30),
-        eval=dataclasses.replace(config.eval, every=15, num_examples=32),
+        train=dataclasses.replace(config.train, steps=20),
+        eval=dataclasses.replace(config.eval, every=10, num_examples=32),
     )
     monkeypatch.setattr(pipeline, "load_tasks", lambda files=(): None)  # The loaded ones stay.
     train(config)

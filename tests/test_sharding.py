@@ -64,14 +64,22 @@ def lower_step(mesh, model=MODEL, optimizer=ADAMW, microbatches=1, rows=16, leng
         return step.lower(state, batch)
 
 
-def three_steps(mesh, optimizer=ADAMW):
-    """Trains with dropout, in two microbatches; returns the program, the state and the losses."""
-    compiled = lower_step(mesh, optimizer=optimizer, microbatches=2).compile()
+def create_state(mesh, optimizer=ADAMW):
     tx = make_optimizer(optimizer, 10, api.param_axes(MODEL))
     shardings = train_state_shardings(MODEL, tx, mesh, RULES)
     with sharding.use_mesh(mesh, RULES):
         create = jax.jit(lambda key: create_train_state(MODEL, tx, key), out_shardings=shardings)
-        state, losses = create(jax.random.key(0)), []
+        return create(jax.random.key(0))
+
+
+def three_steps(mesh, start, optimizer=ADAMW):
+    """Trains with dropout, in two microbatches; returns the program, the state and the losses."""
+    compiled = lower_step(mesh, optimizer=optimizer, microbatches=2).compile()
+    tx = make_optimizer(optimizer, 10, api.param_axes(MODEL))
+    # A copy: the program gives its memory to the next state.
+    state = jax.device_put(jax.device_get(start), train_state_shardings(MODEL, tx, mesh, RULES))
+    losses = []
+    with sharding.use_mesh(mesh, RULES):
         for seed in range(3):
             batch = random_batch(MODEL, rows=16, seed=seed)
             state, metrics = compiled(state, sharding.shard_batch(batch, mesh, RULES))
@@ -81,7 +89,18 @@ def three_steps(mesh, optimizer=ADAMW):
 
 @functools.cache
 def on_one_device(optimizer):
-    return three_steps(mesh_of(1), optimizer)
+    """Returns the state before, the state after three steps, and their losses."""
+    start = create_state(mesh_of(1), optimizer)
+    return start, *three_steps(mesh_of(1), start, optimizer)[1:]
+
+
+def test_a_state_is_created_with_the_same_bits_on_a_mesh():
+    start, _, _ = on_one_device(ADAMW)
+    state = create_state(mesh_of(2, 2, 2))
+    kernel = state.params["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 8)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +116,8 @@ def on_one_device(optimizer):
     ],
 )
 def test_every_mesh_trains_as_one_device_does(mesh, optimizer):
-    _, expected, expected_losses = on_one_device(optimizer)
-    compiled, state, losses = three_steps(mesh_of(**mesh), optimizer)
+    start, expected, expected_losses = on_one_device(optimizer)
+    compiled, state, losses = three_steps(mesh_of(**mesh), start, optimizer)
     assert len(set(losses)) == 3
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     assert state.step == 3

@@ -28,7 +28,6 @@ from test_models import pack
 from tiny import (
     NO_EVAL,
     TASK_FILE,
-    compile_once,  # noqa: F401
     eight_devices,  # noqa: F401
     one_device,  # noqa: F401
     read_metrics,

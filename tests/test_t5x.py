@@ -33,7 +33,6 @@ from t5jax.train_step import make_train_step
 from test_cli import fails, run
 from tiny import (  # noqa: F401
     TINY,
-    compile_once,
     eight_devices,
     make_config,
     one_device,

@@ -20,7 +20,7 @@ from t5jax.tokenizers import ByteTokenizer
 from t5jax.train import train
 from tiny import assert_same_bits, make_config, read_metrics
 
-compile_once, one_device = tiny.compile_once, tiny.one_device
+one_device = tiny.one_device
 pytestmark = pytest.mark.slow
 
 BYTES = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

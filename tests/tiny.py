@@ -1,7 +1,7 @@
 """A run of seconds, for the tests of the loop and of what surrounds it.
 
-Modules that train import the fixtures `compile_once` and `one_device` from here, which make that
-quick; a test of meshes takes `eight_devices` besides.
+Modules that train import the fixture `one_device` from here, which makes that quick; a test of
+meshes takes `eight_devices` besides.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from t5jax import monitor, sharding
 from t5jax.architectures import T5Config
@@ -56,26 +55,9 @@ TINY = Config(
 )
 NO_EVAL = {"every": 0}
 
-# --- Speed ----------------------------------------------------------------------------------------
+# --- Meshes ---------------------------------------------------------------------------------------
 
-_CACHE = tempfile.TemporaryDirectory()
 _make_mesh = sharding.make_mesh
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once():
-    """Every run jits its own functions; here they find the programs of the runs before.
-
-    Programs are compiled without much optimization: they run for milliseconds.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 def _one_device_mesh(*config):
@@ -93,14 +75,9 @@ def eight_devices(one_device, monkeypatch):
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of a process with one device, which shares the programs."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | cache
+    """Returns the environment of a process with one device."""
+    path = {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | path
 
 
 # --- Runs -----------------------------------------------------------------------------------------
