@@ -29,8 +29,8 @@ from t5jax.architectures import (
     check_choice,
 )
 from t5jax.config import AxisRules, Config, MeshConfig
+from t5jax.hf import hub, t5x_files
 from t5jax.hf import io as hf_io
-from t5jax.hf import t5x_files
 from t5jax.models import api
 from t5jax.tokenizers import Tokenizer, load_tokenizer
 
@@ -162,7 +162,7 @@ def find(name_or_path: str) -> Source:
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
             "--vocabulary FILE`, and give OUTPUT here"
         )
-    path = hf_io.resolve(name_or_path)
+    path = hub.resolve(name_or_path)
     model = _tokenizers_eos_first(hf_io.read_config(path, load_tokenizer), path)
     return Source(path, Config(model=model))
 

@@ -507,7 +507,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ValueError(_not_found(source))
     if path.suffix in (".model", ".json", ".txt"):
         raise ValueError(_not_found(source))
-    from t5jax.hf.io import resolve
+    from t5jax.hf.hub import resolve
 
     return _load_folder(resolve(source))
 

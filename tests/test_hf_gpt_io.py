@@ -11,7 +11,7 @@ from small_gpt import GEMMA3, GPT2, LLAMA, QWEN3, VARIANTS, change, random_param
 from t5jax.architectures import published
 from t5jax.architectures.gpt import SIZES
 from t5jax.config import AxisRules, MeshConfig
-from t5jax.hf import io
+from t5jax.hf import files, io
 from t5jax.hf.mapping import Part, Rearrange
 from t5jax.models import api
 from t5jax.sharding import make_mesh, param_shardings
@@ -85,14 +85,14 @@ def test_a_host_reads_of_a_fused_tensor_only_its_slices(tmp_path, monkeypatch):
     shapes, mesh = api.param_shapes(config), make_mesh(MeshConfig(model=4))
     shardings = param_shardings(api.param_axes(config), shapes, mesh, AxisRules())
     read = []
-    original = io._SafeTensor.__getitem__
+    original = files._SafeTensor.__getitem__
 
     def spy(self, index):
         x = original(self, index)
         read.append(x.nbytes)
         return x
 
-    monkeypatch.setattr(io._SafeTensor, "__getitem__", spy)
+    monkeypatch.setattr(files._SafeTensor, "__getitem__", spy)
     assert_same(io.load_params(folder, config, shardings), params)
     assert sum(read) == sum(x.size * 4 for x in jax.tree.leaves(shapes))
 

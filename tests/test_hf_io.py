@@ -2,15 +2,11 @@
 
 import dataclasses
 import functools
-import http.server
 import json
 import os
-import re
-import shutil
 import socket
 import subprocess
 import sys
-import threading
 
 import flax.traverse_util
 import jax
@@ -18,12 +14,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from huggingface_hub import constants
 
 from t5jax.architectures import T5Config, bert, published
 from t5jax.architectures.t5 import SIZES
 from t5jax.config import AxisRules, MeshConfig, to_json
-from t5jax.hf import io, mapping, t5
+from t5jax.hf import files, io, mapping, t5
 from t5jax.hf.mapping import Rearrange
 from t5jax.models import api
 from t5jax.sharding import make_mesh, param_shardings
@@ -181,14 +176,14 @@ def test_a_host_reads_only_its_slices(folder, monkeypatch):
         AxisRules(),
     )
     read = []
-    original = io._SafeTensor.__getitem__
+    original = files._SafeTensor.__getitem__
 
     def spy(self, index):
         x = original(self, index)
         read.append(x.nbytes)
         return x
 
-    monkeypatch.setattr(io._SafeTensor, "__getitem__", spy)
+    monkeypatch.setattr(files._SafeTensor, "__getitem__", spy)
     io.load_params(folder, SMALL, shardings)
     total = sum(x.size * 4 for x in jax.tree.leaves(api.param_shapes(SMALL)))
     # Two devices share each slice, and it is read once; no read is of more than a quarter of the
@@ -524,6 +519,20 @@ def test_a_scaled_head_of_its_own_warns(tmp_path):
     assert io.read_config(tmp_path / "out") == config
 
 
+def test_torch_is_asked_for_by_name(folder, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"only be read with torch, which is not installed; `pip"):
+        io.load_params(folder, SMALL)
+
+
+def test_same_values_compares_bits():
+    a = np.array([[1.0, np.nan]], "float32")
+    assert mapping.same_values(a, a.copy())
+    assert not mapping.same_values(a, np.array([[1.0, 2.0]], "float32"))
+    assert not mapping.same_values(a, a.astype("float64"))
+
+
 # --- Where it is written ------------------------------------------------------------------------
 
 
@@ -581,140 +590,3 @@ def test_tokenizer_and_generation_are_added_and_a_failure_leaves_nothing(tmp_pat
         "max_new_tokens": 7,
         "pad_token_id": 0,
     }
-
-
-# --- The hub ------------------------------------------------------------------------------------
-
-
-def test_resolve_finds_folders_and_refuses_paths(tmp_path):
-    assert io.resolve(tmp_path) == tmp_path
-    assert io.resolve(str(tmp_path)) == tmp_path
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file; expected the folder"):
-        io.resolve(tmp_path / "file")
-    with pytest.raises(ValueError, match=r"there is no folder \./nowhere/model; give one that"):
-        io.resolve("./nowhere/model")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Points huggingface_hub at an empty cache and a server that a test may start."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-    def use(url):
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-
-    use("http://127.0.0.1:9")  # Nobody listens there.
-    return use
-
-
-def test_no_network_and_no_copy(hub):
-    with pytest.raises(
-        ValueError, match="somebody/model is no folder here, the hub cannot be"
-    ) as e:
-        io.resolve("somebody/model")
-    assert "give its folder" in str(e.value)
-    assert "\n" not in str(e.value)
-
-
-def test_no_network_but_a_copy_in_the_cache(hub, folder, tmp_path):
-    commit = "0" * 39 + "1"
-    repo = tmp_path / "cache" / "models--somebody--model"
-    (repo / "refs").mkdir(parents=True)
-    (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(folder, repo / "snapshots" / commit)
-    with pytest.warns(UserWarning, match="somebody/model is taken from its cache"):
-        found = io.resolve("somebody/model")
-    assert_same(io.load_params(found, io.read_config(found)), random_params(SMALL))
-
-
-def test_files_that_are_downloaded():
-    small = ["config.json", "spiece.model", "tokenizer.json", "vocab.txt"]
-    other = ["README.md", "flax_model.msgpack", "tf_model.h5", "onnx/model.safetensors", "x.bin"]
-    binary = ["pytorch_model.bin"]
-    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    assert io._needed(small + other + binary + shards) == small + shards
-    assert io._needed(small + other + binary) == small + binary
-
-
-def test_download(hub, folder):
-    """From a server that speaks as much of the hub's protocol as a download needs."""
-    commit = "0" * 39 + "2"
-    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
-    (folder / "README.md").write_text("not wanted")
-    asked = []
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def do_GET(self):
-            asked.append(self.path)
-            names = sorted(p.name for p in folder.iterdir())
-            sizes = {name: (folder / name).stat().st_size for name in names}
-            if re.match(r"/api/models/somebody/model(/revision/\w+)?(\?|$)", self.path):
-                siblings = [{"rfilename": name} for name in names]
-                self.answer(json.dumps({"id": "m", "sha": commit, "siblings": siblings}).encode())
-            elif self.path.startswith(f"/api/models/somebody/model/tree/{commit}"):
-                entries = [
-                    {"type": "file", "path": n, "size": sizes[n], "oid": f"{i:040}"}
-                    for i, n in enumerate(names)
-                ]
-                self.answer(json.dumps(entries).encode())
-            elif (name := self.path.rpartition("/")[2]) in names:
-                self.answer((folder / name).read_bytes(), f'"{names.index(name):040}"')
-            else:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-        do_HEAD = do_GET
-
-        def answer(self, body, etag=None):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            if etag:
-                self.send_header("ETag", etag)
-                self.send_header("X-Repo-Commit", commit)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        hub(f"http://127.0.0.1:{server.server_port}")
-        found = io.resolve("somebody/model")
-        with pytest.raises(ValueError, match="somebody/none is neither a folder here nor a model"):
-            io.resolve("somebody/none")
-    finally:
-        server.shutdown()
-        server.server_close()
-    names = {p.name for p in found.iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
-    assert not [path for path in asked if "pytorch_model" in path]
-    assert_same(io.load_params(found, io.read_config(found)), random_params(SMALL))
-    # Afterwards without the hub.
-    with pytest.warns(UserWarning, match="is taken from its cache"):
-        assert io.resolve("somebody/model") == found
-
-
-def test_torch_is_asked_for_by_name(folder, monkeypatch):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"only be read with torch, which is not installed; `pip"):
-        io.load_params(folder, SMALL)
-
-
-def test_same_values_compares_bits():
-    a = np.array([[1.0, np.nan]], "float32")
-    assert mapping.same_values(a, a.copy())
-    assert not mapping.same_values(a, np.array([[1.0, 2.0]], "float32"))
-    assert not mapping.same_values(a, a.astype("float64"))

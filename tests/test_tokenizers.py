@@ -171,7 +171,7 @@ def test_bytes_are_shifted_by_three():
 def test_a_hub_name_is_resolved(model, tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(model)
     asked = []
-    monkeypatch.setattr("t5jax.hf.io.resolve", lambda name: asked.append(name) or tmp_path)
+    monkeypatch.setattr("t5jax.hf.hub.resolve", lambda name: asked.append(name) or tmp_path)
     assert load_tokenizer("google/flan-t5-small").vocab_size == 140
     assert asked == ["google/flan-t5-small"]
 

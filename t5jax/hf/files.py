@@ -1,0 +1,288 @@
+"""The files of a Hugging Face folder, whatever network they hold: tensors by name, and JSON.
+
+Weights are read from model.safetensors, from shards with an index, or, with torch installed, from
+pytorch_model.bin, and written as safetensors. A folder is written whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from t5jax.hf.mapping import Tensors
+
+CONFIG = "config.json"
+_SAFETENSORS = "model.safetensors"
+_TORCH = "pytorch_model.bin"
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      ValueError: if there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = sorted(p.name for p in path.parent.glob("*"))
+        raise ValueError(
+            f"{path.parent} has no {path.name}; expected a Hugging Face model folder, found "
+            f"{', '.join(there[:8]) or 'nothing'}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file with its keys in order."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- Reading tensors ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _SafeTensor:
+    """A tensor in an open safetensors file."""
+
+    slices: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.slices.get_shape())
+
+    @property
+    def dtype(self) -> str:
+        return self.slices.get_dtype()
+
+    def __getitem__(self, index):
+        return self.slices[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TorchTensor:
+    """A torch tensor; memory-mapped where the file allows it."""
+
+    tensor: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        name = str(self.tensor.dtype).removeprefix("torch.")
+        names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        return names.get(name, name)
+
+    def __getitem__(self, index):
+        x = self.tensor[index].detach()  # A file may hold parameters, which want gradients.
+        # NumPy has no bfloat16 of torch's; float32 holds the same value.
+        return (x.float() if self.dtype == "BF16" else x).numpy()
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """Returns the file of that name, or those that its index lists, or none."""
+    if (folder / name).is_file():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map of tensor to file; fetch it again")
+    names = sorted(set(map(str, weight_map.values())))
+    missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of the {len(names)} files that {index.name} lists: "
+            f"{', '.join(missing)}; fetch them again"
+        )
+    return [folder / n for n in names]
+
+
+def has_weights(folder: Path) -> bool:
+    """Returns whether a folder has weights that `open_tensors` opens.
+
+    Raises:
+      ValueError: if there is an index, and it is damaged or a file that it lists is missing.
+    """
+    return bool(_weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH))
+
+
+@contextlib.contextmanager
+def open_tensors(folder: str | os.PathLike) -> Iterator[Tensors]:
+    """Opens the weights of a folder: name to tensor, none of which is read before it is indexed.
+
+    Raises:
+      ValueError: if there are none, a file is missing or cut short, or they are pytorch_model.bin
+        and torch is not installed.
+    """
+    folder = Path(folder)
+    with contextlib.ExitStack() as stack:
+        tensors: dict[str, Any] = {}
+        if files := _weight_files(folder, _SAFETENSORS):
+            for path in files:
+                file = stack.enter_context(_open_safetensors(path))
+                tensors |= {name: _SafeTensor(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
+        elif files := _weight_files(folder, _TORCH):
+            for path in files:
+                content = _load_torch(path)
+                tensors |= {name: _TorchTensor(tensor) for name, tensor in content.items()}
+        else:
+            there = sorted(p.name for p in folder.glob("*"))
+            raise ValueError(
+                f"{folder} has no weights: expected {_SAFETENSORS} or {_TORCH}, whole or in shards "
+                f"with an index; found {', '.join(there[:8]) or 'nothing'}"
+            )
+        yield tensors
+
+
+def _open_safetensors(path: Path):
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError) as error:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if file.read(20).startswith(b"version https://git"):
+                raise ValueError(
+                    f"{path} is a Git LFS pointer, not weights; run `git lfs pull` there"
+                ) from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it was cut short or damaged on its "
+            f"way: {path.stat().st_size} bytes are here; fetch it again"
+        ) from None
+
+
+def _load_torch(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            f"{path} can only be read with torch, which is not installed; "
+            "`pip install t5jax[torch]`, or use a copy of the model in safetensors"
+        ) from None
+    # weights_only: a pickle could run any code. Files from before torch 1.6 cannot be mapped.
+    options = {"map_location": "cpu", "weights_only": True}
+    try:
+        try:
+            content = torch.load(path, mmap=True, **options)
+        except RuntimeError:
+            content = torch.load(path, **options)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a whole file of torch tensors ({reason}); fetch it again"
+        ) from None
+    is_state = isinstance(content, Mapping)
+    strange = (
+        [k for k, v in content.items() if not torch.is_tensor(v)] if is_state else ["all of it"]
+    )
+    if strange:
+        raise ValueError(
+            f"{path} holds something else than name to tensor ({', '.join(map(str, strange))}); "
+            "save the model's state_dict() alone"
+        )
+    return content
+
+
+# --- Writing tensors ----------------------------------------------------------------------------
+
+
+def write_tensors(
+    where: Path,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    shapes: Sequence[tuple[str, Sequence[int]]],
+    itemsize: int,
+    max_shard_bytes: int,
+) -> None:
+    """Writes one safetensors file, or shards and their index; holds one shard in memory.
+
+    Args:
+      where: the folder.
+      tensors: yields name and array, in the order of `shapes`.
+      shapes: name and shape of each.
+      itemsize: bytes of a number.
+      max_shard_bytes: largest file; a tensor that is larger has one to itself.
+    """
+    sizes = {name: math.prod(shape) * itemsize for name, shape in shapes}
+    shards, room = [[]], max_shard_bytes
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    stem, suffix = _SAFETENSORS.split(".")
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = _SAFETENSORS
+        if len(shards) > 1:
+            file = f"{stem}-{number:05}-of-{len(shards):05}.{suffix}"
+        shard = dict(next(tensors) for _ in names)
+        assert list(shard) == names
+        safetensors.numpy.save_file(shard, where / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(where / f"{_SAFETENSORS}.index.json", index)
+
+
+# --- A whole folder -----------------------------------------------------------------------------
+
+
+def check_destination(folder: Path, overwrite: bool) -> None:
+    """Raises ValueError where writing a model to a folder would replace something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder that does not exist yet")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if entries and not overwrite:
+        raise ValueError(
+            f"{folder} is not empty ({len(entries)} entries); give a folder that does not exist "
+            "yet, or overwrite the model in it with --overwrite (overwrite=True)"
+        )
+    # Overwriting deletes the folder: it must be a model's and nothing else's.
+    if entries and (not (folder / CONFIG).is_file() or any(e.is_dir() for e in entries)):
+        raise ValueError(
+            f"{folder} is not overwritten: it holds no {CONFIG}, or folders that no export has; "
+            "give another folder, or empty it yourself"
+        )
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a new folder beside `folder`, and gives it that name when it is whole.
+
+    Raises:
+      ValueError: if it cannot be written. Of what `write` raises, nothing is left behind.
+    """
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        if folder.is_dir():
+            folder.rename(replaced)
+        partial.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{folder} cannot be written ({error}); give a folder where you may write and the disk "
+            "has room"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)

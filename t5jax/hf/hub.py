@@ -1,0 +1,76 @@
+"""Where a model is: a folder here, or a name on the Hugging Face hub."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import RepositoryNotFoundError
+
+
+def resolve(name_or_path: str | os.PathLike) -> Path:
+    """Returns the local folder that a path or a name on the Hugging Face hub means.
+
+    A folder that exists wins. A name is downloaded, or found in the hub's cache where the hub
+    cannot be reached: configs, tokenizer, and weights once (safetensors where there are any).
+
+    Raises:
+      ValueError: if there is neither, or the hub cannot be reached and its cache has no copy.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; expected the folder that it lies in, or a hub name")
+    name = str(name_or_path)
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(
+            f"there is no folder {name}; give one that exists, or a hub name such as "
+            "google/flan-t5-small"
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    # huggingface_hub has changed its HTTP library twice, and its errors with it: whatever is
+    # raised means that the hub did not answer.
+    try:
+        info = huggingface_hub.HfApi().model_info(name, timeout=10)
+        files = _needed(entry.rfilename for entry in info.siblings)
+        # By its branch, not by info.sha: only so is it found in the cache by name afterwards.
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, etag_timeout=10))
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{name} is neither a folder here nor a model on the hub that you may read; check the "
+            "spelling, or log in with `hf auth login` if it is private or gated"
+        ) from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        # Of the files, only config.json is certain to be in a cached copy.
+        cached = huggingface_hub.snapshot_download(
+            name, local_files_only=True, allow_patterns=["config.json"]
+        )
+    except Exception:
+        raise ValueError(
+            f"{name} is no folder here, the hub cannot be reached ({reason}), and its cache has no "
+            "copy; check the network, or download the model elsewhere and give its folder"
+        ) from None
+    warnings.warn(
+        f"the hub cannot be reached ({reason}); {name} is taken from its cache, {cached}",
+        stacklevel=3,
+    )
+    return Path(cached)
+
+
+def _needed(files: Iterable[str]) -> list[str]:
+    """Returns what to download of a model's files: no subfolders, no second copy of weights."""
+    files = [f for f in files if "/" not in f]
+    small = [f for f in files if f.endswith((".json", ".model", ".txt", ".jinja"))]
+    for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+        weights = [f for f in files if re.fullmatch(pattern, f)]
+        if weights:
+            return small + weights
+    return small
