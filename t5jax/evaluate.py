@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from t5jax import batch as features
-from t5jax import decoding, metrics, monitor, pretrained, sharding
+from t5jax import decoding, metrics, pretrained, sharding
 from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
 from t5jax.data.api import EvalExample, EvalSet, Example
 from t5jax.data.converters import make_converter
 from t5jax.losses import batch_loss
 from t5jax.models import api
+from t5jax.monitor import progress, tables
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 
@@ -158,7 +159,7 @@ def mean_loss(results: Sequence[Result]) -> float:
 
 
 def as_table(results: dict[str, tuple[EvalSet, Result]]) -> dict[str, dict]:
-    """Returns results as plain values, as `monitor.results_table` and JSON files have them."""
+    """Returns results as plain values, as `monitor.tables` and JSON files have them."""
     return {
         task: {
             "num_examples": len(eval_set.examples),
@@ -233,13 +234,13 @@ def evaluate_model(
             max_tokens=lengths["targets_length"],
             prefix_lm=trained.prefix_lm,
         )
-        for eval_set in monitor.track(eval_sets, f"evaluating on {split}"):
+        for eval_set in progress.track(eval_sets, f"evaluating on {split}"):
             result = evaluator.evaluate(params, eval_set)
             results[eval_set.task] = eval_set, result
             if num_samples:
                 examples = eval_set.examples[:num_samples]
-                monitor.print_table(
-                    monitor.samples_table(
+                tables.print_table(
+                    tables.samples_table(
                         [e.inputs for e in examples],
                         [e.targets for e in examples],
                         result.predictions[:num_samples],
@@ -247,7 +248,7 @@ def evaluate_model(
                     )
                 )
     table = as_table(results)
-    monitor.print_table(monitor.results_table(table), sys.stdout)
+    tables.print_table(tables.results_table(table), sys.stdout)
     if json:
         json.write_text(dumps(table, indent=2) + "\n")
     return table

@@ -16,13 +16,14 @@ import flax.traverse_util
 import jax
 from rich.console import Console
 
-from t5jax import checkpoint, monitor, pretrained, sharding
+from t5jax import checkpoint, pretrained, sharding
 from t5jax.architectures import ModelConfig
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.api import BatchIterator, EvalSet
 from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.models import api
+from t5jax.monitor import log, plot, progress, tables
 from t5jax.optimizers import make_optimizer, make_schedule
 from t5jax.train_state import create_train_state, train_state_shapes, train_state_shardings
 from t5jax.train_step import make_train_step
@@ -137,16 +138,16 @@ def train(config: Config) -> Path:
                 new = _new_params(source, model, state.params)
                 state = state.replace(params=None)  # Never two copies on the devices.
                 state = state.replace(params=source.params(model, shardings.params, new))
-        monitor.truncate_metrics(run_dir, start)
+        log.truncate_metrics(run_dir, start)
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         say(f"{num_params:,} parameters on {describe_mesh(mesh)}")
 
         # --- Train ---
-        throughput = monitor.Throughput()
-        bar = monitor.ProgressBar(config.train.steps, start)
-        with bar, contextlib.closing(monitor.make_writer(run_dir)) as writer:
+        throughput = progress.Throughput()
+        bar = progress.ProgressBar(config.train.steps, start)
+        with bar, contextlib.closing(log.make_writer(run_dir)) as writer:
             reports = Reports(config, writer, bar, throughput, schedule, loop.sums)
             batches = Prefetch(iterator, mesh, rules)
             for step in itertools.count(start + 1):
@@ -191,7 +192,7 @@ def _new_params(source: pretrained.Source, model: ModelConfig, params) -> dict[s
 def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
     if loop.best_step:
         say(f"best {config.eval.split} loss {loop.best_loss:.4f} at step {loop.best_step}")
-    monitor.plot_losses(run_dir, run_dir / "loss.png")
+    plot.plot_losses(run_dir, run_dir / "loss.png")
     say(f"done: {run_dir} (loss.png shows the losses)")
     return run_dir
 
@@ -250,7 +251,7 @@ class Prefetch:
         on_devices = sharding.shard_batch(batch, self._mesh, self._rules, batch_size)
         # Of all processes, estimated from this one's rows.
         share = len(next(iter(batch.values()))) / batch_size
-        num_tokens = round(monitor.count_tokens(batch) / share)
+        num_tokens = round(progress.count_tokens(batch) / share)
         # The position after this batch: what a checkpoint of its step has to remember, though the
         # iterator itself is one batch ahead by then.
         self._slot = on_devices, num_tokens, self._iterator.state()
@@ -339,10 +340,8 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
                 [e.targets for e in examples],
                 result.predictions[:shown],
             )
-            bar.print(monitor.samples_table(*columns))
-            writer.write_texts(
-                step, {f"{split}/{task}/samples": monitor.samples_markdown(*columns)}
-            )
+            bar.print(tables.samples_table(*columns))
+            writer.write_texts(step, {f"{split}/{task}/samples": tables.samples_markdown(*columns)})
     writer.write_scalars(step, scalars)
     writer.flush()
 

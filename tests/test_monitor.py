@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from t5jax import batch as features
-from t5jax import monitor
+from t5jax.monitor import log, plot, progress, tables
 
 
 class Clock:
@@ -32,7 +32,7 @@ def clock():
 
 def write_lines(run_dir, *records):
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (run_dir / monitor.METRICS_FILE).write_text(text)
+    (run_dir / log.METRICS_FILE).write_text(text)
 
 
 def run_python(code, **kwargs):
@@ -53,11 +53,11 @@ def test_count_tokens_leaves_padding_out():
         # Starts with pad and is the target shifted: counted, it would count twice.
         features.DECODER_INPUT_TOKENS: np.array([[0, 9], [0, 1]], np.int32),
     }
-    assert monitor.count_tokens(batch) == 5 + 3
+    assert progress.count_tokens(batch) == 5 + 3
 
 
 def test_throughput_leaves_out_the_first_step_and_pauses(clock):
-    speed = monitor.Throughput(clock)
+    speed = progress.Throughput(clock)
     clock.now = 60  # Compilation.
     speed.step_done(1000)
     assert speed.read() == {}
@@ -77,7 +77,7 @@ def test_throughput_leaves_out_the_first_step_and_pauses(clock):
 
 
 def test_throughput_pause_before_the_first_step_and_with_an_error(clock):
-    speed = monitor.Throughput(clock)
+    speed = progress.Throughput(clock)
     with speed.pause():
         clock.now = 50
     speed.step_done(10)
@@ -93,7 +93,7 @@ def test_throughput_pause_before_the_first_step_and_with_an_error(clock):
 
 
 def test_progress_without_a_terminal_is_lines_on_stderr(capsys, clock):
-    with monitor.ProgressBar(1000, step=200, clock=clock) as bar:
+    with progress.ProgressBar(1000, step=200, clock=clock) as bar:
         clock.now = 100
         bar.update(201, loss=3.0)
         clock.now += 2
@@ -116,7 +116,7 @@ def test_progress_without_a_terminal_is_lines_on_stderr(capsys, clock):
 
 
 def test_durations():
-    assert [monitor._duration(s) for s in (0, 59.6, 3599, 36061)] == [
+    assert [progress._duration(s) for s in (0, 59.6, 3599, 36061)] == [
         "0:00",
         "1:00",
         "59:59",
@@ -128,7 +128,7 @@ def test_durations():
 def test_progress_on_a_terminal_is_a_bar_and_leaves_stdout_alone():
     ours, theirs = os.openpty()
     code = """
-        from t5jax.monitor import ProgressBar
+        from t5jax.monitor.progress import ProgressBar
         with ProgressBar(10) as bar:
             bar.update(4, loss=1.5)
             print("a result for the pipe")
@@ -154,14 +154,14 @@ def test_progress_on_a_terminal_is_a_bar_and_leaves_stdout_alone():
 
 
 def test_jsonl_lines_are_flushed_and_read_back(tmp_path):
-    writer = monitor.JsonlWriter(tmp_path)
+    writer = log.JsonlWriter(tmp_path)
     writer.write_scalars(10, {"train/loss": np.float32(2.5), "n": np.array(3)})
     # U+2028 is a line break to str.splitlines, and none in a JSON-lines file.
     writer.write_texts(10, {"samples": "ä\u2028b\n[c]"})
     writer.write_scalars(20, {"train/loss": math.nan, "train/lr": math.inf})
     writer.write_scalars(20, {})
     # Not closed: every line is on disk by now.
-    first, second, third = monitor.read_metrics(tmp_path)
+    first, second, third = log.read_metrics(tmp_path)
     assert 1.6e9 < first.pop("time") <= second["time"] <= third["time"]
     assert first == {"step": 10, "train/loss": 2.5, "n": 3.0}
     assert second["samples"] == "ä\u2028b\n[c]"
@@ -175,7 +175,7 @@ def test_jsonl_lines_are_flushed_and_read_back(tmp_path):
 
 
 def test_jsonl_leaves_arrays_out(tmp_path):
-    with contextlib.closing(monitor.JsonlWriter(tmp_path)) as writer:
+    with contextlib.closing(log.JsonlWriter(tmp_path)) as writer:
         writer.write_images(7, {"image": np.zeros((2, 2, 3))})
         writer.write_histograms(7, {"weights": np.arange(3.0)}, {"weights": 2})
         writer.write_audios(7, {"sound": np.zeros((1, 4, 1))}, sample_rate=8)
@@ -184,34 +184,34 @@ def test_jsonl_leaves_arrays_out(tmp_path):
         writer.write_hparams({"rate": 1.0})
         writer.write_scalars(8, {"a": 1})
         writer.flush()
-    (record,) = monitor.read_metrics(tmp_path)
+    (record,) = log.read_metrics(tmp_path)
     assert (record["step"], record["a"]) == (8, 1.0)
 
 
 def test_read_metrics_tolerates_a_cut_last_line_only(tmp_path):
-    assert monitor.read_metrics(tmp_path) == []
+    assert log.read_metrics(tmp_path) == []
     path = tmp_path / "metrics.jsonl"
     whole = b'{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
     for tail in (b'{"step": 3, "te', '{"step": 3, "t": "ä'.encode()[:-1], b"\0\0\0", b"3"):
         path.write_bytes(whole + tail)
-        assert [record["step"] for record in monitor.read_metrics(tmp_path)] == [1, 2]
-        monitor.JsonlWriter(tmp_path).write_scalars(3, {"a": 3})
-        assert [record["step"] for record in monitor.read_metrics(tmp_path)] == [1, 2, 3]
+        assert [record["step"] for record in log.read_metrics(tmp_path)] == [1, 2]
+        log.JsonlWriter(tmp_path).write_scalars(3, {"a": 3})
+        assert [record["step"] for record in log.read_metrics(tmp_path)] == [1, 2, 3]
     path.write_bytes(b'{"step": 1}\n{"st\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl is '{\"st'; expected a JSON"):
-        monitor.read_metrics(tmp_path)
+        log.read_metrics(tmp_path)
 
 
 def test_truncate_metrics_leaves_each_step_once(tmp_path):
-    monitor.truncate_metrics(tmp_path, 5)  # A run without metrics is as it should be.
+    log.truncate_metrics(tmp_path, 5)  # A run without metrics is as it should be.
     assert list(tmp_path.iterdir()) == []
     write_lines(tmp_path, *({"step": s, "train/loss": 1 / s} for s in range(1, 8)))
     before = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    monitor.truncate_metrics(tmp_path, 5)
+    log.truncate_metrics(tmp_path, 5)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before[:5])
-    writer = monitor.JsonlWriter(tmp_path)
+    writer = log.JsonlWriter(tmp_path)
     writer.write_scalars(6, {"train/loss": 0.5})
-    assert [record["step"] for record in monitor.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in log.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -224,7 +224,7 @@ def test_truncate_metrics_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        monitor.truncate_metrics(tmp_path, 1)
+        log.truncate_metrics(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -234,12 +234,12 @@ def test_make_writer_writes_tensorboard_and_json_lines(tmp_path):
     # In a process of its own, since what TensorFlow prints when it is imported is tested too.
     code = f"""
         import numpy as np
-        from t5jax import monitor
-        writer = monitor.make_writer({str(tmp_path / "run")!r})
+        from t5jax.monitor import log
+        writer = log.make_writer({str(tmp_path / "run")!r})
         from clu import metric_writers
         assert isinstance(writer, metric_writers.MetricWriter)
         assert all(isinstance(w, metric_writers.MetricWriter) for w in writer._writers)
-        missing = metric_writers.MetricWriter.__abstractmethods__ - set(dir(monitor.JsonlWriter))
+        missing = metric_writers.MetricWriter.__abstractmethods__ - set(dir(log.JsonlWriter))
         assert not missing, missing
         writer.write_scalars(7, {{"train/loss": np.float32(0.5)}})
         writer.write_texts(7, {{"samples": "hello"}})
@@ -258,14 +258,15 @@ def test_make_writer_writes_tensorboard_and_json_lines(tmp_path):
     assert done.stdout == "7 0.5\n"
     assert "oneDNN" not in done.stderr
     assert "cuda" not in done.stderr
-    scalars, texts = monitor.read_metrics(tmp_path / "run")
+    scalars, texts = log.read_metrics(tmp_path / "run")
     assert (scalars["step"], scalars["train/loss"], texts["samples"]) == (7, 0.5, "hello")
 
 
 def test_import_is_light():
     code = """
         import sys
-        import t5jax.monitor, t5jax.metrics
+        import t5jax.metrics
+        from t5jax.monitor import log, plot, progress, tables
         heavy = {"clu", "tensorflow", "seqio", "matplotlib", "rich", "sacrebleu", "rouge_score"}
         print(sorted(heavy & set(sys.modules)))
     """
@@ -277,8 +278,8 @@ def test_import_is_light():
 
 def test_running_mean():
     values = np.array([1.0, 2, 3, 4, 10])
-    np.testing.assert_allclose(monitor._running_mean(values, 3), [1.5, 2, 3, 17 / 3, 7])
-    np.testing.assert_allclose(monitor._running_mean(values, 0), values)
+    np.testing.assert_allclose(plot._running_mean(values, 3), [1.5, 2, 3, 17 / 3, 7])
+    np.testing.assert_allclose(plot._running_mean(values, 0), values)
 
 
 def drawn_figure(run_dir, path, monkeypatch):
@@ -290,7 +291,7 @@ def drawn_figure(run_dir, path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda f, *a, **k: figures.append(savefig(f, *a, **k) or f)
     )
-    monitor.plot_losses(run_dir, path)
+    plot.plot_losses(run_dir, path)
     return figures[0].axes[0]
 
 
@@ -329,7 +330,7 @@ def test_plot_losses_of_one_point(tmp_path, monkeypatch):
 def test_plot_without_losses_is_refused(tmp_path):
     write_lines(tmp_path, {"step": 1, "train/lr": 1.0}, {"step": 2, "train/loss": None})
     with pytest.raises(ValueError, match=r"metrics.jsonl holds no loss to plot; expected lines"):
-        monitor.plot_losses(tmp_path, tmp_path / "losses.png")
+        plot.plot_losses(tmp_path, tmp_path / "losses.png")
     assert not (tmp_path / "losses.png").exists()
 
 
@@ -353,13 +354,13 @@ RESULTS = {
 
 def rendered(table):
     file = io.StringIO()
-    monitor.print_table(table, file)
+    tables.print_table(table, file)
     return [line.rstrip() for line in file.getvalue().splitlines() if line.strip()]
 
 
 def test_results_table_at_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    lines = rendered(monitor.results_table(RESULTS))
+    lines = rendered(tables.results_table(RESULTS))
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines[-3:]]
     assert rows == [
@@ -370,10 +371,10 @@ def test_results_table_at_80_columns(monkeypatch):
 
 
 def test_results_table_marks_a_model_that_a_baseline_beats():
-    table = monitor.results_table(RESULTS)
+    table = tables.results_table(RESULTS)
     assert [str(cell.style) for cell in table.columns[2].cells] == ["bold", "bold", "yellow"]
     even = {"t": {"num_examples": 1, "model": {"em": 5.0}, "copy the input": {"em": 5.0}}}
-    (cell,) = monitor.results_table(even).columns[2].cells
+    (cell,) = tables.results_table(even).columns[2].cells
     assert cell.style == "yellow"
 
 
@@ -381,7 +382,7 @@ def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch)
     monkeypatch.setenv("COLUMNS", "80")
     name = "a_task_whose_name_is_rather_longer_than_its_column"
     results = {**RESULTS, name: {"num_examples": 3, "model": {"bleu": 1.0}}}
-    lines = rendered(monitor.results_table(results))
+    lines = rendered(tables.results_table(results))
     assert max(map(len, lines)) <= 80
     # Nothing of the name is lost.
     row = next(i for i, line in enumerate(lines) if "a_task" in line)
@@ -390,7 +391,7 @@ def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch)
 
 
 def test_results_markdown():
-    assert monitor.results_markdown({**RESULTS, "a|b": {"num_examples": 3, "model": {"x": 1}}}) == (
+    assert tables.results_markdown({**RESULTS, "a|b": {"num_examples": 3, "model": {"x": 1}}}) == (
         "| task | metric | model | copy the input | most frequent target | examples |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
         "| rte | loss | 0.4123 | – | – | 1,277 |\n"
@@ -404,23 +405,23 @@ def test_samples_table_shows_text_as_it_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     inputs = ["is [red]this[/red] so?", "start " + "x" * 1000 + " end"]
     targets, predictions = ["yes", ["a", "b"]], ["yes", "\x1b[31mc"]
-    lines = rendered(monitor.samples_table(inputs, targets, predictions, max_chars=60))
+    lines = rendered(tables.samples_table(inputs, targets, predictions, max_chars=60))
     words = [" ".join(line.split()) for line in lines]
     assert words[:3] == ["input is [red]this[/red] so?", "target yes", "prediction yes"]
     assert words[3] == f"input start {'x' * 22} … {'x' * 24} end"
     assert words[4:] == ["target a | b", "prediction �[31mc"]
     with pytest.raises(ValueError, match="2 inputs, 2 targets and 1 predictions"):
-        monitor.samples_table(inputs, targets, ["a"])
+        tables.samples_table(inputs, targets, ["a"])
 
 
 def test_cut_keeps_both_ends_within_the_limit():
-    assert monitor._cut("abcdef", 6) == "abcdef"
-    assert monitor._cut("abcdefghij", 7) == "ab … ij"
+    assert tables._cut("abcdef", 6) == "abcdef"
+    assert tables._cut("abcdefghij", 7) == "ab … ij"
 
 
 def test_samples_markdown():
-    assert monitor.samples_markdown(["a\nb"], [["x", "y"]], ["`z`"]) == (
+    assert tables.samples_markdown(["a\nb"], [["x", "y"]], ["`z`"]) == (
         "- input: `a b`\n- target: `x` or `y`\n- prediction: `'z'`\n"
     )
     with pytest.raises(ValueError, match="expected the same number of each"):
-        monitor.samples_markdown(["a"], [], ["b"])
+        tables.samples_markdown(["a"], [], ["b"])

@@ -14,7 +14,7 @@ from t5jax.data.tf import seqio
 from t5jax.data.vocabularies import run_vocabulary
 from t5jax.metrics import compute
 from t5jax.models import api  # noqa: F401  JAX before TensorFlow's threads.
-from t5jax.monitor import read_metrics
+from t5jax.monitor.log import read_metrics
 from t5jax.tokenizers import ByteTokenizer
 from tiny import one_device  # noqa: F401
 

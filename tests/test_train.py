@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import tiny
-from t5jax import monitor, pretrained
+from t5jax import pretrained
 from t5jax import train as loop
 from t5jax.config import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ from t5jax.config import (
     TrainConfig,
     from_json,
 )
+from t5jax.monitor import log
 from t5jax.train import NonFiniteLoss, train
 from tiny import (
     NO_EVAL,
@@ -55,7 +56,7 @@ def interrupt_at(step, monkeypatch):
 
 
 def test_loss_falls_and_metrics_have_each_step_once():
-    lines = monitor.read_metrics(trained_run())
+    lines = log.read_metrics(trained_run())
     losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     assert list(losses) == [2, 4, 6, 8, 10]
     assert losses[2] > 5  # Random: log(384) is 5.95.
@@ -70,7 +71,7 @@ def test_loss_falls_and_metrics_have_each_step_once():
 
 
 def test_reported_loss_is_nll_and_z_loss():
-    for line in monitor.read_metrics(trained_run()):
+    for line in log.read_metrics(trained_run()):
         if "train/loss" in line:
             # z_loss is 1e-4 times log(Z)^2 of at least log(384)^2, roughly.
             assert 1e-4 < line["train/loss"] - line["train/nll"] < 1e-2
@@ -99,9 +100,7 @@ def test_what_a_person_sees(tmp_path, capsys):
     assert err.count("  prediction ") == err.count("  input  ") == 2
     assert "exact_match 0.00" in err
     assert f"done: {tmp_path}" in err
-    samples = [
-        line for line in monitor.read_metrics(tmp_path) if "validation/capitals/samples" in line
-    ]
+    samples = [line for line in log.read_metrics(tmp_path) if "validation/capitals/samples" in line]
     assert samples[0]["validation/capitals/samples"].count("prediction") == 2
 
     train(config)  # Again: there is nothing to do.
@@ -179,7 +178,7 @@ def test_a_schedule_that_depends_on_steps_says_so(tmp_path, capsys):
     train(make_config(tmp_path, optimizer=cosine, train={"steps": 8}, eval=NO_EVAL))
     err = capsys.readouterr().err
     assert "the cosine schedule falls until step 8 from here on; so far it fell until 4" in err
-    rates = [line["train/learning_rate"] for line in monitor.read_metrics(tmp_path)]
+    rates = [line["train/learning_rate"] for line in log.read_metrics(tmp_path)]
     # Steps 2 and 4 of a run of 4, then 6 and 8 of a run of 8: after 1, 3, 5 and 7 updates.
     fallen = (1 / 4, 3 / 4, 5 / 8, 7 / 8)
     expected = [1e-2 * (1 + math.cos(math.pi * x)) / 2 for x in fallen]

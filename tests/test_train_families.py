@@ -11,11 +11,12 @@ import pytest
 
 import small_gpt
 import tiny
-from t5jax import monitor, pretrained
+from t5jax import pretrained
 from t5jax.architectures import BertConfig, GPTConfig
 from t5jax.batch import as_answer
 from t5jax.evaluate import evaluate_model
 from t5jax.hf import io as hf_io
+from t5jax.monitor import log
 from t5jax.tokenizers import ByteTokenizer
 from t5jax.train import train
 from tiny import assert_same_bits, make_config, read_metrics
@@ -66,7 +67,7 @@ def config_of(model, run_dir, **sections):
 
 
 def losses(run_dir) -> list[float]:
-    return [x["train/loss"] for x in monitor.read_metrics(run_dir) if "train/loss" in x]
+    return [x["train/loss"] for x in log.read_metrics(run_dir) if "train/loss" in x]
 
 
 @pytest.mark.parametrize("name", GPT)

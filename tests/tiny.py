@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from t5jax import monitor, sharding
+from t5jax import sharding
 from t5jax.architectures import T5Config
 from t5jax.config import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ from t5jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from t5jax.monitor import log
 from t5jax.train import train
 
 TASK_FILE = str(Path(__file__).with_name("tiny_task.py"))
@@ -124,7 +125,7 @@ def read_loop(run_dir, step) -> dict:
 def read_metrics(run_dir) -> list[dict]:
     """Returns the lines of metrics.jsonl without what depends on the clock."""
     clock = ("time", "train/steps_per_second", "train/tokens_per_second")
-    lines = monitor.read_metrics(run_dir)
+    lines = log.read_metrics(run_dir)
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 

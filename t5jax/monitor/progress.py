@@ -1,0 +1,171 @@
+"""How fast a run is, and how far: steps and tokens per second, a bar on stderr."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5jax.batch import DECODER_TARGET_TOKENS, ENCODER_INPUT_TOKENS, Batch
+
+# --- Speed --------------------------------------------------------------------------------------
+
+
+def count_tokens(batch: Batch) -> int:
+    """Returns the input and target tokens of a batch of NumPy arrays, without padding (id 0)."""
+    read = (ENCODER_INPUT_TOKENS, DECODER_TARGET_TOKENS)
+    return sum(int(np.count_nonzero(batch[name])) for name in read if name in batch)
+
+
+class Throughput:
+    """Steps and tokens per second since the last reading, without what is not training.
+
+    The clock starts when the first step is done, since that one compiled, and stands still during
+    `pause()`.
+
+        speed = Throughput()
+        speed.step_done(num_tokens)        # After each step whose result has arrived.
+        with speed.pause():
+            evaluate()
+        writer.write_scalars(step, speed.read())
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._start: float | None = None
+        self._steps = self._tokens = 0
+
+    def step_done(self, num_tokens: int) -> None:
+        """Counts a step of so many tokens; the first one only starts the clock."""
+        if self._start is None:
+            self._start = self._clock()
+        else:
+            self._steps += 1
+            self._tokens += num_tokens
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves out the time spent inside: an evaluation, a checkpoint."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            if self._start is not None:
+                self._start += self._clock() - begin
+
+    def read(self) -> dict[str, float]:
+        """Returns {"steps_per_second", "tokens_per_second"} and starts anew.
+
+        Empty while there is nothing to measure: no step since the first, or the last reading.
+        """
+        if not self._steps:
+            return {}
+        now = self._clock()
+        seconds = max(now - self._start, 1e-9)
+        rates = {
+            "steps_per_second": self._steps / seconds,
+            "tokens_per_second": self._tokens / seconds,
+        }
+        self._start, self._steps, self._tokens = now, 0, 0
+        return rates
+
+
+# --- Progress -----------------------------------------------------------------------------------
+
+
+class ProgressBar:
+    """Progress on stderr: a bar on a terminal, a line per report elsewhere.
+
+        with ProgressBar(total=1000, step=200) as bar:
+            bar.update(201)                                        # Moves the bar.
+            bar.update(250, loss=2.31, tokens_per_second=51_000)   # Also a line in a log file.
+            bar.print("evaluating")                                # Above the bar.
+
+    The time left goes by the wall clock since the first update: evaluations count, as there will
+    be more of them, and the first compilation does not.
+    """
+
+    def __init__(self, total: int, step: int = 0, clock: Callable[[], float] = time.monotonic):
+        """Args: total: the run's steps; step: those done before this start."""
+        from rich.console import Console
+
+        self._total, self._step, self._clock = total, step, clock
+        self._console = Console(stderr=True)
+        self._first: tuple[float, int] | None = None
+        self._loss: float | None = None
+        self._tokens_per_second: float | None = None
+        self._progress = None
+
+    def __enter__(self):
+        if self._console.is_interactive:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[values]}"),
+                console=self._console,
+                refresh_per_second=4,
+                # What is piped from stdout must not end up in the bar's stream.
+                redirect_stdout=False,
+            )
+            self._task = self._progress.add_task(
+                "", total=self._total, completed=self._step, values=""
+            )
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self._progress:
+            self._progress.stop()
+
+    def update(
+        self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Shows that `step` steps are done; values that are None stay as they were."""
+        now = self._clock()
+        self._first = self._first or (now, step)
+        self._step = step
+        report = loss is not None or tokens_per_second is not None
+        self._loss = self._loss if loss is None else loss
+        if tokens_per_second is not None:
+            self._tokens_per_second = tokens_per_second
+        values = self._values(now)
+        if self._progress:
+            self._progress.update(self._task, completed=step, values="  ".join(values))
+        elif report:
+            self.print(", ".join([f"step {step}/{self._total}", *values]))
+
+    def _values(self, now: float) -> list[str]:
+        values = []
+        if self._loss is not None:
+            values.append(f"loss {self._loss:.4g}")
+        if self._tokens_per_second is not None:
+            values.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        start, first_step = self._first
+        if self._step > first_step:
+            seconds = (now - start) / (self._step - first_step) * (self._total - self._step)
+            values.append(f"{_duration(seconds)} left")
+        return values
+
+    def print(self, *objects: Any) -> None:
+        """Prints texts or rich's renderables on stderr, above the bar where there is one."""
+        for item in objects:
+            # Text is printed as it is: no markup, no colours, no line breaks of ours.
+            is_text = isinstance(item, str)
+            self._console.print(item, markup=False, highlight=False, soft_wrap=is_text)
+
+
+def track(items: Sequence[Any], description: str):
+    """Yields the items, with a bar on stderr of how many are done."""
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description, console=Console(stderr=True), transient=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

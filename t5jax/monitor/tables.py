@@ -1,0 +1,156 @@
+"""Scores and samples as tables: on a terminal and in Markdown."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def results_table(results: Results):
+    """Returns a rich.table.Table of scores, one row a task and metric, baselines beside the model.
+
+    A score of the model that is not above every baseline is yellow.
+
+    Args:
+      results: task to {"model": {metric: score}, "num_examples": N, and for each baseline its
+        name: {metric: score}}, as "copy the input" of `metrics.baselines`.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    head, rows = _result_rows(results)
+    table.add_column("task (examples)", overflow="fold", min_width=16)
+    table.add_column("metric", overflow="fold", min_width=14)
+    for title in head[2:-1]:
+        table.add_column(title, justify="right", overflow="fold", max_width=10)
+    previous = None
+    for task, metric, *cells, num_examples in rows:
+        scores = results[task]
+        others = [v[metric] for k, v in _baselines(scores).items() if metric in v]
+        beaten = others and not scores["model"][metric] > max(others)
+        cells[0] = _plain_text(cells[0], style="yellow" if beaten else "bold")
+        # A task's name stands in its first row alone.
+        name = "" if task == previous else f"{task} ({num_examples})"
+        table.add_row(_plain_text(name), _plain_text(metric), *cells)
+        previous = task
+    return table
+
+
+def results_markdown(results: Results) -> str:
+    """Returns the table of `results_table` as Markdown, every row complete."""
+    head, rows = _result_rows(results)
+    rule = ["---", "---"] + ["---:"] * (len(head) - 2)
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _baselines(scores: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    return {k: v for k, v in scores.items() if k not in ("model", "num_examples")}
+
+
+def _result_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    baselines = list(
+        dict.fromkeys(name for scores in results.values() for name in _baselines(scores))
+    )
+    head = ["task", "metric", "model", *baselines, "examples"]
+    rows = []
+    for task, scores in results.items():
+        for metric, value in scores["model"].items():
+            others = [scores.get(name, {}).get(metric) for name in baselines]
+            cells = ["–" if s is None else _score(metric, s) for s in [value, *others]]
+            rows.append([task, metric, *cells, f"{scores['num_examples']:,}"])
+    return head, rows
+
+
+def _score(metric: str, value: float) -> str:
+    """Percents with two digits behind the point, losses with four."""
+    return f"{value:.4f}" if metric.endswith("loss") else f"{value:.2f}"
+
+
+def samples_table(
+    inputs: Sequence[str],
+    targets: Sequence[str | Sequence[str]],
+    predictions: Sequence[str],
+    *,
+    title: str = "",
+    max_chars: int = 400,
+):
+    """Returns a rich.table.Table of predictions under their inputs and targets.
+
+    Args:
+      inputs, targets, predictions: N texts each; a target may be a list of references.
+      title: over the table.
+      max_chars: longer texts lose their middle.
+    Raises:
+      ValueError: if the lengths differ.
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_header=False, title=_plain_text(title) if title else None)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for source, target, prediction in _samples(inputs, targets, predictions):
+        style = "green" if prediction in target else ""
+        table.add_row("input", _plain_text(_cut(source, max_chars)))
+        table.add_row("target", _plain_text(_cut(" | ".join(target), max_chars)))
+        text = _plain_text(_cut(prediction, max_chars), style=style)
+        table.add_row("prediction", text, end_section=True)
+    return table
+
+
+def samples_markdown(
+    inputs: Sequence[str],
+    targets: Sequence[str | Sequence[str]],
+    predictions: Sequence[str],
+    *,
+    max_chars: int = 2000,
+) -> str:
+    """Returns what `samples_table` shows as Markdown, for a writer's `write_texts`."""
+    return "\n".join(
+        f"- input: {_code(source, max_chars)}\n"
+        f"- target: {' or '.join(_code(text, max_chars) for text in target)}\n"
+        f"- prediction: {_code(prediction, max_chars)}\n"
+        for source, target, prediction in _samples(inputs, targets, predictions)
+    )
+
+
+def _samples(inputs, targets, predictions) -> list[tuple[str, list[str], str]]:
+    if not len(inputs) == len(targets) == len(predictions):
+        raise ValueError(
+            f"samples are {len(inputs)} inputs, {len(targets)} targets and {len(predictions)} "
+            "predictions; expected the same number of each"
+        )
+    references = [[target] if isinstance(target, str) else list(target) for target in targets]
+    return list(zip(inputs, references, predictions, strict=True))
+
+
+def _cut(text: str, max_chars: int) -> str:
+    """Takes out the middle: a prompt's instruction is in front, and its question at the end."""
+    if len(text) <= max_chars:
+        return text
+    half = (max_chars - 3) // 2
+    return f"{text[:half]} … {text[len(text) - half :]}"
+
+
+def _code(text: str, max_chars: int) -> str:
+    return "`" + _cut(" ".join(text.split()), max_chars).replace("`", "'") + "`"
+
+
+def _plain_text(text: str, style: str = ""):
+    """Text as rich shows it, with its brackets, and without the control codes of a model."""
+    from rich.text import Text
+
+    return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text), style=style)
+
+
+def print_table(table: Any, file: TextIO | None = None) -> None:
+    """Prints a table of rich on `file`, stderr by default, as wide as the terminal or 80 columns.
+
+    While a ProgressBar is shown, use its `print`.
+    """
+    from rich.console import Console
+
+    Console(file=file or sys.stderr).print(table)
