@@ -1,0 +1,124 @@
+"""SentencePiece models and their sentinels."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from t5jax.tokenizers.common import (
+    SENTINEL,
+    Tokenizer,
+    clean_ids,
+    first_sentinels,
+    json_bytes,
+    read_chat_template,
+    read_file,
+    write_files,
+)
+
+SPACED_SENTINEL = re.compile(r" *(<extra_id_\d+>)")
+"""Sentinels with the spaces before them; RE2 reads this pattern too."""
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model with sentinels behind it: T5, FLAN-T5, mT5, UMT5, UL2 and your own."""
+
+    bos_id: int | None = None
+    mask_id: int | None = None
+
+    def __init__(
+        self,
+        model: bytes | str | Path,
+        extra_ids: int = 100,
+        *,
+        files: Mapping[str, bytes] | None = None,
+    ):
+        """Reads a model.
+
+        Args:
+          model: a serialized SentencePiece model, or the path of one.
+          extra_ids: sentinels to add; "<extra_id_0>" is the last id. A model that holds its own
+            (mT5's does) gets none.
+          files: the Hugging Face files that `save` shall write; made from the model by default.
+        Raises:
+          ValueError: for a missing or damaged file, and for a model without pad, eos or unk.
+        """
+        name = "the SentencePiece model"
+        if not isinstance(model, bytes):
+            name, model = str(model), read_file(Path(model))
+        proto = sentencepiece_model_pb2.ModelProto()
+        try:
+            proto.ParseFromString(model)
+        except DecodeError:
+            proto.Clear()
+        if not proto.pieces:
+            raise ValueError(
+                f"{name} is not a SentencePiece model ({len(model)} bytes were read); give the "
+                "spiece.model of a T5 model, or train one with t5jax.data.vocabularies"
+            )
+        if any(SENTINEL.fullmatch(piece.piece.lstrip("▁")) for piece in proto.pieces):
+            extra_ids = 0
+        # As SeqIO does it: user-defined pieces that begin a word, the last sentinel first.
+        for i in reversed(range(extra_ids)):
+            proto.pieces.add(
+                piece=f"▁<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED
+            )
+        self.model_bytes: bytes = proto.SerializeToString()
+        """The serialized model with its sentinels, for other SentencePiece runtimes."""
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.pad_id: int = self._processor.pad_id()
+        self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
+        _check_special_ids(self, name)
+        found = {
+            int(match[1]): i
+            for i, piece in enumerate(proto.pieces)
+            if (match := SENTINEL.fullmatch(piece.piece.lstrip("▁")))
+        }
+        self.sentinel_ids = first_sentinels(found)
+        self._files = dict(files) if files else self._hugging_face_files(model, extra_ids)
+        self.chat_template = read_chat_template(self._files, name)
+        self.special_tokens: Mapping[str, str] = {
+            f"{what}_token": self._processor.id_to_piece(getattr(self, f"{what}_id"))
+            for what in ("pad", "eos", "unk")
+        }
+
+    def __repr__(self):
+        digest = hashlib.sha256(self.model_bytes).hexdigest()[:12]
+        return f"SentencePieceTokenizer({self.vocab_size} ids, sha256 {digest})"
+
+    def encode(self, text: str) -> list[int]:
+        # A sentinel is a piece only where a word begins, so it is made to begin one.
+        return self._processor.encode(SPACED_SENTINEL.sub(r" \1", text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode(clean_ids(self, ids))
+
+    def save(self, folder: str | Path) -> None:
+        write_files(folder, self._files)
+
+    def _hugging_face_files(self, model: bytes, extra_ids: int) -> dict[str, bytes]:
+        config = {
+            "tokenizer_class": "T5Tokenizer",
+            "pad_token": self._processor.id_to_piece(self.pad_id),
+            "eos_token": self._processor.id_to_piece(self.eos_id),
+            "unk_token": self._processor.id_to_piece(self.unk_id),
+            "extra_ids": extra_ids,
+            "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
+            "clean_up_tokenization_spaces": False,
+        }
+        return {"spiece.model": model, "tokenizer_config.json": json_bytes(config)}
+
+
+def _check_special_ids(tokenizer: Tokenizer, name: str) -> None:
+    for what in ("pad", "eos", "unk"):
+        if getattr(tokenizer, f"{what}_id") < 0:
+            raise ValueError(
+                f"{name} has no {what} token; a T5 tokenizer has pad, eos and unk (train "
+                "SentencePiece with pad_id=0, eos_id=1, unk_id=2)"
+            )
