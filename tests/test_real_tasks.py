@@ -218,8 +218,8 @@ def test_its_config_improves_the_validation_loss(name, load, tmp_path, monkeypat
     config = dataclasses.replace(
         config,
         run_dir=str(tmp_path / "run"),
-        train=dataclasses.replace(config.train, steps=20),
-        eval=dataclasses.replace(config.eval, every=10, num_examples=32),
+        train=dataclasses.replace(config.train, steps=24),
+        eval=dataclasses.replace(config.eval, every=12, num_examples=32),
     )
     monkeypatch.setattr(pipeline, "load_tasks", lambda files=(): None)  # The loaded ones stay.
     train(config)
