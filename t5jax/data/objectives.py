@@ -354,7 +354,7 @@ class MaskedLM:
             if getattr(tokenizer, name) is None:
                 raise ValueError(
                     f"{tokenizer} has no {name.removesuffix('_id')} token; {self} needs a "
-                    "vocabulary that has, such as BERT's"
+                    "vocabulary that has, such as BERT's (data.vocabulary; `tasks --vocabulary`)"
                 )
         if tokenizer.pad_id != 0:
             raise ValueError(
