@@ -34,6 +34,29 @@ def _free_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def clean_registries(monkeypatch):
+    """Begins with no task registered, and leaves the registries as they were before the test."""
+    from t5jax.data import pipeline
+    from t5jax.data.tf import seqio
+
+    def take_out() -> list:
+        """Empties SeqIO's registries; returns what was in them."""
+        entries = []
+        for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+            for name in list(registry.names()):
+                entries.append((registry, name, registry.get(name)))
+                registry.remove(name)
+        return entries
+
+    monkeypatch.setattr(pipeline, "_loaded", set())
+    others = take_out()
+    yield
+    take_out()
+    for registry, name, entry in others:
+        registry.add_provider(name, entry)
+
+
 def pytest_collection_modifyitems(items):
     """Puts the files with slow tests first, so that no core is left alone with one at the end."""
     num_slow = Counter(item.path for item in items if item.get_closest_marker("slow"))

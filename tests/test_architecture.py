@@ -1,14 +1,13 @@
 """Dependencies point one way, and the heavy packages stay where they belong."""
 
 import ast
-import subprocess
-import sys
+import functools
 import textwrap
 from pathlib import Path
 
 import pytest
 
-import tiny
+from processes import run_python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "t5jax"
@@ -46,6 +45,7 @@ class Import:
         self.name, self.lazy = name, lazy
 
 
+@functools.cache
 def imports(path: Path) -> list[Import]:
     found = []
 
@@ -179,17 +179,12 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-def run_python(code, *args):
-    code = BLOCK + textwrap.dedent(code)
-    command = [sys.executable, "-c", code, *map(str, args)]
-    env = tiny.environment()
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_blocked(code, *args):
+    return run_python(BLOCK + textwrap.dedent(code), *args).stdout
 
 
 def test_the_blocker_blocks():
-    run_python(
+    run_blocked(
         """
         try:
             import tensorflow
@@ -201,7 +196,7 @@ def test_the_blocker_blocks():
 
 
 def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_used(tmp_path):
-    out = run_python(
+    out = run_blocked(
         """
         from pathlib import Path
 
@@ -265,7 +260,7 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["trian"]])
 def test_command_line_answers_without_heavy_imports(args):
-    out = run_python(
+    out = run_blocked(
         """
         from t5jax.cli import main
 
@@ -279,7 +274,7 @@ def test_command_line_answers_without_heavy_imports(args):
 
 
 def test_help_of_a_command_loads_no_jax():
-    out = run_python(
+    out = run_blocked(
         """
         from t5jax.cli import main
 

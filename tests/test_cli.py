@@ -9,6 +9,8 @@ import sys
 import pytest
 
 import tiny
+from command_line import fails, run
+from processes import environment
 from t5jax.cli import COMMANDS, main
 from t5jax.config import Config, from_json, to_json
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
@@ -21,25 +23,6 @@ from t5jax.metrics import exact_match
 prompted_task({name!r}, jsonl({{"train": {train!r}, "validation": {train!r}}}),
               [("capitals: {{word}}", "{{capitals}}")], metrics=[exact_match], vocabulary="bytes")
 """
-
-
-def run(capsys, *args):
-    """Runs a command; returns its exit status and what it wrote to each stream."""
-    try:
-        status = main([str(arg) for arg in args])
-    except SystemExit as error:  # tyro's own answer to options that it cannot read.
-        status = error.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def fails(capsys, *args) -> str:
-    """Runs a command that must fail; returns its message, on one line."""
-    status, out, err = run(capsys, *args)
-    assert status not in (0, None)
-    assert out == ""
-    assert "Traceback" not in err
-    return " ".join(err.replace("│", " ").split())
 
 
 @pytest.fixture
@@ -152,7 +135,7 @@ def test_prompts_and_answers_through_a_pipe_without_noise(exported):
         input="capitals: ab\ncapitals: c\n\n",
         capture_output=True,
         text=True,
-        env=tiny.environment(),
+        env=environment(),
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 3
@@ -160,7 +143,7 @@ def test_prompts_and_answers_through_a_pipe_without_noise(exported):
 
 def test_a_run_writes_nothing_that_is_not_ours(config):
     command = [sys.executable, "-m", "t5jax.cli", "train", str(config), "--train.steps", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment())
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (0, "")
     starts = (
         "reading tasks",

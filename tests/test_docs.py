@@ -1,10 +1,11 @@
-"""Runs the pages of docs/, as tests/test_readme.py runs the README."""
+"""The blocks of every page of docs/ run."""
 
 from pathlib import Path
 
 import pytest
 
-from test_readme import ROOT, clean_registries, one_device, read_blocks, run_page  # noqa: F401
+from pages import ROOT, read_blocks, run_page
+from tiny import one_device  # noqa: F401
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 

@@ -18,6 +18,7 @@ import tensorstore
 from flax import serialization
 
 import small
+from command_line import fails, run
 from t5jax import checkpoint, pretrained, sharding
 from t5jax.architectures import T5Config, published
 from t5jax.config import AxisRules, Config, LossConfig, MeshConfig, OptimizerConfig
@@ -30,7 +31,6 @@ from t5jax.optimizers import make_optimizer
 from t5jax.train import train
 from t5jax.train_state import train_state_shapes
 from t5jax.train_step import make_train_step
-from test_cli import fails, run
 from tiny import (  # noqa: F401
     TINY,
     eight_devices,

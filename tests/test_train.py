@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import tiny
+from processes import environment
 from t5jax import pretrained
 from t5jax import train as loop
 from t5jax.config import (
@@ -219,7 +220,7 @@ def test_killed_run_ends_in_the_same_bits(tmp_path):
     def start(run_dir):
         command = [sys.executable, "-m", "t5jax.cli", "train", str(config), *settings]
         command += ["--run-dir", str(run_dir)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, env=tiny.environment())
+        return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
 
     assert start(tmp_path / "whole").wait() == 0, "the run that nobody kills"
     rng = random.Random(0)

@@ -7,7 +7,6 @@ meshes takes `eight_devices` besides.
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -73,12 +72,6 @@ def one_device(monkeypatch):
 @pytest.fixture
 def eight_devices(one_device, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", _make_mesh)
-
-
-def environment() -> dict[str, str]:
-    """Returns the environment of a process with one device."""
-    path = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | path
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from t5jax.tokenizers import (
     load_tokenizer,
 )
 
-T5_MODEL = Path(__file__).parents[2] / "shared/data/vocab/t5_spiece.model"
+T5_MODEL = Path(__file__).parents[3] / "shared/data/vocab/t5_spiece.model"
 TEXTS = [
     "the cat sat on the mat",
     "a <extra_id_0> sat <extra_id_1> mat",
