@@ -6,7 +6,6 @@ Plain Python without jax, so that it loads at once.
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
@@ -15,15 +14,11 @@ import typing
 from typing import Any, Literal
 
 from t5jax import shipped
-from t5jax.architectures import ModelConfig, T5Config, check_choice
+from t5jax.architectures import ModelConfig, T5Config
+from t5jax.checks import check_at_least, check_choice, check_positive, did_you_mean
 
 Optimizer = Literal["adafactor", "adamw", "adamw_scaled"]
 Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear"]
-
-
-def _at_least(value, least, name):
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +64,7 @@ class DataConfig:
 
     def __post_init__(self):
         for name in ("inputs_length", "targets_length", "batch_size"):
-            _at_least(getattr(self, name), 1, f"data.{name}")
+            check_at_least(getattr(self, name), 1, f"data.{name}")
         if self.cache == "":
             raise ValueError(
                 "data.cache is ''; expected a folder, or None to stream without a cache"
@@ -142,7 +137,7 @@ class OptimizerConfig:
                 f"optimizer.learning_rate is {rate}; expected a positive number (T5 fine-tunes "
                 "with adafactor at 1e-3 and pre-trains at 1.0 with schedule inverse_sqrt)"
             )
-        _at_least(self.warmup_steps, 0, "optimizer.warmup_steps")
+        check_at_least(self.warmup_steps, 0, "optimizer.warmup_steps")
         if self.schedule == "inverse_sqrt" and self.warmup_steps < 1:
             raise ValueError(
                 "optimizer.warmup_steps is 0 with schedule inverse_sqrt; it must be at least 1 "
@@ -163,8 +158,8 @@ class OptimizerConfig:
                     f"optimizer.{chooser} to {' or '.join(users)}"
                 )
         for field in ("clip_norm", "eps", "decay_rate", "clip_threshold"):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise ValueError(f"optimizer.{field} is {getattr(self, field)}; it must be above 0")
+            if getattr(self, field) is not None:
+                check_positive(getattr(self, field), f"optimizer.{field}")
         for field in ("weight_decay", "b1", "b2", "final_fraction"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
@@ -181,8 +176,7 @@ class LossConfig:
     """Probability spread over the whole vocabulary instead of the target."""
 
     def __post_init__(self):
-        if not self.z_loss >= 0:
-            raise ValueError(f"loss.z_loss is {self.z_loss}; it must be at least 0")
+        check_at_least(self.z_loss, 0, "loss.z_loss")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
@@ -204,7 +198,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "microbatches", "log_every"):
-            _at_least(getattr(self, name), 1, f"train.{name}")
+            check_at_least(getattr(self, name), 1, f"train.{name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +223,12 @@ class EvalConfig:
     """Stop when the validation loss has not fallen for this many evaluations. None: never."""
 
     def __post_init__(self):
-        _at_least(self.every, 0, "eval.every")
-        _at_least(self.batch_size, 1, "eval.batch_size")
-        _at_least(self.num_samples, 0, "eval.num_samples")
+        check_at_least(self.every, 0, "eval.every")
+        check_at_least(self.batch_size, 1, "eval.batch_size")
+        check_at_least(self.num_samples, 0, "eval.num_samples")
         for name in ("num_examples", "max_tokens", "patience"):
             if getattr(self, name) is not None:
-                _at_least(getattr(self, name), 1, f"eval.{name}")
+                check_at_least(getattr(self, name), 1, f"eval.{name}")
         if self.max_tokens is not None and not self.generate:
             raise ValueError(
                 f"eval.max_tokens is {self.max_tokens}, but eval.generate is False, so nothing is "
@@ -257,8 +251,8 @@ class CheckpointConfig:
     """How many of the last checkpoints stay; the one with the best validation loss always does."""
 
     def __post_init__(self):
-        _at_least(self.every, 1, "checkpoint.every")
-        _at_least(self.keep, 1, "checkpoint.keep")
+        check_at_least(self.every, 1, "checkpoint.every")
+        check_at_least(self.keep, 1, "checkpoint.keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +268,8 @@ class MeshConfig:
 
     def __post_init__(self):
         for name in ("data", "fsdp", "model"):
-            if getattr(self, name) < 1 and (name, getattr(self, name)) != ("data", -1):
-                raise ValueError(f"mesh.{name} is {getattr(self, name)}; it must be at least 1")
+            if (name, getattr(self, name)) != ("data", -1):
+                check_at_least(getattr(self, name), 1, f"mesh.{name}")
 
 
 MeshAxes = str | tuple[str, ...] | None
@@ -414,9 +408,8 @@ def _from_plain(value: Any, kind, path: str):
         hints = typing.get_type_hints(kind)
         for name in value:
             if name not in hints:
-                near = difflib.get_close_matches(name, hints, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise ValueError(f"config field {path}{name} does not exist{hint}")
+                hint = did_you_mean(name, hints)
+                raise ValueError(f"config field {path}{name} does not exist; {hint}".rstrip("; "))
         return kind(**{n: _from_plain(v, hints[n], f"{path}{n}.") for n, v in value.items()})
     if origin in (typing.Union, types.UnionType):
         for arg in args:

@@ -26,8 +26,8 @@ from t5jax.architectures import (
     ModelConfig,
     T5Config,
     T5GemmaConfig,
-    check_choice,
 )
+from t5jax.checks import check_at_least, check_choice
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.hf import hub, t5x_files
 from t5jax.hf import io as hf_io
@@ -307,8 +307,8 @@ class Pretrained:
                 f"pooling is pooler, but this {model.family} has none (BERT has it where its head "
                 f"is {' or '.join(_POOLED_HEADS)}); use mean, first or max"
             )
-        if max_length is not None and max_length < 3:
-            raise ValueError(f"max_length is {max_length}; it must be at least 3")
+        if max_length is not None:
+            check_at_least(max_length, 3, "max_length")
         ids = [self._encode(text, max_length) for text in texts]
         longest = model.max_positions if isinstance(model, BertConfig) else None
         for number, row in enumerate(ids):

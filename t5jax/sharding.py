@@ -7,7 +7,6 @@ replication.
 
 import contextlib
 import dataclasses
-import difflib
 import math
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from t5jax.batch import Batch
+from t5jax.checks import did_you_mean
 from t5jax.config import AxisRules, MeshConfig
 
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
@@ -70,9 +70,10 @@ def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionS
     for axis in axes:
         if axis is not None and not hasattr(rules, axis):
             names = [field.name for field in dataclasses.fields(rules)]
-            near = difflib.get_close_matches(axis, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            raise ValueError(f"there is no logical axis {axis!r}; {hint}")
+            raise ValueError(
+                f"there is no logical axis {axis!r}; {did_you_mean(axis, names)}known are "
+                f"{', '.join(names)}"
+            )
         value = None if axis is None else getattr(rules, axis)
         wanted = (value,) if isinstance(value, str) else tuple(value or ())
         free = tuple(a for a in wanted if a not in taken)

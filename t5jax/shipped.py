@@ -1,7 +1,8 @@
 """Finds configs and task files by name: the user's own first, then those that come with t5jax."""
 
-import difflib
 from pathlib import Path
+
+from t5jax.checks import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -48,8 +49,7 @@ def find(kind: str, name_or_path: str) -> Path:
     files = list_files(kind)
     if name_or_path in files:
         return files[name_or_path]
-    near = difflib.get_close_matches(name_or_path, files, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = did_you_mean(name_or_path, files)
     raise ValueError(
         f"there is no {kind.removesuffix('s')} {name_or_path!r}; {hint}known are "
         f"{', '.join(files) or 'none'}; a path to a file ending in .py works too"

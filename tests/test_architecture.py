@@ -33,6 +33,7 @@ ORDER = [
     {"t5jax.batch"},
     {"t5jax.config"},
     {"t5jax.architectures", "t5jax.shipped"},
+    {"t5jax.checks"},
 ]
 # Leaves: what they import is as light as they need it, who imports them does so in functions.
 LEAVES = "t5jax.data"

@@ -351,7 +351,7 @@ def test_the_command_writes_lines_or_a_file(models, tmp_path, capsys, monkeypatc
     [
         (["--output", "x.txt", "--text", "a"], "--output x.txt: expected a file that ends in .npy"),
         (["--output", "absent/x.npy", "--text", "a"], "in a folder that exists"),
-        (["--batch-size", "0", "--text", "a"], "--batch-size is 0; expected 1 or more"),
+        (["--batch-size", "0", "--text", "a"], "--batch-size is 0; it must be at least 1"),
         ([], "there is no text; give --text TEXT, or lines on standard input"),
     ],
 )

@@ -77,7 +77,7 @@ def test_that_of_a_model():
 @pytest.mark.parametrize(
     ("per_word", "text", "message"),
     [
-        (False, "god", r"'god' is no class of the model; did you mean 'good'\? model.labels has "),
+        (False, "god", r"'god' is no class of the model; did you mean good\? model.labels has "),
         (False, "", r"'' is no class of the model; model.labels has 'bad', 'so so', 'good'; corr"),
         (False, "bad good", "'bad good' is no class of the model; .* or add it to model.labels"),
         (True, "O GEO", r"'GEO' is no class of the model; .*model.labels has 'O', 'PER', 'LOC';"),

@@ -7,8 +7,8 @@ from t5jax.architectures.common import (
     Dtype,
     Kind,
     RematPolicy,
+    check_above_0,
     check_fields,
-    check_positive,
 )
 
 BertActivation = Literal["gelu-exact", "gelu", "relu"]
@@ -73,7 +73,7 @@ class BertConfig:
 
     def __post_init__(self):
         check_fields(self)
-        check_positive(self, "layer_norm_epsilon", "initializer_range")
+        check_above_0(self, "layer_norm_epsilon", "initializer_range")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"model.d_model {self.d_model} is not divisible by model.num_heads "

@@ -1,24 +1,15 @@
 """What the descriptions of all networks share: choices, dtypes, and checks of their fields."""
 
 import dataclasses
-import difflib
 import typing
 from typing import Any, Literal
+
+from t5jax.checks import check_at_least, check_choice, check_positive
 
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "minimal", "full"]
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
 """What a network reads and writes: inputs and targets apart, one text, or the inputs alone."""
-
-
-def check_choice(value, allowed, name):
-    """Raises ValueError where `value` is not one of `allowed`, naming the nearest."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"{name} is {value!r}; expected one of {', '.join(map(str, allowed))}{hint}"
-        )
 
 
 def check_dtype(value, name):
@@ -56,17 +47,14 @@ def check_fields(model: Any, *, may_be_zero: tuple[str, ...] = ()) -> None:
                     "the vocabulary"
                 )
         elif kind in (int, int | None):
-            least = 0 if field.name in may_be_zero else 1
-            if value < least:
-                raise ValueError(f"model.{field.name} is {value}; it must be at least {least}")
+            check_at_least(value, 0 if field.name in may_be_zero else 1, f"model.{field.name}")
     check_dropout(model.dropout_rate, "model.dropout_rate")
 
 
-def check_positive(model: Any, *names: str) -> None:
-    """Raises ValueError for a number that is not above 0."""
+def check_above_0(model: Any, *names: str) -> None:
+    """Raises ValueError for a field that is not above 0."""
     for name in names:
-        if not getattr(model, name) > 0:
-            raise ValueError(f"model.{name} is {getattr(model, name)}; it must be above 0")
+        check_positive(getattr(model, name), f"model.{name}")
 
 
 def check_dropout(rate: float, name: str) -> None:

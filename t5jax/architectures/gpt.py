@@ -7,9 +7,9 @@ from t5jax.architectures.common import (
     Dtype,
     Kind,
     RematPolicy,
+    check_above_0,
     check_choice,
     check_fields,
-    check_positive,
 )
 
 GPTFamily = Literal["gpt2", "llama", "qwen3", "gemma2", "gemma3"]
@@ -120,10 +120,10 @@ class GPTConfig:
 
     def __post_init__(self):
         check_fields(self)
-        check_positive(self, "norm_epsilon", "initializer_range")
+        check_above_0(self, "norm_epsilon", "initializer_range")
         for name in ("attention_softcap", "final_softcap"):
             if getattr(self, name) is not None:
-                check_positive(self, name)
+                check_above_0(self, name)
         ends = self.end_token_ids
         if len(set(ends)) < len(ends) or not all(0 <= i < self.vocab_size for i in ends):
             raise ValueError(
@@ -176,7 +176,7 @@ class GPTConfig:
                     f"model.rope_scaling {self.rope_scaling} has no use for it; leave it out"
                 )
             if name != "rope_scaling" and value is not None:
-                check_positive(self, name)
+                check_above_0(self, name)
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(
                 f"model.head_dim is {self.head_dim}; rope turns pairs, so it must be even"

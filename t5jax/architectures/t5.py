@@ -7,8 +7,8 @@ from t5jax.architectures.common import (
     Dtype,
     Kind,
     RematPolicy,
+    check_above_0,
     check_fields,
-    check_positive,
 )
 
 MlpActivation = Literal["relu", "gated-gelu", "gated-silu"]
@@ -74,7 +74,7 @@ class T5Config:
 
     def __post_init__(self):
         check_fields(self, may_be_zero=("num_decoder_layers",))
-        check_positive(self, "layer_norm_epsilon", "initializer_factor")
+        check_above_0(self, "layer_norm_epsilon", "initializer_factor")
         for name in ("tie_word_embeddings", "scale_decoder_outputs"):
             if self.kind == "encoder" and getattr(self, name):
                 raise ValueError(

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from t5jax.commands.parse import parse
+from t5jax.commands.parse import check_options, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,7 @@ class Cache:
 def cache(args: list[str]) -> None:
     """Writes caches; says which were there, and what was dropped."""
     options = parse(Cache, args, prog="t5jax cache", positional=True)
-    for name in ("inputs_length", "targets_length"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
-            )
+    check_options(options, 1, "inputs_length", "targets_length")
     if options.beam is not None and options.processes is not None:
         raise ValueError("--processes is for this machine, and --beam for a cluster; leave one out")
     from t5jax.data.cache import cache_tasks

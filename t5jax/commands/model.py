@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from t5jax.commands.parse import fields, parse
+from t5jax.commands.parse import check_options, fields, parse
 from t5jax.config import MeshConfig
 
 # --- eval ---------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ class Infer:
 
 def infer(args: list[str]) -> None:
     options = parse(Infer, args, prog="t5jax infer")
-    _check_positive(max_tokens=options.max_tokens, batch_size=options.batch_size)
+    check_options(options, 1, "max_tokens", "batch_size")
     prompts = _given_or_lines(options.prompt, "prompt")
 
     from t5jax.pretrained import load
@@ -85,12 +85,6 @@ def infer(args: list[str]) -> None:
     )
     for answer in answers:
         print(answer if options.prompt else answer.replace("\n", " "))
-
-
-def _check_positive(**options: int) -> None:
-    for name, value in options.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
 
 
 def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
@@ -137,7 +131,7 @@ class Embed:
 
 def embed(args: list[str]) -> None:
     options = parse(Embed, args, prog="t5jax embed")
-    _check_positive(batch_size=options.batch_size)
+    check_options(options, 1, "batch_size")
     output = options.output
     if output and (output.suffix != ".npy" or not output.parent.is_dir()):
         raise ValueError(

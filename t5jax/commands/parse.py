@@ -1,10 +1,11 @@
 """Options of a command: a dataclass in, its instance out. tyro does the work."""
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from t5jax.checks import check_at_least, did_you_mean
 
 
 def parse(
@@ -47,6 +48,13 @@ def fields(options) -> dict:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 
+def check_options(options, least: int, *names: str) -> None:
+    """Raises ValueError for an option, where it is given, that is below `least`."""
+    for name in names:
+        if getattr(options, name) is not None:
+            check_at_least(getattr(options, name), least, f"--{name.replace('_', '-')}")
+
+
 def choose(name: str, commands: Mapping[str, Any], what: str = "command") -> Any:
     """Returns what is known by a name.
 
@@ -54,8 +62,7 @@ def choose(name: str, commands: Mapping[str, Any], what: str = "command") -> Any
       ValueError: if there is none, with the nearest one.
     """
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, commands)
         raise ValueError(f"there is no {what} {name!r}; {hint}known are {', '.join(commands)}")
     return commands[name]
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from t5jax.commands.parse import parse, run_group
+from t5jax.commands.parse import check_options, parse, run_group
 
 USAGE = """\
 usage: t5jax tasks COMMAND ...
@@ -34,11 +34,8 @@ def _tokenizer(vocabulary: str):
 
 def _lengths(options) -> dict[str, int]:
     """Returns --inputs-length and --targets-length by feature."""
-    lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
-    for name, length in lengths.items():
-        if length < 1:
-            raise ValueError(f"--{name}-length is {length}; it must be at least 1")
-    return lengths
+    check_options(options, 1, "inputs_length", "targets_length")
+    return {"inputs": options.inputs_length, "targets": options.targets_length}
 
 
 # --- list ---------------------------------------------------------------------------------------
@@ -98,12 +95,8 @@ def show(args: list[str]) -> None:
     """Prints what a task's examples are."""
     options = parse(Show, args, prog="t5jax tasks show", positional=True)
     lengths = _lengths(options)
-    for name, least in {"num": 0, "num_examples": 1}.items():
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least "
-                f"{least}"
-            )
+    check_options(options, 0, "num")
+    check_options(options, 1, "num_examples")
     from t5jax.data.inspect import plot_lengths, show_task
     from t5jax.data.pipeline import load_tasks
 

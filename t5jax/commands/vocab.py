@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from t5jax.commands.parse import parse, run_group
+from t5jax.commands.parse import check_options, parse, run_group
 
 USAGE = """\
 usage: t5jax vocab COMMAND ...
@@ -50,11 +50,7 @@ def train(args: list[str]) -> None:
     options = parse(Train, args, prog="t5jax vocab train", positional=True)
     if options.output.suffix != ".model":
         raise ValueError(f"--output is {options.output}; expected a file ending in .model")
-    for name in ("size", "max_lines"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
-            )
+    check_options(options, 1, "size", "max_lines")
     from t5jax.data.pipeline import load_tasks
     from t5jax.data.texts import read_lines
     from t5jax.data.vocabularies import measure, sample, train_sentencepiece

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t5jax.architectures import BertConfig, ModelConfig, check_dtype
+from t5jax.checks import check_at_least
 from t5jax.hf import bert, gemma, gpt2, llama, qwen3, t5, t5gemma
 from t5jax.hf.files import (
     CONFIG,
@@ -284,8 +285,7 @@ def save_params(
     """
     folder = Path(folder).absolute()
     check_dtype(dtype, "dtype")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1")
+    check_at_least(max_shard_bytes, 1, "max_shard_bytes")
     check_destination(folder, overwrite)
     family = _family(config)
     rows, leaves = family.rows(config), _flatten(params)

@@ -1,11 +1,11 @@
 """The classes of a classifier as ids."""
 
-import difflib
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 
 from t5jax.architectures import BertConfig, ModelConfig
+from t5jax.checks import did_you_mean
 from t5jax.tokenizers.common import Tokenizer
 
 _NO_LABEL = "\0"  # No label is called that: labels are printable.
@@ -49,8 +49,7 @@ class LabelTokenizer:
 
     def _id(self, label: str) -> int:
         if label not in self._ids:
-            near = difflib.get_close_matches(label, self.labels, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(label, self.labels)
             known = ", ".join(map(repr, self.labels[:20]))
             raise ValueError(
                 f"{label!r:.60} is no class of the model; {hint}model.labels has {known}"
