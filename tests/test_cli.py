@@ -184,8 +184,14 @@ def test_a_run_writes_nothing_that_is_not_ours(config):
         (["train", "CONFIG", "--run-dir", "FILE"], "cannot be written (File exists); choose anoth"),
         (["train", "CONFIG", "--data.mixture", "capitols"], "no task file registers; did you mean"),
         (["train", "CONFIG", "--init.model", "owner/absent"], "the hub cannot be reached"),
-        (["infer", "--model", "x", "--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0; exp"),
-        (["infer", "--model", "x", "--prompt", "a", "--batch-size", "0"], "--batch-size is 0; exp"),
+        (
+            ["infer", "--model", "x", "--prompt", "a", "--max-tokens", "0"],
+            "--max-tokens is 0; it must be at least 1",
+        ),
+        (
+            ["infer", "--model", "x", "--prompt", "a", "--batch-size", "0"],
+            "--batch-size is 0; it must be at least 1",
+        ),
         (["infer", "--model", "./absent", "--prompt", "a"], "there is no folder ./absent; give on"),
         (["infer", "--model", "owner/absent", "--prompt", "a"], "check the network, or download"),
         (["eval"], "Missing from t5jax eval: MODEL"),
