@@ -422,6 +422,8 @@ PUBLISHED = {
     "byt5_large": 1_228_183_552,
     "byt5_xl": 3_737_801_728,
     "byt5_xxl": 12_906_899_328,
+    # Two embeddings, 10 blocks of attention or MLP and the norms, 2 tables of position biases.
+    "t5_tiny": 2 * 384 * 128 + 6 * 4 * 128**2 + 4 * 3 * 128 * 256 + 12 * 128 + 2 * 32 * 4,
 }
 
 

@@ -208,15 +208,27 @@ def test_xquad_is_measured_by_em_and_f1(load):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gsm8k", "scitldr", "xquad"])
-def test_its_config_improves_the_validation_loss(name, load, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "inputs_length", "targets_length"),
+    [("gsm8k", 2048, 192, 128), ("scitldr", 4096, 320, 48), ("xquad", 4096, 320, 16)],
+)
+def test_from_scratch_improves_the_validation_loss(
+    name, vocab_size, inputs_length, targets_length, load, tmp_path, monkeypatch
+):
     from t5jax.train import train
 
     monkeypatch.setenv("T5JAX_CACHE", str(tmp_path / "cache"))
     load(name)
-    config = load_config(name)
+    config = load_config("from_scratch")
     config = dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, vocab_size=vocab_size),
+        data=dataclasses.replace(
+            config.data,
+            mixture=name,
+            inputs_length=inputs_length,
+            targets_length=targets_length,
+        ),
         run_dir=str(tmp_path / "run"),
         train=dataclasses.replace(config.train, steps=24),
         eval=dataclasses.replace(config.eval, every=12, num_examples=32),

@@ -168,4 +168,6 @@ SIZES |= {
     "byt5_large": _t5(1536, 3840, 64, 16, 36, 12, vocab_size=384),
     "byt5_xl": _t5(2560, 6720, 64, 32, 36, 12, vocab_size=384),
     "byt5_xxl": _t5(4672, 12352, 64, 64, 36, 12, vocab_size=384),
+    # Not published: the 1.1 of the quickstart, which learns a small task on a CPU.
+    "t5_tiny": _t5(128, 256, 32, 4, 2, vocab_size=384),
 }
