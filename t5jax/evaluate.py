@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from t5jax import batch as features
-from t5jax import decoding, metrics, pretrained, sharding
+from t5jax import decoding, metrics, sharding
 from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
 from t5jax.data.api import EvalExample, EvalSet, Example
@@ -23,6 +23,7 @@ from t5jax.data.converters import make_converter
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.monitor import progress, tables
+from t5jax.source import find
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 
@@ -196,7 +197,7 @@ def evaluate_model(
 
     if json and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
-    source = pretrained.find(model)
+    source = find(model)
     trained = source.config.data
     mixture = mixture or trained.mixture
     if not mixture:

@@ -16,7 +16,7 @@ import flax.traverse_util
 import jax
 from rich.console import Console
 
-from t5jax import checkpoint, pretrained, sharding
+from t5jax import checkpoint, sharding
 from t5jax.architectures import ModelConfig
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
@@ -25,6 +25,7 @@ from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables
 from t5jax.optimizers import make_optimizer, make_schedule
+from t5jax.source import Source, adopt, find
 from t5jax.train_state import create_train_state, train_state_shapes, train_state_shardings
 from t5jax.train_step import make_train_step
 
@@ -61,8 +62,8 @@ def train(config: Config) -> Path:
     if config.init.model or loop.imported:
         # A run that has begun knows what it came from: the source may have gone by now.
         name = str(last or config.init.model)
-        source = pretrained.find(name)
-        config = dataclasses.replace(config, model=pretrained.adopt(config.model, source, name))
+        source = find(name)
+        config = dataclasses.replace(config, model=adopt(config.model, source, name))
     model = config.model
     api.check_head(model)
     if last:
@@ -180,7 +181,7 @@ def train(config: Config) -> Path:
     return _finish(run_dir, loop, config)
 
 
-def _new_params(source: pretrained.Source, model: ModelConfig, params) -> dict[str, jax.Array]:
+def _new_params(source: Source, model: ModelConfig, params) -> dict[str, jax.Array]:
     """Returns those of the seed's parameters that the source lacks: a new head's, path to value."""
     missing = source.missing(model)
     if missing:

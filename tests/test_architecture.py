@@ -22,8 +22,9 @@ ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
     {"t5jax.train"},
-    {"t5jax.evaluate", "t5jax.importing"},
-    {"t5jax.pretrained"},
+    {"t5jax.evaluate", "t5jax.convert", "t5jax.pretrained"},
+    {"t5jax.source"},
+    {"t5jax.t5x"},
     {"t5jax.checkpoint", "t5jax.decoding", "t5jax.hf", "t5jax.train_step", "t5jax.monitor"},
     {"t5jax.train_state", "t5jax.losses", "t5jax.optimizers"},
     {"t5jax.models"},
@@ -205,10 +206,11 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
         import numpy as np
 
         import t5jax
-        from t5jax import checkpoint, pretrained, sharding
+        from t5jax import checkpoint, sharding
         from t5jax.architectures import T5Config
         from t5jax.batch import pad_ids, shift_right
         from t5jax.config import Config, LossConfig, OptimizerConfig
+        from t5jax.convert import export_model
         from t5jax.models import api
         from t5jax.optimizers import make_optimizer
         from t5jax.tokenizers import ByteTokenizer
@@ -248,7 +250,7 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
                 restored = checkpoints.restore(last, shapes, shardings)
             jax.tree.map(np.testing.assert_array_equal, restored, state)
         options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-        pretrained.export_model(str(run_dir), str(run_dir / "hf"), **options)
+        export_model(str(run_dir), str(run_dir / "hf"), **options)
         ours = t5jax.load(str(run_dir)).generate(["abc"], max_tokens=4)
         theirs = t5jax.load(str(run_dir / "hf")).generate(["abc"], max_tokens=4)
         assert ours == theirs

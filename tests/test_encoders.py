@@ -16,13 +16,14 @@ import small
 import small_bert
 import t5jax
 from small import VARIANTS, random_params
-from t5jax import checkpoint, pretrained, sharding
+from t5jax import checkpoint, sharding
 from t5jax.architectures import BertConfig, published
 from t5jax.cli import main
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.hf import io
 from t5jax.models import api
-from t5jax.pretrained import Pretrained, adopt
+from t5jax.pretrained import Pretrained
+from t5jax.source import adopt, find
 from t5jax.tokenizers import ByteTokenizer, load_tokenizer
 from t5jax.train import _new_params
 from tiny import one_device, trained_run  # noqa: F401
@@ -115,13 +116,13 @@ def test_export_of_the_encoder_alone(variant, tmp_path):
     assert main(["export", str(tmp_path / "whole"), folder, "--encoder-only"]) == 0
     assert_same(io.load_params(folder, io.read_config(folder)), encoder_part(params))
     with pytest.raises(ValueError, match="holds t5, a model of kind encoder; the encoder alone is"):
-        pretrained.find(folder).read(encoder_only=True)
+        find(folder).read(encoder_only=True)
 
 
 def test_export_of_the_encoder_of_a_run(tmp_path):
     folder = str(tmp_path / "alone")
     assert main(["export", str(trained_run()), folder, "--encoder-only"]) == 0
-    _, params = pretrained.find(str(trained_run())).read()
+    _, params = find(str(trained_run())).read()
     assert_same(io.load_params(folder, io.read_config(folder)), encoder_part(params))
 
 
@@ -159,7 +160,7 @@ def started(source, asked=ASKED):
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "run"])
 def test_a_masked_lm_becomes_a_classifier(place, folders, capsys):
     found = folders["masked_lm"]
-    model, params, seed = started(pretrained.find(str(found[place])))
+    model, params, seed = started(find(str(found[place])))
     assert model.labels == LABELS
     assert jax.tree.structure(params) == jax.tree.structure(api.param_shapes(model))
     new = {"pooler", "classifier"}
@@ -180,7 +181,7 @@ def test_the_pooler_that_lies_beside_a_masked_lm_is_taken(folders, tmp_path):
     tensors |= {"cls.seq_relationship.weight": np.ones((2, 21), "float32")}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    source = pretrained.find(str(tmp_path))
+    source = find(str(tmp_path))
     assert source.model == small_bert.SMALL
     _, started_from, seed = started(source)
     assert_same(started_from["pooler"], classifier["pooler"])
@@ -191,7 +192,7 @@ def test_the_pooler_that_lies_beside_a_masked_lm_is_taken(folders, tmp_path):
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "run"])
 def test_a_classifier_keeps_what_is_its_own(place, folders):
     found = folders["sequence_classification"]
-    source = pretrained.find(str(found[place]))
+    source = find(str(found[place]))
     model, params, _ = started(source, BertConfig())
     assert model.labels == small_bert.TEXT_LABELS
     assert_same(params, found[2])
@@ -208,7 +209,7 @@ def test_a_classifier_keeps_what_is_its_own(place, folders):
 
 def test_what_a_new_head_does_not_excuse(folders, tmp_path):
     folder = folders["masked_lm"][0]
-    source = pretrained.find(str(folder))
+    source = find(str(folder))
     with pytest.raises(ValueError, match="^model.d_ff is 7, in x it is 34; leave it out"):
         adopt(dataclasses.replace(ASKED, d_ff=7), source, "x")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -218,7 +219,7 @@ def test_what_a_new_head_does_not_excuse(folders, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     message = r"missing: bert.encoder.layer.\{1\}.*bias \[21\]; tensors unexpected: surprise \[3\]"
     with pytest.raises(ValueError, match=message):
-        started(pretrained.find(str(tmp_path)))
+        started(find(str(tmp_path)))
 
 
 # --- Embeddings ---------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def plain_embedding(model, params, ids, pooling):
     [("t5", "mean"), ("t5", "max"), ("bert", "mean"), ("bert", "first"), ("bert", "pooler")],
 )
 def test_embeddings_are_those_of_each_text_alone_in_any_batch(name, pooling, models):
-    source = pretrained.find(models[name])
+    source = find(models[name])
     _, params = source.read()
     model, tokenizer = source.model, source.tokenizer()
     texts = TEXTS if name == "t5" else ["ab", "f g h", "abcde j i h g f a b c d e", ""]
@@ -381,7 +382,7 @@ def test_an_exported_encoder_computes_the_same_there(variant, transformers, tmp_
     model = T5[variant]
     params = random_params(model)
     io.save_params(tmp_path / "whole", model, params)
-    description, part = pretrained.find(str(tmp_path / "whole")).read(encoder_only=True)
+    description, part = find(str(tmp_path / "whole")).read(encoder_only=True)
     io.save_params(tmp_path / "alone", description, part, max_shard_bytes=5000)
     kind = getattr(transformers, "UMT5EncoderModel" if variant == "umt5" else "T5EncoderModel")
     theirs, info = kind.from_pretrained(tmp_path / "alone", output_loading_info=True)

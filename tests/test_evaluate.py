@@ -11,6 +11,7 @@ import tiny
 from small import SMALL, random_params
 from t5jax import evaluate, pretrained, sharding
 from t5jax.config import AxisRules, MeshConfig
+from t5jax.convert import export_model
 from t5jax.data.api import EvalExample, EvalSet
 from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
 from t5jax.metrics import exact_match
@@ -152,7 +153,7 @@ def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
     assert evaluate_model(str(run_dir / "checkpoints/5"), **OPTIONS) != of_run
 
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(run_dir), str(tmp_path / "hf"), **options)
+    export_model(str(run_dir), str(tmp_path / "hf"), **options)
     given = {"mixture": "capitals", "inputs_length": 16, "max_tokens": 8}
     assert evaluate_model(str(tmp_path / "hf"), **OPTIONS | given) == of_run
 
@@ -189,7 +190,7 @@ def test_options_of_eval_that_cannot_work(changes, message):
 
 def test_a_model_that_was_trained_on_nothing_needs_a_task(tmp_path):
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(trained_run()), str(tmp_path / "hf"), **options)
+    export_model(str(trained_run()), str(tmp_path / "hf"), **options)
     with pytest.raises(ValueError, match=r"does not say what it was trained on; give --mixture"):
         evaluate_model(str(tmp_path / "hf"), **OPTIONS)
 
@@ -199,7 +200,7 @@ def test_predictions_are_those_of_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(trained_run()), str(tmp_path / "hf"), **options)
+    export_model(str(trained_run()), str(tmp_path / "hf"), **options)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     prompts = ["capitals: abcd", "capitals: ba", "capitals: d"]

@@ -11,9 +11,11 @@ from small import SMALL, random_params
 from t5jax import checkpoint, pretrained, sharding
 from t5jax.architectures import T5Config
 from t5jax.config import Config, MeshConfig
+from t5jax.convert import export_model, import_model
 from t5jax.hf import io as hf_io
 from t5jax.models import api
-from t5jax.pretrained import Pretrained, Source, adopt
+from t5jax.pretrained import Pretrained
+from t5jax.source import Source, adopt, find
 from t5jax.tokenizers import ByteTokenizer
 from tiny import one_device, trained_run  # noqa: F401
 
@@ -64,15 +66,14 @@ def test_answers_on_eight_devices_for_a_number_of_prompts_that_they_do_not_divid
 
 
 def test_found_folder_run_and_checkpoint(folder):
-    assert pretrained.find(str(folder)).model == MODEL.__class__(
-        **dataclasses.asdict(MODEL)
-        | {"dropout_rate": pretrained.find(str(folder)).model.dropout_rate}
+    assert find(str(folder)).model == MODEL.__class__(
+        **dataclasses.asdict(MODEL) | {"dropout_rate": find(str(folder)).model.dropout_rate}
     )
-    run = pretrained.find(str(trained_run()))
+    run = find(str(trained_run()))
     assert run.is_checkpoint
     assert run.path == trained_run() / "checkpoints" / "10"
     assert run.config.data.mixture == "capitals"
-    one = pretrained.find(str(trained_run() / "checkpoints" / "5"))
+    one = find(str(trained_run() / "checkpoints" / "5"))
     assert one.path.name == "5"
 
 
@@ -87,7 +88,7 @@ def test_found_folder_run_and_checkpoint(folder):
 )
 def test_not_found(name, message):
     with pytest.raises(ValueError, match=message):
-        pretrained.find(name.replace("RUN", str(trained_run())))
+        find(name.replace("RUN", str(trained_run())))
 
 
 def test_dtype_of_a_loaded_model():
@@ -129,12 +130,12 @@ def test_adopt_accepts_what_agrees_and_names_all_that_does_not():
 
 def export(model, output, **changes):
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(model), str(output), **options | changes)
+    export_model(str(model), str(output), **options | changes)
 
 
 def test_export_and_import_keep_every_bit(tmp_path):
     export(trained_run(), tmp_path / "hf")
-    pretrained.import_model(str(tmp_path / "hf"), str(tmp_path / "run"))
+    import_model(str(tmp_path / "hf"), str(tmp_path / "run"))
     export(tmp_path / "run", tmp_path / "again")
     first = (tmp_path / "hf" / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
@@ -166,6 +167,6 @@ def test_places_that_are_taken_or_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be written"):
         export(trained_run(), tmp_path / "file" / "below")
     with pytest.raises(ValueError, match=r"run folder .*below cannot be written \(Not a directory"):
-        pretrained.import_model(str(tmp_path / "hf"), str(tmp_path / "file" / "below"))
+        import_model(str(tmp_path / "hf"), str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match=r"holds a run already; choose another folder"):
-        pretrained.import_model(str(tmp_path / "hf"), str(trained_run()))
+        import_model(str(tmp_path / "hf"), str(trained_run()))

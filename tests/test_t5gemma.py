@@ -18,6 +18,7 @@ from t5jax import batch as features
 from t5jax import decoding, pretrained, sharding
 from t5jax.architectures import SIZES, published
 from t5jax.config import AxisRules, InitConfig, LossConfig, MeshConfig, load_config
+from t5jax.convert import export_model
 from t5jax.hf import io
 from t5jax.losses import batch_loss
 from t5jax.models import api
@@ -371,7 +372,7 @@ def test_fine_tuning_from_a_folder(tmp_path):
     assert len(tuned.generate(["capitals: abc", "capitals: d"], max_tokens=5)) == 2
     # And it goes back to a folder as it is.
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(run_dir), str(tmp_path / "tuned"), **options)
+    export_model(str(run_dir), str(tmp_path / "tuned"), **options)
     again = io.load_params(tmp_path / "tuned", model)
     np.testing.assert_array_equal(
         again["decoder"]["layers"]["cross_attention"]["key"]["kernel"][1],

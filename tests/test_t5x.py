@@ -19,15 +19,17 @@ from flax import serialization
 
 import small
 from command_line import fails, run
-from t5jax import checkpoint, pretrained, sharding
+from t5jax import checkpoint, sharding
 from t5jax.architectures import T5Config, published
 from t5jax.config import AxisRules, Config, LossConfig, MeshConfig, OptimizerConfig
+from t5jax.convert import export_model
 from t5jax.hf import io as hf_io
-from t5jax.hf import t5x, t5x_files
-from t5jax.importing import import_t5x, is_t5x
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
+from t5jax.source import find
+from t5jax.t5x import files, mapping
+from t5jax.t5x.importing import import_t5x, is_t5x
 from t5jax.train import train
 from t5jax.train_state import train_state_shapes
 from t5jax.train_step import make_train_step
@@ -181,9 +183,9 @@ FORMS = ["file", "folder", "references", "placeholders", "orbax", "ocdbt"]
 
 
 def read(path, activation=None):
-    tensors = t5x_files.open_tensors(path)
-    config = t5x.describe(tensors, str(path), activation)
-    return config, t5x.load_params(tensors, config, str(path))
+    tensors = files.open_tensors(path)
+    config = mapping.describe(tensors, str(path), activation)
+    return config, mapping.load_params(tensors, config, str(path))
 
 
 def assert_same(got, expected):
@@ -251,7 +253,7 @@ def test_slices_go_straight_to_their_devices(tmp_path):
         folder = tmp_path / str(layout.scanned)
         folder.mkdir()
         path = write(folder, train_state(to_t5x(params, layout)), "references")
-        loaded = t5x.load_params(t5x_files.open_tensors(path), config, str(path), places)
+        loaded = mapping.load_params(files.open_tensors(path), config, str(path), places)
         assert_same(loaded, params)
         same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, places)
         assert all(jax.tree.leaves(same))
@@ -263,12 +265,12 @@ def test_a_published_size_is_found_by_its_shapes(size):
     layout = SCALABLE if config.per_layer_relative_bias else FIRST
     shapes = jax.tree.map(lambda x: np.broadcast_to(np.int8(0), x.shape), api.param_shapes(config))
     tensors = {
-        f"target/{name}": t5x_files._Array(x, "")
+        f"target/{name}": files._Array(x, "")
         for name, x in to_t5x(shapes, layout).items()
         if "layers_1" not in name or "mlp" in name  # To reshape them takes time.
     }
-    assert t5x.describe(tensors, "x") == config
-    rows = {row.ours for row in (p.row() for p in t5x._table(config, t5x._layout(tensors)))}
+    assert mapping.describe(tensors, "x") == config
+    rows = {row.ours for row in (p.row() for p in mapping._table(config, mapping._layout(tensors)))}
     assert rows == set(flax.traverse_util.flatten_dict(api.param_shapes(config), sep="/"))
 
 
@@ -547,7 +549,7 @@ def test_parameters_alone(optimizer, tmp_path):
         with pytest.raises(ValueError, match="is 9, but .* has no state of Adafactor's to go on"):
             import_t5x(str(path), str(tmp_path / "other"), **GIVEN, loss_tokens=9)
     assert checkpoint.latest_checkpoint(tmp_path / "run").name == "0"
-    assert_same(pretrained.find(out).read()[1], params)
+    assert_same(find(out).read()[1], params)
     with pytest.raises(ValueError, match="holds imported parameters, with no training to go on"):
         train(make_config(out))
 
@@ -839,7 +841,7 @@ def test_a_real_checkpoint_keeps_every_bit(tmp_path):
     import_t5x(str(REAL), out, vocabulary=str(SPIECE), mlp_activation="gated-gelu")
     raw = serialization.msgpack_restore(REAL.read_bytes())["optimizer"]["target"]
     assert_same(
-        {k: np.asarray(x) for k, x in to_t5x(pretrained.find(out).read()[1], FIRST).items()},
+        {k: np.asarray(x) for k, x in to_t5x(find(out).read()[1], FIRST).items()},
         flax.traverse_util.flatten_dict(raw, sep="/"),
     )
 
@@ -852,11 +854,9 @@ def test_a_real_checkpoint_computes_as_transformers_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     out = str(tmp_path / "run")
     import_t5x(str(REAL), out, vocabulary=str(SPIECE), mlp_activation="gated-gelu")
-    pretrained.export_model(
-        out, str(tmp_path / "hf"), dtype="float32", max_shard_bytes=10**9, overwrite=False
-    )
+    export_model(out, str(tmp_path / "hf"), dtype="float32", max_shard_bytes=10**9, overwrite=False)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    model, params = pretrained.find(out).read()
+    model, params = find(out).read()
     batch = small.random_batch(model, rows=3, source=21, target=11)
     inputs = torch.tensor(batch["encoder_input_tokens"]).long()
     targets = torch.tensor(batch["decoder_target_tokens"]).long()

@@ -28,7 +28,9 @@ from t5jax.config import (
     TrainConfig,
     from_json,
 )
+from t5jax.convert import export_model, import_model
 from t5jax.monitor import log
+from t5jax.source import find
 from t5jax.train import NonFiniteLoss, train
 from tiny import (
     NO_EVAL,
@@ -200,7 +202,7 @@ def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
     assert f"stopping at step 4: {reason}" in capsys.readouterr().err
     # The last one, and the best.
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
-    assert pretrained.find(str(tmp_path)).path.name == "2"
+    assert find(str(tmp_path)).path.name == "2"
 
     train(config(2))
     message = f"stopped early, after {reason}; raise eval.patience to go on"
@@ -266,7 +268,7 @@ def params_of(run_dir, step):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "model"
     options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    pretrained.export_model(str(trained_run()), str(folder), **options)
+    export_model(str(trained_run()), str(folder), **options)
     return folder
 
 
@@ -287,7 +289,7 @@ def test_fine_tuning_starts_from_the_source(kind, exported, tmp_path, monkeypatc
         source, step = trained_run() / "checkpoints" / "5", 5
     else:
         source = tmp_path / "imported"
-        pretrained.import_model(str(exported), str(source))
+        import_model(str(exported), str(source))
     config = make_config(tmp_path / "run", init={"model": str(source)}, **STILL)
     train(config)
     expected = params_of(trained_run(), step)
@@ -336,11 +338,11 @@ def test_architecture_that_disagrees_with_its_source(exported, tmp_path):
 
 
 def test_imported_run_is_no_run_to_go_on_with(exported, tmp_path):
-    pretrained.import_model(str(exported), str(tmp_path / "imported"))
+    import_model(str(exported), str(tmp_path / "imported"))
     with pytest.raises(ValueError, match="holds imported parameters.*set init.model to .*imported"):
         train(make_config(tmp_path / "imported"))
     with pytest.raises(ValueError, match="imported holds a run already; choose another folder"):
-        pretrained.import_model(str(exported), str(tmp_path / "imported"))
+        import_model(str(exported), str(tmp_path / "imported"))
 
 
 # --- What goes wrong ------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ import tiny
 from t5jax import pretrained
 from t5jax.architectures import BertConfig, GPTConfig
 from t5jax.batch import as_answer
+from t5jax.convert import export_model
 from t5jax.evaluate import evaluate_model
 from t5jax.hf import io as hf_io
 from t5jax.monitor import log
+from t5jax.source import find
 from t5jax.tokenizers import ByteTokenizer
 from t5jax.train import train
 from tiny import assert_same_bits, make_config, read_metrics
@@ -94,7 +96,7 @@ def test_a_decoder_learns_goes_on_and_writes(name, tmp_path):
     assert len(set(answers)) > 1
     # A row does not depend on those beside it, though shorter ones are padded.
     assert [model.generate([p], max_tokens=5)[0] for p in prompts] == answers
-    pretrained.export_model(
+    export_model(
         whole.run_dir,
         str(tmp_path / "hf"),
         dtype="float32",
@@ -205,6 +207,6 @@ def test_the_tokenizers_eos_is_the_one_to_train_with(tmp_path):
     hf_io.save_params(
         tmp_path / "hf", model, small_gpt.random_params(model), tokenizer=ByteTokenizer()
     )
-    found = pretrained.find(str(tmp_path / "hf")).model
+    found = find(str(tmp_path / "hf")).model
     assert (found.eos_token_id, found.more_eos_token_ids) == (1, (5, 7))
     assert as_answer(found, [9, 8, 7, 6, 1]) == [9, 8]

@@ -207,7 +207,7 @@ class Import:
 
 def export(args: list[str]) -> None:
     options = parse(Export, args, prog="t5jax export", positional=True)
-    from t5jax.pretrained import export_model
+    from t5jax.convert import export_model
 
     export_model(**fields(options))
     print(f"wrote {options.output}", file=sys.stderr)
@@ -215,8 +215,8 @@ def export(args: list[str]) -> None:
 
 def import_(args: list[str]) -> None:
     options = parse(Import, args, prog="t5jax import", positional=True)
-    from t5jax.importing import import_t5x, is_t5x
-    from t5jax.pretrained import import_model
+    from t5jax.convert import import_model
+    from t5jax.t5x.importing import import_t5x, is_t5x
 
     if is_t5x(options.model):
         for line in import_t5x(**fields(options)):

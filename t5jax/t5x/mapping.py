@@ -130,7 +130,7 @@ def describe(tensors: Tensors, where: str, activation: MlpActivation | None = No
     """Returns the description of the network whose parameters these are.
 
     Args:
-      tensors: as `t5x_files.open_tensors` returns them.
+      tensors: as `files.open_tensors` returns them.
       where: what they were read from, for messages.
       activation: of the MLP. None: that of the published sizes with the same shapes.
     Raises:
@@ -230,7 +230,7 @@ def load_params(tensors: Tensors, config: T5Config, where: str, shardings=None) 
     """Returns the parameters, in `config.param_dtype`.
 
     Args:
-      tensors: as `t5x_files.open_tensors` returns them.
+      tensors: as `files.open_tensors` returns them.
       config: as `describe` returns it.
       where: what they were read from, for messages.
       shardings: as of `hf.io.load_params`.
@@ -270,7 +270,7 @@ def load_opt_state(
     keeps two factors, these are its means over columns and rows: what they would have been.
 
     Args:
-      tensors: as `t5x_files.open_tensors` returns them.
+      tensors: as `files.open_tensors` returns them.
       config: as `describe` returns it.
       shapes: the train state with this optimizer, as ShapeDtypeStructs.
       shardings: the same tree of jax.sharding.Sharding.

@@ -1,4 +1,4 @@
-"""Decoding: tokens from a model, one step at a time inside one compiled loop.
+"""Greedy decoding: the most probable token, step by step inside one compiled loop.
 
 B batch, S source length, T tokens generated, V vocab.
 """

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from t5jax import checkpoint, sharding
 from t5jax.architectures import MlpActivation, T5Config
 from t5jax.config import AxisRules, Config, MeshConfig, OptimizerConfig
-from t5jax.hf import t5x, t5x_files
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
+from t5jax.t5x import files, mapping
 from t5jax.tokenizers import Tokenizer, load_tokenizer
 from t5jax.train_state import TrainState, train_state_shapes, train_state_shardings
 
@@ -32,7 +32,7 @@ def is_t5x(model: str) -> bool:
             f"{model} is in a bucket; copy it first: gcloud storage cp --recursive {model} ."
         )
     ours = checkpoint.is_run(path) or checkpoint.is_checkpoint(path)
-    return not ours and t5x_files.is_checkpoint(path)
+    return not ours and files.is_checkpoint(path)
 
 
 def import_t5x(
@@ -64,7 +64,7 @@ def import_t5x(
     path = Path(model).expanduser()
     if checkpoint.is_run(Path(output)):
         raise ValueError(f"{output} holds a run already; choose another folder")
-    tensors = t5x_files.open_tensors(path)
+    tensors = files.open_tensors(path)
     if not vocabulary:
         raise ValueError(
             f"{model} is a T5X checkpoint, which has no tokenizer; give --vocabulary: a "
@@ -73,7 +73,7 @@ def import_t5x(
         )
     tokenizer = load_tokenizer(vocabulary)
     description = _describe(tensors, model, mlp_activation, tokenizer)
-    has_adafactor, step = t5x.has_adafactor(tensors), t5x.step(tensors)
+    has_adafactor, step = mapping.has_adafactor(tensors), mapping.step(tensors)
     goes_on = loss_tokens is not None
     if goes_on and not loss_tokens > 0:
         raise ValueError(f"--loss-tokens is {loss_tokens}; it must be above 0")
@@ -85,15 +85,15 @@ def import_t5x(
     run_dir = checkpoint.create_run_dir(output)
 
     # A momentum needs a place in the state; how fast it decays is the run's to say.
-    momentum = 0.9 if goes_on and t5x.has_momentum(tensors) else None
+    momentum = 0.9 if goes_on and mapping.has_momentum(tensors) else None
     config = Config(model=description, optimizer=OptimizerConfig(b1=momentum), run_dir=output)
     tx = make_optimizer(config.optimizer, step, api.param_axes(description))
     shapes = train_state_shapes(description, tx)
     places = train_state_shardings(description, tx, sharding.make_mesh(mesh), AxisRules())
-    params = t5x.load_params(tensors, description, model, places.params)
+    params = mapping.load_params(tensors, description, model, places.params)
     lost: list[str] = []
     if goes_on:
-        opt_state, lost = t5x.load_opt_state(tensors, description, shapes, places, loss_tokens)
+        opt_state, lost = mapping.load_opt_state(tensors, description, shapes, places, loss_tokens)
 
     tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
     checkpoint.write_config(run_dir, config)
@@ -136,7 +136,7 @@ def _on_adafactor(
 def _describe(
     tensors, model: str, activation: MlpActivation | None, tokenizer: Tokenizer
 ) -> T5Config:
-    description = t5x.describe(tensors, model, activation)
+    description = mapping.describe(tensors, model, activation)
     if tokenizer.vocab_size > description.vocab_size:
         raise ValueError(
             f"the vocabulary {tokenizer} has {tokenizer.vocab_size} ids, but {model} has "

@@ -1,0 +1,52 @@
+"""A model in another format: exported to a Hugging Face folder, or imported as a run."""
+
+import dataclasses
+from pathlib import Path
+
+from t5jax import checkpoint, sharding
+from t5jax.config import MeshConfig
+from t5jax.hf import io as hf_io
+from t5jax.source import find
+
+
+def export_model(
+    model: str,
+    output: str,
+    *,
+    dtype: str,
+    max_shard_bytes: int,
+    overwrite: bool,
+    encoder_only: bool = False,
+) -> None:
+    """Writes a model, wherever it lies, or a T5's encoder alone, as a Hugging Face folder."""
+    source = find(model)
+    description, params = source.read(encoder_only=encoder_only)
+    hf_io.save_params(
+        output,
+        description,
+        params,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        tokenizer=source.tokenizer(),
+        overwrite=overwrite,
+    )
+
+
+def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) -> None:
+    """Writes a model, wherever it lies, as a run that holds its parameters as step 0.
+
+    Args:
+      mesh: devices that the parameters are split over on their way.
+    Raises:
+      ValueError: if the output is a run already, or cannot be written.
+    """
+    if checkpoint.is_run(Path(output)):
+        raise ValueError(f"{output} holds a run already; choose another folder")
+    source = find(model)
+    run_dir = checkpoint.create_run_dir(output)
+    description, params = source.read(mesh=sharding.make_mesh(mesh))
+    config = dataclasses.replace(source.config, model=description, run_dir=output)
+    source.tokenizer().save(run_dir / checkpoint.TOKENIZER_DIR)
+    checkpoint.write_config(run_dir, config)
+    with checkpoint.Checkpoints(run_dir) as checkpoints:
+        checkpoints.save_params(params, config)

@@ -1,0 +1,194 @@
+"""Where a model lies: a hub name, a Hugging Face folder, a run, or a checkpoint of one."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+
+from t5jax import checkpoint, sharding
+from t5jax.architectures import BertConfig, Dtype, GPTConfig, ModelConfig, T5Config, T5GemmaConfig
+from t5jax.config import AxisRules, Config
+from t5jax.hf import hub
+from t5jax.hf import io as hf_io
+from t5jax.models import api
+from t5jax.t5x import files as t5x_files
+from t5jax.tokenizers import Tokenizer, load_tokenizer
+
+# What a run decides for itself, whatever the weights were made with.
+_COMPUTE_FIELDS = ("dtype", "param_dtype", "scan_layers", "remat", "dropout_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model was found."""
+
+    path: Path
+    """A Hugging Face folder, or one checkpoint of a run."""
+    config: Config
+    """Of a run: what it was trained with. Of a Hugging Face folder: defaults around its model."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return checkpoint.is_checkpoint(self.path)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    def tokenizer(self) -> Tokenizer:
+        run_dir = self.path.parent.parent / checkpoint.TOKENIZER_DIR
+        return load_tokenizer(run_dir if self.is_checkpoint else self.path)
+
+    def read(
+        self,
+        dtype: Dtype | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: AxisRules = AxisRules(),
+        *,
+        encoder_only: bool = False,
+    ) -> tuple[ModelConfig, api.Params]:
+        """Reads the description and the parameters, as training has them.
+
+        Args:
+          dtype: as in `load`.
+          mesh, rules: where the parameters go; by default they are copied to all devices.
+          encoder_only: of a T5 model, read the encoder and nothing else.
+        Raises:
+          ValueError: for encoder_only where there is no decoder, or no encoder, to tell apart.
+        """
+        model = self.model
+        if encoder_only:
+            if not isinstance(model, T5Config) or model.kind == "encoder":
+                raise ValueError(
+                    f"{self.path} holds {model.family}, a model of kind {model.kind}; the encoder "
+                    "alone is taken from a T5 model that has a decoder; leave --encoder-only out"
+                )
+            model = model.encoder_alone()
+        model = dataclasses.replace(model, param_dtype=dtype or "float32")
+        if dtype:
+            model = dataclasses.replace(model, dtype=dtype)
+        mesh = mesh or sharding.make_mesh()
+        shardings = sharding.param_shardings(
+            api.param_axes(model), api.param_shapes(model), mesh, rules
+        )
+        return model, self.params(model, shardings)
+
+    def params(
+        self, model: ModelConfig, shardings, new: Mapping[str, jax.Array] | None = None
+    ) -> api.Params:
+        """Reads the parameters in `model.param_dtype`, leaf by leaf into their places.
+
+        Args:
+          model: the source's network, or one that shares parameters with it: as `adopt` returns it.
+          shardings: of all parameters.
+          new: those that the source does not have (`missing`), path to value.
+        """
+        shapes, new = api.param_shapes(model), new or {}
+        if _network(model) == _network(self.model):
+            if self.is_checkpoint:
+                return checkpoint.load_params(self.path, shapes, shardings)
+            return hf_io.load_params(self.path, model, shardings)
+        names = [name for name in _flatten(shapes) if name not in new]
+        if self.is_checkpoint:
+            shared = (
+                flax.traverse_util.unflatten_dict({n: _flatten(tree)[n] for n in names}, sep="/")
+                for tree in (shapes, shardings)
+            )
+            read = _flatten(checkpoint.load_params(self.path, *shared))
+        else:
+            read = hf_io.load_shared_params(self.path, self.model, model, names, shardings)
+        return flax.traverse_util.unflatten_dict({**read, **new}, sep="/")
+
+    def missing(self, model: ModelConfig) -> list[str]:
+        """Returns the paths of a network's parameters that the source does not have: a new head's.
+
+        Args:
+          model: as `adopt` returns it.
+        """
+        missing = api.new_params(model, self.model)
+        if missing and not self.is_checkpoint:
+            spare = hf_io.spare_params(self.path, self.model, model)
+            missing = [name for name in missing if name not in spare]
+        return missing
+
+
+def _network(model: ModelConfig) -> ModelConfig:
+    """Returns a description without what leaves the parameters' names and values as they are."""
+    return dataclasses.replace(model, **{f: getattr(type(model)(), f) for f in _COMPUTE_FIELDS})
+
+
+def _flatten(tree) -> dict:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def find(name_or_path: str) -> Source:
+    """Finds a model without reading its weights. Of a run, the best checkpoint is taken.
+
+    Raises:
+      ValueError: if there is none under this name, or it is of a family that we do not know.
+    """
+    path = Path(name_or_path).expanduser()
+    if checkpoint.is_run(path):
+        path = checkpoint.best_checkpoint(path)
+    if checkpoint.is_checkpoint(path):
+        return Source(path, checkpoint.read_config(path))
+    if path.is_dir() and t5x_files.is_checkpoint(path):
+        raise ValueError(
+            f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
+            "--vocabulary FILE`, and give OUTPUT here"
+        )
+    path = hub.resolve(name_or_path)
+    model = _tokenizers_eos_first(hf_io.read_config(path, load_tokenizer), path)
+    return Source(path, Config(model=model))
+
+
+def _tokenizers_eos_first(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Returns the same with the tokenizer's eos as its eos_token_id.
+
+    config.json may name several ids that end a text (Llama 3's chat models), in any order; the
+    tokenizer's ends the texts that a run trains on.
+    """
+    if not isinstance(model, (GPTConfig, T5GemmaConfig)) or not model.more_eos_token_ids:
+        return model
+    try:
+        eos = load_tokenizer(folder).eos_id
+    except ValueError:  # Weights alone; a run names its vocabulary.
+        return model
+    if eos not in model.end_token_ids:
+        return model
+    rest = tuple(i for i in model.end_token_ids if i != eos)
+    return dataclasses.replace(model, eos_token_id=eos, more_eos_token_ids=rest)
+
+
+def adopt(model: ModelConfig, source: Source, name: str) -> ModelConfig:
+    """Returns the source's architecture with the run's own dtype, dropout, scan and remat.
+
+    BERT has the head that the run asks for, whose parameters may be new (`Source.missing`).
+
+    Raises:
+      ValueError: if the run asks for another architecture; fields left at their defaults do not.
+    """
+    theirs, default = source.model, type(model)()
+    if isinstance(theirs, BertConfig) and isinstance(model, BertConfig):
+        theirs = theirs.with_head_of(model)
+    if type(theirs) is not type(model):
+        # A config that says nothing of the architecture takes whatever it starts from.
+        default = dataclasses.replace(default, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
+        if model != default:
+            raise ValueError(
+                f"model is a {type(model).__name__}, but {name} holds {theirs.family}, a "
+                f"{type(theirs).__name__}; leave `model` out of the config, or start from another"
+            )
+        return dataclasses.replace(theirs, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
+    wrong = [
+        f"model.{field.name} is {ours!r}, in {name} it is {getattr(theirs, field.name)!r}"
+        for field in dataclasses.fields(model)
+        if field.name not in _COMPUTE_FIELDS
+        and (ours := getattr(model, field.name)) != getattr(default, field.name)
+        and ours != getattr(theirs, field.name)
+    ]
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}; leave it out, or start from another model")
+    return dataclasses.replace(theirs, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
