@@ -94,27 +94,35 @@ def test_parameters_alone_are_read_in_another_dtype(tmp_path):
 
 
 def test_last_and_best_stay(tmp_path):
-    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None, 6: None}
-    save(tmp_path, losses, keep=2)
-    assert steps(tmp_path) == [2, 5, 6]
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None, 6: math.inf, 7: math.nan}, keep=2)
+    assert steps(tmp_path) == [2, 6, 7]
+    # Another process knows the losses of this one's checkpoints.
+    save(tmp_path, {8: 1.5, 9: 2.5, 10: None}, keep=2)
+    assert steps(tmp_path) == [2, 9, 10]
     assert best_checkpoint(tmp_path).name == "2"
-    # A new process knows the losses of the old one's checkpoints.
-    save(tmp_path, {7: 1.5, 8: None, 9: None}, keep=2)
-    assert steps(tmp_path) == [2, 8, 9]
-    save(tmp_path, {10: 0.5, 11: None, 12: None}, keep=2)
-    assert steps(tmp_path) == [10, 11, 12]
-    assert best_checkpoint(tmp_path).name == "10"
-    assert latest_checkpoint(tmp_path).name == "12"
+    save(tmp_path, {11: 0.5, 12: None, 13: None}, keep=1)
+    assert steps(tmp_path) == [11, 13]
+    assert best_checkpoint(tmp_path).name == "11"
 
 
-def test_best_of_equal_losses_is_the_last_and_nan_is_never_best(tmp_path):
-    save(tmp_path, {1: 1.0, 2: 1.0, 3: math.nan, 4: math.inf})
-    assert best_checkpoint(tmp_path).name == "2"
-
-
-def test_best_without_losses_is_the_last(tmp_path):
-    save(tmp_path, {9: None, 10: None})
-    assert best_checkpoint(tmp_path).name == "10"
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({1: 3.0, 2: 1.0, 3: 2.0, 4: None}, 2),
+        ({1: -1.0, 2: -3.0, 3: None}, 2),
+        ({1: 1.0, 2: 1.0, 3: 2.0}, 2),  # Of equal losses the last.
+        ({1: 0.0, 2: None}, 1),  # A loss of 0 is one.
+        ({1: 1.0, 2: math.nan, 3: math.inf}, 1),  # These count as none.
+        ({1: math.nan, 2: 1.0}, 2),
+        ({1: math.inf, 2: None}, 2),
+        ({9: None, 10: None}, 10),  # Without losses the last, by number.
+    ],
+)
+def test_the_best_checkpoint_has_the_lowest_loss(losses, best, tmp_path):
+    save(tmp_path, losses)
+    assert steps(tmp_path) == list(losses)
+    assert best_checkpoint(tmp_path).name == str(best)
+    assert latest_checkpoint(tmp_path).name == str(max(losses))
 
 
 def test_half_written_checkpoints_are_not_seen(tmp_path):

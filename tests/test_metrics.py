@@ -36,12 +36,18 @@ def test_token_f1_takes_the_best_reference():
     assert one == {"token_f1": pytest.approx(40.0)}
     several = metrics.token_f1([["The cat sat.", "cat ran"]], ["a cat ran off"])
     assert several == {"token_f1": pytest.approx(80.0)}
-    # A word said twice counts as often as the reference has it: 1 shared, P 1/2, R 1.
+    # A word said twice counts as often as the reference has it: 1 shared, P 1/2, R 1; 3 shared.
     assert metrics.token_f1(["cat"], ["cat cat"])["token_f1"] == pytest.approx(200 / 3)
+    assert metrics.token_f1(["very very good"], ["very very good"]) == {"token_f1": 100.0}
+    # Precision and recall are not the same: 1 shared, P 1, R 1/3.
+    assert metrics.token_f1(["one two three"], ["one"])["token_f1"] == pytest.approx(50.0)
 
 
 def test_squad_normalises_case_punctuation_articles_and_spaces():
     assert metrics.squad(["The  U.S. Navy"], ["us navy!"]) == {"em": 100.0, "f1": 100.0}
+    assert metrics.squad(["an apple"], ["apple"]) == {"em": 100.0, "f1": 100.0}
+    # Punctuation goes first, and leaves no space: "a.b" is one word, and holds no article.
+    assert metrics.squad(["a.b"], ["ab"]) == {"em": 100.0, "f1": 100.0}
     # "another" holds an article, and is none.
     assert metrics.squad(["another"], ["other"]) == {"em": 0.0, "f1": 0.0}
     half = metrics.squad([["one two"], "three"], ["one", "three"])
@@ -174,6 +180,10 @@ def test_baselines():
     }
     # no: 2 of 3 in these, and first of the equally frequent in the next.
     frequent = metrics.baselines(["", "", ""], ["a", "no", "no"], ["no", "a", "no"], fns)
+    assert frequent["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
+    # Every reference counts, not the first of each target alone: b twice.
+    several = [["a", "b"], ["c", "b"], ["d"]]
+    frequent = metrics.baselines(["", "", ""], several, several, fns)
     assert frequent["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
     frequent = metrics.baselines(["", "", ""], ["a", "no", "no"], ["a", "no"], fns)
     assert frequent["most frequent target"] == {"exact_match": pytest.approx(100 / 3)}

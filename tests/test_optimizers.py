@@ -340,6 +340,18 @@ def test_adamw_equals_numpy(name):
             )
 
 
+def test_adamw_without_numbers_has_the_usual_ones():
+    # Gradients as small as eps, and unequal, so that each of the three shows.
+    m = v = p = 0.0
+    grads = (1e-8, -3e-8, 2e-8)
+    for n, g in enumerate(grads, start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        p -= 0.5 * (m / (1 - 0.9**n)) / (math.sqrt(v / (1 - 0.999**n)) + 1e-8)
+    tx = make_optimizer(OptimizerConfig("adamw", learning_rate=0.5), STEPS, {"w": ("embed",)})
+    after, _ = run(tx, {"w": jnp.zeros(1)}, [{"w": jnp.array([g])} for g in grads])
+    np.testing.assert_allclose(after["w"], p, rtol=1e-5)
+
+
 def test_a_parameter_of_zeros_still_moves():
     axes, params = {"w": ("embed", "mlp")}, {"w": jnp.zeros((128, 128))}
     grads = {"w": jnp.ones((128, 128))}
@@ -536,15 +548,21 @@ def test_random_rounding_keeps_what_bfloat16_holds():
 
 def test_many_small_bfloat16_steps_arrive():
     # Each of the 100 steps is an eighth of bfloat16's spacing at 1: to nearest, none would count.
-    axes, params = {"scale": ("embed",)}, {"scale": jnp.ones(4096, jnp.bfloat16)}
-    grads = [{"scale": -jnp.ones(4096, jnp.bfloat16)}] * 100
+    axes, ones = {"scale": ("embed",), "other": ("embed",)}, jnp.ones(4096, jnp.bfloat16)
+    params, grads = dict.fromkeys(axes, ones), [dict.fromkeys(axes, -ones)] * 100
     tx = make_optimizer(OptimizerConfig("adamw", learning_rate=2**-10), STEPS, axes)
     tx = jitted(tx)
     (after, _), (again, _) = run(tx, params, grads), run(tx, params, grads)
-    after = np.asarray(after["scale"], np.float64)
-    assert after.mean() == pytest.approx(1 + 100 * 2**-10, abs=2e-3)
+    after = {name: np.asarray(x, np.float64) for name, x in after.items()}
+    # Each step goes up one spacing with a chance of an eighth, by itself: 100 of them are binomial.
+    taken = (after["scale"] - 1) / 2**-7
+    assert taken.mean() == pytest.approx(100 / 8, abs=5 * math.sqrt(100 * 7 / 64 / 4096))
+    assert taken.std() == pytest.approx(math.sqrt(100 * 7 / 64), rel=0.1)
+    # Nor do parameters go together, though the same happens to them.
+    assert abs(np.corrcoef(after["scale"], after["other"])[0, 1]) < 0.1
     # The rounding is a function of the step: a run can be repeated bit for bit.
-    np.testing.assert_array_equal(after, np.asarray(again["scale"], np.float64))
+    for name, x in after.items():
+        np.testing.assert_array_equal(x, np.asarray(again[name], np.float64))
 
 
 # --- Sharding -----------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import textwrap
 import numpy as np
 import pytest
 import sentencepiece
-
 import tokenizers
+
 from t5jax import metrics
 from t5jax.architectures import T5Config
 from t5jax.batch import shift_right, train_spec

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import tokenizers
+
 from t5jax.data.tf import tf
 from t5jax.data.vocabularies import TokenizerVocabulary, as_tokenizer, train_sentencepiece
 from t5jax.tokenizers import HuggingFaceTokenizer, load_tokenizer

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
 from t5jax.tokenizers.common import (
     SENTINEL,
     clean_ids,
@@ -15,7 +17,6 @@ from t5jax.tokenizers.common import (
     read_json,
     write_files,
 )
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 # Where a configuration names no such token, the names by which the common models have it.
 _SPECIAL_TOKENS = {

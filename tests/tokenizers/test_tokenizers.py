@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 
 from t5jax.tokenizers import (
     ByteTokenizer,
@@ -11,6 +12,7 @@ from t5jax.tokenizers import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
+from t5jax.tokenizers.common import clean_ids
 
 T5_MODEL = Path(__file__).parents[3] / "shared/data/vocab/t5_spiece.model"
 TEXTS = [
@@ -75,7 +77,9 @@ def test_decode_stops_at_eos_skips_padding_and_keeps_sentinels(model):
     cat, dog = tokenizer.encode("the cat"), tokenizer.encode("a dog")
     assert tokenizer.decode([0, *cat, 0, 43, *dog, 1, *dog]) == "the cat <extra_id_0> a dog"
     # An embedding has more rows than there are ids; a model may answer with any of them.
-    assert tokenizer.decode([*cat, 100]) == tokenizer.decode([*cat, tokenizer.unk_id])
+    unknown = tokenizer.decode([*cat, tokenizer.unk_id])
+    assert unknown != "the cat"
+    assert [tokenizer.decode([*cat, i]) for i in (44, 45, 100)] == [unknown] * 3
 
 
 def test_repr_tells_vocabularies_apart(model):
@@ -129,6 +133,22 @@ def test_a_folder_of_hugging_face_is_saved_again_unchanged(model, tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "c").iterdir()}
 
 
+def test_the_configuration_says_which_token_ends_a_text():
+    vocabulary = tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "</s>": 3}, "<unk>")
+    model = tokenizers.Tokenizer(vocabulary).to_str().encode()
+
+    def eos(config=None, special=None):
+        files = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+        files = {name: json.dumps(value).encode() for name, value in files.items() if value}
+        return HuggingFaceTokenizer({"tokenizer.json": model} | files).eos_id
+
+    assert eos() == 3
+    assert eos(special={"eos_token": "a"}) == 1
+    assert eos({"eos_token": {"content": "b"}}, {"eos_token": "a"}) == 2
+    assert eos({"eos_token": "absent"}) == 3  # Which the vocabulary has not.
+    assert eos({"sep_token": "a"}) == 1
+
+
 def test_tokens_that_a_user_has_added_come_from_tokenizer_json(model, tmp_path):
     transformers = pytest.importorskip("transformers")
     SentencePieceTokenizer(model).save(tmp_path)
@@ -162,6 +182,8 @@ def test_bytes_are_shifted_by_three():
     assert tokenizer.encode("aé") == [100, 198, 172]
     assert tokenizer.decode([0, 100, 198, 172, 1, 100]) == "aé"
     assert tokenizer.decode([100, 198, 101, 2, 383, 400]) == "ab<extra_id_124>"
+    # What decodes reads up to the first eos, without padding, and ids up to the last one.
+    assert clean_ids(tokenizer, [0, 5, 383, 0, 384, 385, 1, 6]) == [5, 383, 2, 2]
     assert tokenizer.decode(tokenizer.encode("é <extra_id_5>ß")) == "é <extra_id_5>ß"
 
 
