@@ -1,11 +1,12 @@
-"""BERT's pretraining, masked tokens, on two novels: a small BERT from nothing.
+"""Masked language modelling: pre-training a small BERT on two novels, from scratch.
 
     T5JAX_DATA=... t5jax train bert_mlm --data.vocabulary google-bert/bert-base-uncased
 
-tasks/novels.py says where the books are found; a vocab.txt that lies here does as vocabulary too.
-Another text: --data.mixture with a task of the objective MaskedLM. Hardware: any; some minutes on
-2 CPU cores. Result to expect: the validation loss falls from 10.3 nats a predicted token, that of a
-guess, to 6.89, 6.76 and 6.74 at steps 50, 100 and 150; two books are little to learn words from.
+tasks/novels.py says where the books are found; a local vocab.txt also works as the vocabulary. To
+train on other text, set data.mixture to a task with the objective MaskedLM. Hardware: any; a few
+minutes on 2 CPU cores. Expected result: the validation loss falls from 10.3 nats per predicted
+token (chance) to 6.89, 6.76 and 6.74 at steps 50, 100 and 150; two books are not much to learn
+from.
 """
 
 from t5jax.architectures import BertConfig

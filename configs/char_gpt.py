@@ -1,11 +1,11 @@
-"""A GPT that writes two novels letter by letter, from nothing, on two CPU cores.
+"""A character-level GPT of two novels, from scratch, on two CPU cores.
 
     T5JAX_DATA=... t5jax train char_gpt
     t5jax infer --model runs/char_gpt --prompt "It is a truth universally" --max-tokens 90
 
-tasks/novels.py says where the books are found. Letters are bytes, so there is no vocabulary to
-learn. Hardware: any; 600 steps are seven minutes on 2 CPU cores. Result to expect: the validation
-loss falls from 5.9 nats a byte, that of a guess, to 2.36, 2.04 and 1.93 at steps 200, 400 and 600.
+tasks/novels.py says where the books are found. The tokens are bytes, so no vocabulary has to be
+trained. Hardware: any; 600 steps take seven minutes on 2 CPU cores. Expected result: the validation
+loss falls from 5.9 nats per byte (chance) to 2.36, 2.04 and 1.93 at steps 200, 400 and 600.
 """
 
 from t5jax.architectures import GPTConfig

@@ -2,10 +2,10 @@
 
     t5jax train finetune --init.model google/flan-t5-base --data.mixture MIXTURE
 
-Adafactor at a constant 1e-3 and dropout 0.1, as Raffel et al. 2020 (arXiv:1910.10683) fine-tune.
-Hardware: flan-t5-small on a CPU for a try; flan-t5-base on one TPU chip or GPU; for the larger ones
-set mesh.fsdp, model.dtype bfloat16 and model.remat minimal. Result to expect: that of your task;
-stop early by eval.patience.
+Adafactor with a constant learning rate of 1e-3 and dropout 0.1, as in Raffel et al. 2020
+(arXiv:1910.10683). Hardware: flan-t5-small runs on a CPU for a first try, flan-t5-base on one TPU
+chip or GPU; for larger models set mesh.fsdp, model.dtype bfloat16 and model.remat minimal. The
+result depends on your task; training stops early according to eval.patience.
 """
 
 from t5jax.config import (

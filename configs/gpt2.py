@@ -1,12 +1,13 @@
-"""GPT-2 small (124 million parameters) from nothing, on texts of your own.
+"""Pre-training GPT-2 small (124 million parameters) on your own text.
 
     t5jax train gpt2 --data.mixture MIXTURE
 
-MIXTURE is a task of texts with the objective CausalLM (`text_task`, as in tasks/novels.py); packed
-rows of 1,024 tokens. The optimizer is that of Brown et al. 2020 (arXiv:2005.14165), appendix B.
-Hardware: a TPU v4-8 or 8 GPUs of 40 GB; with fewer, raise train.microbatches. For 100,000 steps
-of 512 rows, the 50 billion tokens that give the published model's loss on web texts (about 3.1
-nats a token on OpenWebText), count on days. That whole run has not been made with t5jax.
+MIXTURE is a text task with the objective CausalLM (`text_task`, as in tasks/novels.py); rows are
+packed, 1,024 tokens each. The optimizer settings follow Brown et al. 2020 (arXiv:2005.14165),
+appendix B. Hardware: a TPU v4-8 or 8 GPUs with 40 GB; with fewer, raise train.microbatches. 100,000
+steps of 512 rows are 50 billion tokens, which on web text give about the published model's loss
+(3.1 nats per token on OpenWebText) and take several days. The full run has not been done with
+t5jax.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ def get_config() -> Config:
     return Config(
         run_dir="runs/gpt2",
         model=dataclasses.replace(
-            # Rows of the embedding rounded up, so that devices can share them.
+            # The vocabulary is rounded up so that it can be sharded evenly.
             published("gpt2", vocab_size=50304, dtype="bfloat16", remat="minimal"),
             dropout_rate=0.0,
         ),

@@ -2,11 +2,11 @@
 
     t5jax train llama_finetune --init.model meta-llama/Llama-3.2-1B --data.mixture MIXTURE
 
-The loss is that of the answers alone; several examples share a row. Sizes and vocabulary come with
-the model. AdamW at a low rate, bfloat16 compute over float32 parameters. Hardware: 1B on 4 TPU v4
-chips (--mesh.fsdp 4) or 4 GPUs of 40 GB, 8B on 32 chips (--mesh.fsdp 32), neither of which has been
-run; a small model goes through the same steps on a CPU. Result to expect: that of your task; it
-stops early by eval.patience.
+The loss is computed on the answers alone; examples are packed. The architecture and the vocabulary
+come with the model. AdamW with a low learning rate, bfloat16 activations and float32 parameters.
+Hardware: 1B on 4 TPU v4 chips (--mesh.fsdp 4) or 4 GPUs with 40 GB, 8B on 32 chips (--mesh.fsdp
+32); neither has been tested, only a small model on a CPU. The result depends on your task; training
+stops early according to eval.patience.
 """
 
 from t5jax.architectures import GPTConfig

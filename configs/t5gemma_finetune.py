@@ -2,15 +2,17 @@
 
     t5jax train t5gemma_finetune --init.model google/t5gemma-b-b-prefixlm --data.mixture MIXTURE
 
-AdamW at 1e-4 with a short warm-up, and dropout 0.1: norms that hold w of 1 + w are no scale for a
-relative rate such as that of T5's recipe. The hub lets nobody read Gemma's weights who has not
-accepted their terms (`hf auth login`); a folder that holds them does as well.
+AdamW with a learning rate of 1e-4, a short warm-up and dropout 0.1. T5's recipe does not fit: its
+learning rate is relative to the scale of a parameter, but Gemma's norms store w of a factor 1 + w.
+Gemma's weights can be downloaded from the Hub after accepting their terms (`hf auth login`); a
+local folder works too.
 
-Hardware: 16 bytes a parameter for parameters, gradients and AdamW, and activations. t5gemma-s-s
-(0.3 billion, most of them embeddings) takes 5 GB, on a CPU for a try; b-b 9.5 GB, on one GPU or TPU
-chip of 16 GB; for 2b-2b and above set mesh.fsdp, model.dtype bfloat16, model.remat minimal and
-train.microbatches. None of them has been run yet; a small folder goes through the same steps on a
-CPU in seconds. Result to expect: that of your task; it stops early by eval.patience.
+Hardware: 16 bytes per parameter for parameters, gradients and AdamW, plus activations. t5gemma-s-s
+(0.3 billion parameters, most of them embeddings) takes 5 GB and runs on a CPU for a first try; b-b
+takes 9.5 GB and runs on one GPU or TPU chip with 16 GB; for 2b-2b and above set mesh.fsdp,
+model.dtype bfloat16, model.remat minimal and train.microbatches. None of these has been tested,
+only a small model on a CPU. The result depends on your task; training stops early according to
+eval.patience.
 """
 
 from t5jax.config import (

@@ -1,13 +1,13 @@
-"""Grade-school mathematics: 7,473 questions with worked answers to learn from, 1,319 for the test.
+"""GSM8K: grade-school math questions with worked answers, 7,473 for training and 1,319 for test.
 
-GSM8K (Cobbe et al. 2021, arXiv:2110.14168). Its files train.jsonl and test.jsonl, of the repository
-openai/grade-school-math, are read as gsm8k.train.jsonl and gsm8k.test.jsonl in $T5JAX_DATA/tasks;
-the folder is ./data/tasks where T5JAX_DATA is not set. From the hub instead, in one line:
+Cobbe et al. 2021 (arXiv:2110.14168). The files train.jsonl and test.jsonl of the repository
+openai/grade-school-math are expected as gsm8k.train.jsonl and gsm8k.test.jsonl in
+$T5JAX_DATA/tasks, or in ./data/tasks if T5JAX_DATA is not set. To read them from the Hub instead:
 
     hf_dataset("openai/gsm8k", {"train": "train", "test": "test"}, name="main")
 
-There is no validation split, so every 15th row of train becomes one. An answer is right where its
-final number is, which is how the paper counts.
+There is no validation split, so every 15th row of train is held out for it. As in the paper, an
+answer is correct if its final number is.
 """
 
 import itertools
@@ -23,13 +23,13 @@ FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "tasks")
 
 
 def plain(row: dict) -> dict:
-    """Returns the row with its number apart, and without notes for a calculator (<<3*4=12>>)."""
+    """Returns the row with the final number as a field, without calculator notes (<<3*4=12>>)."""
     answer = re.sub("<<.*?>>", "", row["answer"])
     return {"question": row["question"], "answer": answer, "number": final_number(answer)}
 
 
 def final_number(text: str) -> str:
-    """Returns the number behind "####", or else the last one of a text, or else nothing."""
+    """Returns the number after "####", otherwise the last number of the text, otherwise ""."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
     number = numbers[-1].replace(",", "") if numbers else ""
     return number.rstrip("0").rstrip(".") if "." in number else number
@@ -43,7 +43,7 @@ SOURCE = (
 
 
 def vocabulary():
-    """1,948 pieces learned from 2,000 rows; with the 100 sentinels they make 2,048 ids."""
+    """1,948 pieces learned from 2,000 rows; 2,048 ids with the 100 sentinels."""
     rows = itertools.islice(SOURCE.rows("train"), 2000)
     return train_sentencepiece([text for row in rows for text in row.values()], 1948)
 

@@ -1,16 +1,16 @@
-"""Two novels, Moby-Dick and Pride and Prejudice, for pre-training objectives over plain text.
+"""Two novels, Moby-Dick and Pride and Prejudice: plain text for the pre-training objectives.
 
-The books are all *.md files in $T5JAX_DATA/text, or in ./data/text where T5JAX_DATA is not set; the
-repository mlschmitt/classic-books-markdown on GitHub has these and more. A chapter is a document;
-every tenth one of each book is held out for validation.
+The books are the *.md files in $T5JAX_DATA/text, or in ./data/text if T5JAX_DATA is not set; the
+repository mlschmitt/classic-books-markdown on GitHub has these and more. A document is a chapter;
+every tenth chapter of a book is held out for validation.
 
-    novels_spans     T5's span corruption
-    novels_ul2       UL2's mixture of denoisers
-    novels_prefix    the rest of a text from its beginning
-    novels_lm        every token from those before it
-    novels_mlm       tokens that are masked; for encoders, and with a vocabulary that has a mask,
+    novels_spans     span corruption (T5)
+    novels_ul2       a mixture of denoisers (UL2)
+    novels_prefix    prefix language modelling
+    novels_lm        causal language modelling
+    novels_mlm       masked language modelling, for encoders; needs a vocabulary with a mask token,
                      such as --data.vocabulary google-bert/bert-base-uncased
-    novels_book      which of the two a paragraph is from
+    novels_book      which of the two novels a paragraph is from
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ BOOKS = text({"books": f"{FOLDER}/*.md"}, by="file")
 
 @dataclasses.dataclass(frozen=True)
 class Chapters:
-    """The function of a split: its chapters of all books."""
+    """Yields the chapters of a split, of all books."""
 
     held_out: bool
 
@@ -46,7 +46,7 @@ class Chapters:
                     yield {"text": chapter, "book": title}
 
     def paths(self) -> list[str]:
-        """Returns the files, by which a cache knows that they have changed."""
+        """Returns the files; a cache uses them to detect that they have changed."""
         return BOOKS.files("books")
 
 
@@ -54,7 +54,7 @@ SOURCE = Source({"train": Chapters(held_out=False), "validation": Chapters(held_
 
 
 def paragraphs(chapters: Chapters) -> Iterator[dict]:
-    """Yields what is long enough to be told by."""
+    """Yields the paragraphs that are long enough to be recognized."""
     for chapter in chapters():
         for part in chapter["text"].split("\n\n"):
             if len(part) >= 100 and not part.startswith("#"):
@@ -62,7 +62,7 @@ def paragraphs(chapters: Chapters) -> Iterator[dict]:
 
 
 def vocabulary():
-    """1,948 pieces learned from the training chapters; with the 100 sentinels they make 2,048."""
+    """1,948 pieces learned from the training chapters; 2,048 ids with the 100 sentinels."""
     lines = [line for row in SOURCE.rows("train") for line in row["text"].splitlines()]
     return train_sentencepiece(lines, 1948)
 

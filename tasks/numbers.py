@@ -1,7 +1,8 @@
 """Numbers from 0 to 9999 in English, French, German and digits: four tasks and their mixture.
 
-The quickstart's data. num2words is the truth, so nothing is downloaded; the three splits share no
-number. For a task of your own, copy this file into ./tasks/ and change names, rows and prompts.
+The quickstart's data. The answers come from num2words, so nothing is downloaded; no number is in
+more than one split. For a task of your own, copy this file to ./tasks/ and change names, rows and
+prompts.
 """
 
 import functools
@@ -18,7 +19,7 @@ from t5jax.metrics import bleu, char_bleu, exact_match
 
 @functools.cache
 def numbers() -> list[dict]:
-    """Returns every number once, in an order that is random and always the same."""
+    """Returns every number once, in a random but fixed order."""
     rows = [
         {
             "digits": str(n),
@@ -40,8 +41,8 @@ SOURCE = Source(
     }
 )
 
-# Task: its prompts, its answer, its metrics. BLEU counts runs of four words; a number in German or
-# in digits is one word, so that there characters are counted.
+# Task: prompts, answer, metrics. BLEU compares n-grams of up to four words; a number in German or
+# in digits is a single word, so BLEU is computed on characters there.
 TASKS = {
     "numbers_en_fr": (
         [
@@ -76,10 +77,10 @@ TASKS = {
 
 @functools.cache
 def vocabulary():
-    """284 pieces learned from the training split; with the 100 sentinels they make 384 ids."""
+    """284 pieces learned from the training split; 384 ids with the 100 sentinels."""
     texts = [text for row in SOURCE.rows("train") for text in row.values()]
     prompts = [p.format(english="", digits="") for task in TASKS.values() for p in task[0]]
-    # SentencePiece takes for a piece only what it meets in two different words.
+    # SentencePiece only makes a piece of a string that occurs in two different words.
     prompts += [prompt.replace(" ", "-") for prompt in prompts]
     return train_sentencepiece(texts + 100 * prompts, 284)
 

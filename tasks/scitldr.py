@@ -1,11 +1,11 @@
-"""One-sentence summaries of papers from their abstracts: 1,992 to learn from, 619 and 618 held out.
+"""SciTLDR: one-sentence summaries of papers, from their abstracts; 1,992, 619 and 618 of them.
 
-SciTLDR-A (Cachola et al. 2020, arXiv:2004.15011). The files train.jsonl, dev.jsonl and test.jsonl
-of SciTLDR-Data/SciTLDR-A in the repository allenai/scitldr are read as SciTLDR-A.train.jsonl and so
-on in $T5JAX_DATA/tasks; the folder is ./data/tasks where T5JAX_DATA is not set.
+SciTLDR-A of Cachola et al. 2020 (arXiv:2004.15011). The files train.jsonl, dev.jsonl and test.jsonl
+of SciTLDR-Data/SciTLDR-A in the repository allenai/scitldr are expected as SciTLDR-A.train.jsonl
+and so on in $T5JAX_DATA/tasks, or in ./data/tasks if T5JAX_DATA is not set.
 
 In validation and test a paper has up to four summaries, by its authors and reviewers; a prediction
-is scored against the nearest of them. Training has one.
+is scored against the one it matches best. In training there is one.
 """
 
 import os
@@ -26,7 +26,7 @@ SOURCE = jsonl(
 
 
 def vocabulary():
-    """3,996 pieces learned from the training split; with the 100 sentinels they make 4,096 ids."""
+    """3,996 pieces learned from the training split; 4,096 ids with the 100 sentinels."""
     texts = [" ".join(row["source"] + row["target"]) for row in SOURCE.rows("train")]
     return train_sentencepiece(texts, 3996)
 

@@ -1,14 +1,15 @@
-"""Questions answered by a span of a paragraph, in English and German, in parallel.
+"""XQuAD: questions answered by a span of a paragraph, in parallel in English and German.
 
-XQuAD (Artetxe et al. 2020, arXiv:1910.11856): 1,190 questions on 240 paragraphs of 48 articles. Its
-files xquad.en.json and xquad.de.json, of the repository google-deepmind/xquad, are read in
-$T5JAX_DATA/tasks; the folder is ./data/tasks where T5JAX_DATA is not set. Another language is
-another line in `LANGUAGES`. From the hub instead, in one line (a row has no title there):
+Artetxe et al. 2020 (arXiv:1910.11856): 1,190 questions on 240 paragraphs of 48 articles. The files
+xquad.en.json and xquad.de.json of the repository google-deepmind/xquad are expected in
+$T5JAX_DATA/tasks, or in ./data/tasks if T5JAX_DATA is not set. To add a language, add a line to
+`LANGUAGES`. To read them from the Hub instead (where rows have no title):
 
     hf_dataset("google/xquad", {"all": "validation"}, name="xquad.en")
 
-It was made to test models that have learnt from SQuAD: the split "all" is that test. To learn from
-it as well there are train, validation and test, of different articles, the same in every language.
+XQuAD was made to test models trained on SQuAD; the split "all" is that test set. For training there
+are also train, validation and test, which consist of different articles, the same in every
+language.
 """
 
 import os
@@ -25,12 +26,12 @@ LANGUAGES = {"en": ("Question", "Answer"), "de": ("Frage", "Antwort")}
 
 
 def with_answers(row: dict) -> dict:
-    """Returns the row with the texts of its answers alone."""
+    """Returns the row with the texts of its answers."""
     return row | {"answers": [answer["text"] for answer in row["answers"]]}
 
 
 def questions(language: str):
-    """Returns the questions of a language, each with its paragraph and the title of its article."""
+    """Returns the questions in a language, each with its paragraph and the title of its article."""
     file = f"{FOLDER}/xquad.{language}.json"
     return (
         json_file({"train": file, "all": file}, rows="data.paragraphs.qas")
@@ -44,7 +45,7 @@ SOURCES = {language: questions(language) for language in LANGUAGES}
 
 
 def vocabulary():
-    """3,996 pieces learned from both languages; with the 100 sentinels they make 4,096 ids."""
+    """3,996 pieces learned from both languages; 4,096 ids with the 100 sentinels."""
     rows = [row for source in SOURCES.values() for row in source.rows("train")]
     return train_sentencepiece([row["context"] + " " + row["question"] for row in rows], 3996)
 
