@@ -7,7 +7,7 @@ B batch, T target length, D model, V vocab (or classes).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,20 +21,23 @@ from t5jax.sharding import local_size
 
 Sums = dict[str, jax.Array]
 
-# Logits that a device holds at one time, at most: 2^25 in float32 are 128 MiB.
+# The most logits that a device holds at a time: 2^25 in float32 are 128 MiB.
 _MAX_LOGITS = 2**25
 
 
-def cross_entropy(logits_BTV, targets_BT, weights_BT, config: LossConfig) -> tuple[jax.Array, Sums]:
-    """Returns the loss as a sum over tokens, and what is reported, likewise as sums.
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: LossConfig
+) -> tuple[jax.Array, Sums]:
+    """Returns the loss and the metrics, each as a sum over tokens.
 
     Args:
       logits_BTV: float32.
       targets_BT: int32 in [0, V).
-      weights_BT: float32; 0 leaves a token out.
+      weights_BT: float32; a token of weight 0 is ignored.
     Returns:
-      The loss to minimise, and {"loss": the same, "nll": cross-entropy alone, in nats,
-      "correct": tokens whose target has the largest logit, "tokens": sum of weights}.
+      The loss to minimize, and {"loss": the same, "nll": the cross-entropy alone, in nats,
+      "correct": the number of tokens whose target has the largest logit, "tokens": the sum of the
+      weights}.
     """
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
@@ -47,7 +50,7 @@ def cross_entropy(logits_BTV, targets_BT, weights_BT, config: LossConfig) -> tup
     if config.z_loss:
         loss_BT += config.z_loss * jnp.square(log_z_BT)
     loss = jnp.sum(loss_BT * weights_BT)
-    # The target is the argmax; a comparison of maxima reads the logits once, in one fused pass.
+    # Is the target the argmax? Comparing with the maximum reads the logits in one fused pass.
     correct_BT = target_BT >= jnp.max(logits_BTV, axis=-1)
     sums = {
         "loss": loss,
@@ -61,12 +64,12 @@ def cross_entropy(logits_BTV, targets_BT, weights_BT, config: LossConfig) -> tup
 def batch_loss(
     model: ModelConfig,
     params: api.Params,
-    batch: dict,
+    batch: Mapping[str, jax.Array],
     config: LossConfig,
     *,
     dropout_rng: jax.Array | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Returns what `cross_entropy` does, for a batch; logits [B, T, V] are never held whole."""
+    """Returns the `cross_entropy` of a batch without holding all its logits [B, T, V] at once."""
     x_BTD = api.hidden(model, params, batch, dropout_rng=dropout_rng)
     encodes = model.kind == "encoder"
     targets_BT = batch[
@@ -74,7 +77,9 @@ def batch_loss(
     ]
     weights_BT = batch[features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS]
 
-    def part(head, x_BTD, targets_BT, weights_BT):
+    def part(
+        head: api.Params, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[jax.Array, Sums]:
         return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
 
     shape = (*targets_BT.shape, model.num_outputs)
@@ -84,25 +89,32 @@ def batch_loss(
 
 
 def _num_chunks(num_logits: float, length: int) -> int:
-    """Returns the fewest equal parts of the length that keep the logits within _MAX_LOGITS."""
+    """Returns the smallest number of equal chunks that keeps the logits within _MAX_LOGITS."""
     wanted = num_logits / _MAX_LOGITS
     return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
 
 
-def _chunk(x, chunks: int):
+def _chunk(x: jax.Array, chunks: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, T / chunks, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum_over_chunks(part: Callable, chunks: int, head: Any, x_BTD, targets_BT, weights_BT):
+def _sum_over_chunks(
+    part: Callable[..., Any],
+    chunks: int,
+    head: Any,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> Any:
     """Sums `part(head, x, targets, weights) -> (loss, sums)` over chunks of the length.
 
-    Its gradient is taken chunk by chunk in the forward pass, while a chunk's logits are there, so
-    that they are neither stored nor computed twice.
+    The gradient is computed in the forward pass, while a chunk's logits are at hand, so that they
+    are neither stored nor computed twice.
     """
 
-    def body(total, chunk):
+    def body(total: Any, chunk: Any) -> Any:
         return jax.tree.map(jnp.add, total, part(head, *chunk)), None
 
     xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
@@ -110,12 +122,19 @@ def _sum_over_chunks(part: Callable, chunks: int, head: Any, x_BTD, targets_BT, 
     return jax.lax.scan(body, zeros, xs)[0]
 
 
-def _forward(part, chunks, head, x_BTD, targets_BT, weights_BT):
-    def body(carry, chunk):
+def _forward(
+    part: Callable[..., Any],
+    chunks: int,
+    head: Any,
+    x_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> Any:
+    def body(carry: Any, chunk: Any) -> Any:
         total, head_grad = carry
         value, (head_part, x_part) = jax.value_and_grad(part, (0, 1), has_aux=True)(head, *chunk)
         total = jax.tree.map(jnp.add, total, value)
-        # In float32: a bfloat16 sum would lose what is small against the chunks before.
+        # In float32: a bfloat16 sum would lose terms that are small relative to it.
         head_grad = jax.tree.map(lambda a, g: a + g.astype(a.dtype), head_grad, head_part)
         return (total, head_grad), x_part
 
@@ -132,8 +151,8 @@ def _forward(part, chunks, head, x_BTD, targets_BT, weights_BT):
     return total, (head_grad, jnp.moveaxis(x_grad, 0, 1).reshape(x_BTD.shape))
 
 
-def _backward(part, chunks, grads, cotangents):
-    scale, _ = cotangents  # The reported sums have no gradient.
+def _backward(part: Callable[..., Any], chunks: int, grads: Any, cotangents: Any) -> Any:
+    scale, _ = cotangents  # No gradient flows through the metrics.
     head_grad, x_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
     return head_grad, x_grad, None, None
 

@@ -1,11 +1,11 @@
 """Metrics of generated text: functions `fn(targets, predictions) -> {name: percent}`.
 
-A target is one text, or the list of all texts that would be right (references); a prediction is
-one text. All scores run from 0 to 100. A SeqIO task takes these functions as its `metric_fns`.
+A target is one text, or a list of all acceptable texts (references); a prediction is one text. All
+scores are between 0 and 100. A SeqIO task takes these functions as its `metric_fns`.
 
 Sources: BLEU by sacreBLEU (arXiv:1804.08771), ROUGE by rouge-score (aclanthology.org/W04-1013),
-answer normalisation and F1 of SQuAD (arXiv:1606.05250). The settings are those of the T5 paper
-(arXiv:1910.10683), so that numbers can be held against its tables.
+answer normalization and F1 of SQuAD (arXiv:1606.05250). The settings are those of the T5 paper
+(arXiv:1910.10683), so that scores can be compared with its tables.
 """
 
 import collections
@@ -21,7 +21,7 @@ MOST_FREQUENT = "most frequent target"
 
 
 def exact_match(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns the share of predictions that equal a reference character for character.
+    """Returns the percentage of predictions that are identical to a reference.
 
     Args:
       targets: N texts, or N lists of references.
@@ -29,7 +29,7 @@ def exact_match(targets: Sequence[Target], predictions: Sequence[str]) -> dict[s
     Returns:
       {"exact_match": percent}.
     Raises:
-      ValueError: if N is 0 or the lengths differ, as every metric here.
+      ValueError: if N is 0 or the lengths differ, as for every metric here.
     """
     references = _references(targets, predictions)
     hits = [text in refs for refs, text in zip(references, predictions, strict=True)]
@@ -37,9 +37,9 @@ def exact_match(targets: Sequence[Target], predictions: Sequence[str]) -> dict[s
 
 
 def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns {"accuracy": percent} of predicted labels that are right, spaces around them aside.
+    """Returns {"accuracy": percent} of correctly predicted labels, ignoring surrounding spaces.
 
-    A prediction that is no label at all counts as wrong.
+    A prediction that is not a label counts as wrong.
     """
     references = _references(targets, predictions)
     hits = [
@@ -52,8 +52,8 @@ def accuracy(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str,
 def token_f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
     """Returns {"token_f1": percent}, the mean F1 of words shared with the best reference.
 
-    Words are those of SQuAD: lower case, without punctuation and English articles. Two texts with
-    no words left agree (F1 1), as in SQuAD 2.0.
+    Texts are normalized as for SQuAD: lower case, without punctuation and English articles. Two
+    texts without any words left match (F1 1), as in SQuAD 2.0.
     """
     references = _references(targets, predictions)
     scores = [
@@ -66,8 +66,8 @@ def token_f1(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str,
 def squad(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
     """Returns {"em": percent, "f1": percent}, the two scores of SQuAD.
 
-    em is the share of predictions that equal a reference after SQuAD's normalisation (lower case,
-    no punctuation, no English articles, single spaces); f1 is `token_f1`.
+    em is the percentage of predictions that equal a reference after SQuAD's normalization (lower
+    case, no punctuation, no English articles, single spaces); f1 is `token_f1`.
     """
     references = _references(targets, predictions)
     hits = [
@@ -80,40 +80,40 @@ def squad(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, fl
 def bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
     """Returns {"bleu": score}, sacreBLEU's corpus BLEU, from 0 to 100.
 
-    Cased, international tokenization, exponential smoothing, as in the T5 paper; the scores of
-    other papers are mostly of tokenization 13a and may differ by some tenths. A corpus whose
-    predictions are all under four words long scores 0: it holds no 4-gram; see `char_bleu`.
+    Cased, international tokenization, exponential smoothing, as in the T5 paper. Most other papers
+    use tokenization 13a, whose scores may differ by a few tenths. If all predictions are shorter
+    than four words, the score is 0, since there are no 4-grams; see `char_bleu`.
     """
     return {"bleu": _corpus_bleu(targets, predictions, tokenize="intl")}
 
 
 def char_bleu(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns {"char_bleu": score}, BLEU of characters, from 0 to 100: for answers of few words."""
+    """Returns {"char_bleu": score}, BLEU on characters, from 0 to 100: for very short answers."""
     return {"char_bleu": _corpus_bleu(targets, predictions, tokenize="char")}
 
 
-def _corpus_bleu(targets, predictions, tokenize: str) -> float:
-    import sacrebleu.metrics
+def _corpus_bleu(targets: Sequence[Target], predictions: Sequence[str], tokenize: str) -> float:
+    from sacrebleu.metrics.bleu import BLEU
 
     references = _references(targets, predictions)
-    # sacreBLEU wants one list a reference, each as long as the corpus, None where there is none.
+    # sacreBLEU expects one list per reference, each as long as the corpus, padded with None.
     most = max(len(refs) for refs in references)
     padded = [[*refs, *[None] * (most - len(refs))] for refs in references]
-    # force: no warning for text that looks tokenized already.
-    scorer = sacrebleu.metrics.BLEU(tokenize=tokenize, smooth_method="exp", force=True)
+    # force: no warning about text that looks tokenized.
+    scorer = BLEU(tokenize=tokenize, smooth_method="exp", force=True)
     columns = [list(column) for column in zip(*padded, strict=True)]
     score = scorer.corpus_score(list(predictions), columns).score
     return min(float(score), 100.0)  # The product of precisions rounds above 100.
 
 
 def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, float]:
-    """Returns mean F1 of 1-grams, 2-grams and of longest common subsequences by sentence.
+    """Returns the mean F1 of 1-grams, 2-grams, and longest common subsequences of sentences.
 
-    Each score is of the best reference. Sentences for rougeLsum are the lines of a text; a text of
-    one line is split after ".", "!" and "?". Words are not stemmed. The words of ASCII text are
-    rouge-score's own; letters of other alphabets, which it drops, count here too. Text without
-    spaces (Chinese, Japanese, Thai) has to be cut into words beforehand. A text of one word holds
-    no 2-gram, so its rouge2 is 0.
+    Each score is that of the best reference. Sentences for rougeLsum are the lines of a text; a
+    text of one line is split after ".", "!" and "?". Words are not stemmed. ASCII text is tokenized
+    as by rouge-score; letters of other alphabets, which it drops, are kept. Text without spaces
+    (Chinese, Japanese, Thai) has to be segmented into words beforehand. A text of one word has no
+    2-grams, so its rouge2 is 0.
 
     Returns:
       {"rouge1": percent, "rouge2": percent, "rougeLsum": percent}.
@@ -124,7 +124,7 @@ def rouge(targets: Sequence[Target], predictions: Sequence[str]) -> dict[str, fl
     names = ("rouge1", "rouge2", "rougeLsum")
     scorer = rouge_scorer.RougeScorer(names, tokenizer=_RougeWords())
     scores = [
-        scorer.score_multi([_one_sentence_a_line(ref) for ref in refs], _one_sentence_a_line(text))
+        scorer.score_multi([_split_sentences(ref) for ref in refs], _split_sentences(text))
         for refs, text in zip(references, predictions, strict=True)
     ]
     return {name: _percent([score[name].fmeasure for score in scores]) for name in names}
@@ -138,13 +138,13 @@ def compute(
     Raises:
       ValueError: if two of them return the same name.
     """
-    scores = {}
+    scores: dict[str, float] = {}
     for fn in metric_fns:
         for name, value in fn(targets, predictions).items():
             if name in scores:
                 raise ValueError(
                     f"two metrics return a score named {name}; the names have to differ within a "
-                    "task: take one of them out"
+                    "task: remove one of them"
                 )
             scores[name] = float(value)
     return scores
@@ -156,18 +156,18 @@ def baselines(
     train_targets: Sequence[Target],
     metric_fns: Sequence[MetricFn],
 ) -> dict[str, dict[str, float]]:
-    """Returns the scores of two predictors that have learnt nothing, to hold a model's against.
+    """Returns the scores of two trivial predictors, to compare those of a model with.
 
     Args:
       sources: N inputs as the model reads them.
       targets: N texts or lists of references.
-      train_targets: targets whose most frequent text is predicted: those of the training split, or
-        `targets` itself, which flatters the baseline. Of several equally frequent, the first.
+      train_targets: targets whose most frequent text is predicted (the first of several): those of
+        the training split, or `targets` itself, which favours the baseline.
       metric_fns: metrics.
     Returns:
       {"copy the input": {metric: score}, "most frequent target": {metric: score}}.
     Raises:
-      ValueError: if a list is empty, or the lengths of sources and targets differ.
+      ValueError: if a list is empty or the lengths of sources and targets differ.
     """
     references = _references(train_targets, [""] * len(train_targets))
     counts = collections.Counter(ref for refs in references for ref in refs)
@@ -181,8 +181,8 @@ def baselines(
 # --- Checks and means ---------------------------------------------------------------------------
 
 
-def _references(targets, predictions) -> list[list[str]]:
-    """Returns every target as a list of references, after checking the sizes."""
+def _references(targets: Sequence[Target], predictions: Sequence[str]) -> list[Sequence[str]]:
+    """Checks targets and predictions; returns every target as a list of references."""
     if len(targets) != len(predictions):
         raise ValueError(
             f"{len(targets)} targets for {len(predictions)} predictions; a metric needs one "
@@ -223,7 +223,7 @@ _LETTERS_AND_DIGITS = re.compile(r"[^\W_]+")
 
 
 def _normalise(text: str) -> str:
-    """SQuAD's normal form. Punctuation goes first: "a.b" becomes one word, and no article."""
+    """Normalizes as SQuAD does. Punctuation is removed first: "a.b" becomes the word "ab"."""
     text = text.lower().translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
@@ -238,11 +238,11 @@ def _word_f1(reference: str, text: str) -> float:
 
 
 class _RougeWords:
-    """Tokenizer for rouge-score: runs of letters and digits, in lower case."""
+    """A tokenizer for rouge-score: sequences of letters and digits, in lower case."""
 
     def tokenize(self, text: str) -> list[str]:
         return _LETTERS_AND_DIGITS.findall(text.lower())
 
 
-def _one_sentence_a_line(text: str) -> str:
+def _split_sentences(text: str) -> str:
     return text if "\n" in text.strip() else _SENTENCE_END.sub("\n", text)

@@ -1,15 +1,16 @@
 """Schedules, and the optimizers: T5X's Adafactor, AdamW, and AdamW with a relative rate.
 
 Adafactor is Shazeer and Stern 2018 (arXiv:1804.04235), in the form that trained T5 (T5X). It
-departs from `optax.adafactor` in three things: a layer of a stack is treated as the matrix that it
-is, [embed, heads, head_dim] is factored as the matrix [embed, heads * head_dim], and statistics are
-float32 whatever the parameters are.
+differs from `optax.adafactor` in three ways: each layer of a stacked parameter is treated as a
+parameter of its own, [embed, heads, head_dim] is factored as the matrix [embed, heads * head_dim],
+and statistics are float32 whatever the dtype of the parameters.
 
-Logical axes (`t5jax.config.AxisRules`) say what a dimension is. Along "layers" lie separate
-parameters: no mean in this file is ever taken over it.
+Logical axes (`t5jax.config.AxisRules`) say what a dimension is. The axis "layers" stacks separate
+parameters, so no mean in this file is taken over it.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,38 +19,41 @@ import optax
 
 from t5jax.config import OptimizerConfig
 
-# A matrix is factored if both of its sides are this long; below, nothing is saved.
+Axes = Any
+"""A tree of tuples of logical axes, one per parameter."""
+
+# A matrix is factored if both dimensions are at least this large; below, little memory is saved.
 _MIN_SIZE_TO_FACTOR = 128
-# Added to a squared gradient, so that a gradient of 0 gives an update of 0 and not NaN.
+# Added to the squared gradient, so that a gradient of 0 gives an update of 0 instead of NaN.
 _GRADIENT_EPSILON = 1e-30
-# A parameter smaller than this still moves: its relative rate is taken from here.
+# Lower bound of the RMS that scales a relative rate, so that parameters near 0 still move.
 _MIN_PARAMETER_RMS = 1e-3
 
 
-# --- The rate -----------------------------------------------------------------------------------
+# --- Learning rate ------------------------------------------------------------------------------
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    Warm-up gives step n the rate (n + 1) / warmup_steps of the peak, so that the first step moves
-    too and step warmup_steps - 1 has the peak. From there cosine and linear fall, and would reach
-    final_fraction at step `steps`, the first one after the run; they stay there. inverse_sqrt has
-    no ramp: its rate is constant up to step warmup_steps.
+    During warm-up, step n has (n + 1) / warmup_steps of the peak rate, so that the first step is
+    not 0 and step warmup_steps - 1 reaches the peak. From there cosine and linear decay to
+    final_fraction at step `steps`, the first one after the run, and stay there. inverse_sqrt has no
+    linear warm-up: its rate is constant up to step warmup_steps.
 
     Args:
-      config: name of the schedule and its numbers.
-      steps: updates in the whole run.
+      config: the name of the schedule and its parameters.
+      steps: the number of updates in the whole run.
     Returns:
-      a function from the number of updates already made, an int or an int32 array of any shape,
-      to a float32 rate of that shape.
+      A function from the number of updates already made, an int or an int32 array of any shape,
+      to a float32 learning rate of that shape.
     Raises:
       ValueError: if warm-up does not end within the run.
     """
     warmup = config.warmup_steps
     falls = config.schedule in ("cosine", "linear")
     if config.schedule == "inverse_sqrt":
-        # Not limited by the run's length: a short trial of a long recipe has the recipe's rates.
+        # Does not depend on the length of the run: a short trial of a long recipe has its rates.
         return lambda step: (
             config.learning_rate
             * jax.lax.rsqrt(jnp.maximum(jnp.asarray(step, jnp.float32), warmup))
@@ -58,14 +62,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         remedy = (
             f"set optimizer.warmup_steps to {steps - falls} or less, or raise train.steps"
             if warmup > steps
-            else f"lower it, or use schedule constant, as {config.schedule} has no step to fall in"
+            else f"lower it, or use schedule constant: {config.schedule} has no steps left to decay"
         )
         raise ValueError(
             f"optimizer.warmup_steps is {warmup}, but train.steps is {steps}; {remedy}"
         )
     final = config.final_fraction or 0.0
 
-    def schedule(step):
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         ramp = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
         if not falls:
@@ -81,30 +85,32 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 # --- The update ---------------------------------------------------------------------------------
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, param_axes) -> optax.GradientTransformation:
-    """Returns the optimizer: gradients in, what `optax.apply_updates` adds to the parameters out.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, param_axes: Axes
+) -> optax.GradientTransformation:
+    """Returns the optimizer as a transformation of gradients into updates.
 
-    With rate r, relative scale s = max(rms(p), 1e-3) and decay d = weight_decay, an update is
+    With learning rate r, scale s = max(rms(p), 1e-3) and decay d = weight_decay, the update is
 
       adafactor      -r s adafactor(g) - r d p, the first term averaged over steps if b1 is set
       adamw          -r adam(g) - r d p
       adamw_scaled   -r s adam(g) - r d p
 
-    of the gradient g, clipped to clip_norm over all parameters. Norms and tables of position
-    biases have d = 0. rms(p) and Adafactor's clipping are those of one layer.
+    for the gradient g, clipped to a global norm of clip_norm. For norms, biases and tables of
+    position biases d = 0. rms(p) and Adafactor's clipping are computed for each layer.
 
-    Parameters are float32 or bfloat16, gradients any float dtype; all arithmetic and the whole
-    state are float32. The sum of a bfloat16 parameter and its update is rounded at random, see
-    `round_randomly`. State of a parameter's shape is at the parameter's own path, for
-    `sharding.state_shardings` to find.
+    Parameters are float32 or bfloat16, gradients any float dtype; the arithmetic and the state are
+    float32. The sum of a bfloat16 parameter and its update is rounded stochastically, see
+    `round_randomly`. State of a parameter's shape is stored under the parameter's own path, where
+    `sharding.state_shardings` finds it.
 
     Args:
-      config: which optimizer, and its numbers.
-      steps: updates in the whole run, which the schedule needs.
-      param_axes: tree of tuples of logical axes, one for each parameter, as
-        `models.api.param_axes` returns it.
+      config: the optimizer and its parameters.
+      steps: the number of updates in the whole run, which the schedule needs.
+      param_axes: a tree of tuples of logical axes, one per parameter, as returned by
+        `models.api.param_axes`.
     Raises:
-      ValueError: if the warm-up does not end within the run.
+      ValueError: if warm-up does not end within the run.
 
     Example:
       tx = make_optimizer(OptimizerConfig(), 1000, api.param_axes(model))
@@ -113,7 +119,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, param_axes) -> optax.Gra
       params = optax.apply_updates(params, updates)
     """
     schedule = make_schedule(config, steps)
-    # Clipping has no state: a run can be resumed with it or without.
+    # Clipping has no state, so a run can be resumed with it or without it.
     clip = config.clip_norm
     parts = [optax.identity() if clip is None else optax.clip_by_global_norm(clip)]
     if config.name == "adafactor":
@@ -137,7 +143,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, param_axes) -> optax.Gra
     parts.append(optax.scale_by_learning_rate(schedule))
 
     if config.name == "adafactor" and config.b1:
-        # After the rate, as in T5X: each step's update keeps the rate that it was made with.
+        # After the rate, as in T5X: each update keeps the learning rate of its own step.
         parts.append(optax.ema(config.b1, debias=False))
     if config.weight_decay:
         parts.append(
@@ -148,58 +154,58 @@ def make_optimizer(config: OptimizerConfig, steps: int, param_axes) -> optax.Gra
     return _in_float32(optax.chain(*parts))
 
 
-def _default(value, default):
+def _default(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _decays(param_axes):
+def _decays(param_axes: Axes) -> Any:
     """Returns True for every matrix, False for vectors and tables of position biases.
 
-    A bias of heads has two dimensions, but only a matrix has the residual stream's.
+    A bias per head also has two dimensions, but only a matrix has the axis "embed".
     """
 
-    def one(axes):
+    def one(axes: tuple[str, ...]) -> bool:
         return len(_own_dims(axes)) >= 2 and "embed" in axes
 
     return jax.tree.map(one, param_axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-# --- The parts that optax does not have ---------------------------------------------------------
+# --- Transformations that optax does not have ---------------------------------------------------
 
 
 class AdafactorState(NamedTuple):
-    """Means of squared gradients, float32. What a parameter does not use has shape [1].
+    """Running means of squared gradients, float32; fields that a parameter does not use are [1].
 
     For a parameter [L, D, H, K], factored as D against H * K, v_row is [L, D] and v_col is
     [L, H, K]. A parameter that is not factored has a v of its own shape.
     """
 
-    count: jax.Array  # int32 []: updates made.
+    count: jax.Array  # int32 []: the number of updates made.
     v_row: Any
     v_col: Any
     v: Any
 
 
 def scale_by_adafactor(
-    param_axes, *, decay_rate: float, clip_threshold: float
+    param_axes: Axes, *, decay_rate: float, clip_threshold: float
 ) -> optax.GradientTransformation:
-    """Divides a gradient by the root of its running mean square, which is kept as two factors.
+    """Divides a gradient by its running RMS, whose square is stored in factored form.
 
-    A parameter is factored along "embed" against all its other axes, if both sides have at least
-    128 entries; norms and position biases have no such sides. (T5X applies the 128 to parameters
-    of two dimensions, and factors stacked ones of any size.)
+    A parameter is factored into "embed" and all its other axes, if both have at least 128 entries;
+    this is never so for norms and position biases. (T5X applies the limit of 128 to parameters of
+    two dimensions only, and factors stacked ones of any size.)
 
     Args:
-      param_axes: tree of tuples of logical axes.
-      decay_rate: the mean of step n, counted from 1, keeps 1 - n^-decay_rate of the one before.
-      clip_threshold: largest RMS of the result, for each parameter and layer.
+      param_axes: a tree of tuples of logical axes.
+      decay_rate: at step n, counted from 1, the running mean is decayed by 1 - n^-decay_rate.
+      clip_threshold: the largest RMS of the result, for each parameter and layer.
     Source: arXiv:1804.04235, algorithms 4 and 5.
     """
 
-    def init(params):
-        def one(p, axes):
+    def init(params: Any) -> AdafactorState:
+        def one(p: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
             dims = _factored_dims(axes, p.shape)
-            unused = (1,)
+            unused: tuple[int, ...] = (1,)
             if dims is None:
                 shapes = unused, unused, p.shape
             else:
@@ -209,11 +215,13 @@ def scale_by_adafactor(
 
         return AdafactorState(jnp.zeros([], jnp.int32), *_map_to_trees(one, params, param_axes))
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: AdafactorState, params: Any = None) -> tuple[Any, AdafactorState]:
         del params
         decay = 1 - (state.count.astype(jnp.float32) + 1) ** -decay_rate
 
-        def one(g, axes, v_row, v_col, v):
+        def one(
+            g: jax.Array, axes: tuple[str, ...], v_row: jax.Array, v_col: jax.Array, v: jax.Array
+        ) -> tuple[jax.Array, ...]:
             squares = jnp.square(g) + _GRADIENT_EPSILON
             dims = _factored_dims(axes, g.shape)
             if dims is None:
@@ -223,8 +231,8 @@ def scale_by_adafactor(
                 rows, columns = dims
                 v_row = decay * v_row + (1 - decay) * jnp.mean(squares, columns)
                 v_col = decay * v_col + (1 - decay) * jnp.mean(squares, rows)
-                # The mean square is estimated as v_row v_col / mean(v_row). As one product it
-                # could leave float32's range, so each factor's root is applied by itself.
+                # The mean square is estimated as v_row v_col / mean(v_row). The product could
+                # leave float32's range, so the root of each factor is applied separately.
                 row, column = jnp.expand_dims(v_row, columns), jnp.expand_dims(v_col, rows)
                 row /= jnp.mean(row, rows, keepdims=True)
                 u = g * jax.lax.rsqrt(row) * jax.lax.rsqrt(column)
@@ -239,14 +247,14 @@ def scale_by_adafactor(
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_parameter_rms(param_axes) -> optax.GradientTransformation:
-    """Multiplies an update by its parameter's RMS, at least 1e-3, each layer's by its own.
+def scale_by_parameter_rms(param_axes: Axes) -> optax.GradientTransformation:
+    """Multiplies an update by the RMS of its parameter, at least 1e-3, separately for each layer.
 
-    Source: arXiv:1804.04235, section 8, where this makes a rate relative to the parameter.
+    Source: arXiv:1804.04235, section 8, relative step sizes.
     """
 
-    def update(updates, state, params):
-        def one(u, p, axes):
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def one(u: jax.Array, p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
             return u * jnp.maximum(_rms(p, axes), _MIN_PARAMETER_RMS)
 
         return jax.tree.map(one, updates, params, param_axes), state
@@ -254,18 +262,20 @@ def scale_by_parameter_rms(param_axes) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _own_dims(axes) -> tuple[int, ...]:
-    """Returns the dimensions of one layer's parameter."""
+def _own_dims(axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Returns the dimensions of a parameter without that of a stack of layers."""
     return tuple(dim for dim, axis in enumerate(axes) if axis != "layers")
 
 
-def _rms(x, axes):
-    """Returns the root mean square of each layer, shaped so that it broadcasts against x."""
+def _rms(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Returns the root mean square of each layer, which broadcasts against x."""
     return jnp.sqrt(jnp.mean(jnp.square(x), _own_dims(axes), keepdims=True))
 
 
-def _factored_dims(axes, shape):
-    """Returns the dimensions (rows, columns) of the matrix in a parameter, or None."""
+def _factored_dims(
+    axes: tuple[str, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the dimensions (rows, columns) that a parameter is factored into, or None."""
     assert len(axes) == len(shape), f"axes {axes}, shape {shape}"
     rows = tuple(dim for dim in _own_dims(axes) if axes[dim] == "embed")
     columns = tuple(dim for dim in _own_dims(axes) if axes[dim] != "embed")
@@ -273,12 +283,14 @@ def _factored_dims(axes, shape):
     return (rows, columns) if min(sizes) >= _MIN_SIZE_TO_FACTOR else None
 
 
-def _without(shape, dims):
+def _without(shape: tuple[int, ...], dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size for dim, size in enumerate(shape) if dim not in dims)
 
 
-def _map_to_trees(function, tree, *rest):
-    """Maps a function that returns tuples over trees like the first; returns a tuple of trees."""
+def _map_to_trees(
+    function: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any
+) -> tuple[Any, ...]:
+    """Maps a function that returns a tuple over trees; returns a tuple of trees."""
     leaves, treedef = jax.tree.flatten(tree)
     rows = zip(leaves, *(treedef.flatten_up_to(other) for other in rest), strict=True)
     columns = zip(*(function(*row) for row in rows), strict=True)
@@ -289,27 +301,29 @@ def _map_to_trees(function, tree, *rest):
 
 
 class Float32State(NamedTuple):
-    """State of an optimizer that sees float32 only, and the updates made, which seed rounding."""
+    """State of an optimizer in float32, and the number of updates made, which seeds the
+    rounding."""
 
     count: jax.Array  # int32 [].
     inner: Any
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows an optimizer float32 copies of gradients and parameters, which XLA fuses away.
+    """Gives an optimizer float32 copies of gradients and parameters, which XLA fuses away.
 
-    Its moments are float32 then. As bfloat16 they would stand still: 0.999 rounds to 1. Updates
-    are float32 too, and `optax.apply_updates` adds before it casts; for a bfloat16 parameter the
-    update leads to the sum's random rounding, so that the cast changes nothing any more.
+    This keeps its moments in float32; in bfloat16 they would not change, since 0.999 rounds to 1.
+    Updates are float32 too, and `optax.apply_updates` adds before it casts. The update of a
+    bfloat16 parameter is chosen such that the sum is already rounded, stochastically, to bfloat16
+    and the cast is exact.
     """
 
-    def to_float32(tree):
+    def to_float32(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def init(params):
+    def init(params: Any) -> Float32State:
         return Float32State(jnp.zeros([], jnp.int32), tx.init(to_float32(params)))
 
-    def update(grads, state, params):
+    def update(grads: Any, state: Float32State, params: Any) -> tuple[Any, Float32State]:
         updates, inner = tx.update(to_float32(grads), state.inner, to_float32(params))
         leaves, treedef = jax.tree.flatten(updates)
         for i, p in enumerate(treedef.flatten_up_to(params)):
@@ -317,7 +331,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
                 p = p.astype(jnp.float32)
                 seed = _scramble(state.count.astype(jnp.uint32)) + jnp.uint32(i)
                 # The difference of two bfloat16 numbers is exact in float32, unless one is 2^16
-                # times the other; then float32's own rounding remains.
+                # times as large as the other; then float32 rounds it.
                 leaves[i] = round_randomly(p + leaves[i], seed) - p
         updates = treedef.unflatten(leaves)
         return updates, Float32State(optax.safe_increment(state.count), inner)
@@ -326,33 +340,35 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def round_randomly(x: jax.Array, seed: jax.Array) -> jax.Array:
-    """Rounds to a neighbouring bfloat16, to the nearer one more often; right on average.
+    """Rounds stochastically to one of the two neighbouring bfloat16 values, without bias.
 
     Rounding to nearest would lose every update below 2^-9 of its parameter: a norm's scale of 1
-    would never move at T5's rate of 1e-3, whatever the gradient.
+    would never change with T5's learning rate of 1e-3, whatever the gradient.
 
     Args:
       x: float32.
-      seed: uint32 []; the same seed rounds alike, on any number of devices.
+      seed: uint32 []; the result depends on it, but not on the number of devices.
     Returns:
-      float32, same shape, whose values bfloat16 holds exactly. Infinity and NaN stay.
+      float32, same shape, with values that are exact in bfloat16. Infinity and NaN are kept.
     """
-    # A hash of the entry's index is noise enough for rounding, and fuses into the update.
-    # jax.random.bits took several times as long as the rest of it, on CPU, and to compile.
+    # A hash of an entry's index is random enough for rounding, and fuses into the update.
+    # jax.random.bits took several times as long as the whole update on CPU, and to compile.
     index = jnp.zeros(x.shape, jnp.uint32)
     for dim, stride in enumerate(math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
         index += iota * jnp.uint32(stride % 2**32)
     noise = _scramble(index ^ _scramble(seed)) >> 16
-    # Bfloat16 is the upper half of a float32. Noise below it carries into it as often as the
-    # lower half is large. Integer arithmetic also because XLA may drop a pair of casts.
+    # Bfloat16 is the upper half of a float32. Adding uniform noise to the lower half carries into
+    # the upper one with a probability proportional to the lower half. Integer arithmetic, since
+    # XLA may remove a pair of casts.
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x)
 
 
-def _scramble(x):
-    """Maps uint32 one to one so that every bit depends on every bit: MurmurHash3's finalizer."""
+def _scramble(x: jax.Array) -> jax.Array:
+    """A bijective hash of uint32 in which every bit depends on every bit: MurmurHash3's
+    finalizer."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,13 +1,14 @@
-"""The mesh, and which array is split over which of its axes: the only file that knows it.
+"""The mesh and the shardings of arrays over it; no other module knows about the mesh.
 
-Parameters and activations name logical axes; `AxisRules` (in `t5jax.config`) maps these to the
-mesh axes data, fsdp and model. A logical axis that does not exist is an error, never a silent
-replication.
+Parameters and activations have logical axes, which `AxisRules` (in `t5jax.config`) maps to the mesh
+axes data, fsdp and model. An unknown logical axis is an error, never silently replicated.
 """
 
 import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,16 +20,18 @@ from t5jax.config import AxisRules, MeshConfig
 
 MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
 
-# Part of jit's cache key: a program that was traced under other rules is not used again.
+# Part of jit's cache key, so that a function is traced again under other rules.
 _rules = jax.make_user_context(None)
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Returns a mesh with axes (data, fsdp, model) over the devices.
 
     Args:
-      config: devices along each axis; data = -1 takes what the others leave.
-      devices: jax devices; all of them by default.
+      config: the number of devices along each axis; data = -1 takes all that remain.
+      devices: the devices to use; all by default.
     Raises:
       ValueError: if the axes do not multiply to the number of devices.
     """
@@ -39,10 +42,10 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
         raise ValueError(
             f"mesh data x fsdp x model = {config.data} x {config.fsdp} x {config.model} does not "
             f"fit {len(devices)} devices; their product must be {len(devices)}, and data = -1 "
-            "takes what the others leave"
+            "takes all that remain"
         )
     # Auto axes: the compiler propagates shardings from the constraints. make_mesh orders devices
-    # by the topology, so that neighbours on the mesh are neighbours on the wires.
+    # by topology, so that neighbours on the mesh are physical neighbours.
     return jax.make_mesh(
         (data, config.fsdp, config.model),
         MESH_AXES,
@@ -52,21 +55,22 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: AxisRules = AxisRules()):
-    """Sets the mesh and the rules together, for everything traced inside."""
+def use_mesh(mesh: Mesh, rules: AxisRules = AxisRules()) -> Iterator[Mesh]:
+    """Sets the mesh and the rules for everything traced inside."""
     with _rules(rules), jax.set_mesh(mesh):
         yield mesh
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionSpec:
-    """Returns the mesh axes for logical axes, one for each dimension of an array.
+    """Returns the mesh axes of an array, given the logical axis of each dimension.
 
-    Where two dimensions of one array map to the same mesh axis, the first one has it.
+    If two dimensions map to the same mesh axis, the first one gets it.
 
     Raises:
-      ValueError: for a logical axis that AxisRules does not have.
+      ValueError: for a logical axis that is not a field of AxisRules.
     """
-    spec, taken = [], set()
+    spec: list[str | tuple[str, ...] | None] = []
+    taken: set[str] = set()
     for axis in axes:
         if axis is not None and not hasattr(rules, axis):
             names = [field.name for field in dataclasses.fields(rules)]
@@ -83,7 +87,7 @@ def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionS
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains an activation's sharding by logical axes; the identity outside of `use_mesh`."""
+    """Constrains the sharding of an activation by logical axes; does nothing outside `use_mesh`."""
     rules = _rules.value
     if rules is None:
         return x
@@ -92,7 +96,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
-    """Returns how many entries of an activation one device holds, under `use_mesh` or without."""
+    """Returns how many entries of an activation one device holds; all of them outside
+    `use_mesh`."""
     rules = _rules.value
     if rules is None:
         return math.prod(shape)
@@ -101,17 +106,17 @@ def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
     return math.prod(shape) / math.prod(parts)
 
 
-def param_shardings(axes, shapes, mesh: Mesh, rules: AxisRules):
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Any:
     """Returns the NamedSharding of every parameter.
 
     Args:
-      axes: tree of tuples of logical axes, as `models.api.param_axes` returns it.
-      shapes: the same tree of arrays or ShapeDtypeStructs.
+      axes: a tree of tuples of logical axes, as returned by `models.api.param_axes`.
+      shapes: the same tree with arrays or ShapeDtypeStructs.
     Raises:
-      ValueError: where the mesh does not divide a dimension evenly.
+      ValueError: if the mesh does not divide a dimension evenly.
     """
 
-    def one(path, shape, names):
+    def one(path: Any, shape: Any, names: tuple[str, ...]) -> NamedSharding:
         spec = partition_spec(names, rules)
         for dim, (size, name, mesh_axes) in enumerate(zip(shape.shape, names, spec, strict=True)):
             parts = _num_devices(mesh, mesh_axes)
@@ -127,15 +132,15 @@ def param_shardings(axes, shapes, mesh: Mesh, rules: AxisRules):
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
-def state_shardings(state, params_shardings, mesh: Mesh):
-    """Returns shardings for any tree that holds parts shaped and placed like the parameters.
+def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a state that contains trees like that of the parameters.
 
-    A leaf whose path ends in a parameter's path and whose shape is that parameter's has its
-    sharding (Adam's moments, say); everything else is replicated (counts, factored moments).
+    A leaf whose path ends in the path of a parameter, and which has its shape, gets its sharding
+    (such as Adam's moments); everything else is replicated (counts, factored moments).
 
     Args:
-      state: tree of arrays or ShapeDtypeStructs, such as an optimizer's state.
-      params_shardings: tree of (shape, NamedSharding) leaves made by `zip_shapes`.
+      state: a tree of arrays or ShapeDtypeStructs, such as an optimizer's state.
+      params_shardings: a tree of (shape, NamedSharding), as returned by `zip_shapes`.
     """
     by_path = {
         tuple(str(key) for key in path): leaf
@@ -144,7 +149,7 @@ def state_shardings(state, params_shardings, mesh: Mesh):
         )
     }
 
-    def one(path, leaf):
+    def one(path: Any, leaf: Any) -> NamedSharding:
         keys = tuple(str(key) for key in path)
         for start in range(len(keys)):
             if keys[start:] in by_path:
@@ -156,8 +161,8 @@ def state_shardings(state, params_shardings, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def zip_shapes(shapes, shardings):
-    """Returns the tree of (shape, sharding) that `state_shardings` matches against."""
+def zip_shapes(shapes: Any, shardings: Any) -> Any:
+    """Returns the tree of (shape, sharding) that `state_shardings` needs."""
     return jax.tree.map(lambda x, s: (x.shape, s), shapes, shardings)
 
 
@@ -167,12 +172,14 @@ def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
 
 
 def batch_parts(mesh: Mesh, rules: AxisRules) -> int:
-    """Returns the number of parts that a batch is split into."""
+    """Returns the number of parts into which the rows of a batch are sharded."""
     return _num_devices(mesh, partition_spec(("batch",), rules)[0])
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, rules: AxisRules, name="data.batch_size"):
-    """Raises ValueError where the devices do not divide a batch, with sizes that they do."""
+def check_batch_size(
+    batch_size: int, mesh: Mesh, rules: AxisRules, name: str = "data.batch_size"
+) -> None:
+    """Raises ValueError, suggesting other sizes, if the devices do not divide a batch evenly."""
     axes = partition_spec(("batch",), rules)[0]
     parts = batch_parts(mesh, rules)
     if batch_size % parts:
@@ -186,7 +193,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, rules: AxisRules, name="data.b
 
 
 def process_rows(batch_size: int, mesh: Mesh, rules: AxisRules) -> list[int]:
-    """Returns the rows of a global batch that are on this process's devices, rising."""
+    """Returns the indices of the rows of a global batch that this process holds, in order."""
     places = batch_sharding(mesh, rules).addressable_devices_indices_map((batch_size, 1))
     return sorted({row for index in places.values() for row in range(batch_size)[index[0]]})
 
@@ -194,20 +201,21 @@ def process_rows(batch_size: int, mesh: Mesh, rules: AxisRules) -> list[int]:
 def shard_batch(
     batch: Batch, mesh: Mesh, rules: AxisRules, batch_size: int | None = None
 ) -> dict[str, jax.Array]:
-    """Makes global arrays of a global batch, or of this process's rows of it.
+    """Creates global arrays from a global batch, or from this process's rows of it.
 
     Args:
       batch: all rows, or those of `process_rows`.
-      mesh, rules: what splits the batch.
-      batch_size: rows of the global batch, where `batch` has those of this process alone.
+      mesh: the mesh.
+      rules: how the batch is sharded over it.
+      batch_size: the rows of the global batch, if `batch` only has those of this process.
     """
     sharding = batch_sharding(mesh, rules)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    rows = process_rows(batch_size, mesh, rules) if batch_size else None
+    rows = process_rows(batch_size, mesh, rules) if batch_size else []
 
-    def part(x, index):
-        if rows is not None:  # Rows of a device lie side by side among those of its process.
+    def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        if batch_size:  # The rows of a device are contiguous among those of its process.
             first = rows.index(index[0].start or 0)
             index = (slice(first, first + len(range(batch_size)[index[0]])), *index[1:])
         return x[index]
@@ -220,6 +228,6 @@ def shard_batch(
     }
 
 
-def _num_devices(mesh, axes: str | tuple[str, ...] | None) -> int:
+def _num_devices(mesh: Any, axes: str | tuple[str, ...] | None) -> int:
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return int(np.prod([mesh.shape[axis] for axis in axes]))

@@ -1,4 +1,4 @@
-"""Finds configs and task files by name: the user's own first, then those that come with t5jax."""
+"""Finds configs and task files by name: the user's own first, then those shipped with t5jax."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def folders(kind: str) -> list[Path]:
-    """Returns the folders that hold `kind`, "configs" or "tasks", the user's own first.
+    """Returns the folders of a `kind` of file, "configs" or "tasks", the user's own first.
 
-    In a wheel the shipped ones lie in the package, in a checkout beside it.
+    The shipped ones are inside the package in a wheel, and next to it in a checkout.
     """
     candidates = (Path.cwd() / kind, _PACKAGE / "shipped" / kind, _PACKAGE.parent / kind)
     found = []
@@ -22,13 +22,13 @@ def folders(kind: str) -> list[Path]:
 
 
 def _is_checkout() -> bool:
-    # In an installed package the parent is site-packages, where `tasks` may be anybody's.
+    # The parent of an installed package is site-packages, where `tasks` may be anyone's.
     return (_PACKAGE.parent / "pyproject.toml").is_file()
 
 
 def list_files(kind: str) -> dict[str, Path]:
-    """Returns name to path of every file of `kind`; a user's file hides a shipped one."""
-    files = {}
+    """Returns the path of every file of a `kind` by name; a user's file hides a shipped one."""
+    files: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.py")):
             if not path.stem.startswith("_"):
@@ -37,10 +37,10 @@ def list_files(kind: str) -> dict[str, Path]:
 
 
 def find(kind: str, name_or_path: str) -> Path:
-    """Returns the file that a name or a path means.
+    """Returns the file that a name or path refers to.
 
     Raises:
-      ValueError: if there is none, with the names there are.
+      ValueError: if there is none, with the known names.
     """
     if name_or_path.endswith(".py"):
         if not Path(name_or_path).is_file():
