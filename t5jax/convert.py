@@ -4,22 +4,34 @@ import dataclasses
 from pathlib import Path
 
 from t5jax import checkpoint, sharding
+from t5jax.architectures import Dtype
 from t5jax.config import MeshConfig
 from t5jax.hf import io as hf_io
-from t5jax.source import find
+from t5jax.source import Source, find
 
 
 def export_model(
-    model: str,
+    model: str | Source,
     output: str,
     *,
-    dtype: str,
-    max_shard_bytes: int,
-    overwrite: bool,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
     encoder_only: bool = False,
 ) -> None:
-    """Writes a model, wherever it lies, or a T5's encoder alone, as a Hugging Face folder."""
-    source = find(model)
+    """Writes a model, wherever it lies, as a Hugging Face folder.
+
+    Args:
+      model: a hub name, a Hugging Face folder, a run or one of its checkpoints; or a found source.
+      output: folder to write.
+      dtype: of the weights in the files.
+      max_shard_bytes: largest file of weights, in bytes; with more than one, an index is written.
+      overwrite: replace a model that is there.
+      encoder_only: write the encoder of a T5 model alone, as transformers' T5EncoderModel reads it.
+    Raises:
+      ValueError: if the model cannot be read, or the output cannot be written.
+    """
+    source = find(model) if isinstance(model, str) else model
     description, params = source.read(encoder_only=encoder_only)
     hf_io.save_params(
         output,

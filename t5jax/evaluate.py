@@ -4,10 +4,11 @@ Every example counts exactly once: the last, short batch is filled with rows of 
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from json import dumps
 from pathlib import Path
 
@@ -15,16 +16,20 @@ import jax
 import numpy as np
 
 from t5jax import batch as features
-from t5jax import decoding, metrics, sharding
+from t5jax import metrics, sharding
 from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
 from t5jax.data.api import EvalExample, EvalSet, Example
 from t5jax.data.converters import make_converter
+from t5jax.decoding import Generator
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.monitor import progress, tables
-from t5jax.source import find
+from t5jax.source import Source, find
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+Predict = Callable[[api.Params, Sequence[Sequence[int]]], list[str]]
+"""From parameters and the token ids of each example's inputs to a text for each example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +60,26 @@ class Evaluator:
         max_tokens: int,
         generate: bool = True,
         prefix_lm: bool = False,
+        predict: Predict | None = None,
     ):
         """Args:
         batch_size: rows at a time.
         max_tokens: tokens to generate for each example, at most.
         generate: False computes the loss alone.
-        prefix_lm: a decoder's inputs see one another, as data.prefix_lm has it.
+        prefix_lm: a decoder's inputs attend to one another, as with data.prefix_lm.
+        predict: what writes the texts. None: greedy decoding. A classifier's labels are read
+          off its logits in any case.
         Raises:
           ValueError: if the mesh does not divide the batch.
         """
         sharding.check_batch_size(batch_size, mesh, rules, "eval.batch_size")
-        self._model, self._tokenizer = model, tokenizer
-        self._mesh, self._rules = mesh, rules
-        self._batch_size, self._max_tokens = batch_size, max_tokens
-        self._generate = generate
-        self._kind: features.Kind = "prefix_lm" if prefix_lm else model.kind
+        self._model, self._mesh, self._rules = model, mesh, rules
+        self._batch_size, self._generate = batch_size, generate
+        generator = Generator(model, tokenizer, mesh, rules, prefix_lm)
+        self._kind = generator.kind
+        self._predict = predict or functools.partial(
+            generator, max_tokens=max_tokens, batch_size=batch_size
+        )
         # Cross-entropy alone: a perplexity is not to depend on how the model was trained.
         plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
         self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
@@ -91,7 +101,10 @@ class Evaluator:
         predicts = self._model.kind != "encoder" or self._labels
         if not (self._generate and eval_set.metric_fns and predicts):
             return Result(scores, sums, {}, [])
-        predictions = self._predict(params, eval_set)
+        if self._labels:
+            predictions = self._classify(params, eval_set)
+        else:
+            predictions = self._predict(params, [e.input_ids for e in eval_set.examples])
         targets = [example.targets for example in examples]
         scores |= metrics.compute(
             targets, [eval_set.postprocess(text) for text in predictions], eval_set.metric_fns
@@ -121,21 +134,6 @@ class Evaluator:
         convert = make_converter(spec, **options)
         for start in range(0, len(examples), self._batch_size):
             yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
-
-    def _predict(self, params, eval_set: EvalSet) -> list[str]:
-        if self._labels:
-            return self._classify(params, eval_set)
-        prompts = [features.as_prompt(self._model, e.input_ids) for e in eval_set.examples]
-        length = _length(prompts)
-        texts = []
-        for start in range(0, len(prompts), self._batch_size):
-            part = prompts[start : start + self._batch_size]
-            batch = features.prompt_batch(part, self._kind, self._batch_size, length)
-            tokens_BT = decoding.greedy(self._model, params, self._shard(batch), self._max_tokens)
-            tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(part)]
-            answers = (features.as_answer(self._model, row.tolist()) for row in tokens_BT)
-            texts += [self._tokenizer.decode(answer) for answer in answers]
-        return texts
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:
         """Returns the likeliest label of each text, or of each of its words."""
@@ -172,24 +170,38 @@ def as_table(results: dict[str, tuple[EvalSet, Result]]) -> dict[str, dict]:
 
 
 def evaluate_model(
-    model: str,
+    model: str | Source,
+    mixture: str = "",
     *,
-    mixture: str,
-    split: str,
-    task_files: Sequence[str],
-    batch_size: int,
-    num_examples: int | None,
-    inputs_length: int | None,
-    max_tokens: int | None,
-    dtype: Dtype | None,
-    mesh: MeshConfig,
-    num_samples: int,
-    json: Path | None,
+    split: str = "test",
+    task_files: Sequence[str] = (),
+    batch_size: int = 64,
+    num_examples: int | None = None,
+    inputs_length: int | None = None,
+    max_tokens: int | None = None,
+    dtype: Dtype | None = None,
+    mesh: MeshConfig | jax.sharding.Mesh = MeshConfig(),
+    rules: AxisRules | None = None,
+    num_samples: int = 0,
+    json: Path | None = None,
 ) -> dict[str, dict]:
-    """Measures a model that lies anywhere, prints the table, and returns it as plain values.
+    """Measures a model, wherever it lies, prints the table, and returns it as plain values.
 
-    The arguments are the options of `t5jax eval`.
-
+    Args:
+      model: a hub name, a Hugging Face folder, a run or one of its checkpoints; or a found source.
+      mixture: task or mixture. Empty: the one that the run was trained on.
+      split: of the task.
+      task_files: Python files that register tasks, beside ./tasks/*.py, the shipped ones and the
+        run's.
+      batch_size: rows at a time.
+      num_examples: of each task, at most. None: all.
+      inputs_length: tokens of an input; longer ones are cut. None: as in the run, or 512.
+      max_tokens: tokens of a target, and to generate. None: as in the run, or 128.
+      dtype: to compute in and to hold parameters in. None: as the model was trained.
+      mesh: devices.
+      rules: what splits arrays over them. None: as in the run.
+      num_samples: predictions to print for each task.
+      json: file to write the scores to, beside the table.
     Raises:
       ValueError: if the model or the task cannot be found or read.
     """
@@ -197,11 +209,11 @@ def evaluate_model(
 
     if json and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
-    source = find(model)
+    source = find(model) if isinstance(model, str) else model
     trained = source.config.data
     mixture = mixture or trained.mixture
     if not mixture:
-        raise ValueError(f"{model} does not say what it was trained on; give --mixture NAME")
+        raise ValueError(f"{source.path} does not say what it was trained on; give --mixture NAME")
     lengths: dict = {
         "inputs_length": trained.inputs_length if inputs_length is None else inputs_length,
         "targets_length": trained.targets_length if max_tokens is None else max_tokens,
@@ -220,7 +232,8 @@ def evaluate_model(
         eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
     )
     pipeline.load_tasks(task_files)
-    mesh, rules = sharding.make_mesh(mesh), source.config.axes
+    mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
+    rules = rules or source.config.axes
     description, params = source.read(dtype, mesh, rules)
     tokenizer = source.tokenizer()
     eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)

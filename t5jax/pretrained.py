@@ -1,15 +1,17 @@
-"""A trained model and what it is used for: to write text, or to embed it.
+"""A trained model on the devices: it writes texts, embeds them, is measured and exported.
 
 model = t5jax.load("google/flan-t5-small")
 model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)
 t5jax.load("bert-base-uncased").embed(["One vector a text."])
+t5jax.load("runs/numbers").evaluate(split="validation")
+t5jax.load("runs/numbers").export("exported")
 """
 
 import dataclasses
 import functools
 import typing
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +22,10 @@ from t5jax import decoding, sharding
 from t5jax.architectures import BertConfig, Dtype, ModelConfig
 from t5jax.checks import check_at_least, check_choice
 from t5jax.config import AxisRules, MeshConfig
+from t5jax.convert import export_model
+from t5jax.evaluate import evaluate_model
 from t5jax.models import api
-from t5jax.source import find
+from t5jax.source import Source, find
 from t5jax.tokenizers import Tokenizer
 
 Pooling = Literal["mean", "first", "max", "pooler"]
@@ -41,11 +45,12 @@ class Pretrained:
     mesh: jax.sharding.Mesh
     rules: AxisRules = AxisRules()
     prefix_lm: bool = False
-    """A decoder's prompt sees itself in both directions, as data.prefix_lm has it."""
-
-    @property
-    def kind(self) -> features.Kind:
-        return "prefix_lm" if self.prefix_lm else self.model.kind
+    """A decoder's prompt attends to itself in both directions, as with data.prefix_lm."""
+    source: Source | None = None
+    """Where it was loaded from. `evaluate` and `export` read the parameters again from there, as
+    those arranged for decoding may have lost precision."""
+    dtype: Dtype | None = None
+    """As given to `load`."""
 
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int = 64, batch_size: int = 32
@@ -66,24 +71,12 @@ class Pretrained:
                 f"{self.model.family} is an encoder and writes no text; `t5jax embed` gives its "
                 "embeddings, `t5jax eval` what it predicts"
             )
-        answers = []
-        for start in range(0, len(prompts), batch_size):
-            chunk = prompts[start : start + batch_size]
-            ids = [
-                features.as_prompt(
-                    self.model, [*self.tokenizer.encode(text), self.tokenizer.eos_id]
-                )
-                for text in chunk
-            ]
-            rows, length = self._padded(ids)
-            batch = features.prompt_batch(ids, self.kind, rows, length)
-            with sharding.use_mesh(self.mesh, self.rules):
-                batch = sharding.shard_batch(batch, self.mesh, self.rules)
-                tokens_BT = decoding.greedy(self.model, self.params, batch, max_tokens)
-            tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
-            written = (features.as_answer(self.model, row.tolist()) for row in tokens_BT)
-            answers += [self.tokenizer.decode(tokens) for tokens in written]
-        return answers
+        eos = self.tokenizer.eos_id
+        inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
+        generate = decoding.Generator(
+            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm
+        )
+        return generate(self.params, inputs, max_tokens=max_tokens, batch_size=batch_size)
 
     def embed(
         self,
@@ -130,18 +123,44 @@ class Pretrained:
                     f"text {number} has {len(row)} tokens, but this {model.family} has {longest} "
                     f"positions; cut texts with max_length={longest} (--max-length {longest})"
                 )
-        vectors = np.empty((len(ids), model.d_model), np.float32)
-        for start in range(0, len(ids), batch_size):
-            chunk = ids[start : start + batch_size]
-            rows, length = self._padded(chunk)
+        parts = sharding.batch_parts(self.mesh, self.rules)
+        vectors = [np.empty((0, model.d_model), np.float32)]
+        for chunk, rows, length in decoding.padded_batches(ids, batch_size, parts):
             length = min(length, longest or length)
             tokens = features.pad_ids(chunk, rows, length, model.pad_token_id)
             batch = {features.ENCODER_INPUT_TOKENS: tokens}
             with sharding.use_mesh(self.mesh, self.rules):
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
                 x_BD = _embed(model, self.params, batch, pooling)
-            vectors[start : start + len(chunk)] = jax.device_get(x_BD)[: len(chunk)]
-        return vectors
+            vectors.append(jax.device_get(x_BD)[: len(chunk)])
+        return np.concatenate(vectors)
+
+    def evaluate(self, mixture: str = "", **options: Any) -> dict[str, dict]:
+        """Measures the model on a task or mixture, by default the one it was trained on.
+
+        Args:
+          mixture, options: as `evaluate.evaluate_model` takes them.
+        Returns:
+          task to its scores, which are printed as well.
+        """
+        options = {"dtype": self.dtype, "mesh": self.mesh, "rules": self.rules} | options
+        return evaluate_model(self._found(), mixture, **options)
+
+    def export(self, output: str, **options: Any) -> None:
+        """Writes the model as a Hugging Face folder.
+
+        Args:
+          output, options: as `convert.export_model` takes them.
+        """
+        export_model(self._found(), output, **options)
+
+    def _found(self) -> Source:
+        if self.source is None:
+            raise ValueError(
+                "this model was not loaded from files, so there is nothing to read again; take one "
+                "that t5jax.load returns"
+            )
+        return self.source
 
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         """Returns what an encoder reads of a text."""
@@ -150,12 +169,6 @@ class Pretrained:
         if max_length is not None and len(ids) > max_length:
             ids = [*ids[: max_length - 1], tokenizer.eos_id]
         return ids
-
-    def _padded(self, ids: Sequence[Sequence[int]]) -> tuple[int, int]:
-        """Returns rows and length of a batch of these, so that few shapes are compiled."""
-        parts = sharding.batch_parts(self.mesh, self.rules)
-        rows = -(-_power_of_two(len(ids)) // parts) * parts
-        return rows, _power_of_two(max(map(len, ids)), least=16)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))
@@ -201,9 +214,4 @@ def load(
         with sharding.use_mesh(mesh, rules):
             params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
     prefix_lm = source.config.data.prefix_lm
-    return Pretrained(model, params, source.tokenizer(), mesh, rules, prefix_lm)
-
-
-def _power_of_two(n: int, least: int = 1) -> int:
-    """Returns the smallest power of two that is at least n."""
-    return max(least, 1 << (n - 1).bit_length())
+    return Pretrained(model, params, source.tokenizer(), mesh, rules, prefix_lm, source, dtype)

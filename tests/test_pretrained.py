@@ -12,6 +12,7 @@ from t5jax import checkpoint, pretrained, sharding
 from t5jax.architectures import T5Config
 from t5jax.config import Config, MeshConfig
 from t5jax.convert import export_model, import_model
+from t5jax.evaluate import evaluate_model
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.pretrained import Pretrained
@@ -101,6 +102,22 @@ def test_dtype_of_a_loaded_model():
         np.testing.assert_array_equal(narrow, wide.astype("bfloat16"))
     with pytest.raises(ValueError, match="model.param_dtype is float16; T5's activations overflow"):
         pretrained.load(run_dir, dtype="float16")
+
+
+def test_a_loaded_model_is_measured_and_exported_as_the_one_in_its_files(tmp_path):
+    run_dir = str(trained_run())
+    loaded = pretrained.load(run_dir, dtype="bfloat16")
+    options = {"split": "validation", "batch_size": 8, "num_examples": 3}
+    measured = loaded.evaluate(**options)
+    assert measured == evaluate_model(run_dir, dtype="bfloat16", **options)
+    assert measured["capitals"]["num_examples"] == 3
+    loaded.export(str(tmp_path / "loaded"))
+    export_model(run_dir, str(tmp_path / "files"))
+    weights = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("loaded", "files")]
+    assert weights[0] == weights[1]
+    by_hand = Pretrained(MODEL, PARAMS, ByteTokenizer(), loaded.mesh)
+    with pytest.raises(ValueError, match="was not loaded from files"):
+        by_hand.export(str(tmp_path / "by_hand"))
 
 
 # --- Architecture of the source, settings of the run ----------------------------------------------

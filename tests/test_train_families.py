@@ -117,7 +117,7 @@ def test_a_decoders_inputs_see_one_another_where_the_run_says_so(tmp_path):
     train(causal)
     train(prefix)
     assert losses(causal.run_dir) != losses(prefix.run_dir)
-    assert pretrained.load(prefix.run_dir).kind == "prefix_lm"
+    assert pretrained.load(prefix.run_dir).prefix_lm
 
 
 @pytest.mark.parametrize("task", HEADS)

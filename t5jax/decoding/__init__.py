@@ -1,5 +1,6 @@
-"""Decoding: tokens from a model, a step at a time."""
+"""Decoding: from prompts to tokens, and to texts."""
 
+from t5jax.decoding.generator import Generator, padded_batches
 from t5jax.decoding.greedy import greedy
 
-__all__ = ["greedy"]
+__all__ = ["Generator", "greedy", "padded_batches"]

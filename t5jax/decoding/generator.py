@@ -1,0 +1,86 @@
+"""From prompts to texts: token ids in padded batches, greedy decoding, and tokens back to text."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from t5jax import batch as features
+from t5jax import sharding
+from t5jax.architectures import ModelConfig
+from t5jax.config import AxisRules
+from t5jax.decoding.greedy import greedy
+from t5jax.models import api
+from t5jax.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """Writes the greedy answer to each prompt, on the devices of a mesh."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    rules: AxisRules = AxisRules()
+    prefix_lm: bool = False
+    """A decoder's prompt attends to itself in both directions, as with data.prefix_lm."""
+
+    @property
+    def kind(self) -> features.Kind:
+        return "prefix_lm" if self.prefix_lm else self.model.kind
+
+    def __call__(
+        self,
+        params: api.Params,
+        inputs: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        batch_size: int,
+    ) -> list[str]:
+        """Returns the answers, in the order of the inputs.
+
+        Args:
+          params: of the model, arranged for decoding or not.
+          inputs: token ids of each prompt with eos, as an example's inputs have them. What the
+            model reads of them is up to its family (`batch.as_prompt`).
+          max_tokens: of each answer, at most.
+          batch_size: prompts decoded together, at most; on a mesh, rounded up to what divides it.
+        """
+        prompts = [features.as_prompt(self.model, ids) for ids in inputs]
+        parts = sharding.batch_parts(self.mesh, self.rules)
+        texts: list[str] = []
+        for chunk, rows, length in padded_batches(prompts, batch_size, parts):
+            batch = features.prompt_batch(chunk, self.kind, rows, length)
+            with sharding.use_mesh(self.mesh, self.rules):
+                batch = sharding.shard_batch(batch, self.mesh, self.rules)
+                tokens_BT = greedy(self.model, params, batch, max_tokens)
+            tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
+            answers = (features.as_answer(self.model, row.tolist()) for row in tokens_BT)
+            texts += [self.tokenizer.decode(answer) for answer in answers]
+        return texts
+
+
+def padded_batches(
+    ids: Sequence[Sequence[int]], batch_size: int, parts: int
+) -> Iterator[tuple[Sequence[Sequence[int]], int, int]]:
+    """Yields the sequences in batches, each with the rows and the length to pad it to.
+
+    Each shape is compiled once, so there are few: all batches have the same number of rows, and
+    lengths are powers of two, at least 16.
+
+    Args:
+      ids: token ids of each sequence.
+      batch_size: rows of a batch, at most.
+      parts: devices that split the rows, which are rounded up to a multiple.
+    """
+    rows = min(batch_size, _power_of_two(len(ids)))
+    rows = -(-rows // parts) * parts
+    for start in range(0, len(ids), batch_size):
+        chunk = ids[start : start + batch_size]
+        yield chunk, rows, _power_of_two(max(map(len, chunk)), least=16)
+
+
+def _power_of_two(n: int, least: int = 1) -> int:
+    """Returns the smallest power of two that is at least n."""
+    return max(least, 1 << (n - 1).bit_length())

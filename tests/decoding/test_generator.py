@@ -1,0 +1,48 @@
+"""Prompts in padded batches, and the same answers however they are batched."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from small import SMALL, random_params
+from t5jax import sharding
+from t5jax.config import MeshConfig
+from t5jax.decoding import Generator, padded_batches
+from t5jax.tokenizers import ByteTokenizer
+
+MODEL = dataclasses.replace(SMALL, vocab_size=384)
+PARAMS = random_params(MODEL)
+
+
+def rows_of(*lengths):
+    return [[7] * n for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "parts", "expected"),
+    [
+        ((3, 20, 40), 2, 1, [(2, 2, 32), (1, 2, 64)]),  # (sequences, rows, length)
+        ((3, 20, 40), 2, 8, [(2, 8, 32), (1, 8, 64)]),
+        ((1, 1, 1, 1, 1), 100, 1, [(5, 8, 16)]),
+        ((16, 17), 1, 1, [(1, 1, 16), (1, 1, 32)]),
+        ((1, 1, 1, 1, 1), 3, 1, [(3, 3, 16), (2, 3, 16)]),  # No more rows than asked for.
+        ((), 4, 1, []),
+    ],
+)
+def test_few_shapes(lengths, batch_size, parts, expected):
+    batches = list(padded_batches(rows_of(*lengths), batch_size, parts))
+    assert [(len(chunk), rows, length) for chunk, rows, length in batches] == expected
+    assert [ids for chunk, _, _ in batches for ids in chunk] == rows_of(*lengths)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1, fsdp=8), MeshConfig(data=8)])
+def test_answers_do_not_depend_on_batches_or_devices(mesh):
+    rng = np.random.default_rng(0)
+    inputs = [[*rng.integers(3, 200, n).tolist(), 1] for n in (2, 30, 9, 17, 1)]
+    generate = Generator(MODEL, ByteTokenizer(), sharding.make_mesh(mesh))
+    together = generate(PARAMS, inputs, max_tokens=6, batch_size=32)
+    alone = [generate(PARAMS, [ids], max_tokens=6, batch_size=1)[0] for ids in inputs]
+    assert together == alone == generate(PARAMS, inputs, max_tokens=6, batch_size=2)
+    assert len(set(together)) > 1
+    assert generate(PARAMS, [], max_tokens=6, batch_size=2) == []
