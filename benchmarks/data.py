@@ -119,9 +119,9 @@ def make_contestants(args, folder: Path) -> dict:
     from t5jax.architectures import T5Config
     from t5jax.config import Config, DataConfig
     from t5jax.data import pipeline
-    from t5jax.data.prompts import prompted_task
-    from t5jax.data.sources import tsv
-    from t5jax.data.tf import seqio, tf
+    from t5jax.data.bridge.tf import seqio, tf
+    from t5jax.data.prompts.task import prompted_task
+    from t5jax.data.sources.kinds import tsv
 
     lengths = {"inputs": args.inputs_length, "targets": args.targets_length}
     rows = str(folder / "rows.tsv")
@@ -192,7 +192,7 @@ def make_contestants(args, folder: Path) -> dict:
 
 def write_seqio_cache(task, folder: Path, num_shards: int = 8) -> None:
     """Writes what SeqIO's cache_tasks does, which needs Beam."""
-    from t5jax.data.tf import tf
+    from t5jax.data.bridge.tf import tf
 
     folder = folder / task.name
     if folder.exists():  # By the child before this one.

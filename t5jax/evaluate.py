@@ -19,8 +19,8 @@ from t5jax import batch as features
 from t5jax import metrics, sharding
 from t5jax.architectures import Dtype, ModelConfig
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
-from t5jax.data.api import EvalExample, EvalSet, Example
-from t5jax.data.converters import make_converter
+from t5jax.data.batches.converters import make_converter
+from t5jax.data.batches.examples import EvalExample, EvalSet, Example
 from t5jax.decoding import Generator
 from t5jax.losses import batch_loss
 from t5jax.models import api
@@ -205,7 +205,7 @@ def evaluate_model(
     Raises:
       ValueError: if the model or the task cannot be found or read.
     """
-    from t5jax.data import pipeline  # TensorFlow and SeqIO: only where data are read.
+    from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
     if json and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
@@ -231,7 +231,7 @@ def evaluate_model(
         ),
         eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
     )
-    pipeline.load_tasks(task_files)
+    registry.load_tasks(task_files)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
     rules = rules or source.config.axes
     description, params = source.read(dtype, mesh, rules)

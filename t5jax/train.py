@@ -20,7 +20,7 @@ from t5jax import checkpoint, sharding
 from t5jax.architectures import ModelConfig
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
-from t5jax.data.api import BatchIterator, EvalSet
+from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables
@@ -47,7 +47,7 @@ def train(config: Config) -> Path:
         can be known; for a run that was begun with another model or other data; NonFiniteLoss
         when training diverges, with the last good checkpoint left in place.
     """
-    from t5jax.data import pipeline  # TensorFlow and SeqIO: only where data are read.
+    from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
     # --- What is trained, and on what ---
     run_dir = checkpoint.create_run_dir(config.run_dir)
@@ -79,7 +79,7 @@ def train(config: Config) -> Path:
 
     # --- Data ---
     say("reading tasks")
-    pipeline.load_tasks(config.data.task_files)
+    registry.load_tasks(config.data.task_files)
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
     rows = sharding.process_rows(config.data.batch_size, mesh, rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)

@@ -19,12 +19,13 @@ import os
 import re
 from collections.abc import Iterator
 
-from t5jax.data.corpus import text_task
-from t5jax.data.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
-from t5jax.data.prompts import prompted_task
-from t5jax.data.sources import Source, text
-from t5jax.data.vocabularies import train_sentencepiece
+from t5jax.data.objectives.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
+from t5jax.data.objectives.task import text_task
+from t5jax.data.prompts.task import prompted_task
+from t5jax.data.sources.kinds import text
+from t5jax.data.sources.source import Source
 from t5jax.metrics import accuracy
+from t5jax.tokenizers.training import train_sentencepiece
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "text")
 

@@ -37,24 +37,24 @@ def _free_compiled_programs():
 @pytest.fixture
 def clean_registries(monkeypatch):
     """Begins with no task registered, and leaves the registries as they were before the test."""
-    from t5jax.data import pipeline
-    from t5jax.data.tf import seqio
+    from t5jax.data import registry
+    from t5jax.data.bridge.tf import seqio
 
     def take_out() -> list:
         """Empties SeqIO's registries; returns what was in them."""
         entries = []
-        for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-            for name in list(registry.names()):
-                entries.append((registry, name, registry.get(name)))
-                registry.remove(name)
+        for found in (seqio.TaskRegistry, seqio.MixtureRegistry):
+            for name in list(found.names()):
+                entries.append((found, name, found.get(name)))
+                found.remove(name)
         return entries
 
-    monkeypatch.setattr(pipeline, "_loaded", set())
+    monkeypatch.setattr(registry, "_loaded", set())
     others = take_out()
     yield
     take_out()
-    for registry, name, entry in others:
-        registry.add_provider(name, entry)
+    for found, name, entry in others:
+        found.add_provider(name, entry)
 
 
 def pytest_collection_modifyitems(items):

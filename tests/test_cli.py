@@ -16,8 +16,8 @@ from t5jax.config import Config, from_json, to_json
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
 TASK = """
-from t5jax.data.prompts import prompted_task
-from t5jax.data.sources import jsonl
+from t5jax.data.prompts.task import prompted_task
+from t5jax.data.sources.kinds import jsonl
 from t5jax.metrics import exact_match
 
 prompted_task({name!r}, jsonl({{"train": {train!r}, "validation": {train!r}}}),

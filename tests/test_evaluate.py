@@ -13,7 +13,7 @@ from small import SMALL, random_params
 from t5jax import evaluate, sharding
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
-from t5jax.data.api import EvalExample, EvalSet
+from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
 from t5jax.metrics import exact_match
 from t5jax.models import api

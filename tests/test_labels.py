@@ -9,14 +9,14 @@ import pytest
 
 from t5jax.architectures import BertConfig
 from t5jax.batch import BatchSpec, validate_batch
-from t5jax.data.cache import cache_tasks
-from t5jax.data.cached import open_cached
-from t5jax.data.converters import example_lengths, make_converter
-from t5jax.data.pipeline import StreamedExamples
-from t5jax.data.prompts import prompted_task
-from t5jax.data.sources import Source
-from t5jax.data.tf import read, seqio
-from t5jax.data.vocabularies import RunVocabulary, run_vocabulary
+from t5jax.data.batches.converters import example_lengths, make_converter
+from t5jax.data.bridge.tf import read, seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, run_vocabulary
+from t5jax.data.cache.examples import open_cached
+from t5jax.data.cache.store import cache_tasks
+from t5jax.data.prompts.task import prompted_task
+from t5jax.data.sources.source import Source
+from t5jax.data.streamed import StreamedExamples
 from t5jax.metrics import accuracy
 from t5jax.tokenizers import ByteTokenizer, LabelTokenizer, load_tokenizer
 

@@ -585,7 +585,7 @@ def going_on(run_dir, steps, **changes):
 
 @pytest.mark.slow
 def test_training_goes_on_at_t5xs_step(imported, tmp_path):
-    from t5jax.data import pipeline
+    from t5jax.data import pipeline, registry
 
     run_dir = shutil.copytree(imported, tmp_path / "run")
     saved, _, state = restore(run_dir)
@@ -594,7 +594,7 @@ def test_training_goes_on_at_t5xs_step(imported, tmp_path):
     config = dataclasses.replace(going_on(run_dir, 1002), model=saved.model)
     model = dataclasses.replace(saved.model, scan_layers=False)
     tx = make_optimizer(ADAFACTOR, 1002, api.param_axes(model))
-    pipeline.load_tasks(config.data.task_files)
+    registry.load_tasks(config.data.task_files)
     batches = pipeline.train_iterator(config)
     step = jax.jit(make_train_step(model, tx, config.loss, seed=5))
     for _ in range(2):

@@ -5,8 +5,8 @@ Write letters as capitals; say with which letter a word begins, or of each of tw
 
 import random
 
-from t5jax.data.prompts import prompted_task
-from t5jax.data.sources import Source
+from t5jax.data.prompts.task import prompted_task
+from t5jax.data.sources.source import Source
 from t5jax.metrics import accuracy, exact_match
 
 

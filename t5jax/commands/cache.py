@@ -44,8 +44,8 @@ def cache(args: list[str]) -> None:
     check_options(options, 1, "inputs_length", "targets_length")
     if options.beam is not None and options.processes is not None:
         raise ValueError("--processes is for this machine, and --beam for a cluster; leave one out")
-    from t5jax.data.cache import cache_tasks
-    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.cache.store import cache_tasks
+    from t5jax.data.registry import load_tasks
     from t5jax.data.texts import common_tokenizer
     from t5jax.tokenizers import load_tokenizer
 
@@ -53,7 +53,7 @@ def cache(args: list[str]) -> None:
     vocabulary = load_tokenizer(options.vocabulary) if options.vocabulary else None
     write = None
     if options.beam is not None:
-        from t5jax.data.beam import make_writer
+        from t5jax.data.cache.beam import make_writer
 
         write = make_writer([f"--{option}" for option in options.beam], options.task_files)
     reports = cache_tasks(

@@ -56,8 +56,8 @@ def list_(args: list[str]) -> None:
     """Prints a table of tasks."""
     pattern = args.pop(0) if args and not args[0].startswith("-") else ""
     options = parse(List, args, prog="t5jax tasks list [PATTERN]")
-    from t5jax.data.inspect import list_tasks
-    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.inspector import list_tasks
+    from t5jax.data.registry import load_tasks
 
     load_tasks(options.task_files)
     rows = [dataclasses.astuple(row) for row in list_tasks(pattern)]
@@ -97,8 +97,8 @@ def show(args: list[str]) -> None:
     lengths = _lengths(options)
     check_options(options, 0, "num")
     check_options(options, 1, "num_examples")
-    from t5jax.data.inspect import plot_lengths, show_task
-    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.inspector import plot_lengths, show_task
+    from t5jax.data.registry import load_tasks
 
     load_tasks(options.task_files)
     report = show_task(
@@ -183,7 +183,7 @@ def _share(share: float) -> str:
 
 def _histogram(feature) -> Iterator[str]:
     """Yields a line for each bin of lengths: from, to, examples, and a bar."""
-    from t5jax.data.inspect import length_bins
+    from t5jax.data.inspector import length_bins
 
     counts, edges = length_bins(feature.lengths)
     most, digits = max(counts), len(f"{edges[-1]:,}")
@@ -228,8 +228,8 @@ def check(args: list[str]) -> int:
     """Prints a line for each split and template; returns 1 if any of them fails."""
     options = parse(Check, args, prog="t5jax tasks check", positional=True)
     lengths = _lengths(options)
-    from t5jax.data.inspect import check_tasks
-    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.inspector import check_tasks
+    from t5jax.data.registry import load_tasks
 
     load_tasks(options.task_files)
     failed = num_parts = 0

@@ -51,10 +51,10 @@ def train(args: list[str]) -> None:
     if options.output.suffix != ".model":
         raise ValueError(f"--output is {options.output}; expected a file ending in .model")
     check_options(options, 1, "size", "max_lines")
-    from t5jax.data.pipeline import load_tasks
+    from t5jax.data.registry import load_tasks
     from t5jax.data.texts import read_lines
-    from t5jax.data.vocabularies import measure, sample, train_sentencepiece
     from t5jax.tokenizers import load_tokenizer
+    from t5jax.tokenizers.training import measure, sample, train_sentencepiece
 
     load_tasks(options.task_files)
     lines = sample(read_lines(options.texts, options.split), options.max_lines)

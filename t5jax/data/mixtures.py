@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from t5jax.architectures import check_choice
+from t5jax.data.bridge.tf import read, seqio
 from t5jax.data.fingerprint import digest, stamp_files
-from t5jax.data.prompts import TRAIN_SPLIT, register_variant
-from t5jax.data.tf import read, seqio
-from t5jax.data.vocabularies import cache_dir, write_atomically
+from t5jax.data.prompts.task import TRAIN_SPLIT, register_variant
+from t5jax.storage import cache_dir, write_atomically
 
 Rates = Literal["equal", "proportional"]
 
@@ -150,7 +150,7 @@ def num_rows(task: seqio.Task, split: str = TRAIN_SPLIT) -> int:
     """Returns how many rows a split of a task has after cleaning, before templates.
 
     They are counted by reading them, once: where they come from files, the count is kept in
-    `t5jax.data.vocabularies.cache_dir()` until a file or the code of the source changes.
+    `t5jax.storage.cache_dir()` until a file or the code of the source changes.
 
     Raises:
       ValueError: for a split that the task does not have, or rows that cannot be read.

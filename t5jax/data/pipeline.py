@@ -1,104 +1,34 @@
 """From a mixture's name to batches for training and examples for evaluation.
 
 Training examples come from SeqIO, streamed, or from the cache of their tasks (data.cache); batches
-are made of them in the same way (`t5jax/data/batches.py`). Every process plans all rows of the
+are made of them in the same way (`t5jax/data/batches/`). Every process plans all rows of the
 global batch and keeps its own: so the batch at step n depends on seed, n and the global batch size
 alone, not on how many hosts there are.
 """
 
-import difflib
 import functools
-import importlib.util
 import logging
-import sys
-import weakref
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from t5jax import shipped
 from t5jax.architectures import BertConfig, ModelConfig
 from t5jax.batch import converter_options, train_spec
 from t5jax.config import Config
-from t5jax.data.api import BatchIterator, EvalExample, EvalSet, Example, Examples
-from t5jax.data.batches import Batches, ChangingBatches
-from t5jax.data.converters import example_lengths, make_converter
-from t5jax.data.corpus import CorpusSource
-from t5jax.data.prompts import SOURCE_FEATURE, TRAIN_SPLIT, PromptedSource, register_variant
-from t5jax.data.tf import read, seqio, tf
-from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.batches.batches import Batches, ChangingBatches
+from t5jax.data.batches.converters import example_lengths, make_converter
+from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet, Examples
+from t5jax.data.bridge.tf import read, seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.objectives.task import CorpusSource
+from t5jax.data.prompts.task import SOURCE_FEATURE, TRAIN_SPLIT, PromptedSource
+from t5jax.data.registry import check_mixture
+from t5jax.data.streamed import StreamedExamples
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
 
 
-# --- Tasks --------------------------------------------------------------------------------------
-
-_loaded: set[Path] = set()
-
-
-def load_tasks(task_files: Sequence[str] = ()) -> None:
-    """Imports the task files of ./tasks and of t5jax, and further ones, each once.
-
-    Args:
-      task_files: paths of Python files that register SeqIO tasks or mixtures.
-    Raises:
-      ValueError: for a file that is missing or fails; none of its tasks stay registered.
-    """
-    paths = list(shipped.list_files("tasks").values())
-    paths += [shipped.find("tasks", str(file)) for file in task_files]
-    for path in paths:
-        if path not in _loaded:
-            _import_tasks(path)
-            _loaded.add(path)
-
-
-def _import_tasks(path: Path) -> None:
-    before = {registry: set(registry.names()) for registry in _REGISTRIES}
-    spec = importlib.util.spec_from_file_location(f"t5jax_task_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses and pickles look their module up there.
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        for registry, names in before.items():
-            for name in set(registry.names()) - names:
-                registry.remove(name)
-        raise ValueError(f"task file {path} fails: {type(error).__name__}: {error}") from error
-
-
-_REGISTRIES = (seqio.TaskRegistry, seqio.MixtureRegistry)
-
-
-def task_names() -> list[str]:
-    """Returns the names of all tasks and mixtures that are registered."""
-    return sorted({name for registry in _REGISTRIES for name in registry.names()})
-
-
-def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
-    """Returns the task or mixture of a name, or the variant of a prompted task.
-
-    Raises:
-      ValueError: if there is none, with the nearest names; or if its features are not inputs and
-        targets, or targets alone.
-    """
-    register_variant(name)
-    names = task_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"known are {', '.join(names) or 'none'}"
-        )
-        raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint}")
-    found = seqio.get_mixture_or_task(name)
-    if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):
-        raise ValueError(
-            f"{name} has the features {', '.join(found.output_features)}; expected inputs and "
-            "targets, or targets alone"
-        )
-    return found
+# --- The run's tokenizer ------------------------------------------------------------------------
 
 
 def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> Tokenizer:
@@ -125,7 +55,7 @@ def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> To
                 raise ValueError(
                     f"task {task.name} has the vocabulary {own}, but the run or another of its "
                     f"tasks has {tokenizer}; set data.vocabulary, and let tasks leave theirs open "
-                    "(prompted_task, or RunVocabulary of t5jax.data.vocabularies)"
+                    "(prompted_task, or t5jax.data.RunVocabulary)"
                 )
     if tokenizer is None:
         raise ValueError(
@@ -198,13 +128,13 @@ def train_iterator(
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
             _check_objective(task, config.model, tokenizer, lengths)
         if config.data.cache:
-            from t5jax.data.cache import cache_tasks
+            from t5jax.data.cache.store import cache_tasks
 
             cache_tasks(name, config.data.cache, tokenizer, lengths, labels=labels)
 
     def make_stage(name: str, seed: int) -> BatchIterator:
         if config.data.cache:
-            from t5jax.data.cached import open_cached
+            from t5jax.data.cache.examples import open_cached
 
             examples: Examples = open_cached(
                 name, config.data.cache, tokenizer, lengths, seed, labels=labels
@@ -264,56 +194,6 @@ def _check_objective(
         objective.bind(tokenizer, *lengths.values())
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
-
-
-class StreamedExamples:
-    """`Examples` straight from SeqIO, in the order of its own shuffling and mixing."""
-
-    def __init__(
-        self,
-        mixture: str,
-        tokenizer: Tokenizer,
-        lengths: dict[str, int],
-        seed: int,
-        labels: LabelTokenizer | None = None,
-    ):
-        """Args: labels: of the run, whose model is a classifier."""
-        self._mixture, self._tokenizer = check_mixture(mixture), tokenizer
-        self._lengths, self._seed, self._labels = lengths, seed, labels
-        self.fingerprint = {
-            "data.mixture": mixture,
-            "data.cache": None,
-            "vocabulary": repr(tokenizer),
-        }
-        if labels is not None:
-            self.fingerprint["model.labels"] = repr(labels)
-
-    def read(self, start: int) -> Iterator[Example]:
-        """Yields the examples from number `start` on; those before it are made and skipped.
-
-        Raises:
-          ValueError: for no examples, and for what a task cannot read.
-        """
-        dataset = self._dataset().skip(start).prefetch(tf.data.AUTOTUNE)
-        opened = [dataset.as_numpy_iterator()]
-        # At the latest when Python exits: it would wait forever for threads that read on.
-        close = weakref.finalize(self, opened.clear)
-        try:
-            while (example := read(lambda: next(opened[0], None))) is not None:
-                yield example
-        finally:
-            close()
-        raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
-
-    def _dataset(self) -> tf.data.Dataset:
-        with run_vocabulary(self._tokenizer, self._labels):
-            dataset = self._mixture.get_dataset(
-                self._lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
-            )
-        features = list(self._mixture.output_features)
-        options = tf.data.Options()
-        options.deterministic = True
-        return dataset.map(lambda e: {name: e[name] for name in features}).with_options(options)
 
 
 # --- Evaluation ---------------------------------------------------------------------------------

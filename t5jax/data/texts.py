@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from t5jax.data.corpus import CorpusSource
-from t5jax.data.objectives import example_rng
-from t5jax.data.pipeline import check_mixture
-from t5jax.data.prompts import TRAIN_SPLIT, PromptedSource
-from t5jax.data.sources import text
-from t5jax.data.tf import read, seqio, tf
-from t5jax.data.vocabularies import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.bridge.tf import read, seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.objectives.objectives import example_rng
+from t5jax.data.objectives.task import CorpusSource
+from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
+from t5jax.data.registry import check_mixture
+from t5jax.data.sources.kinds import text
 from t5jax.tokenizers import Tokenizer
 
 
@@ -165,7 +165,7 @@ def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
     """Yields lines to learn a vocabulary from.
 
     Args:
-      names: one registered task or variant; or text files, as `t5jax.data.sources.text` has them.
+      names: one registered task or variant; or text files, as `t5jax.data.text` has them.
       split: of the task.
     Raises:
       ValueError: for what is neither, a split that does not exist, or what cannot be read.

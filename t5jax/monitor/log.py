@@ -17,7 +17,7 @@ def make_writer(run_dir: str | os.PathLike):
 
     A file that is there is continued; call `truncate_metrics` first where a run is resumed.
     """
-    import t5jax.data.tf  # First: TensorFlow, quietly and off the accelerators.  # noqa: F401, I001
+    import t5jax.data.bridge.tf  # First: TensorFlow, quietly and off the accelerators.  # noqa: F401, I001
     from clu import metric_writers
 
     metric_writers.MetricWriter.register(JsonlWriter)

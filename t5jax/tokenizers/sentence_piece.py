@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
         if not proto.pieces:
             raise ValueError(
                 f"{name} is not a SentencePiece model ({len(model)} bytes were read); give the "
-                "spiece.model of a T5 model, or train one with t5jax.data.vocabularies"
+                "spiece.model of a T5 model, or train one (`t5jax vocab train`)"
             )
         if any(SENTINEL.fullmatch(piece.piece.lstrip("▁")) for piece in proto.pieces):
             extra_ids = 0

@@ -1,0 +1,216 @@
+"""From examples to batches: the `BatchIterator` of both ways to read (numpy, no TensorFlow).
+
+Examples are taken in windows. Each window is packed by itself, its rows are put into an order drawn
+from (seed, window), and batches are cut from the endless row of rows. So the batch at step n is a
+function of (seed, n, batch size), the position is two numbers, and nothing is lost or doubled where
+an epoch ends. Where examples have random access, a window ends with the epoch, rows are planned
+from lengths alone, and a process reads no more than its own.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from t5jax.batch import Batch, BatchSpec
+from t5jax.data.batches.converters import Converter, pack
+from t5jax.data.batches.examples import BatchIterator, Example, Examples, RandomAccessExamples
+
+WINDOW = 1024
+"""Examples that are packed together. More of them pack a little better, but the first batch comes
+later, and a run that goes on reads more of them twice."""
+
+_UNPACKED_WINDOW = 64  # Where there is nothing to plan, and streamed examples come in time.
+
+
+class Batches:
+    """Endless batches over examples, streamed or with random access."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        converter: Converter,
+        spec: BatchSpec,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          examples: what to read.
+          converter: for the spec's kind of model.
+          spec: shape of the global batch.
+          seed: of the order of packed rows, in [0, 2^64).
+          rows: those of the global batch to give, those of this process; all by default.
+        """
+        self.spec = spec
+        self._examples, self._converter, self._seed = examples, converter, seed
+        self._rows = list(range(spec.batch_size) if rows is None else rows)
+        self._fingerprint = examples.fingerprint | {
+            "data.inputs_length": spec.inputs_length,
+            "data.targets_length": spec.targets_length,
+            "data.batch_size": spec.batch_size,
+            "data.pack": spec.pack,
+            "data.seed": seed,
+        }
+        self._window_size = WINDOW if spec.pack else _UNPACKED_WINDOW
+        self._go(0, 0, 0)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        position = self._start, self._row, self._num_batches
+        try:
+            rows = self._take(self.spec.batch_size)
+            batch = self._converter(self._read([rows[i] for i in self._rows]))
+        except Exception:
+            self._go(*position)  # Rows of a batch that nobody got are not lost.
+            raise
+        self._num_batches += 1
+        for array in batch.values():
+            array.flags.writeable = False
+        return batch
+
+    def state(self) -> dict:
+        return {
+            "example": self._start,
+            "row": self._row,
+            "batches": self._num_batches,
+            "fingerprint": dict(self._fingerprint),
+        }
+
+    def restore(self, state: dict) -> None:
+        check_fingerprint(state["fingerprint"], self._fingerprint)
+        self._go(state["example"], state["row"], state["batches"])
+
+    def _go(self, start: int, row: int, num_batches: int) -> None:
+        # Of the window that is read: its first example, and its next row.
+        self._start, self._row, self._num_batches = start, row, num_batches
+        self._window: _Window | None = None
+        # Of streamed examples: where the window after this one begins.
+        self._stream: Iterator[Example] | None = None
+
+    def _take(self, num_rows: int) -> list:
+        """Returns the next rows of the endless row of rows: (window, numbers of examples in it)."""
+        taken = []
+        while len(taken) < num_rows:
+            if self._window is None:
+                self._window = self._load(self._start)
+            rows = self._window.rows[self._row : self._row + num_rows - len(taken)]
+            taken += [(self._window, row) for row in rows]
+            self._row += len(rows)
+            if self._row == len(self._window.rows):
+                self._start, self._row, self._window = self._window.stop, 0, None
+        return taken
+
+    def _read(self, rows: list) -> list[list[Example]]:
+        """Reads the examples of rows, in one call a window."""
+        read = []
+        for window, group in itertools.groupby(rows, key=lambda taken: taken[0]):
+            numbers = [row for _, row in group]
+            examples = iter(window.get([k for row in numbers for k in row]))
+            read += [list(itertools.islice(examples, len(row))) for row in numbers]
+        return read
+
+    def _load(self, start: int) -> "_Window":
+        stop = start + self._window_size
+        if isinstance(self._examples, RandomAccessExamples):
+            if self.spec.pack:  # Unpacked rows stay in order.
+                stop = self._examples.window(start, self._window_size)
+            lengths = self._examples.lengths(start, stop)
+
+            def get(numbers):
+                return self._examples.get([start + k for k in numbers])
+        else:
+            if self._stream is None:
+                self._stream = self._examples.read(start)
+            examples = list(itertools.islice(self._stream, self._window_size))
+            lengths = {f: np.array([len(e[f]) for e in examples]) for f in examples[0]}
+
+            def get(numbers):
+                return [examples[k] for k in numbers]
+
+        return _Window(self._plan(start, lengths), get, stop)
+
+    def _plan(self, start: int, lengths: dict[str, np.ndarray]) -> list[list[int]]:
+        """Returns the rows of a window, as numbers of its examples."""
+        sizes, capacity = self._converter.sizes(lengths), self._converter.capacity
+        for side, (name, limit) in enumerate(capacity.items()):
+            if sizes[:, side].max() > limit:
+                raise ValueError(
+                    f"an example takes {sizes[:, side].max()} tokens of a row that holds {limit}; "
+                    f"raise {name}, or cut examples in their task"
+                )
+        if not self.spec.pack:
+            return [[k] for k in range(len(sizes))]
+        rows = pack(sizes, list(capacity.values()))
+        # Packing leaves rows in the order of their largest example.
+        order = np.random.default_rng([self._seed, start]).permutation(len(rows))
+        return [rows[i] for i in order]
+
+
+class _Window:
+    """Some examples, the rows they make, and the number of the first example behind them."""
+
+    def __init__(self, rows: list[list[int]], get: Callable[[list[int]], list[Example]], stop: int):
+        self.rows, self.get, self.stop = rows, get, stop
+
+
+class ChangingBatches:
+    """Batches that come from another iterator from a step on: data.mixture_changes."""
+
+    def __init__(self, stages: Sequence[tuple[int, Callable[[], BatchIterator]]]):
+        """Makes the first iterator, and each further one when its turn has come.
+
+        Args:
+          stages: number of the first batch, 0 for the first stage and rising, and the function
+            that makes the stage's iterator.
+        """
+        self._stages = list(stages)
+        self._go(0, 0)
+        self.spec = self._iterator.spec
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        stage = len(self._changes(self._num_batches + 1))
+        if stage != self._stage:
+            self._go(stage, self._num_batches)
+        batch = next(self._iterator)
+        self._num_batches += 1
+        return batch
+
+    def state(self) -> dict:
+        state = self._iterator.state()
+        changes = {"data.mixture_changes": self._changes(self._num_batches)}
+        return state | {
+            "batches": self._num_batches,
+            "fingerprint": state["fingerprint"] | changes,
+        }
+
+    def restore(self, state: dict) -> None:
+        num_batches = state["batches"]
+        changes = self._changes(num_batches)
+        check_fingerprint(state["fingerprint"], {"data.mixture_changes": changes})
+        self._go(len(changes), num_batches)
+        self._iterator.restore(state)
+
+    def _go(self, stage: int, num_batches: int) -> None:
+        self._stage, self._num_batches = stage, num_batches
+        self._iterator = self._stages[stage][1]()
+
+    def _changes(self, num_batches: int) -> list[int]:
+        """Returns the changes that lie before the last of so many batches."""
+        return [first for first, _ in self._stages[1:] if first < num_batches]
+
+
+def check_fingerprint(saved: dict, now: dict) -> None:
+    """Raises ValueError, naming what differs, where a position is of other batches than ours."""
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"the data cannot go on where it was: {name} was {saved.get(name)!r} and is "
+                f"{value!r} now; set it back, or begin a new run_dir"
+            )

@@ -1,0 +1,316 @@
+"""From examples to the arrays of a batch, packed or a row each, for every kind of model (numpy).
+
+The features are those of SeqIO's converters, token for token, with three differences. Loss weights
+come from lengths, so that a vocabulary whose id 0 is a word (GPT-2's) loses nothing; an encoder
+predicts what its targets say, where SeqIO looks for one mask id; and where inputs and targets share
+a row, no eos stands between them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from t5jax import batch as features
+from t5jax.batch import Batch, BatchSpec
+from t5jax.data.batches.examples import Example
+
+Rows = Sequence[Sequence[Example]]
+
+
+class Converter(Protocol):
+    """Puts rows of examples into the arrays of a kind of model."""
+
+    features: tuple[str, ...]
+    """Features that an example must have."""
+    capacity: dict[str, int]
+    """Tokens that a row holds on each of its sides, by what its setting is called."""
+
+    def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns what examples take of each side of a row.
+
+        Args:
+          lengths: of each feature, int [n].
+        Returns:
+          int [n, sides].
+        """
+
+    def __call__(self, rows: Rows) -> Batch:
+        """Returns the arrays whose rows hold these examples side by side, which must fit."""
+
+
+def make_converter(
+    spec: BatchSpec,
+    *,
+    eos_id: int = 1,
+    start_id: int = 0,
+    inputs_start_id: int | None = None,
+    head: str = "masked_lm",
+    num_labels: int = 0,
+) -> Converter:
+    """Returns the converter for a spec's kind of model.
+
+    Args:
+      spec: shape of the batch; its number of rows is not used.
+      eos_id: what an encoder-decoder reads where examples have targets alone; what a decoder's
+        inputs lose at their end.
+      start_id: what a decoder reads before the first token of an example; of an encoder that
+        classifies, [CLS], which its examples come without.
+      inputs_start_id: what an encoder-decoder reads before its inputs, which then have no eos:
+        T5Gemma's <bos>. None: nothing.
+      head: of an encoder, as BertConfig has it.
+      num_labels: classes of an encoder that classifies.
+    """
+    if spec.kind == "encoder_decoder":
+        return _EncoderDecoder(spec, eos_id, start_id, inputs_start_id)
+    if spec.kind in ("decoder", "prefix_lm"):
+        return _Decoder(spec, eos_id, start_id)
+    if head == "masked_lm":
+        return _Encoder(spec)
+    return _Classifier(spec, start_id, head == "token_classification", num_labels)
+
+
+def example_lengths(spec: BatchSpec, options: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the most tokens that an example's inputs and targets may have, with what ends them.
+
+    Args:
+      spec: shape of the batch.
+      options: those of `make_converter`.
+    """
+    inputs, targets = max(spec.inputs_length, 1), spec.targets_length
+    head = options.get("head", "none")
+    if options.get("inputs_start_id") is not None:
+        inputs -= 1
+    if spec.kind == "encoder":
+        if head != "masked_lm":
+            inputs -= 1  # For [CLS].
+        targets = 2 if head == "sequence_classification" else inputs
+    return {"inputs": inputs, "targets": targets}
+
+
+class _EncoderDecoder:
+    features: tuple[str, ...] = ("targets",)
+
+    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int, inputs_start_id: int | None):
+        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
+        self._no_inputs = np.array([eos_id], np.int32)
+        starts = [] if inputs_start_id is None else [inputs_start_id]
+        self._inputs_start = np.array(starts, np.int32)
+        self.capacity = {
+            "data.inputs_length": spec.inputs_length,
+            "data.targets_length": spec.targets_length,
+        }
+
+    def sizes(self, lengths):
+        targets = lengths["targets"]
+        inputs = lengths.get("inputs", np.ones_like(targets))
+        return np.stack([inputs + len(self._inputs_start), targets], axis=1)
+
+    def __call__(self, rows):
+        inputs = [[self._inputs(e) for e in row] for row in rows]
+        targets = [[e["targets"] for e in row] for row in rows]
+        encoder = _Layout(inputs, self._spec.inputs_length)
+        decoder = _Layout(targets, self._spec.targets_length)
+        batch = {features.ENCODER_INPUT_TOKENS: encoder.tokens}
+        if self._spec.pack:
+            batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
+            batch[features.ENCODER_POSITIONS] = encoder.positions()
+        return batch | _decoder_features(decoder, self._spec.pack, self._start_id)
+
+    def _inputs(self, example: Example) -> np.ndarray:
+        inputs = example.get("inputs", self._no_inputs)
+        if not len(self._inputs_start):
+            return inputs
+        return np.concatenate([self._inputs_start, features.without_eos(inputs, self._eos_id)])
+
+
+class _Decoder:
+    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int):
+        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
+        self.features: tuple[str, ...] = ("targets",)
+        side = "data.targets_length"
+        if spec.inputs_length:
+            self.features = ("inputs", "targets")
+            side = f"data.inputs_length + {side}"
+        self.capacity = {side: spec.decoder_length}
+
+    def sizes(self, lengths):
+        # With the inputs' eos: whether there is one cannot be told from lengths.
+        return sum(lengths[name] for name in self.features)[:, None]
+
+    def __call__(self, rows):
+        length = self._spec.decoder_length
+        if not self._spec.inputs_length:
+            decoder = _Layout([[e["targets"] for e in row] for row in rows], length)
+            return _decoder_features(decoder, self._spec.pack, self._start_id)
+        inputs = [[features.without_eos(e["inputs"], self._eos_id) for e in row] for row in rows]
+        parts = [
+            [np.concatenate([i, e["targets"]]) for i, e in zip(*row, strict=True)]
+            for row in zip(inputs, rows, strict=True)
+        ]
+        decoder = _Layout(parts, length)
+        batch = _decoder_features(decoder, self._spec.pack, self._start_id)
+        num_inputs = np.repeat([len(i) for row in inputs for i in row], decoder.sizes)
+        is_target = decoder.offsets >= num_inputs
+        batch[features.DECODER_LOSS_WEIGHTS] = decoder.put(is_target, np.float32)
+        if self._spec.kind == "prefix_lm":
+            # One position more than there are inputs: it reads the last of them, and the input
+            # before it is the start. T5's own rule, and SeqIO's.
+            batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
+        return batch
+
+
+class _Encoder:
+    """Each position has a target, or none: id 0."""
+
+    features: tuple[str, ...] = ("inputs", "targets")
+
+    def __init__(self, spec: BatchSpec):
+        self._spec = spec
+        self.capacity = {"data.inputs_length": spec.inputs_length}
+
+    def sizes(self, lengths):
+        return lengths["inputs"][:, None]
+
+    def __call__(self, rows):
+        encoder = _Layout([[e["inputs"] for e in row] for row in rows], self._spec.inputs_length)
+        targets = np.concatenate([e["targets"] for row in rows for e in row])
+        return _encoder_features(encoder, self._spec.pack, targets, targets != 0)
+
+
+class _Classifier:
+    """[CLS] stands before each text, and has the text's class; or the text's pieces have classes.
+
+    Targets are those of a `LabelTokenizer`: classes, what has none, and eos at the end.
+    """
+
+    features: tuple[str, ...] = ("inputs", "targets")
+
+    def __init__(self, spec: BatchSpec, start_id: int, per_word: bool, num_labels: int):
+        self._spec, self._start = spec, np.array([start_id], np.int32)
+        self._per_word, self._num_labels = per_word, num_labels
+        self.capacity = {"data.inputs_length": spec.inputs_length}
+
+    def sizes(self, lengths):
+        return lengths["inputs"][:, None] + 1
+
+    def __call__(self, rows):
+        inputs = [[np.concatenate([self._start, e["inputs"]]) for e in row] for row in rows]
+        encoder = _Layout(inputs, self._spec.inputs_length)
+        examples = [e for row in rows for e in row]
+        classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
+        return _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
+
+    def _classes(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Returns a class for each token of [CLS] and inputs; num_labels or more where none is."""
+        none = np.full(len(inputs) + 1, self._num_labels)
+        if self._per_word and len(targets) == len(inputs):
+            none[1:] = targets
+            return none
+        if not self._per_word and len(targets) == 2 and targets[0] < self._num_labels:
+            none[0] = targets[0]
+            return none
+        expected = f"{len(inputs)}, one a piece" if self._per_word else "a class"
+        raise ValueError(
+            f"the targets of an example are {targets[:9].tolist()} ({len(targets)} ids); expected "
+            f"{expected}{'' if self._per_word else f' below {self._num_labels}'}, with what ends "
+            "them, as t5jax.data.prompted_task gives them for a model with labels"
+        )
+
+
+def _encoder_features(encoder: "_Layout", pack: bool, targets, is_asked) -> Batch:
+    batch = {
+        features.ENCODER_INPUT_TOKENS: encoder.tokens,
+        features.ENCODER_TARGET_TOKENS: encoder.put(np.where(is_asked, targets, 0)),
+        features.ENCODER_LOSS_WEIGHTS: encoder.put(is_asked, np.float32),
+    }
+    if pack:
+        batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
+        batch[features.ENCODER_POSITIONS] = encoder.positions()
+    return batch
+
+
+def _decoder_features(decoder: "_Layout", pack: bool, start_id: int) -> Batch:
+    inputs = features.shift_right(decoder.tokens, start_id)
+    batch = {
+        features.DECODER_INPUT_TOKENS: inputs,
+        features.DECODER_TARGET_TOKENS: decoder.tokens,
+        features.DECODER_LOSS_WEIGHTS: decoder.put(1, np.float32),
+    }
+    if pack:
+        segment_ids = decoder.segment_ids()
+        inputs.flat[decoder.first] = start_id
+        inputs[segment_ids == 0] = 0  # The last token of a row, shifted into the padding.
+        batch[features.DECODER_SEGMENT_IDS] = segment_ids
+        batch[features.DECODER_POSITIONS] = decoder.positions()
+    return batch
+
+
+class _Layout:
+    """Where the tokens of one side of a batch stand; all of them at once, without a loop."""
+
+    def __init__(self, rows: Sequence[Sequence[np.ndarray]], length: int):
+        parts = [part for row in rows for part in row]
+        per_row = np.array([len(row) for row in rows])
+        self.sizes = np.array([len(part) for part in parts])
+        self._shape = (len(rows), length)
+        # A part begins where those before it in its row end. Parts count through all rows, `row`
+        # says which one is a part's, and `first_part` is the first of each row.
+        row = np.repeat(np.arange(len(rows)), per_row)
+        assert np.bincount(row, self.sizes).max() <= length, "a row overflows into the next one"
+        first_part = np.cumsum(per_row) - per_row
+        before = np.cumsum(self.sizes) - self.sizes
+        start = row * length + before - before[first_part][row]
+        self._number = np.arange(len(parts)) - first_part[row] + 1
+        self.offsets = np.arange(self.sizes.sum()) - np.repeat(before, self.sizes)
+        """Position of every token in its part."""
+        self._index = np.repeat(start, self.sizes) + self.offsets
+        self.first = start[self.sizes > 0]
+        """Index of each part's first token in the flat array."""
+        self.tokens = self.put(np.concatenate(parts))
+
+    def put(self, values, dtype=np.int32) -> np.ndarray:
+        """Returns [rows, length] with a value for every token, and 0 elsewhere."""
+        array = np.zeros(self._shape, dtype)
+        array.ravel()[self._index] = values
+        return array
+
+    def segment_ids(self) -> np.ndarray:
+        return self.put(np.repeat(self._number, self.sizes))
+
+    def positions(self) -> np.ndarray:
+        return self.put(self.offsets)
+
+
+# --- Packing ------------------------------------------------------------------------------------
+
+
+def pack(sizes: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
+    """Puts examples into few rows: the largest first, each into the first row that has room.
+
+    A row may have several sides, such as inputs and targets, and an example needs room on each.
+    On 1,024 examples of the usual tasks the fuller side is 96 to 99 % full.
+
+    Args:
+      sizes: int [n, sides], what each example takes; at most the capacity.
+      capacity: what a row holds on each side.
+    Returns:
+      Example numbers by row, rising in each; every example is in one row.
+    """
+    num_examples, sides = sizes.shape
+    # One row of memory a side, so that rows are compared with an example all at once.
+    free = np.empty((sides, num_examples), np.int64)
+    rows = []
+    largest_first = np.argsort(-(sizes / np.asarray(capacity)).sum(axis=1), kind="stable")
+    for number, example in zip(largest_first.tolist(), sizes[largest_first], strict=True):
+        fits = free[0, : len(rows)] >= example[0]
+        for side in range(1, sides):
+            fits &= free[side, : len(rows)] >= example[side]
+        row = int(fits.argmax()) if rows else 0
+        if not rows or not fits[row]:
+            row = len(rows)
+            free[:, row] = capacity
+            rows.append([])
+        free[:, row] -= example
+        rows[row].append(number)
+    return [sorted(row) for row in rows]

@@ -1,0 +1,1 @@
+"""Caches of tokenized examples: written once, read in any order."""

@@ -1,0 +1,118 @@
+"""Writes the shards of a cache with Apache Beam, on a cluster: the extra `beam`.
+
+    cache_tasks("my_mixture", folder, tokenizer, lengths, write=make_writer(["--runner=..."]))
+
+One worker reads the rows of a task, all of them tokenize, and each shard is written by one. Shards
+are those that the processes of one machine write, byte for byte. Workers need t5jax, the task files
+and the cache's folder under the same paths (NFS, a mounted bucket).
+"""
+
+import functools
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t5jax.data.cache.recipe import Recipe, recipe_of
+from t5jax.data.cache.writer import Shard, ShardWriter, shard_name
+
+_DROPPED = "t5jax dropped rows"  # Namespace of Beam's counters.
+
+
+def make_writer(
+    options: Sequence[str] = (), task_files: Sequence[str] = ()
+) -> Callable[[Recipe, Path, int, Counter], list[Shard]]:
+    """Returns what `t5jax.data.cache.store.cache_tasks` takes as `write`.
+
+    Args:
+      options: of Beam's pipelines, such as "--runner=FlinkRunner".
+      task_files: Python files that register tasks, beside ./tasks/*.py and the shipped ones.
+    Raises:
+      ValueError: where Beam is not installed.
+    """
+    try:
+        import apache_beam  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "Apache Beam is not installed; pip install 't5jax[beam]', or let processes of this "
+            "machine write the cache"
+        ) from None
+    return functools.partial(_write, list(options), list(task_files))
+
+
+def _write(
+    options: list[str],
+    task_files: list[str],
+    recipe: Recipe,
+    folder: Path,
+    num_shards: int,
+    dropped: Counter,
+) -> list[Shard]:
+    import apache_beam as beam
+    from apache_beam.metrics import MetricsFilter
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    encoder = recipe.encoder
+    vocabulary = (encoder.tokenizer, encoder.labels)
+    read = (recipe.task, recipe.split, recipe.lengths, vocabulary, task_files)
+    pipeline = beam.Pipeline(options=PipelineOptions(options))
+    _ = (
+        pipeline
+        | beam.Create([read])
+        | "Read" >> beam.FlatMap(_read)
+        | "Spread" >> beam.Reshuffle()
+        | "Tokenize" >> beam.Map(_tokenize, recipe.encoder, num_shards)
+        | beam.GroupByKey()
+        | "Write" >> beam.Map(_write_shard, str(folder.absolute()), num_shards)
+    )
+    result = pipeline.run()
+    result.wait_until_finish()
+    for counter in result.metrics().query(MetricsFilter().with_namespace(_DROPPED))["counters"]:
+        dropped[counter.key.metric.name] += counter.result
+    shards = []
+    for path in folder.glob("*.npz"):
+        with np.load(path) as saved:
+            shards.append(Shard(saved["number"].item(), saved["lengths"], saved["content"].item()))
+        path.unlink()
+    return shards
+
+
+# Beam checks annotations against each other, and knows no protocols: these have none.
+def _read(what):
+    """Yields the numbered chunks of a task, which is registered here first."""
+    from apache_beam.metrics import Metrics
+
+    from t5jax.data import registry
+
+    name, split, lengths, (tokenizer, labels), task_files = what
+    registry.load_tasks(task_files)
+    dropped = Counter()
+    recipe = recipe_of(registry.check_mixture(name), split, tokenizer, lengths, labels)
+    yield from enumerate(recipe.chunks(dropped))
+    for step, count in dropped.items():
+        Metrics.counter(_DROPPED, step).inc(count)
+
+
+def _tokenize(numbered, encoder, num_shards):
+    number, chunk = numbered
+    return number % num_shards, (number, *encoder(chunk))
+
+
+def _write_shard(grouped, folder, num_shards):
+    shard, chunks = grouped
+    # Beam may do the same work twice at once: what counts is renamed into place.
+    scratch = Path(folder) / uuid.uuid4().hex
+    scratch.mkdir()
+    name = shard_name(shard, num_shards)
+    writer = ShardWriter(scratch, shard, num_shards)
+    for _, lengths, records in sorted(chunks, key=lambda chunk: chunk[0]):
+        writer.add(lengths, records)
+    written = writer.close()
+    saved = f"{name}.npz"
+    np.savez(scratch / saved, number=shard, lengths=written.lengths, content=written.content)
+    for file in (name, saved):
+        os.replace(scratch / file, scratch.parent / file)
+    scratch.rmdir()

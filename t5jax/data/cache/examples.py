@@ -1,0 +1,283 @@
+"""Examples of caches: any one at once, in a new global order every epoch. No TensorFlow.
+
+Example k of a mixture is a function of (seed, k): which task it is from, in which epoch of that
+task, and which of its examples in that epoch's order (of a large task by Grain's index shuffle,
+which needs no list). So a position is one number, and an epoch has every example exactly once,
+whoever reads it.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5jax.data.batches.examples import Example
+from t5jax.data.cache.reader import CachedTask, split_folder
+from t5jax.data.objectives.objectives import BoundObjective, example_rng
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+_BLOCK = 1024  # Examples whose places are looked up together.
+_SMALL = 1 << 16  # Up to so many examples, an epoch's order is a list of them.
+_WEIGHTS = 1 << 24  # Rates are held in parts of this. Times 2^39 examples it fits into 64 bits.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A task of a mixture."""
+
+    name: str
+    task: CachedTask
+    rate: float = 1.0
+    """Its share of the examples, relative to those of the other parts."""
+    objective: BoundObjective | None = None
+    """Makes examples of the cached tokens. None: they are examples already."""
+
+
+class CachedExamples:
+    """`RandomAccessExamples` of cached tasks, mixed by their rates.
+
+    Among the first k examples the share of each task is its rate, to within one example for each
+    task. A task begins its next epoch when it has given all it has, whatever the others do.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        lengths: Mapping[str, int],
+        seed: int,
+        fingerprint: Mapping[str, Any] | None = None,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          parts: the tasks.
+          lengths: tokens that a feature may have with eos; longer ones are cut. Objectives cut by
+            themselves.
+          seed: of the order and of objectives, at least 0.
+          fingerprint: what else the examples depend on.
+        Raises:
+          ValueError: for no parts, a rate that is not above 0, or an empty task.
+        """
+        if not parts:
+            raise ValueError("a mixture of caches has no tasks; expected one or more")
+        for part in parts:
+            if not part.rate > 0:
+                raise ValueError(
+                    f"task {part.name} has the rate {part.rate}; it must be above 0, or the task "
+                    "left out"
+                )
+            if not len(part.task):
+                raise ValueError(f"the cache {part.task.path} has no examples; write it anew")
+        self._parts, self._lengths, self._seed = list(parts), dict(lengths), seed
+        total = sum(part.rate for part in parts)
+        self._weights = [max(round(part.rate / total * _WEIGHTS), 1) for part in parts]
+        tasks = {
+            part.name: [len(part.task), part.task.content, weight]
+            for part, weight in zip(parts, self._weights, strict=True)
+        }
+        self.fingerprint = dict(fingerprint or {}) | {"cached tasks": tasks}
+        self._seeds = [
+            np.random.SeedSequence([seed, i]).generate_state(1, np.uint64).item()
+            for i in range(len(parts))
+        ]
+        self._places = functools.lru_cache(maxsize=64)(self._find_block)
+        self._orders = functools.lru_cache(maxsize=2 * len(self._parts))(self._order)
+
+    def read(self, start: int) -> Iterator[Example]:
+        """Yields the examples from number `start` on, endlessly."""
+        for first in itertools.count(start, 256):
+            yield from self.get(range(first, first + 256))
+
+    def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Returns the length of each feature, int32 [stop - start]; no record is read."""
+        numbers = np.arange(start, stop)
+        parts, epochs, rows = self._find(numbers)
+        found: dict[str, np.ndarray] = {}
+        for i in np.unique(parts):
+            here = np.flatnonzero(parts == i)
+            for feature, sizes in self._part_lengths(i, epochs[here], rows[here]).items():
+                found.setdefault(feature, np.zeros(len(numbers), np.int32))[here] = sizes
+        return found
+
+    def window(self, start: int, most: int) -> int:
+        """Returns where examples that are packed together end: before a task's next epoch.
+
+        Of a mixture, tasks whose epochs are shorter than `most` times the number of tasks do not
+        count: windows would become too small to pack well.
+        """
+        parts, epochs, _ = self._find(np.arange(start, start + most))
+        ends = [most]
+        for i in np.unique(parts):
+            epoch_length = len(self._parts[i].task) * sum(self._weights) / self._weights[i]
+            if len(self._parts) == 1 or epoch_length >= most * len(self._parts):
+                mine = parts == i
+                ends += np.flatnonzero(mine & (epochs > epochs[mine][0]))[:1].tolist()
+        return start + min(ends)
+
+    def get(self, indices: Sequence[int]) -> list[Example]:
+        """Returns the examples of these numbers, in this order.
+
+        Raises:
+          ValueError: for a damaged shard.
+        """
+        numbers = np.asarray(indices, np.int64)
+        parts, epochs, rows = self._find(numbers)
+        examples: list[Example | None] = [None] * len(numbers)
+        for i in np.unique(parts):
+            here = np.flatnonzero(parts == i)
+            found = self._part_examples(i, epochs[here], rows[here])
+            for k, example in zip(here.tolist(), found, strict=True):
+                examples[k] = example
+        return examples
+
+    def _part_lengths(self, i: int, epochs, rows) -> dict[str, Any]:
+        part, seed = self._parts[i], self._seeds[i]
+        sizes = part.task.lengths[rows]
+        if part.objective is None:
+            return {
+                feature: np.minimum(sizes[:, column], self._lengths[feature])
+                for column, feature in enumerate(part.task.features)
+            }
+        places = zip(sizes[:, 0].tolist(), rows.tolist(), epochs.tolist(), strict=True)
+        found = [part.objective.lengths(n, example_rng(seed, row, e)) for n, row, e in places]
+        return {feature: [lengths[feature] for lengths in found] for feature in found[0]}
+
+    def _part_examples(self, i: int, epochs, rows) -> list[Example]:
+        part, seed = self._parts[i], self._seeds[i]
+        read = part.task.read(rows)
+        if part.objective is not None:
+            places = zip(read, rows.tolist(), epochs.tolist(), strict=True)
+            return [part.objective(x[0], example_rng(seed, row, e)) for x, row, e in places]
+        features = part.task.features
+        limits = [(self._lengths[f], part.task.eos_ids[f]) for f in features]
+        return [
+            {f: _cut(x, *limit) for f, x, limit in zip(features, example, limits, strict=True)}
+            for example in read
+        ]
+
+    def _find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns part, epoch and row of examples, each int64 [n]."""
+        if not len(numbers):
+            return (np.zeros(0, np.int64),) * 3
+        blocks = numbers // _BLOCK
+        found = np.empty((3, len(numbers)), np.int64)
+        for block in np.unique(blocks).tolist():
+            here = np.flatnonzero(blocks == block)
+            found[:, here] = self._places(block)[:, numbers[here] - block * _BLOCK]
+        return found[0], found[1], found[2]
+
+    def _find_block(self, block: int) -> np.ndarray:
+        """Returns part, epoch and row of the examples of a block: int64 [3, _BLOCK]."""
+        parts, positions = mix(np.arange(block * _BLOCK, (block + 1) * _BLOCK), self._weights)
+        sizes = np.array([len(part.task) for part in self._parts])[parts]
+        epochs, places = positions // sizes, positions % sizes
+        rows = np.empty(_BLOCK, np.int64)
+        for i, epoch in set(zip(parts.tolist(), epochs.tolist(), strict=True)):
+            here = np.flatnonzero((parts == i) & (epochs == epoch))
+            rows[here] = self._shuffled(i, epoch, places[here])
+        return np.stack([parts, epochs, rows])
+
+    def _shuffled(self, i: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Returns the rows at some places of a part's order in an epoch."""
+        size = len(self._parts[i].task)
+        if size <= _SMALL:
+            return self._orders(i, epoch)[places]
+        from grain.experimental import index_shuffle
+
+        seed = int(np.random.SeedSequence([self._seeds[i], epoch]).generate_state(1)[0])
+        shuffle = functools.partial(index_shuffle, max_index=size - 1, seed=seed, rounds=4)
+        return np.array([shuffle(place) for place in places.tolist()])
+
+    def _order(self, i: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self._seeds[i], epoch])
+        return rng.permutation(len(self._parts[i].task))
+
+
+def mix(numbers: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns from which part each example of a mixture is, and its position among that part's.
+
+    The first part takes its share of all numbers, evenly spread; the second its share of what is
+    left, and so on. So every part's positions are 0, 1, 2, ..., none left out.
+
+    Args:
+      numbers: int64 [n], examples of the mixture, each below 2^39.
+      weights: above 0; their sum is about 2^24.
+    Returns:
+      parts and positions, each int64 [n].
+    """
+    parts = np.full(len(numbers), len(weights) - 1)
+    positions = np.empty(len(numbers), np.int64)
+    left, rest = np.asarray(numbers, np.int64), sum(weights)
+    open_ = np.ones(len(numbers), bool)
+    for i, weight in enumerate(weights):
+        # How many of the first k, and of the first k + 1, are for the parts behind this one.
+        before, after = (k * (rest - weight) // rest for k in (left, left + 1))
+        taken = open_ & (before == after)
+        parts[taken] = i
+        positions[taken] = (left - before)[taken]
+        open_ &= ~taken
+        left, rest = before, rest - weight
+    return parts, positions
+
+
+def _cut(tokens: np.ndarray, limit: int, eos_id: int | None) -> np.ndarray:
+    if len(tokens) <= limit:
+        return tokens
+    cut = tokens[:limit].copy()
+    if eos_id is not None:
+        cut[-1] = eos_id
+    return cut
+
+
+def open_cached(
+    mixture: str,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    lengths: Mapping[str, int],
+    seed: int,
+    split: str = "train",
+    labels: LabelTokenizer | None = None,
+) -> CachedExamples:
+    """Returns the cached examples of a registered task or mixture.
+
+    Whether caches match their tasks is not looked at here, but by `cache_tasks` of
+    `t5jax.data.cache.store`.
+
+    Args:
+      mixture: a SeqIO task or mixture; tasks that lack the split are left out.
+      folder: of the caches.
+      tokenizer: of the run.
+      lengths: tokens of "inputs" and "targets" with eos.
+      seed: of the order of examples and of objectives.
+      split: to read.
+      labels: of the run, whose model is a classifier.
+    Raises:
+      ValueError: where a task has no cache, or a damaged one.
+    """
+    from t5jax.data.bridge.tf import seqio
+
+    found = seqio.get_mixture_or_task(mixture)
+    tasks = [task for task in seqio.get_subtasks(found) if split in task.splits]
+    parts, fingerprint = (
+        [],
+        {
+            "data.mixture": mixture,
+            "data.cache": "in use",  # Wherever it lies.
+            "vocabulary": repr(tokenizer),
+        },
+    )
+    if labels is not None:
+        fingerprint["model.labels"] = repr(labels)
+    for task in tasks:
+        objective = getattr(task.source, "objective", None)
+        if objective is not None:
+            fingerprint[f"objective of {task.name}"] = repr(objective)
+            objective = objective.bind(tokenizer, lengths.get("inputs", 0), lengths["targets"])
+        rate = found.get_rate(task) if isinstance(found, seqio.Mixture) else 1.0
+        cached = CachedTask(split_folder(folder, task.name, split))
+        parts.append(Part(task.name, cached, rate, objective))
+    return CachedExamples(parts, lengths, seed, fingerprint)

@@ -1,0 +1,112 @@
+"""Reads the cache of one split of one task: any example at once. No TensorFlow.
+
+A cache is a folder that `t5jax.data.cache.store` wrote:
+
+    CACHE/TASK/SPLIT/
+      shard-00000-of-00008.array_record    one record an example: its features' tokens, joined
+      lengths.npy                          int32 [examples, features], tokens of each feature
+      cache.json                           what it was made of, and the size of every file
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+INFO_FILE = "cache.json"
+LENGTHS_FILE = "lengths.npy"
+
+
+def split_folder(folder: str | Path, task: str, split: str) -> Path:
+    """Returns the folder of one split of a task; no task's name has a "-" in it."""
+    return Path(folder).expanduser() / task.replace(":", "-") / split
+
+
+def read_info(path: Path) -> dict[str, Any] | None:
+    """Returns the content of a cache.json, or None where there is no cache.
+
+    Raises:
+      ValueError: for a cache that is damaged or incomplete, saying what is.
+    """
+    try:
+        info = json.loads((path / INFO_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / INFO_FILE} cannot be read: {error}") from None
+    # A shard that is cut short opens as an empty one, without an error.
+    for name, size in info["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            found = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(f"{file} {found}; expected {size} bytes, as it was written")
+    return info
+
+
+class CachedTask:
+    """The examples of one split of one task, as they were written."""
+
+    def __init__(self, path: str | Path):
+        """Opens a cache; the records themselves are read when they are asked for.
+
+        Raises:
+          ValueError: where there is no cache, or a damaged one.
+        """
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self.path = Path(path)
+        info = read_info(self.path)
+        if info is None:
+            raise ValueError(f"there is no cache in {path}; write it with `t5jax cache TASK`")
+        self.features: tuple[str, ...] = tuple(info["features"])
+        """Names of the features, in their order in a record."""
+        self.eos_ids: dict[str, int | None] = info["eos_ids"]
+        """What ends each feature, also where it is cut; None for nothing."""
+        self.content: str = info["content"]
+        """Hash of all records."""
+        self.lengths: np.ndarray = np.load(self.path / LENGTHS_FILE)
+        """Tokens of each feature with eos: int32 [examples, features]."""
+        self._dtype = np.dtype(info["dtype"])
+        shards = info["shards"]
+        # All files are opened here, so that a cache written anew disturbs nobody who reads this.
+        self._readers = [
+            ArrayRecordReader(
+                str(self.path / name),
+                options="readahead_buffer_size:0",  # Records are read by number, not in a row.
+                file_reader_buffer_size=32768,
+            )
+            for name in shards
+        ]
+        self._ends = np.cumsum(list(shards.values()), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        """Returns the features' tokens of these examples, each int32 [n].
+
+        Raises:
+          ValueError: for a damaged shard.
+        """
+        shard_of = np.searchsorted(self._ends, rows, side="right")
+        records = np.empty(len(rows), object)
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            first = self._ends[shard - 1] if shard else 0
+            try:
+                records[here] = self._readers[shard].read((rows[here] - first).tolist())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"a shard in {self.path} is damaged ({error}); delete this folder, and it is "
+                    "written anew"
+                ) from None
+        # All tokens are widened at once, and an example is a view of them.
+        tokens = np.frombuffer(b"".join(records), self._dtype).astype(np.int32)
+        sizes = self.lengths[rows]
+        stops = np.cumsum(sizes).tolist()
+        starts = [0, *stops]
+        width = sizes.shape[1]
+        parts = [tokens[a:b] for a, b in zip(starts, stops, strict=False)]
+        return [parts[i : i + width] for i in range(0, len(parts), width)]

@@ -1,0 +1,287 @@
+"""What a task's cache holds: how its rows become records, and what that depends on.
+
+Tasks of t5jax are read as texts and tokenized without TensorFlow; those of SeqIO's own go through
+SeqIO. What is cached is what comes before anything random, and depends on a run's lengths only
+where the task does: a corpus is cut into pieces that fill a row, exemplars have to fit.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from t5jax.data.fingerprint import describe
+from t5jax.data.objectives.objectives import cut
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+FORMAT = 2
+"""To be raised with every change of what is written for the same task."""
+
+CHUNK = 256
+"""Examples that make records together."""
+
+DOCUMENTS = 1024
+"""Documents of a corpus that are cut together. The last piece of so many may be short, so that what
+is cut from them depends on no others, and any process can do it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How one split of one task becomes records."""
+
+    task: str
+    split: str
+    lengths: Mapping[str, int]
+    """Of the run, with eos."""
+    chunks: Callable[[Counter], Iterator[list]]
+    """From a counter of rows left out to chunks of what `encoder` takes."""
+    encoder: "Encoder"
+    fingerprint: dict[str, Any]
+    """What the records depend on beside the files."""
+    files: list[str]
+    """What the source reads, as far as it says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Makes records of examples; travels to other processes."""
+
+    features: tuple[str, ...]
+    eos_ids: Mapping[str, int | None]
+    """What is put behind each feature's tokens; None for nothing."""
+    tokenizer: Tokenizer
+    labels: LabelTokenizer | None = None
+    """Of the targets, where the run's model is a classifier."""
+    piece_length: int | None = None
+    """Of a corpus: tokens into which its documents, joined with eos, are cut."""
+    tokenized: bool = False
+    """Whether examples are tokens that have their eos already."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the tokens in a record."""
+        return "<u2" if self._num_ids <= 1 << 16 else "<i4"
+
+    @property
+    def _num_ids(self) -> int:
+        return max(self.tokenizer.vocab_size, self.labels.vocab_size if self.labels else 0)
+
+    def __call__(self, chunk: list[Mapping[str, Any]]) -> tuple[np.ndarray, list[bytes]]:
+        """Returns the features' lengths, int32 [n, features], and the n records.
+
+        Raises:
+          ValueError: for an example without a feature that the task promises.
+        """
+        if self.piece_length is not None:
+            (feature,) = self.features
+            documents = (self.tokenizer.encode(example[feature]) for example in chunk)
+            rows = [[x] for x in cut(documents, self.tokenizer.eos_id, self.piece_length)]
+        else:
+            rows = [[self._tokens(example, f) for f in self.features] for example in chunk]
+        lengths = np.array([[len(x) for x in row] for row in rows], np.int32)
+        largest = max((int(x.max()) for row in rows for x in row if len(x)), default=0)
+        if largest >= self._num_ids:
+            raise ValueError(
+                f"an example has the id {largest}, but the vocabulary {self.tokenizer} has "
+                f"{self.tokenizer.vocab_size}; use the vocabulary of its task"
+            )
+        records = [np.concatenate(row).astype(self.dtype).tobytes() for row in rows]
+        return lengths.reshape(len(rows), len(self.features)), records
+
+    def _tokens(self, example: Mapping[str, Any], feature: str) -> np.ndarray:
+        if feature not in example:
+            raise ValueError(
+                f"an example has no feature {feature!r}; it has {', '.join(sorted(example))}"
+            )
+        if self.tokenized:
+            return np.asarray(example[feature])
+        eos_id = self.eos_ids[feature]
+        of_labels = self.labels is not None and feature == "targets"
+        ids = (self.labels if of_labels else self.tokenizer).encode(example[feature])
+        return np.array(ids if eos_id is None else [*ids, eos_id], np.int32)
+
+
+def recipe_of(
+    task,
+    split: str,
+    tokenizer: Tokenizer,
+    lengths: Mapping[str, int],
+    labels: LabelTokenizer | None = None,
+) -> Recipe:
+    """Returns how a SeqIO task is cached.
+
+    Raises:
+      ValueError: where something random, or something that depends on lengths, follows what would
+        be cached; for classes of a task that is no prompted one.
+    """
+    fingerprint = {
+        "the format of caches": FORMAT,
+        "the vocabulary": repr(tokenizer),
+        "the tokenizers' version": _version_of(tokenizer),
+    }
+    if labels is not None:
+        if not hasattr(task.source, "templates"):
+            raise ValueError(
+                f"task {task.name} is no prompted task, which a classifier's targets come from; "
+                "register it with t5jax.data.prompted_task"
+            )
+        fingerprint["model.labels"] = repr(labels)
+    source = task.source
+    if hasattr(source, "objective"):
+        make = _corpus_recipe
+    elif hasattr(source, "templates"):
+        make = functools.partial(_prompted_recipe, labels=labels)
+    else:
+        make = _foreign_recipe
+    recipe = make(task, split, tokenizer, lengths)
+    fingerprint |= recipe.fingerprint
+    # As JSON gives it back: tuples as lists.
+    return dataclasses.replace(recipe, fingerprint=json.loads(json.dumps(fingerprint)))
+
+
+def _prompted_recipe(task, split, tokenizer, lengths, labels) -> Recipe:
+    source = task.source
+    fingerprint = {
+        "its templates or how they are read": source.fingerprint(tokenizer),
+        "the code of its rows": describe(source.source),
+    }
+    files = _files(source.source, split)
+    if source.shots:
+        files += _files(source.source, "train")
+        fingerprint["data.inputs_length"] = lengths["inputs"]
+    if source.too_long != "cut":
+        fingerprint["data.targets_length"] = lengths["targets"]
+
+    def chunks(dropped):
+        texts = source.examples(split, dropped, tokenizer=tokenizer, labels=labels, lengths=lengths)
+        return _in_chunks(({f: text[f] for f in features} for text in texts), CHUNK)
+
+    features = ("inputs", "targets")
+    eos_ids = {"inputs": tokenizer.eos_id, "targets": (labels or tokenizer).eos_id}
+    encoder = Encoder(features, eos_ids, tokenizer, labels)
+    return Recipe(task.name, split, lengths, chunks, encoder, fingerprint, files)
+
+
+def _corpus_recipe(task, split, tokenizer, lengths) -> Recipe:
+    source = task.source
+    sides = lengths.get("inputs", 0), lengths["targets"]  # A decoder alone has no inputs.
+    length = source.objective.tokens_length(tokenizer, *sides)
+    fingerprint = {
+        "the tokens of a piece": length,
+        "the code of its rows": describe([source.source, source.field]),
+    }
+    encoder = Encoder(("targets",), {"targets": None}, tokenizer, piece_length=length)
+    return Recipe(
+        task.name,
+        split,
+        lengths,
+        lambda dropped: _in_chunks(source.examples(split, dropped), DOCUMENTS),
+        encoder,
+        fingerprint,
+        _files(source.source, split),
+    )
+
+
+def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
+    """A task of SeqIO's own: what stands before its CacheDatasetPlaceholder, or before a last eos.
+
+    SeqIO itself reads it, with all cores, so that processes add nothing.
+    """
+    from t5jax.data.bridge.tf import read, seqio
+    from t5jax.data.bridge.vocabulary import run_vocabulary
+
+    last_steps = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
+    before, after = list(task.preprocessors), []
+    places = [isinstance(step, seqio.CacheDatasetPlaceholder) for step in before]
+    if any(places):
+        before, after = before[: places.index(True)], before[places.index(True) + 1 :]
+    elif before and before[-1] in last_steps:
+        before, after = before[:-1], before[-1:]
+    for step in after:
+        if step not in last_steps:
+            name = getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+            raise ValueError(
+                f"task {task.name} has {name} after what is cached, which a cache cannot run when "
+                "it is read; register the task with t5jax.data.text_task and an objective, "
+                "move the step before CacheDatasetPlaceholder, or leave data.cache out"
+            )
+    appends = bool(after)
+    features = tuple(name for name in ("inputs", "targets") if name in task.output_features)
+    eos_ids = {f: tokenizer.eos_id if task.output_features[f].add_eos else None for f in features}
+
+    def rows(seed):
+        dataset = task.source.get_dataset(split=split, shuffle=False)
+        arguments = {"output_features": task.output_features, "sequence_length": lengths}
+        with run_vocabulary(tokenizer), seqio.utils.map_seed_manager(seed):
+            for step in before:
+                dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
+        found = dataset.as_numpy_iterator()
+        while chunk := read(lambda: list(itertools.islice(found, CHUNK))):
+            try:
+                yield [{f: _with_eos(row, f, eos_ids, appends) for f in features} for row in chunk]
+            except ValueError as error:
+                raise ValueError(f"task {task.name}: {error}") from None
+
+    def chunks(dropped):
+        first, other = (
+            [tokens.tobytes() for row in next(rows(seed), []) for tokens in row.values()]
+            for seed in (0, 1)
+        )
+        if first != other:
+            raise ValueError(
+                f"task {task.name} draws at random before what would be cached, which would then "
+                "be the same in every epoch; put seqio.CacheDatasetPlaceholder() before that step, "
+                "or register the task with t5jax.data.text_task and an objective"
+            )
+        return rows(0)
+
+    fingerprint = {
+        "the code of its source": describe(task.source),
+        "its preprocessors": describe(before),
+        "its features": [list(eos_ids.items()), appends],
+    }
+    if any("sequence_length" in inspect.signature(step).parameters for step in before):
+        fingerprint |= {f"data.{name}_length": length for name, length in lengths.items()}
+    files = []
+    if isinstance(task.source, seqio.FileDataSource):
+        files = list(task.source.list_shards(split))
+    encoder = Encoder(features, eos_ids, tokenizer, tokenized=True)
+    return Recipe(task.name, split, lengths, chunks, encoder, fingerprint, files)
+
+
+def _with_eos(row, feature: str, eos_ids: Mapping, appends: bool) -> np.ndarray:
+    if feature not in row:
+        raise ValueError(f"an example has no {feature!r}; it has {', '.join(sorted(row))}")
+    tokens = np.asarray(row[feature])
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"feature {feature!r} of an example is {tokens.dtype}{list(tokens.shape)}; expected "
+            "tokens, int32 [n] (does the task lack seqio.preprocessors.tokenize?)"
+        )
+    return np.append(tokens, eos_ids[feature]) if appends and eos_ids[feature] else tokens
+
+
+def _in_chunks(examples: Iterator, size: int) -> Iterator[list]:
+    while chunk := list(itertools.islice(examples, size)):
+        yield chunk
+
+
+def _files(source, split: str) -> list[str]:
+    try:
+        return source.files(split) if split in source.splits else []
+    except ValueError:  # A cache does without its sources; who needs them says which are missing.
+        return []
+
+
+def _version_of(tokenizer: Tokenizer) -> str:
+    """Returns the release of the library that tokenizes: another may split words otherwise."""
+    library = {"SentencePieceTokenizer": "sentencepiece", "HuggingFaceTokenizer": "tokenizers"}
+    name = library.get(type(tokenizer).__name__)
+    return f"{name} {importlib.metadata.version(name)}" if name else "none"

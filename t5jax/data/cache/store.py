@@ -1,0 +1,232 @@
+"""The caches of tokenized examples in a folder: written where they are missing or stale.
+
+What is in a cache is for `recipe`, how its shards are written for `writer`; objectives, order and
+mixing are for the reader, `examples`. All is written into a folder beside, `cache.json` last, and
+the folder is renamed into place: so what a kill or a full disk leaves behind is never read.
+TensorFlow is imported inside functions.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
+from t5jax.data.cache.recipe import Recipe, recipe_of
+from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
+from t5jax.data.fingerprint import changed_file, stamp_files
+from t5jax.storage import sync
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+_log = logging.getLogger(__name__)
+
+NUM_SHARDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """What became of one split of one task."""
+
+    task: str
+    split: str
+    path: Path
+    reason: str
+    """Why it was written; empty where it was there and matched."""
+    num_examples: int
+    num_tokens: int
+    dropped: dict[str, int]
+    """Rows left out when it was written, by the step that did so."""
+    seconds: float = 0.0
+
+
+def cache_tasks(
+    mixture: str,
+    folder: str | Path,
+    tokenizer: Tokenizer,
+    lengths: Mapping[str, int],
+    *,
+    splits: Sequence[str] = ("train",),
+    processes: int | None = None,
+    num_shards: int = NUM_SHARDS,
+    rebuild: bool = False,
+    labels: LabelTokenizer | None = None,
+    write: Callable[[Recipe, Path, int, Counter], list[Shard]] | None = None,
+) -> list[CacheReport]:
+    """Writes the caches of a task, or of a mixture's tasks, that are missing or do not match.
+
+    Processes that call this at the same time take turns, and only the first one writes. Progress
+    goes to stderr.
+
+    Args:
+      mixture: a SeqIO task or mixture that is registered.
+      folder: of all caches, on a file system; made where it is missing.
+      tokenizer: of the run.
+      lengths: tokens of "inputs" and "targets" with eos. Caches depend on them only where a task
+        does: a corpus is cut into pieces of a length, exemplars and dropped rows have to fit.
+      splits: to write; tasks that lack one are left out.
+      processes: that tokenize; as many as there are cores by default, and 1 for this one alone.
+      num_shards: files of a cache, at most.
+      rebuild: write those that match, too.
+      labels: of the run, whose model is a classifier.
+      write: what writes the shards, such as `t5jax.data.cache.beam.make_writer()`; by default,
+        processes of this machine.
+    Raises:
+      ValueError: for a split that no task has, a task that cannot be cached or has no examples, a
+        row that cannot be read, or a disk that is full.
+    """
+    from t5jax.data.bridge.tf import seqio
+
+    if "://" in str(folder):
+        raise ValueError(
+            f"the cache's folder is {folder}; expected one of a file system: mount the bucket "
+            "(gcsfuse), or take a local disk"
+        )
+    for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    found = seqio.get_mixture_or_task(mixture)
+    tasks = seqio.get_subtasks(found)
+    for split in splits:
+        if not any(split in task.splits for task in tasks):
+            known = sorted({s for task in tasks for s in task.splits})
+            raise ValueError(
+                f"{mixture} has no split {split!r}; there are {', '.join(known) or 'none'}"
+            )
+    write = write or functools.partial(write_here, processes=processes or num_cores())
+    reports = []
+    for task, split in itertools.product(tasks, splits):
+        if split in task.splits:
+            recipe = recipe_of(task, split, tokenizer, lengths, labels)
+            path = split_folder(folder, task.name, split)
+            with _lock(path):
+                reports.append(_cache(recipe, path, num_shards, rebuild, write))
+    return reports
+
+
+def _cache(recipe: Recipe, path: Path, num_shards: int, rebuild: bool, write) -> CacheReport:
+    start = time.monotonic()
+    reason = "asked for" if rebuild else _mismatch(recipe, path)
+    if reason:
+        if path.exists():
+            _log.warning("%s is written anew: %s", path, reason)
+        _write_cache(recipe, path, num_shards, write)
+    info = read_info(path)
+    return CacheReport(
+        recipe.task,
+        recipe.split,
+        path,
+        reason or "",
+        info["num_examples"],
+        info["num_tokens"],
+        info["dropped"],
+        time.monotonic() - start,
+    )
+
+
+def _mismatch(recipe: Recipe, path: Path) -> str | None:
+    """Returns why a cache must be written; None where there is one that matches."""
+    try:
+        info = read_info(path)
+    except ValueError as error:
+        return str(error)
+    if info is None:
+        return "it is not there"
+    was, now = info.get("fingerprint", {}), recipe.fingerprint
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            return f"{name} has changed"
+    return changed_file(info["source_files"], recipe.files)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
+    """Writes a cache beside its place, and puts it there."""
+    stamps = stamp_files(recipe.files)  # Before it is read: a change in between shows later.
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for left_behind in path.parent.glob(f"{prefix}*"):  # By a writer that was killed.
+        shutil.rmtree(left_behind, ignore_errors=True)
+    partial = path.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    dropped = Counter()
+    try:
+        partial.mkdir()
+        shards = sorted(write(recipe, partial, num_shards, dropped), key=lambda s: s.number)
+        if not shards:
+            why = ", ".join(f"{n} dropped by {step}" for step, n in dropped.items() if n)
+            raise ValueError(
+                f"task {recipe.task!r} has no examples in its split {recipe.split!r}"
+                f"{'; ' + why if why else ''}"
+            )
+        _finish(recipe, partial, num_shards, shards, stamps, dropped)
+        if path.exists():
+            os.replace(path, path.parent / f"{prefix}old")
+        os.replace(partial, path)
+        sync(path.parent)
+        shutil.rmtree(path.parent / f"{prefix}old", ignore_errors=True)
+    except OSError as error:
+        raise ValueError(f"the cache {path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _finish(
+    recipe: Recipe, folder: Path, num_shards: int, shards: list[Shard], stamps, dropped: Counter
+) -> None:
+    """Writes lengths and, last, what makes a folder a cache."""
+    lengths = np.concatenate([shard.lengths for shard in shards])
+    np.save(folder / LENGTHS_FILE, lengths)
+    sync(folder / LENGTHS_FILE)
+    names = [shard_name(shard.number, num_shards) for shard in shards]
+    info = {
+        "task": recipe.task,
+        "split": recipe.split,
+        "num_examples": len(lengths),
+        "num_tokens": int(lengths.sum()),
+        "dropped": dict(dropped),
+        "features": recipe.encoder.features,
+        "eos_ids": recipe.encoder.eos_ids,
+        "dtype": recipe.encoder.dtype,
+        "content": _combine([shard.content for shard in shards]),
+        "shards": {n: len(shard.lengths) for n, shard in zip(names, shards, strict=True)},
+        "files": {n: (folder / n).stat().st_size for n in (*names, LENGTHS_FILE)},
+        "fingerprint": recipe.fingerprint,
+        "source_files": stamps,
+    }
+    (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
+    sync(folder / INFO_FILE)
+    sync(folder)
+
+
+@contextlib.contextmanager
+def _lock(path: Path):
+    """Waits until no other process of this machine (or, on NFS, of any) writes this cache."""
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.parent / f".{path.name}.lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"the cache {path} cannot be written: {error}") from None
+    with lock:
+        with contextlib.suppress(OSError):  # A file system without locks.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield  # Closing gives the lock back; so does a kill.
+
+
+def _combine(contents: Sequence[str]) -> str:
+    """Returns the hash of a cache from those of its shards."""
+    return hashlib.sha256("".join(contents).encode()).hexdigest()[:16]

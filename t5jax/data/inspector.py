@@ -1,0 +1,360 @@
+"""What tasks are, what the model sees of them, and whether they can be read: `t5jax tasks`."""
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import hashlib
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5jax.data.bridge.tf import seqio
+from t5jax.data.objectives.task import CorpusSource
+from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
+from t5jax.data.registry import check_mixture, task_names
+from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
+from t5jax.tokenizers import Tokenizer
+
+# --- What there is ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSummary:
+    """One line of `t5jax tasks list`."""
+
+    name: str
+    source: str
+    """Where rows come from; of a mixture, its tasks."""
+    splits: str
+    templates: str
+    """Names of templates, or of the objective."""
+    metrics: str
+
+
+def list_tasks(pattern: str = "") -> list[TaskSummary]:
+    """Returns every registered task and mixture whose name has the pattern in it; reads no row.
+
+    Args:
+      pattern: part of a name, or a glob such as "numbers_*".
+    Raises:
+      ValueError: if there is none.
+    """
+    names = task_names()
+    wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    chosen = fnmatch.filter(names, wanted)
+    if not chosen:
+        near = difflib.get_close_matches(pattern, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"there is no task like {pattern!r}; {hint}known are {', '.join(names) or 'none'}"
+        )
+    return [_summary(seqio.get_mixture_or_task(name)) for name in chosen]
+
+
+def _summary(found: seqio.Task | seqio.Mixture) -> TaskSummary:
+    if isinstance(found, seqio.Mixture):
+        return TaskSummary(found.name, f"mixture of {_rates(found)}", "", "", "")
+    source = found.source
+    templates = ""
+    if isinstance(source, PromptedSource):
+        templates = ", ".join(template.name for template in source.templates)
+    elif isinstance(source, CorpusSource):
+        templates = type(source.objective).__name__
+    metrics = ", ".join(_name_of(function) for function in found.metric_fns)
+    return TaskSummary(found.name, _where(source), ", ".join(_splits(found)), templates, metrics)
+
+
+def _rates(mixture: seqio.Mixture) -> str:
+    rates = mixture.rate_per_task_name.items()
+    return ", ".join(name if callable(rate) else f"{name} {rate:g}" for name, rate in rates)
+
+
+def _splits(task: seqio.Task) -> Sequence[str]:
+    try:
+        return list(task.splits)
+    except Exception as error:  # TFDS looks for the data set to know.
+        return [f"unknown ({type(error).__name__})"]
+
+
+def _where(source: Any) -> str:
+    """Returns the files, data set or Python file that the rows of the first split come from."""
+    if isinstance(source, seqio.TfdsDataSource):
+        return f"TFDS {source.tfds_dataset.name}"
+    if not isinstance(source, (PromptedSource, CorpusSource)):
+        return type(source).__name__
+    function = next(iter(source.source.functions.values()))
+    while hasattr(function, "function"):  # Rows that are held out of another split's.
+        function = function.function
+    if hasattr(function, "patterns"):
+        return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
+    if isinstance(function, functools.partial):
+        library = {"_tfds_rows": "TFDS", "_hf_rows": "Hugging Face"}.get(_name_of(function.func))
+        if library:
+            return f"{library} {function.args[0]}"
+        function = function.func
+    code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+    return Path(code.co_filename).name if code else type(function).__name__
+
+
+def _name_of(function: Any) -> str:
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+# --- What the model sees ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureReport:
+    """Tokens of one feature over the examples that were read."""
+
+    lengths: np.ndarray
+    """int32 [examples], with eos, before anything is cut."""
+    limit: int
+    """The run's length of this feature."""
+    num_unknown: int
+    """Tokens that stand for what the vocabulary lacks."""
+
+    @property
+    def truncated(self) -> float:
+        """Share of examples that are longer than the limit."""
+        return float(np.mean(self.lengths > self.limit))
+
+    @property
+    def unknown(self) -> float:
+        """Share of tokens that are unknown."""
+        return self.num_unknown / max(int(self.lengths.sum()), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """What `t5jax tasks show` prints of one split of one task."""
+
+    task: str
+    split: str
+    tokenizers: Mapping[str, Tokenizer]
+    shown: list[TextExample]
+    """The first examples."""
+    num_examples: int
+    is_whole: bool
+    """Whether the split has no further examples."""
+    features: Mapping[str, FeatureReport]
+    dropped: Mapping[str, int]
+    """Rows and examples left out among those read, by reason."""
+
+
+def show_task(
+    name: str,
+    split: str = "",
+    *,
+    tokenizer: Tokenizer | None = None,
+    lengths: Mapping[str, int],
+    num_shown: int = 3,
+    num_examples: int | None = 10_000,
+) -> TaskReport:
+    """Reads the examples of a task as the model gets them.
+
+    Args:
+      name: of a task or a variant.
+      split: to read; by default "train", or the first there is.
+      tokenizer: in place of the task's own, where the task leaves the choice to the run.
+      lengths: tokens of "inputs" and "targets" in a run.
+      num_shown: examples to keep.
+      num_examples: examples to read at most. None: all.
+    Raises:
+      ValueError: for a mixture, a split that does not exist, no examples, or no vocabulary; and
+        for what the task cannot read.
+    """
+    task = check_mixture(name)
+    if isinstance(task, seqio.Mixture):
+        names = ", ".join(task.name for task in seqio.get_subtasks(task))
+        raise ValueError(f"{name} is a mixture; show one of its tasks: {names}")
+    splits = list(task.splits)
+    split = split or ("train" if "train" in splits else splits[0])
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; there are {', '.join(splits)}")
+    tokenizers = feature_tokenizers(task, tokenizer)
+    dropped: Counter = Counter()
+    examples = read_examples(task, split, tokenizers, lengths, dropped)
+    shown, sizes, unknown, num_read = [], {f: [] for f in tokenizers}, Counter(), 0
+    for example in itertools.islice(examples, num_examples):
+        num_read += 1
+        if num_read <= num_shown:
+            shown.append(example)
+        for feature, ids in example.ids.items():
+            sizes[feature].append(len(ids))
+            if tokenizers[feature].unk_id != tokenizers[feature].eos_id:
+                unknown[feature] += ids.count(tokenizers[feature].unk_id)
+    if not num_read:
+        raise ValueError(f"{name} has no examples in its split {split!r}")
+    is_whole = num_examples is None or num_read < num_examples or next(examples, None) is None
+    examples.close()  # Before Python exits: TensorFlow's threads would read on.
+    limits = task_lengths(task, lengths)
+    features = {
+        feature: FeatureReport(np.array(x, np.int32), limits[feature], unknown[feature])
+        for feature, x in sizes.items()
+        if x
+    }
+    return TaskReport(name, split, tokenizers, shown, num_read, is_whole, features, dropped)
+
+
+def length_bins(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the counts of a histogram of lengths, and the edges of its bins, which are round.
+
+    Args:
+      lengths: int [n], n above 0.
+      num_bins: at most.
+    Returns:
+      counts int64 [b], edges int64 [b + 1]; bin i is of edges[i] <= length < edges[i + 1].
+    """
+    low, high = int(lengths.min()), int(lengths.max())
+    widths = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
+    width = next(w for w in widths if high // w - low // w < num_bins)
+    edges = np.arange(low // width, high // width + 2) * width
+    return np.histogram(lengths, bins=edges - 0.5)[0], edges
+
+
+def plot_lengths(report: TaskReport, path: str | Path) -> None:
+    """Draws the histogram of each feature's lengths and the run's limits, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    # A Figure of its own: pyplot would keep it, and look for a display.
+    size = (6 * len(report.features), 3.6)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    for i, (name, feature) in enumerate(report.features.items()):
+        axes = figure.add_subplot(1, len(report.features), i + 1)
+        counts, edges = length_bins(feature.lengths, 40)
+        axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="0.55", linewidth=0)
+        longer = f"{feature.truncated:.2%} are" if feature.truncated else "none is"
+        label = f"limit {feature.limit:,}: {longer} longer"
+        # A limit far out would squeeze the bars into a corner.
+        if feature.limit <= 1.5 * edges[-1]:
+            axes.axvline(feature.limit, color="tab:red", linewidth=1.2)
+        axes.set_title(f"{name}, {label}", loc="left", fontsize="medium")
+        axes.set_xlabel("Tokens with eos")
+        axes.set_ylabel("Examples")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.grid(axis="y", color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    whole = "" if report.is_whole else "the first "
+    title = f"{report.task}, {report.split}: {whole}{report.num_examples:,} examples"
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.savefig(path, format="png")
+
+
+# --- Whether it can be read ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What became of one split of one task, under one template where there are any."""
+
+    task: str
+    split: str
+    template: str
+    num_examples: int
+    num_dropped: int
+    error: str
+    """Empty where all is well."""
+    num_prompts_in_train: int = 0
+    """Prompts, or documents, that stand in "train" too, but for case, white space and forms of
+    characters (NFKC). 0 for "train" itself, and not known of prompts with exemplars."""
+    num_in_train: int = 0
+    """Those that stand there with the same answer."""
+
+
+def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> Iterator[Check]:
+    """Reads every split of tasks, each row under each template, and yields what it finds.
+
+    Args:
+      name: of a task, a variant or a mixture, or "all".
+      tokenizer: in place of the tasks' own, where they leave the choice to the run.
+      lengths: tokens of "inputs" and "targets" in a run.
+    Raises:
+      ValueError: for a name that is not registered. What is wrong with a task is yielded.
+    """
+    names = task_names() if name == "all" else [name]
+    tasks = {t.name: t for n in names for t in seqio.get_subtasks(check_mixture(n))}
+    for task in tasks.values():
+        try:
+            splits = sorted(task.splits, key=lambda split: split != TRAIN_SPLIT)
+        except Exception as error:
+            yield Check(task.name, "", "", 0, 0, _message(error))
+            continue
+        for template, part in _parts(task):
+            in_train: set[bytes] = set()
+            for split in splits:
+                yield _check(part, split, template, tokenizer, lengths, in_train)
+
+
+def _parts(task: seqio.Task) -> list[tuple[str, seqio.Task]]:
+    """Returns each template, and a task of this template alone."""
+    if not isinstance(task.source, PromptedSource):
+        return [("", task)]
+    return [
+        (template.name, task.replace(source=PromptedSource(definition)))
+        for template in task.source.templates
+        for definition in [dataclasses.replace(task.source.definition, templates=(template,))]
+    ]
+
+
+def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[bytes]) -> Check:
+    """Args: in_train: what `_hashes` gives for train, which comes first and fills it."""
+    dropped: Counter = Counter()
+    num_examples, error, doubles = 0, "", Counter()
+    is_corpus = isinstance(task.source, CorpusSource)
+    has_exemplars = isinstance(task.source, PromptedSource) and task.source.shots > 0
+
+    def compare(texts):
+        prompt, row = _hashes(texts)
+        if split == TRAIN_SPLIT:
+            in_train.update((prompt, row))
+        else:
+            doubles.update(prompts=prompt in in_train, rows=row in in_train)
+
+    try:
+        tokenizers = feature_tokenizers(task, tokenizer)
+        eos_ids = {name: tokenizer.eos_id for name, tokenizer in tokenizers.items()}
+        for example in read_examples(task, split, tokenizers, lengths, dropped):
+            missing = set(task.output_features) - set(example.ids)
+            empty = [f for f, ids in example.ids.items() if not set(ids) - {eos_ids[f]}]
+            if missing or "targets" in empty:
+                what = "no " + ", ".join(sorted(missing)) if missing else "empty targets"
+                raise ValueError(f"example {num_examples} has {what}")
+            num_examples += 1
+            if not is_corpus and not has_exemplars:
+                compare([example.texts[name] for name in task.output_features])
+        if not num_examples:
+            raise ValueError("there are no examples")
+        if is_corpus:  # Its examples are pieces of documents, other ones for other lengths.
+            for document in task.source.examples(split):
+                compare(list(document.values()))
+    except Exception as problem:
+        error = _message(problem)
+    found = doubles["prompts"], doubles["rows"]
+    return Check(task.name, split, template, num_examples, dropped.total(), error, *found)
+
+
+def _hashes(texts: Sequence[str]) -> tuple[bytes, bytes]:
+    """Returns hashes of the first text and of all, equal where only their form differs."""
+    plain = [" ".join(unicodedata.normalize("NFKC", x).lower().split()) for x in texts]
+    first, whole = (
+        hashlib.blake2b(x.encode(errors="surrogatepass"), digest_size=8).digest()
+        for x in (plain[0], "\0".join(plain))
+    )
+    return first, whole
+
+
+def _message(error: Exception) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Text tasks: documents and the objective that makes examples of their tokens."""

@@ -1,0 +1,178 @@
+"""Text tasks: documents and an objective become a SeqIO task.
+
+    text_task("novels", text({"train": "books/*.txt"}, ...), SpanCorruption())
+
+Documents are tokenized, joined with an eos behind each, and cut into pieces of the length with
+which the objective fills a row (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2); nothing is
+lost. The objective makes an example of each piece, another one in each epoch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from t5jax.data.batches.examples import Example
+from t5jax.data.bridge.tf import from_generator, seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary
+from t5jax.data.objectives.objectives import Objective, cut, example_rng
+from t5jax.data.prompts.task import SHUFFLE_BUFFER
+from t5jax.data.sources.source import Row, Source, get_field
+from t5jax.tokenizers import Tokenizer
+
+
+def text_task(
+    name: str,
+    source: Source,
+    objective: Objective,
+    *,
+    field: str = "text",
+    vocabulary: Any = None,
+    metrics: Sequence[Callable] = (),
+) -> seqio.Task:
+    """Registers a SeqIO task over plain text.
+
+    Args:
+      name: what configs and mixtures call it.
+      source: documents, one a row; its split "train" is what training reads.
+      objective: one of `t5jax.data.objectives.objectives`.
+      field: of the row, the document's text; "a.b" is field b within field a.
+      vocabulary: used by runs that name none themselves; see `prompted_task`.
+      metrics: functions of (targets, predictions); none by default, so that evaluation computes
+        the loss alone.
+    Returns:
+      The task, which is in `seqio.TaskRegistry` now.
+    Raises:
+      ValueError: for a name that is taken. When examples are read: for a row without the field,
+        and for lengths or a vocabulary that do not suit the objective.
+    """
+    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+        raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
+    run_vocabulary = RunVocabulary(vocabulary)
+    feature = seqio.Feature(run_vocabulary, add_eos=False)  # The objective has added it.
+    return seqio.TaskRegistry.add(
+        name,
+        source=CorpusSource(name, source, field, objective, run_vocabulary),
+        output_features=dict.fromkeys(objective.features, feature),
+        preprocessors=[seqio.CacheDatasetPlaceholder(), ObjectiveStep(objective)],
+        metric_fns=list(metrics),
+        shuffle_buffer_size=None,  # The source shuffles.
+        task_cls=_TextTask,
+    )
+
+
+class CorpusSource(seqio.DataSource):
+    """The documents of a task, and the pieces they are cut into."""
+
+    supports_arbitrary_sharding = False
+
+    def __init__(
+        self,
+        task: str,
+        source: Source,
+        field: str,
+        objective: Objective,
+        vocabulary: RunVocabulary,
+        tokens_length: int | None = None,
+    ):
+        """Args: tokens_length: tokens of a piece, for `get_dataset`."""
+        super().__init__(splits=source.splits, performs_internal_shuffling=True)
+        self.task, self.source, self.field, self.objective = task, source, field, objective
+        self._vocabulary, self._tokens_length = vocabulary, tokens_length
+
+    def examples(self, split: str, dropped: Counter | None = None) -> Iterator[dict[str, str]]:
+        """Yields {"targets": document} for every row.
+
+        Args:
+          split: name of the split.
+          dropped: counts the rows that the source leaves out, by reason.
+        Raises:
+          ValueError: for a row that cannot be read or lacks the field, with task, split and row.
+        """
+        try:
+            for number, row in self.source.numbered(split, dropped):
+                yield {"targets": self._text(split, number, row)}
+        except ValueError as error:
+            raise ValueError(f"task {self.task!r}: {error}") from None
+
+    def _text(self, split: str, number: int, row: Row) -> str:
+        try:
+            text = get_field(row, self.field)
+            if not isinstance(text, str):
+                raise ValueError(f"field {self.field!r} is {text!r:.60}; expected a text")
+        except ValueError as error:
+            raise ValueError(f"split {split!r}, row {number}: {error}") from None
+        return text
+
+    def pieces(
+        self, split: str, tokenizer: Tokenizer, length: int, dropped: Counter | None = None
+    ) -> Iterator[np.ndarray]:
+        """Yields the documents' tokens in pieces, int32 [length]; the last may be shorter."""
+        documents = (tokenizer.encode(e["targets"]) for e in self.examples(split, dropped))
+        return cut(documents, tokenizer.eos_id, length)
+
+    def for_lengths(self, lengths: Mapping[str, int] | None) -> "CorpusSource":
+        """Returns the source that SeqIO reads for these lengths of features."""
+        missing = set(self.objective.features) - set(lengths or {})
+        if missing:
+            raise ValueError(
+                f"task {self.task!r} is read without a length of {', '.join(sorted(missing))}; "
+                "the objective needs them to cut the text, so give SeqIO a sequence_length"
+            )
+        args = _bind_args(self._vocabulary.tokenizer, lengths)
+        length = self.objective.tokens_length(*args)
+        return CorpusSource(
+            self.task, self.source, self.field, self.objective, self._vocabulary, length
+        )
+
+    # What SeqIO asks of a source.
+
+    def list_shards(self, split):
+        return [split]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
+        # There is one shard, so SeqIO never asks for a part of it.
+        tokenizer, length = self._vocabulary.tokenizer, self._tokens_length
+        dataset = from_generator(
+            lambda: ({"targets": piece} for piece in self.pieces(split, tokenizer, length)),
+            {"targets": tf.TensorSpec([None], tf.int32)},
+        )
+        # SeqIO repeats the data after this, so that each epoch has every piece once.
+        return dataset.shuffle(SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
+
+
+class ObjectiveStep:
+    """An objective as a SeqIO preprocessor: pieces of text ("targets") become examples."""
+
+    def __init__(self, objective: Objective):  # SeqIO gives a dataclass no lengths.
+        self.objective = objective
+
+    def __call__(self, dataset, sequence_length, output_features):
+        tokenizer = output_features["targets"].vocabulary.tokenizer
+        bound = self.objective.bind(*_bind_args(tokenizer, sequence_length))
+        names = self.objective.features
+
+        def apply(tokens: np.ndarray, *seed: np.ndarray) -> list[np.ndarray]:
+            example: Example = bound(tokens, example_rng(*map(int, seed)))
+            return [example[name] for name in names]
+
+        @seqio.map_over_dataset(num_seeds=1)
+        def step(example, seed):
+            arrays = tf.numpy_function(apply, [example["targets"], *seed], [tf.int32] * len(names))
+            return {n: tf.ensure_shape(x, [None]) for n, x in zip(names, arrays, strict=True)}
+
+        return step(dataset)
+
+
+class _TextTask(seqio.Task):
+    """A task whose source knows the lengths it is read for, and so where to cut the text."""
+
+    def get_dataset(self, sequence_length=None, *args, **kwargs):
+        task = self.replace(source=self.source.for_lengths(sequence_length))
+        return task.get_dataset(sequence_length, *args, **kwargs)
+
+
+def _bind_args(tokenizer: Tokenizer, lengths: Mapping[str, int]) -> tuple[Tokenizer, int, int]:
+    # An objective without inputs does not ask for their length.
+    return tokenizer, lengths.get("inputs", 0), lengths["targets"]

@@ -1,0 +1,1 @@
+"""Prompted tasks: how a row reads as a prompt and its answer."""

@@ -1,0 +1,501 @@
+"""Prompted tasks: rows and templates become SeqIO tasks.
+
+    prompted_task(
+        "en_fr",
+        jsonl({"train": "train.jsonl", "validation": "dev.jsonl"}),
+        {"plain": ("Translate English to French: {english}", "{french}")},
+        metrics=[metrics.bleu],
+    )
+
+Several templates for one task make a model robust to how a question is put (Sanh et al. 2022,
+arXiv:2110.08207; Longpre et al. 2023, arXiv:2301.13688). Training reads every row under every
+template. In any other split row i has template i mod n, so that an evaluation covers all templates
+at the split's own size.
+
+Every task has variants, which are made when their names are asked for: "en_fr:plain" has one
+template, "en_fr:5shot" five solved training rows in front of each prompt, "en_fr:plain:5shot" both.
+"""
+
+import contextvars
+import dataclasses
+import difflib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from t5jax.architectures import check_choice
+from t5jax.data.bridge.tf import from_generator, seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary, run_labels
+from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
+from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
+from t5jax.data.sources.source import Row, Source, get_field
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+TRAIN_SPLIT = "train"
+
+SHUFFLE_BUFFER = 10_000
+"""Examples among which training draws the next at random. A longer source in a telling order (by
+class, say) should be shuffled once, on disk."""
+
+# The texts of an example, beside the SeqIO features "inputs" and "targets".
+SOURCE_FEATURE = "prompt_source"
+REFERENCES_FEATURE = "prompt_references"
+
+TooLong = Literal["cut", "drop", "error"]
+Empty = Literal["error", "drop"]
+
+_CHUNK = 256  # Rows that cross from Python to TensorFlow at once.
+
+
+def prompted_task(
+    name: str,
+    source: Source,
+    templates: Sequence | Mapping[str, Any],
+    *,
+    metrics: Sequence[Callable],
+    vocabulary: Any = None,
+    postprocess: Callable[[str], Any] | None = None,
+    references: str | None = None,
+    too_long: TooLong = "cut",
+    empty: Empty = "error",
+    exemplar: str = "{inputs}\n{targets}\n\n",
+    seed: int = 0,
+) -> seqio.Task:
+    """Registers a SeqIO task that reads rows through templates.
+
+    Args:
+      name: what configs and mixtures call it.
+      source: the rows; its split "train" is what training reads.
+      templates: a list, or a dict by name, of pairs of format strings (inputs, targets), Jinja
+        texts "inputs ||| targets", or `PromptTemplate`s such as `promptsource(file)` gives.
+      metrics: functions of (targets, predictions), such as those of `t5jax.metrics`.
+      vocabulary: used by runs that name none themselves, neither by data.vocabulary nor by
+        init.model: whatever `t5jax.data.bridge.vocabulary.as_tokenizer` takes; a function is called
+        when it is needed first.
+      postprocess: what texts go through before metrics compare them, predictions and targets
+        alike, such as a function that finds the final number of a worked answer.
+      references: field with the right answer, a text, or a list of all texts that are right; dots
+        lead into nested fields ("answers.text"). None: the rendered targets.
+      too_long: what becomes of targets longer than the run's targets length. "cut": they are
+        learnt without their end. "drop": training leaves them out; evaluation keeps every row.
+        "error": they are refused.
+      empty: what becomes of a row of which a template renders no prompt or no answer. "error": it
+        is refused. "drop": training leaves it out under this template; evaluation takes the next
+        template that renders it.
+      exemplar: how few-shot variants write an exemplar; a format string over {inputs}, {targets}.
+      seed: of the draw of exemplars.
+    Returns:
+      The task, which is in `seqio.TaskRegistry` now.
+    Raises:
+      ValueError: for templates that cannot be read, and for a name that is taken. When examples
+        are read: for a row that does not fit a template, with task, split, row and field.
+    """
+    check_choice(too_long, get_args(TooLong), f"too_long of task {name!r}")
+    check_choice(empty, get_args(Empty), f"empty of task {name!r}")
+    try:
+        parsed = _as_templates(templates)
+        _check_exemplar(exemplar)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from None
+    return _register(
+        _Definition(
+            name=name,
+            source=source,
+            templates=parsed,
+            references=references,
+            too_long=too_long,
+            empty=empty,
+            exemplar=exemplar,
+            seed=seed,
+            vocabulary=RunVocabulary(vocabulary),
+            metrics=tuple(metrics),
+            postprocess=postprocess or (lambda text: text),
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Definition:
+    """What `prompted_task` was given, and what a variant changes of it."""
+
+    name: str
+    source: Source
+    templates: tuple[PromptTemplate, ...]
+    references: str | None
+    too_long: TooLong
+    empty: Empty
+    exemplar: str
+    seed: int
+    vocabulary: RunVocabulary
+    metrics: tuple[Callable, ...]
+    postprocess: Callable[[str], Any]
+    shots: int = 0
+
+
+def _register(task: _Definition) -> seqio.Task:
+    if task.name in seqio.TaskRegistry.names() or task.name in seqio.MixtureRegistry.names():
+        raise ValueError(f"there is a task or mixture {task.name!r} already; choose another name")
+    vocabularies = {"inputs": task.vocabulary, "targets": task.vocabulary.of_targets()}
+    return seqio.TaskRegistry.add(
+        task.name,
+        source=PromptedSource(task),
+        output_features={
+            name: seqio.Feature(vocabulary, add_eos=True)
+            for name, vocabulary in vocabularies.items()
+        },
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        postprocess_fn=_postprocess_fn(task.postprocess),
+        metric_fns=list(task.metrics),
+        shuffle_buffer_size=None,  # The source shuffles.
+        task_cls=_PromptedTask,
+    )
+
+
+# --- Variants -----------------------------------------------------------------------------------
+
+_SHOTS = re.compile(r"(\d+)shot")
+
+
+def register_variant(name: str) -> None:
+    """Registers the variant of a prompted task that a name means, if there is none of it yet.
+
+    Args:
+      name: "task:template", "task:5shot" or "task:template:5shot". Other names are left alone.
+    Raises:
+      ValueError: for a template that the task does not have, or shots without training rows.
+    """
+    if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
+        return
+    task, wanted = _base_of(name)
+    if task is None:
+        return
+    templates, shots = task.templates, 0
+    if wanted and (match := _SHOTS.fullmatch(wanted[-1])):
+        shots = int(match[1])
+        wanted = wanted[:-1]
+    if wanted:
+        templates = tuple(t for t in templates if t.name == wanted[0])
+    if not templates or len(wanted) > 1:
+        known = [f"{task.name}:{t.name}" for t in task.templates]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"task {task.name!r} has no variant {name!r}; {hint}there are {', '.join(known)}, each "
+            f"also with exemplars ({known[0]}:5shot), and {task.name}:5shot"
+        )
+    if shots and TRAIN_SPLIT not in task.source.splits:
+        raise ValueError(
+            f"{name!r} needs exemplars, but task {task.name!r} has no split {TRAIN_SPLIT!r} to "
+            f"draw them from; there are {', '.join(task.source.splits)}"
+        )
+    _register(dataclasses.replace(task, name=name, templates=templates, shots=shots))
+
+
+def variants(task_name: str) -> list[str]:
+    """Returns names of a prompted task's variants; N stands for any number. None for others."""
+    task, wanted = _base_of(task_name)
+    if task is None or wanted:
+        return []
+    names = [f"{task_name}:{template.name}" for template in task.templates]
+    if TRAIN_SPLIT in task.source.splits:
+        names += [f"{n}:Nshot" for n in (task_name, *names)]
+    return names
+
+
+def _base_of(name: str) -> tuple[_Definition | None, list[str]]:
+    """Returns the prompted task that a name begins with, and the parts behind it."""
+    parts = name.split(":")
+    for end in range(1, len(parts) + 1):
+        base = ":".join(parts[:end])
+        if base in seqio.TaskRegistry.names():
+            source = seqio.TaskRegistry.get(base).source
+            if isinstance(source, PromptedSource):
+                return source.definition, parts[end:]
+    return None, []
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+class PromptedSource(seqio.DataSource):
+    """The rendered rows of a task, which TensorFlow is not needed to read."""
+
+    supports_arbitrary_sharding = False
+
+    def __init__(self, definition: _Definition):
+        super().__init__(splits=definition.source.splits, performs_internal_shuffling=True)
+        self.definition = definition
+        self.source = definition.source
+        """The rows."""
+        self.templates = definition.templates
+        self.shots = definition.shots
+        """Exemplars in front of each prompt."""
+        self.too_long = definition.too_long
+
+    def fingerprint(self, tokenizer: Tokenizer | None = None) -> dict:
+        """Returns what the texts depend on beside the rows and the lengths, as JSON values.
+
+        Args:
+          tokenizer: of the run, whose chat template may be used.
+        """
+        task = self.definition
+        return {
+            "templates": [repr(template) for template in self._bound(tokenizer)],
+            "references": task.references,
+            "too_long": task.too_long,
+            "empty": task.empty,
+            "shots": task.shots,
+        } | ({"exemplar": task.exemplar, "seed": task.seed} if task.shots else {})
+
+    def examples(
+        self,
+        split: str,
+        dropped: Counter | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        labels: LabelTokenizer | None = None,
+        lengths: Mapping[str, int] | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> Iterator[dict[str, str]]:
+        """Yields the rendered texts of a split, the same ones in the same order each time.
+
+        Args:
+          split: name of the split.
+          dropped: counts what is left out, by reason.
+          tokenizer: of the run. A chat template may come from it, and it counts tokens.
+          labels: of the run, whose model is a classifier; then there is a tokenizer too.
+          lengths: tokens of "inputs" and "targets" with eos. Without these and a tokenizer, every
+            exemplar stays and no target is too long.
+          shard: (i, n) renders row i and every n-th after it, of those that cleaning leaves.
+        Returns:
+          Dicts of the prompt ("inputs"), the answer ("targets"), the values in the prompt
+          (SOURCE_FEATURE), and the right answers as JSON (REFERENCES_FEATURE), empty where they
+          are the targets.
+        Raises:
+          ValueError: for a row that cannot be read or rendered, with task, split, row, template.
+        """
+        dropped = Counter() if dropped is None else dropped
+        try:
+            yield from self._examples(split, dropped, tokenizer, labels, lengths, shard)
+        except ValueError as error:
+            raise ValueError(f"task {self.definition.name!r}: {error}") from None
+
+    def _examples(self, split, dropped, tokenizer, labels, lengths, shard):
+        lengths = lengths if tokenizer is not None and lengths else {}
+        is_train = split == TRAIN_SPLIT
+        renderers = self._renderers(split, tokenizer, lengths.get("inputs"))
+        for place, (number, row) in enumerate(self.source.numbered(split, dropped)):
+            if place % shard[1] != shard[0]:
+                continue
+            first = 0 if is_train else place % len(renderers)
+            for template, render in renderers[first:] + renderers[:first]:
+                try:
+                    prompt = render(row, number)
+                    references = self._references_of(row)
+                    if labels is not None and not prompt.is_empty:
+                        # Metrics compare with the labels themselves.
+                        found = labels.decode(labels.encode(prompt.targets))
+                        references = references or json.dumps(found)
+                        arranged = labels.arrange(prompt.inputs, prompt.targets, tokenizer)
+                        prompt = prompt._replace(targets=arranged)
+                    reason = self._reason_to_drop(prompt, is_train, labels or tokenizer, lengths)
+                except ValueError as error:
+                    where = f"split {split!r}, row {number}, template {template}"
+                    raise ValueError(f"{where}: {error}") from None
+                if reason and is_train:
+                    dropped[f"{reason} (template {template})"] += 1
+                if not reason:
+                    yield {
+                        "inputs": prompt.inputs,
+                        "targets": prompt.targets,
+                        SOURCE_FEATURE: prompt.source,
+                        REFERENCES_FEATURE: references,
+                    }
+                    if not is_train:
+                        break
+            else:
+                if not is_train:
+                    dropped["rendered by no template"] += 1
+
+    def _renderers(self, split: str, tokenizer, inputs_length: int | None):
+        """Returns pairs of a template and its function of (row, number)."""
+        bound = self._bound(tokenizer)
+        if not self.shots:
+            return [(template, template.render) for template in bound]
+        pool = list(itertools.islice(self.source.numbered(TRAIN_SPLIT), POOL_SIZE))
+        task = self.definition
+
+        def renderer(template):
+            few_shot = FewShot(
+                template,
+                pool,
+                task.shots,
+                form=task.exemplar,
+                seed=task.seed,
+                tokenizer=tokenizer,
+                inputs_length=inputs_length,
+            )
+            return lambda row, number: few_shot.render(row, number, split)
+
+        return [(template, renderer(template)) for template in bound]
+
+    def _bound(self, tokenizer: Tokenizer | None) -> list[PromptTemplate]:
+        if tokenizer is None:
+            return list(self.templates)
+        return [template.bind(tokenizer) for template in self.templates]
+
+    def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizer, lengths) -> str:
+        """Returns why an example is left out; nothing where it is not.
+
+        Raises:
+          ValueError: where the task does not allow that.
+        """
+        task = self.definition
+        if prompt.is_empty:
+            if task.empty == "drop":
+                return "nothing rendered"
+            side = "targets" if prompt.inputs.strip() else "inputs"
+            raise ValueError(
+                f"its {side} are empty; filter such rows out (Source.filter), or let "
+                'prompted_task(..., empty="drop") leave them out'
+            )
+        if task.too_long == "cut" or "targets" not in lengths:
+            return ""
+        length = len(tokenizer.encode(prompt.targets)) + 1
+        if length <= lengths["targets"]:
+            return ""
+        if task.too_long == "error":
+            raise ValueError(
+                f"its targets are {length} tokens long with eos; expected at most "
+                f"{lengths['targets']}; raise data.targets_length, or let prompted_task(..., "
+                'too_long="cut") cut them, or "drop" leave them out'
+            )
+        return "targets too long" if is_train else ""
+
+    def _references_of(self, row: Row) -> str:
+        field = self.definition.references
+        if field is None:
+            return ""
+        value = get_field(row, field)
+        if isinstance(value, str):
+            return json.dumps(value)
+        is_list = isinstance(value, Sequence) and len(value) > 0
+        if not is_list or not all(isinstance(text, str) for text in value):
+            raise ValueError(
+                f"references field {field!r} is {value!r:.60}; expected a text or a list of texts"
+            )
+        return json.dumps(list(value))
+
+    # What SeqIO asks of a source.
+
+    def list_shards(self, split):
+        return [split]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
+        # There is one shard, so SeqIO never asks for a part of it.
+        lengths, labels = _lengths.get(), run_labels()
+        needed = self._needs_tokenizer or labels is not None
+        tokenizer = self.definition.vocabulary.tokenizer if needed else None
+        text = tf.TensorSpec([None], tf.string)
+        dataset = from_generator(
+            lambda: _in_chunks(
+                self.examples(split, tokenizer=tokenizer, labels=labels, lengths=lengths)
+            ),
+            dict.fromkeys(("inputs", "targets", SOURCE_FEATURE, REFERENCES_FEATURE), text),
+        ).unbatch()
+        # Texts fill the buffer faster than tokens, and SeqIO repeats the data after this, so that
+        # each epoch has every example once.
+        return dataset.shuffle(SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
+
+    @property
+    def _needs_tokenizer(self) -> bool:
+        by_template = any(template.needs_tokenizer for template in self.templates)
+        return by_template or self.shots > 0 or self.too_long != "cut"
+
+
+# The lengths that a data set is being made for.
+_lengths: contextvars.ContextVar[Mapping[str, int] | None] = contextvars.ContextVar(
+    "_lengths", default=None
+)
+
+
+class _PromptedTask(seqio.Task):
+    """A task whose source knows the lengths it is read for, to fit exemplars to them."""
+
+    def get_dataset(self, sequence_length=None, *args, **kwargs):
+        token = _lengths.set(sequence_length)
+        try:
+            return super().get_dataset(sequence_length, *args, **kwargs)
+        finally:
+            _lengths.reset(token)
+
+
+def _in_chunks(examples: Iterator[dict[str, str]]) -> Iterator[dict[str, list[str]]]:
+    while chunk := list(itertools.islice(examples, _CHUNK)):
+        yield {name: [example[name] for example in chunk] for name in chunk[0]}
+
+
+def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:
+    """Returns the function in the form in which SeqIO's evaluators call it."""
+
+    def postprocess_fn(text: str, example: Mapping | None = None, is_target: bool = False):
+        encoded = tf.compat.as_str(example[REFERENCES_FEATURE]) if is_target else ""
+        answer = json.loads(encoded) if encoded else text
+        return [postprocess(a) for a in answer] if isinstance(answer, list) else postprocess(answer)
+
+    return postprocess_fn
+
+
+# --- What a task file writes --------------------------------------------------------------------
+
+
+def _as_templates(templates) -> tuple[PromptTemplate, ...]:
+    """Returns templates with names that are different, and fit into a SeqIO task's name."""
+    if isinstance(templates, Mapping):
+        given = list(templates.items())
+    elif isinstance(templates, (str, PromptTemplate)) or not isinstance(templates, Sequence):
+        raise ValueError(f"templates are {templates!r:.60}; expected {_EXPECTED}")
+    else:
+        given = [("", template) for template in templates]
+    if not given:
+        raise ValueError(f"it has no templates; expected {_EXPECTED}")
+    named = []
+    for i, (name, text) in enumerate(given):
+        template: Any = _as_template(text)
+        name = re.sub(r"\W+", "_", str(name) or template.name).strip("_") or str(i)
+        if _SHOTS.fullmatch(name):
+            raise ValueError(f"a template is called {name!r}, which means exemplars; rename it")
+        named.append(dataclasses.replace(template, name=name))
+    twice = [name for name, n in Counter(t.name for t in named).items() if n > 1]
+    if twice:
+        raise ValueError(f"two templates are called {twice[0]!r}; rename one of them")
+    return tuple(named)
+
+
+_EXPECTED = (
+    'a list of pairs (inputs, targets), such as [("Translate to French: {english}", "{french}")], '
+    f'or of Jinja texts "inputs {SEPARATOR} targets"'
+)
+
+
+def _as_template(template) -> PromptTemplate:
+    if isinstance(template, PromptTemplate):
+        return template
+    if isinstance(template, str) and SEPARATOR in template:
+        return JinjaTemplate(template)
+    is_pair = isinstance(template, (tuple, list)) and len(template) == 2
+    if not is_pair or not all(isinstance(text, str) for text in template):
+        raise ValueError(f"{template!r} is not a template; expected {_EXPECTED}")
+    return Template(*template)
+
+
+def _check_exemplar(form: str) -> None:
+    try:
+        shown = form.format(inputs="\0", targets="\1")
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"exemplar {form!r} is no format string: {error!r}") from None
+    if "\0" not in shown or "\1" not in shown:
+        raise ValueError(f"exemplar is {form!r}; expected a text with {{inputs}} and {{targets}}")

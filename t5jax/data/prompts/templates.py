@@ -1,0 +1,337 @@
+"""Templates: how a row reads as a prompt and its answer. No TensorFlow.
+
+    Template("Translate English to French: {english}", "{french}")
+    JinjaTemplate("{{ text }} Topic? ||| {{ answer_choices[label] }}", choices="art ||| sport")
+
+A `Template` is a pair of Python format strings; a `JinjaTemplate` has conditions, loops, filters
+and answer choices. `promptsource` reads the files of PromptSource (Bach et al. 2022,
+arXiv:2202.01279), whose language `JinjaTemplate` speaks. Two things differ from it: templates run
+in Jinja's sandbox, and a field that is not there is an error instead of an empty text.
+"""
+
+import abc
+import contextvars
+import copy
+import dataclasses
+import functools
+import numbers
+import random
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.sandbox
+import yaml
+
+from t5jax.data.sources.source import Row
+
+SEPARATOR = "|||"
+"""What stands between prompt and answer in Jinja, and between answer choices."""
+
+
+class Prompt(NamedTuple):
+    """A rendered row."""
+
+    inputs: str
+    """The prompt."""
+    targets: str
+    """The answer."""
+    source: str
+    """The values in the prompt, joined by spaces: what a model that only copies would give."""
+
+    @property
+    def is_empty(self) -> bool:
+        """True where the template has rendered no prompt, or no answer."""
+        return not (self.inputs.strip() and self.targets.strip())
+
+
+class PromptTemplate(abc.ABC):
+    """What every kind of template can do."""
+
+    name: str
+    """What variants of a task call it ("task:name"): a word, or a number where none was given."""
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """True where `bind` must come before `render`."""
+        return False
+
+    @property
+    @abc.abstractmethod
+    def _text(self) -> str:
+        """What tells the template apart where it has no word for a name."""
+
+    def __str__(self):
+        """Returns what error messages call it."""
+        return repr(self._text if not self.name or self.name.isdigit() else self.name)
+
+    @abc.abstractmethod
+    def render(self, row: Row, number: int = 0) -> Prompt:
+        """Returns the row's prompt and answer; both empty where a condition leaves the row out.
+
+        Args:
+          row: its fields.
+          number: of the row in its split. What a template draws at random depends on it alone.
+        Raises:
+          ValueError: for a field that the row lacks, or a value that cannot be printed.
+        """
+
+    def render_few_shot(
+        self, row: Row, number: int, exemplars: Sequence[tuple[Row, Prompt]], form: str
+    ) -> Prompt:
+        """Returns the row's prompt and answer, with solved examples in front of the prompt.
+
+        Args:
+          row, number: as in `render`.
+          exemplars: rows and what `render` has made of them.
+          form: how an exemplar is written: a format string over {inputs} and {targets}.
+        """
+        prompt = self.render(row, number)
+        shown = [form.format(inputs=e.inputs, targets=e.targets) for _, e in exemplars]
+        return prompt._replace(inputs="".join(shown) + prompt.inputs)
+
+    def bind(self, tokenizer: Any) -> "PromptTemplate":
+        """Returns the template for a run with this tokenizer; chats depend on it."""
+        return self
+
+
+# --- Format strings -----------------------------------------------------------------------------
+
+_FORMATTER = string.Formatter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Template(PromptTemplate):
+    """Two Python format strings over the row's fields.
+
+    "{question}", "{score:.1f}", "{answers[text][0]}"; "{{" is a brace.
+    """
+
+    inputs: str
+    targets: str
+    name: str = ""
+
+    def __post_init__(self):
+        for side in ("inputs", "targets"):
+            _fields(getattr(self, side), f"{side} of template {self}")
+
+    @property
+    def _text(self) -> str:
+        return self.inputs
+
+    def render(self, row: Row, number: int = 0) -> Prompt:
+        source = [str(_value(field, row)) for field in _fields(self.inputs, "inputs")]
+        for field in _fields(self.targets, "targets"):
+            _value(field, row)
+        try:
+            return Prompt(
+                self.inputs.format_map(row), self.targets.format_map(row), " ".join(source)
+            )
+        except TypeError as error:  # A format specification that does not fit the value.
+            raise ValueError(str(error)) from None
+
+
+@functools.cache
+def _fields(text: str, what: str) -> tuple[str, ...]:
+    """Returns the fields that a format string names.
+
+    Raises:
+      ValueError: for a text that is not a format string over named fields.
+    """
+    try:
+        parsed = list(_FORMATTER.parse(text))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error} in {text!r}; write {{{{ for a brace") from None
+    fields = tuple(field for _, field, _, _ in parsed if field is not None)
+    for field in fields:
+        if not re.match(r"[^\W\d]", field):
+            raise ValueError(f"{what}: {{{field}}} in {text!r} must be the name of a field")
+    if not fields:
+        raise ValueError(f"{what}: {text!r} names no field; expected something like {{question}}")
+    return fields
+
+
+def _value(field: str, row: Row):
+    try:
+        value, _ = _FORMATTER.get_field(field, (), row)
+    except (LookupError, AttributeError, TypeError):
+        raise ValueError(f"there is no field {field!r}; the row has {', '.join(row)}") from None
+    if not isinstance(value, (str, numbers.Number)):
+        raise ValueError(
+            f"field {field!r} is {value!r:.60}, a {type(value).__name__}; a template needs texts "
+            "or numbers, which Source.map(function) can make of it"
+        )
+    return value
+
+
+# --- Jinja --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class JinjaTemplate(PromptTemplate):
+    """A Jinja text: the prompt, "|||", the answer. White space around both is taken off.
+
+    Beside Jinja's own filters there are PromptSource's: `choice` draws one of a list, and
+    `most_frequent` gives the most frequent items of one; `zip` is a function. A row under whose
+    condition nothing is rendered is left out, where the task allows that.
+    """
+
+    text: str
+    name: str = ""
+    choices: str = ""
+    """The answers to choose among, as Jinja with "|||" between them; in `text` they are the list
+    `answer_choices`."""
+
+    def __post_init__(self):
+        if SEPARATOR not in self.text:
+            raise ValueError(
+                f"template {self} has no {SEPARATOR!r} between prompt and answer; expected "
+                f"something like '{{{{ question }}}} {SEPARATOR} {{{{ answer }}}}'"
+            )
+        _ = self._compiled, self._compiled_choices  # A mistake shows here, not in the first row.
+
+    @property
+    def _text(self) -> str:
+        return self.text
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        return self._compile(self.text)
+
+    @functools.cached_property
+    def _compiled_choices(self) -> jinja2.Template:
+        return self._compile(self.choices)
+
+    def _compile(self, text: str) -> jinja2.Template:
+        try:
+            return _ENVIRONMENT.from_string(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template {self}, line {error.lineno}: {error.message}") from None
+
+    def render(self, row: Row, number: int = 0) -> Prompt:
+        if self.choices and _CHOICES in row:
+            raise ValueError(
+                f"the row has a field {_CHOICES!r}, which is what the template's answer choices "
+                "are called; rename the field (Source.rename)"
+            )
+        # A copy: templates may append to lists, and rows are read again in the next epoch.
+        variables = copy.deepcopy(dict(row)) | {_DRAW: random.Random(number).choice}
+        try:
+            if self.choices:
+                choices = self._compiled_choices.render(variables).split(SEPARATOR)
+                variables[_CHOICES] = [choice.strip() for choice in choices]
+            sides = _render_sides(self._compiled, variables)
+        except jinja2.UndefinedError as error:
+            raise ValueError(f"missing field: {error}; the row has {', '.join(row)}") from None
+        except ValueError:
+            raise
+        except Exception as error:  # Whatever the template's expressions may raise.
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+        if len(sides) > 2:
+            raise ValueError(f"it renders {len(sides)} parts; expected a prompt and an answer")
+        texts = [text.strip() for text, _ in sides] + [""]  # No answer where nothing is rendered.
+        return Prompt(texts[0], texts[1], sides[0][1])
+
+
+_CHOICES = "answer_choices"
+_DRAW = "_draw"
+# The values printed so far by the template that is being rendered.
+_printed: contextvars.ContextVar[list] = contextvars.ContextVar("_printed", default=[])  # noqa: B039
+
+
+def _render_sides(template: jinja2.Template, variables: dict) -> list[tuple[str, str]]:
+    """Returns the parts between separators, each with the values printed in it.
+
+    Jinja gives what it prints piece by piece, a value in a piece of its own: so a separator within
+    a row's text stays text.
+    """
+    printed: list = []
+    token = _printed.set(printed)
+    try:
+        sides = [([], [])]  # Pieces, values.
+        for piece in template.generate(variables):
+            if printed:
+                sides[-1][0].append(piece)
+                sides[-1][1].extend(printed)
+                printed.clear()
+            else:
+                first, *others = piece.split(SEPARATOR)
+                sides[-1][0].append(first)
+                sides.extend(([other], []) for other in others)
+    finally:
+        _printed.reset(token)
+    return [("".join(pieces), " ".join(map(str, values))) for pieces, values in sides]
+
+
+def _printable(value):
+    """Is called by Jinja with each value before it is printed."""
+    if not isinstance(value, (str, numbers.Number, jinja2.Undefined)):
+        raise ValueError(
+            f"it prints {value!r:.60}, a {type(value).__name__}; expected a text or a number, such "
+            "as {{ words | join(', ') }} for a list"
+        )
+    _printed.get().append(value)
+    return value
+
+
+@jinja2.pass_context
+def _choice(context: jinja2.runtime.Context, items: Sequence):
+    return context[_DRAW](items)
+
+
+def _most_frequent(items: Sequence) -> list:
+    counts = Counter(items)
+    return [item for item, count in counts.items() if count == max(counts.values())]
+
+
+_ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, finalize=_printable
+)
+_ENVIRONMENT.globals["zip"] = zip
+_ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
+
+
+# --- PromptSource -------------------------------------------------------------------------------
+
+
+class _PromptSourceLoader(yaml.SafeLoader):
+    """YAML whose tags !Template and !TemplateMetadata are plain mappings."""
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _PromptSourceLoader.add_constructor(_tag, _PromptSourceLoader.construct_yaml_map)
+
+
+def promptsource(path: str | Path) -> list[JinjaTemplate]:
+    """Returns the templates of a PromptSource file, in its order.
+
+    Many of them leave rows out by a condition: give `prompted_task(..., empty="drop")` for those.
+
+    Args:
+      path: a templates.yaml.
+    Raises:
+      ValueError: for a file that cannot be read or is none, and for a damaged template, by name.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _PromptSourceLoader)
+        return list(_read_promptsource(content))
+    except OSError as error:
+        raise ValueError(f"cannot read templates from {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_promptsource(content) -> Iterator[JinjaTemplate]:
+    templates = content.get("templates") if isinstance(content, Mapping) else None
+    if not isinstance(templates, Mapping) or not templates:
+        raise ValueError("there are no templates; expected PromptSource's `templates:` mapping")
+    for key, entry in templates.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("jinja"), str):
+            raise ValueError(f"template {key!r} has no text `jinja:`")
+        yield JinjaTemplate(
+            entry["jinja"], str(entry.get("name") or key), entry.get(_CHOICES) or ""
+        )

@@ -1,0 +1,1 @@
+"""Where rows come from: files, libraries and functions, and the steps that clean rows."""

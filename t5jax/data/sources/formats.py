@@ -1,0 +1,223 @@
+"""Formats of files: the rows of one file, for each format a function.
+
+What cannot be read as a row is yielded as a ValueError that says where, so that the source of the
+rows can raise it or leave it out; a file that cannot be read to its end is raised. No TensorFlow.
+"""
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from t5jax.data.sources.files import check_text, open_file, read_lines
+from t5jax.data.sources.source import Row
+
+
+def jsonl_rows(path: str, encoding: str) -> Iterator[Row | ValueError]:
+    """Yields one JSON object a line; blank lines are left out."""
+    number = None
+    for number, line in _numbered_text(path, encoding):
+        try:
+            yield _json_object(check_text(line.rstrip(), encoding))
+        except ValueError as error:
+            yield ValueError(f"{path}, line {number} {error}")
+    if number is None:
+        yield _empty(path, "one JSON object a line")
+
+
+def _numbered_text(path: str, encoding: str) -> Iterator[tuple[int, str]]:
+    lines = enumerate(read_lines(path, encoding), start=1)
+    return ((number, line) for number, line in lines if not line.isspace())
+
+
+def _empty(path: str, expected: str) -> ValueError:
+    return ValueError(f"{path} is empty; expected {expected}")
+
+
+def _json_object(text: str) -> Row:
+    row = _json(text)
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"is a JSON {type(row).__name__}; expected an object such as "
+            '{"question": "...", "answer": "..."}'
+        )
+    return row
+
+
+def _json(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise ValueError(f"is not JSON: {error.msg} ({line}column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("is not JSON that can be read: it is nested too deeply") from None
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"has {half!r}, half of a character; write the pair, or none"
+            ) from None
+    return value
+
+
+def json_rows(path: str, rows: str, encoding: str) -> Iterator[Row | ValueError]:
+    """Yields the objects of lists within one JSON value; see `t5jax.data.json_file`."""
+    text = "".join(read_lines(path, encoding))
+    try:
+        value = _json(check_text(text, encoding))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    yield from _walk(value, rows.split(".") if rows else [], {}, path, "")
+
+
+def _walk(value: Any, fields: Sequence[str], outer: Row, path: str, place: str) -> Iterator:
+    """Yields rows below a value, which is a list of objects or one on the way to them."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _walk_object(item, fields, outer, path, f"{place}[{number}]")
+    elif fields:
+        yield from _walk_object(value, fields, outer, path, place)
+    else:
+        got = f"an object with {', '.join(value)}" if isinstance(value, dict) else repr(value)[:40]
+        raise ValueError(
+            f"{path}: {place or 'the whole file'} is {got}; expected a list of rows; name the "
+            'fields that lead to it, such as rows="data.paragraphs"'
+        )
+
+
+def _walk_object(item: Any, fields: Sequence[str], outer: Row, path: str, place: str) -> Iterator:
+    if not isinstance(item, dict):
+        yield ValueError(f"{path}: {place} is a JSON {type(item).__name__}; expected an object")
+    elif not fields:
+        yield outer | item
+    elif fields[0] not in item:
+        yield ValueError(f"{path}: {place} has no {fields[0]!r}; it has {', '.join(item)}")
+    else:
+        outer = outer | {key: value for key, value in item.items() if key != fields[0]}
+        place = f"{place}.{fields[0]}".removeprefix(".")
+        yield from _walk(item[fields[0]], fields[1:], outer, path, place)
+
+
+def csv_rows(
+    path: str, delimiter: str, quotes: bool, columns: Sequence[str] | None, encoding: str
+) -> Iterator[Row | ValueError]:
+    """Yields the records of a table; see `t5jax.data.csv` and `tsv`."""
+    csv.field_size_limit(2**31 - 1)  # A document is longer than 128 KiB at times.
+    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    reader = csv.reader(
+        read_lines(path, encoding), delimiter=delimiter, quoting=quoting, strict=True
+    )
+    header = list(columns or [])
+    empty = True
+    while True:
+        line = reader.line_num + 1  # Where the record begins; quoted, it may have several lines.
+        try:
+            record = next(reader, None)
+            if record is None:
+                break
+            if not record:
+                continue
+            empty = False
+            for text in record:
+                check_text(text, encoding)
+            if not header:
+                header = _checked_header(record, path)
+            elif len(record) != len(header):
+                raise ValueError(
+                    f"has {len(record)} values; expected {len(header)}: {', '.join(header)}"
+                )
+            else:
+                yield dict(zip(header, record, strict=True))
+        except csv.Error as error:
+            yield ValueError(f"{path}, line {line} is not CSV: {error}")
+        except ValueError as error:
+            problem = ValueError(f"{path}, line {line} {error}")
+            if not header:
+                raise problem from None
+            yield problem
+    if empty:
+        yield _empty(path, "a line of column names, and rows below it")
+
+
+def _checked_header(names: list[str], path: str) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"names a column twice: {', '.join(names)}; name them yourself with columns=[...], and "
+            f"take the first line out of {path}"
+        )
+    return names
+
+
+def parquet_rows(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
+    """Yields the rows of a Parquet file, of the columns alone that are named."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_file(path) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            missing = set(columns or ()) - set(table.schema_arrow.names)
+            if missing:
+                raise ValueError(
+                    f"{path} has no column {', '.join(sorted(missing))}; it has "
+                    f"{', '.join(table.schema_arrow.names)}"
+                )
+            for batch in table.iter_batches(1024, columns=columns):
+                yield from map(plain, batch.to_pylist())
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
+
+
+def text_rows(path: str, by: str, encoding: str) -> Iterator[Row | ValueError]:
+    """Yields {"text": ...} of every line, paragraph or file; see `t5jax.data.text`."""
+    number = None
+    for number, text in _TEXT_PARTS[by](read_lines(path, encoding)):
+        try:
+            yield {"text": check_text(text, encoding)}
+        except ValueError as error:
+            yield ValueError(f"{path}, line {number} {error}")
+    if number is None:
+        yield _empty(path, "text")
+
+
+def _lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    numbered = enumerate(lines, start=1)
+    return ((number, line.rstrip("\r\n")) for number, line in numbered if not line.isspace())
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    numbered = enumerate(lines, start=1)
+    for is_blank, group in itertools.groupby(numbered, lambda item: item[1].isspace()):
+        if not is_blank:
+            numbers, texts = zip(*group, strict=True)
+            yield numbers[0], "\n".join(text.rstrip("\r\n") for text in texts)
+
+
+def _whole(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    text = "".join(lines).replace("\r\n", "\n")
+    return iter([(1, text)] if text.strip() else [])
+
+
+_TEXT_PARTS = {"line": _lines, "paragraph": _paragraphs, "file": _whole}
+TEXT_PARTS = tuple(_TEXT_PARTS)
+
+
+def plain(value: Any) -> Any:
+    """Returns a library's value as Python has it: bytes in UTF-8 as text, arrays as lists."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # An image, say.
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    for convert in ("tolist", "to_list"):  # numpy's, and that of TensorFlow's ragged arrays.
+        if hasattr(value, convert):
+            value = getattr(value, convert)()
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return plain(value) if isinstance(value, bytes) else value

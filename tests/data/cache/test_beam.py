@@ -1,0 +1,54 @@
+"""The Beam writer on Beam's local runner, beside the processes of this machine."""
+
+import importlib.util
+
+import pytest
+
+from t5jax.data.cache.beam import make_writer
+from t5jax.data.cache.store import cache_tasks
+from t5jax.tokenizers import ByteTokenizer
+
+TASK = """
+from t5jax.data.objectives.task import text_task
+from t5jax.data.sources.cleaning import drop_duplicates
+from t5jax.data.objectives.objectives import SpanCorruption
+from t5jax.data.prompts.task import prompted_task
+from t5jax.data.sources.source import Source
+
+rows = [{"q": f"question {i % 900}", "text": f"Text {i}. " * (i % 9)} for i in range(1100)]
+source = Source({"train": lambda: rows}).clean(drop_duplicates("q"))
+prompted_task("beamed", source, [("{q}?", "{q}")], metrics=[], vocabulary="bytes")
+text_task("beamed_text", Source({"train": lambda: rows}), SpanCorruption(), vocabulary="bytes")
+"""
+LENGTHS = {"inputs": 24, "targets": 12}
+
+
+def test_without_beam_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
+    with pytest.raises(ValueError, match=r"pip install 't5jax\[beam\]'"):
+        make_writer()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not importlib.util.find_spec("apache_beam"), reason="needs the extra: pip install '.[beam]'"
+)
+def test_beam_writes_what_processes_write(tmp_path):
+    from t5jax.data import registry
+    from t5jax.data.bridge.tf import seqio
+
+    file = tmp_path / "beamed.py"
+    file.write_text(TASK)
+    registry.load_tasks([str(file)])
+    runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    kinds = {"here": {"processes": 1}, "beam": {"write": make_writer([runner], [str(file)])}}
+    for name, num_dropped in {"beamed": 200, "beamed_text": 0}.items():
+        found = {}
+        for kind, options in kinds.items():
+            (report,) = cache_tasks(name, tmp_path / kind, ByteTokenizer(), LENGTHS, **options)
+            files = {p.name: p.read_bytes() for p in report.path.iterdir()}
+            found[kind] = files, report.dropped
+            assert sum(report.dropped.values()) == num_dropped
+        assert found["here"] == found["beam"]
+        assert len(found["here"][0]) > 3  # More than one shard.
+        seqio.TaskRegistry.remove(name)

@@ -1,0 +1,239 @@
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from t5jax.data.fingerprint import changed_file, describe, digest, stamp_files
+from t5jax.data.sources.kinds import jsonl
+
+BASE = """
+    import functools, re
+    SUFFIXES = ["a", "b"]
+    PATTERN = re.compile("x+")
+    memory = {}
+
+    def helper(text):
+        return text + SUFFIXES[0]
+
+    @functools.cache
+    def rows():
+        memory["read"] = True
+        return [helper(PATTERN.sub("y", text)) for text in ("p", "q") if text in {"p", "q", "r"}]
+
+    class Step:
+        limit = 3
+        def __call__(self, row):
+            return row[:3]
+
+    task = functools.partial(map, lambda row: Step()(row), rows)
+"""
+
+
+def load(code: str) -> dict:
+    """Returns the names of a module with this code, described as a task file's."""
+    names = {"__name__": "t5jax_task_example"}
+    exec(compile(textwrap.dedent(code), "/home/user/tasks/example.py", "exec"), names)
+    return names
+
+
+def of_task(code: str):
+    return describe(load(code)["task"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return text + SUFFIXES[0]", "return SUFFIXES[0] + text"),
+        ('["a", "b"]', '["c", "b"]'),
+        ('"x+"', '"x"'),
+        ('"x+"', '"x+", re.I'),
+        ("row[:3]", "row[:4]"),
+        ("map,", "filter,"),
+        ('("p", "q")', '("p", "s")'),
+        ("Step()(row)", "Step()(row) * 2"),
+    ],
+)
+def test_what_code_does_counts(old, new):
+    assert old in BASE
+    assert of_task(BASE) != of_task(BASE.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("return text + SUFFIXES[0]", "return text + SUFFIXES[0]  # As ever."),
+        ("    memory = {}\n", "\n\n    memory = {}\n"),
+        ("import functools, re", "import re, functools, os"),
+    ],
+)
+def test_how_it_is_written_does_not(old, new):
+    assert old in BASE
+    assert of_task(BASE) == of_task(BASE.replace(old, new))
+
+
+def test_reading_changes_nothing():
+    names = load(BASE)
+    before = describe(names["task"])
+    names["rows"]()
+    assert names["memory"]
+    assert describe(names["task"]) == before
+    assert json.loads(json.dumps(before)) == before
+
+
+def test_it_is_the_same_in_every_process():
+    code = (
+        f"from t5jax.data.fingerprint import describe\nnames = {{'__name__': 'm'}}\n"
+        f"exec(compile({textwrap.dedent(BASE)!r}, '/home/m.py', 'exec'), names)\n"
+        "print(describe(names['task']))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in "123"
+    }
+    assert len(found) == 1
+
+
+def test_values():
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        size: int
+        names: tuple = ()
+
+    def closure(suffix):
+        return lambda text: text + suffix
+
+    different = [
+        Settings(1),
+        Settings(2),
+        Settings(1, ("a",)),
+        closure("a"),
+        closure("b"),
+        functools.partial(int, base=2),
+        functools.partial(int, base=3),
+        "text",
+        b"text",
+        1,
+        True,
+        None,
+        1.5,
+        ["a"],
+        {"a": 1},
+        re.compile("a"),
+        len,
+        sorted,
+    ]
+    digests = [repr(describe(value)) for value in different]
+    assert len(set(digests)) == len(different)
+    assert describe(closure("a")) == describe(closure("a"))
+    assert describe({"b", "a", "c"}) == describe({"c", "b", "a"})
+    assert digest(Settings(1)) == digest(Settings(1))
+
+
+def test_cycles_end():
+    row = {"name": "row"}
+    row["self"] = row
+
+    class Node:
+        pass
+
+    node = Node()
+    node.next = node
+    assert describe(row) == {"name": "row", "self": "see 0"}
+    assert "see" in repr(describe(node))
+
+
+def test_files(tmp_path):
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for path, text in ((a, "text"), (b, "more")):
+        with open(path, "w") as file:
+            file.write(text)
+    stamps = json.loads(json.dumps(stamp_files([b, a, b])))
+    assert [stamp["path"] for stamp in stamps] == [b, a]
+    assert changed_file(stamps, [b, a]) is None
+    assert changed_file(stamps, [b, a, b]) is None
+    assert changed_file(stamps, [a, b]) == f"{a} has changed"  # Their rows in another order.
+    assert changed_file(stamps, [b]) == "the number of source files was 2 and is 1"
+    os.utime(a, (5, 5))
+    assert changed_file(stamps, [b, a]) is None
+    with open(a, "w") as file:
+        file.write("next")
+    assert changed_file(stamps, [b, a]) == f"{a} has changed"
+    with pytest.raises(ValueError, match=f"{tmp_path}/c cannot be read: No such file"):
+        stamp_files([f"{tmp_path}/c"])
+
+
+def test_files_elsewhere_are_told_by_their_contents(tmp_path, monkeypatch):
+    for folder, text in (("here", "text"), ("copy", "text"), ("other", "next")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_text(text)
+        os.utime(tmp_path / folder / "a", (5, 5))  # As an archive sets it.
+    stamps = stamp_files([str(tmp_path / "here/a")])
+    assert changed_file(stamps, [str(tmp_path / "copy/a")]) is None
+    other = str(tmp_path / "other/a")
+    assert changed_file(stamps, [other]) == f"{other} has changed"
+    for folder, change in (("here", None), ("copy", None), ("other", "a has changed")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert changed_file(stamps, ["a"]) == change
+    # Where it was written, of the same path.
+    monkeypatch.chdir(tmp_path / "here")
+    relative = stamp_files(["a"])
+    monkeypatch.chdir(tmp_path / "other")
+    assert changed_file(relative, ["a"]) == "a has changed"
+
+
+def test_a_file_that_is_gone_counts_as_unchanged(tmp_path, caplog):
+    (tmp_path / "a").write_text("text")
+    stamps = stamp_files([str(tmp_path / "a")])
+    (tmp_path / "a").unlink()
+    for paths in ([], [str(tmp_path / "a")], [str(tmp_path / "elsewhere")]):
+        caplog.clear()
+        assert changed_file(stamps, paths) is None
+        assert "cannot be read: No such file" in caplog.text
+
+
+def test_where_the_files_of_a_source_lie_does_not_count():
+    def told(*patterns):
+        return describe(jsonl({"train": list(patterns)}))
+
+    same = [told("/a/b/train.jsonl"), told("train.jsonl"), told("gs://bucket/train.jsonl")]
+    assert same[0] == same[1] == same[2]
+    assert told("/a/*/x/train-*.jsonl") == told("data/*/x/train-*.jsonl")
+    different = [told("a/train.jsonl"), told("a/dev.jsonl"), told("a/*.jsonl"), told("*/a.jsonl")]
+    assert len({repr(x) for x in different}) == 4
+    assert told("a.jsonl", "b.jsonl") != told("b.jsonl", "a.jsonl")
+    # A task's own function, which reads a source of its module.
+    code = """
+        from t5jax.data.sources.kinds import text
+        BOOKS = text({"books": "FOLDER/*.md"}, by="file")
+        def chapters():
+            return BOOKS.rows("books")
+    """
+    here, there, other = (
+        describe(load(code.replace("FOLDER/*", files))["chapters"])
+        for files in ("/here/*", "/there/*", "/here/a*")
+    )
+    assert here == there != other
+
+
+def test_files_behind_a_url():
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/stamps/a", b"text")
+    stamps = stamp_files(["memory://stamps/a"])
+    assert changed_file(stamps, ["memory://stamps/a"]) is None
+    memory.rm("/stamps/a")
+    memory.pipe("/stamps/a", b"another")
+    assert changed_file(stamps, ["memory://stamps/a"]) == "memory://stamps/a has changed"
