@@ -5,13 +5,13 @@ several examples; segment ids number them from 1, and 0 is padding. Positions co
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from t5jax.architectures import BertConfig, ModelConfig, T5GemmaConfig
+from t5jax.architectures import Architecture
+from t5jax.architectures.base import without_eos as without_eos
 from t5jax.config import Config
 
 ENCODER_INPUT_TOKENS = "encoder_input_tokens"
@@ -127,28 +127,19 @@ def pad_ids(
     return tokens
 
 
-def converter_options(model: ModelConfig) -> dict[str, Any]:
+def converter_options(model: Architecture) -> dict[str, Any]:
     """Returns what `data.converters.make_converter` has to know of a model beside the spec."""
-    options: dict[str, Any] = {"eos_id": model.eos_token_id}
-    if isinstance(model, BertConfig):
-        labels = {"head": model.head, "num_labels": model.num_outputs}
-        return options | labels | {"start_id": model.cls_token_id}
-    if isinstance(model, T5GemmaConfig):
-        options["inputs_start_id"] = model.decoder_start_token_id
-    return options | {"start_id": model.decoder_start_token_id}
+    options: dict[str, Any] = {"eos_id": model.eos_token_id, "start_id": model.start_token_id}
+    if model.kind == "encoder":
+        return options | {"head": model.head, "num_labels": len(model.labels)}
+    if model.kind == "encoder_decoder":
+        return options | {"inputs_start_id": model.inputs_start_id}
+    return options
 
 
-def as_prompt(model: ModelConfig, inputs: Sequence[int]) -> list[int]:
-    """Returns what a model reads of an example's inputs, as it does in training.
-
-    An encoder-decoder that gets no inputs reads eos. A decoder, and T5Gemma's encoder, reads its
-    start token first, and no eos behind the inputs. BERT reads [CLS] first.
-    """
-    if isinstance(model, BertConfig):
-        return [model.cls_token_id, *inputs]
-    if model.kind != "decoder" and not isinstance(model, T5GemmaConfig):
-        return list(inputs) or [model.eos_token_id]
-    return [model.decoder_start_token_id, *without_eos(inputs, model.eos_token_id)]
+def as_prompt(model: Architecture, inputs: Sequence[int]) -> list[int]:
+    """Returns what a model reads of an example's inputs, as it does in training."""
+    return model.prompt(inputs)
 
 
 def prompt_batch(
@@ -174,16 +165,9 @@ def prompt_batch(
     return batch
 
 
-def as_answer(model: ModelConfig, tokens: Sequence[int]) -> list[int]:
+def as_answer(model: Architecture, tokens: Sequence[int]) -> list[int]:
     """Returns the tokens that were written before the first that ends a text."""
-    assert not isinstance(model, BertConfig), "BERT writes nothing"
-    ends = model.end_token_ids
-    return list(itertools.takewhile(lambda i: i not in ends, tokens))
-
-
-def without_eos(inputs, eos_id: int):
-    """Returns inputs without the eos at their end: where a decoder reads on, nothing has ended."""
-    return inputs[:-1] if len(inputs) and inputs[-1] == eos_id else inputs
+    return model.answer(tokens)
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:

@@ -14,7 +14,7 @@ import typing
 from typing import Any, Literal
 
 from t5jax import shipped
-from t5jax.architectures import ModelConfig, T5Config
+from t5jax.architectures import DEFAULT, FAMILIES, Architecture
 from t5jax.checks import check_at_least, check_choice, check_positive, did_you_mean
 
 Optimizer = Literal["adafactor", "adamw", "adamw_scaled"]
@@ -293,7 +293,7 @@ class AxisRules:
     heads: MeshAxes = "model"
     """Attention heads, in parameters and activations."""
     kv_heads: MeshAxes = "model"
-    """Heads of keys and values where several heads of queries share one (GPTConfig); None where
+    """Heads of keys and values where several heads of queries share one; None where
     they are too few to split."""
     head_dim: MeshAxes = None
     """Width of one head."""
@@ -321,7 +321,7 @@ class Config:
     run_dir: str = "runs/default"
     """Folder of the run: checkpoints, metrics, plots, tokenizer. A run that is found there goes
     on."""
-    model: ModelConfig = T5Config()
+    model: Architecture = DEFAULT
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -384,17 +384,6 @@ def from_json(text: str, cls: type = Config):
     return _from_plain(json.loads(text), cls, "")
 
 
-def _description(value: dict, path: str) -> type:
-    """Returns the class of a model's description: the one that knows its family."""
-    kinds = {
-        family: kind
-        for kind in typing.get_args(ModelConfig) or (ModelConfig,)
-        for family in typing.get_type_hints(kind)["family"].__args__
-    }
-    check_choice(value.get("family"), tuple(kinds), f"{path}family")
-    return kinds[value["family"]]
-
-
 class _WrongType(ValueError):
     """A value is of none of the types that its field may have."""
 
@@ -402,8 +391,9 @@ class _WrongType(ValueError):
 def _from_plain(value: Any, kind, path: str):
     """Builds `kind` from plain JSON values, following type annotations."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if args and kind == ModelConfig and isinstance(value, dict):
-        kind, origin, args = _description(value, path), None, ()
+    if kind is Architecture and isinstance(value, dict):
+        check_choice(value.get("family"), FAMILIES, f"{path}family")
+        kind = FAMILIES[value["family"]].load_description()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value:

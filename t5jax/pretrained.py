@@ -19,7 +19,7 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import decoding, sharding
-from t5jax.architectures import BertConfig, Dtype, ModelConfig
+from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import check_at_least, check_choice
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
@@ -31,14 +31,12 @@ from t5jax.tokenizers import Tokenizer
 Pooling = Literal["mean", "first", "max", "pooler"]
 """How one vector is made of a text's many."""
 
-_POOLED_HEADS = ("pooler", "sequence_classification")
-
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """A model on the devices of a mesh, with its tokenizer."""
 
-    model: ModelConfig
+    model: Architecture
     params: api.Params
     """Those of a model with a decoder as `api.arrange_for_decoding` returns them."""
     tokenizer: Tokenizer
@@ -88,12 +86,12 @@ class Pretrained:
     ) -> np.ndarray:
         """Returns a vector for each text, from the encoder's last layer: float32 [N, D].
 
-        BERT reads [CLS], the text and [SEP], T5 the text and eos, as in training.
+        A text is read as in training, with the tokens that begin and end it.
 
         Args:
           texts: of a model with an encoder.
           pooling: "mean" or "max" over a text's tokens, the special ones among them; the "first"
-            token's vector; or "pooler", BERT's layer over the first, where its head has one.
+            token's vector; or "pooler", the layer over the first, where the head has one.
           max_length: tokens of a text, at most: what is longer loses its end, but for the token
             that ends it. None: nothing is cut.
           batch_size: texts encoded together. Rows and lengths are padded to powers of two.
@@ -104,19 +102,19 @@ class Pretrained:
         model = self.model
         if model.kind == "decoder":
             raise ValueError(
-                f"{model.family} is a decoder alone and has no encoder; embed with a T5 or BERT "
-                "model"
+                f"{model.family} is a decoder alone and has no encoder; embed with a model that "
+                "has one"
             )
         check_choice(pooling, typing.get_args(Pooling), "pooling")
-        if pooling == "pooler" and getattr(model, "head", "") not in _POOLED_HEADS:
+        if pooling == "pooler" and not model.has_pooler:
             raise ValueError(
-                f"pooling is pooler, but this {model.family} has none (BERT has it where its head "
-                f"is {' or '.join(_POOLED_HEADS)}); use mean, first or max"
+                f"pooling is pooler, but this {model.family}, whose head is {model.head}, has "
+                "none; use mean, first or max"
             )
         if max_length is not None:
             check_at_least(max_length, 3, "max_length")
         ids = [self._encode(text, max_length) for text in texts]
-        longest = model.max_positions if isinstance(model, BertConfig) else None
+        longest = model.longest_row
         for number, row in enumerate(ids):
             if longest is not None and len(row) > longest:
                 raise ValueError(
@@ -172,7 +170,7 @@ class Pretrained:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))
-def _embed(model: ModelConfig, params: api.Params, batch: dict, pooling: Pooling) -> jax.Array:
+def _embed(model: Architecture, params: api.Params, batch: dict, pooling: Pooling) -> jax.Array:
     """Returns float32 [B, D]; rows of padding alone have some value."""
     if pooling == "pooler":
         x_BD = api.hidden(model, params, batch)[:, 0]

@@ -8,16 +8,13 @@ import flax.traverse_util
 import jax
 
 from t5jax import checkpoint, sharding
-from t5jax.architectures import BertConfig, Dtype, GPTConfig, ModelConfig, T5Config, T5GemmaConfig
+from t5jax.architectures import Architecture, Dtype
 from t5jax.config import AxisRules, Config
 from t5jax.hf import hub
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.t5x import files as t5x_files
 from t5jax.tokenizers import Tokenizer, load_tokenizer
-
-# What a run decides for itself, whatever the weights were made with.
-_COMPUTE_FIELDS = ("dtype", "param_dtype", "scan_layers", "remat", "dropout_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Source:
         return checkpoint.is_checkpoint(self.path)
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> Architecture:
         return self.config.model
 
     def tokenizer(self) -> Tokenizer:
@@ -48,24 +45,25 @@ class Source:
         rules: AxisRules = AxisRules(),
         *,
         encoder_only: bool = False,
-    ) -> tuple[ModelConfig, api.Params]:
+    ) -> tuple[Architecture, api.Params]:
         """Reads the description and the parameters, as training has them.
 
         Args:
           dtype: as in `load`.
           mesh, rules: where the parameters go; by default they are copied to all devices.
-          encoder_only: of a T5 model, read the encoder and nothing else.
+          encoder_only: read the encoder and nothing else.
         Raises:
           ValueError: for encoder_only where there is no decoder, or no encoder, to tell apart.
         """
         model = self.model
         if encoder_only:
-            if not isinstance(model, T5Config) or model.kind == "encoder":
+            encoder = model.encoder_alone()
+            if encoder is None:
                 raise ValueError(
-                    f"{self.path} holds {model.family}, a model of kind {model.kind}; the encoder "
-                    "alone is taken from a T5 model that has a decoder; leave --encoder-only out"
+                    f"{self.path} holds {model.family}, a model of kind {model.kind}, which has no "
+                    "encoder that could stand alone; leave --encoder-only out"
                 )
-            model = model.encoder_alone()
+            model = encoder
         model = dataclasses.replace(model, param_dtype=dtype or "float32")
         if dtype:
             model = dataclasses.replace(model, dtype=dtype)
@@ -76,7 +74,7 @@ class Source:
         return model, self.params(model, shardings)
 
     def params(
-        self, model: ModelConfig, shardings, new: Mapping[str, jax.Array] | None = None
+        self, model: Architecture, shardings, new: Mapping[str, jax.Array] | None = None
     ) -> api.Params:
         """Reads the parameters in `model.param_dtype`, leaf by leaf into their places.
 
@@ -86,7 +84,7 @@ class Source:
           new: those that the source does not have (`missing`), path to value.
         """
         shapes, new = api.param_shapes(model), new or {}
-        if _network(model) == _network(self.model):
+        if model.has_params_of(self.model):
             if self.is_checkpoint:
                 return checkpoint.load_params(self.path, shapes, shardings)
             return hf_io.load_params(self.path, model, shardings)
@@ -101,7 +99,7 @@ class Source:
             read = hf_io.load_shared_params(self.path, self.model, model, names, shardings)
         return flax.traverse_util.unflatten_dict({**read, **new}, sep="/")
 
-    def missing(self, model: ModelConfig) -> list[str]:
+    def missing(self, model: Architecture) -> list[str]:
         """Returns the paths of a network's parameters that the source does not have: a new head's.
 
         Args:
@@ -112,11 +110,6 @@ class Source:
             spare = hf_io.spare_params(self.path, self.model, model)
             missing = [name for name in missing if name not in spare]
         return missing
-
-
-def _network(model: ModelConfig) -> ModelConfig:
-    """Returns a description without what leaves the parameters' names and values as they are."""
-    return dataclasses.replace(model, **{f: getattr(type(model)(), f) for f in _COMPUTE_FIELDS})
 
 
 def _flatten(tree) -> dict:
@@ -144,51 +137,45 @@ def find(name_or_path: str) -> Source:
     return Source(path, Config(model=model))
 
 
-def _tokenizers_eos_first(model: ModelConfig, folder: Path) -> ModelConfig:
+def _tokenizers_eos_first(model: Architecture, folder: Path) -> Architecture:
     """Returns the same with the tokenizer's eos as its eos_token_id.
 
-    config.json may name several ids that end a text (Llama 3's chat models), in any order; the
+    config.json may name several ids that end a text, as chat models do, in any order; the
     tokenizer's ends the texts that a run trains on.
     """
-    if not isinstance(model, (GPTConfig, T5GemmaConfig)) or not model.more_eos_token_ids:
+    if len(model.end_token_ids) == 1:
         return model
     try:
-        eos = load_tokenizer(folder).eos_id
+        return model.ended_by(load_tokenizer(folder).eos_id)
     except ValueError:  # Weights alone; a run names its vocabulary.
         return model
-    if eos not in model.end_token_ids:
-        return model
-    rest = tuple(i for i in model.end_token_ids if i != eos)
-    return dataclasses.replace(model, eos_token_id=eos, more_eos_token_ids=rest)
 
 
-def adopt(model: ModelConfig, source: Source, name: str) -> ModelConfig:
+def adopt(model: Architecture, source: Source, name: str) -> Architecture:
     """Returns the source's architecture with the run's own dtype, dropout, scan and remat.
 
-    BERT has the head that the run asks for, whose parameters may be new (`Source.missing`).
+    Where a network comes under several heads, it has the one that the run asks for, whose
+    parameters may be new (`Source.missing`).
 
     Raises:
       ValueError: if the run asks for another architecture; fields left at their defaults do not.
     """
-    theirs, default = source.model, type(model)()
-    if isinstance(theirs, BertConfig) and isinstance(model, BertConfig):
-        theirs = theirs.with_head_of(model)
+    theirs, default = source.model.with_head_of(model), type(model)()
     if type(theirs) is not type(model):
         # A config that says nothing of the architecture takes whatever it starts from.
-        default = dataclasses.replace(default, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
-        if model != default:
+        if model != default.computed_as(model):
             raise ValueError(
                 f"model is a {type(model).__name__}, but {name} holds {theirs.family}, a "
                 f"{type(theirs).__name__}; leave `model` out of the config, or start from another"
             )
-        return dataclasses.replace(theirs, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
+        return theirs.computed_as(model)
     wrong = [
         f"model.{field.name} is {ours!r}, in {name} it is {getattr(theirs, field.name)!r}"
         for field in dataclasses.fields(model)
-        if field.name not in _COMPUTE_FIELDS
+        if field.name not in model.COMPUTE_FIELDS
         and (ours := getattr(model, field.name)) != getattr(default, field.name)
         and ours != getattr(theirs, field.name)
     ]
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}; leave it out, or start from another model")
-    return dataclasses.replace(theirs, **{f: getattr(model, f) for f in _COMPUTE_FIELDS})
+    return theirs.computed_as(model)

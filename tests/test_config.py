@@ -39,7 +39,7 @@ from t5jax.train_step import make_train_step
 # --- What is refused ----------------------------------------------------------------------------
 
 REFUSED = [
-    (T5Config, {"dtype": "float16"}, "model.dtype is float16; T5's activations overflow float16"),
+    (T5Config, {"dtype": "float16"}, "model.dtype is float16; activations .* overflow float16"),
     (T5Config, {"param_dtype": "float16"}, "model.param_dtype is float16; .* use bfloat16 or"),
     (T5Config, {"dtype": "bfloat"}, "model.dtype is 'bfloat'; .* did you mean bfloat16?"),
     (T5Config, {"family": "t6"}, "model.family is 't6'; expected one of t5"),
@@ -214,7 +214,7 @@ def changed_json(path, value):
         ("eval.patience", "2", r"config field eval.patience is '2'; expected int | None"),
         ("axes.embed", 3, "config field axes.embed is 3; expected str"),
         ("data", 3, "config field data is 3; expected DataConfig"),
-        ("model.dtype", "float16", "model.dtype is float16; T5's"),
+        ("model.dtype", "float16", "model.dtype is float16; activ"),
         ("model.dtype", 16, "model.dtype is 16; expected one of float32, bfloat16"),
         ("data.batch_size", 0, "data.batch_size is 0; it must be at least 1"),
     ],

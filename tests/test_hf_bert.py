@@ -190,7 +190,7 @@ def test_packed_rows_give_what_each_text_gives_alone(variant):
 
 
 def their_tensors(config, params):
-    rows = io.bert.FAMILY.rows(config)
+    rows = io._table(config).rows(config)
     leaves = io._flatten(params)
     return {
         name: np.array(tensor)

@@ -100,7 +100,7 @@ def test_dtype_of_a_loaded_model():
     for wide, narrow in pairs:
         assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
         np.testing.assert_array_equal(narrow, wide.astype("bfloat16"))
-    with pytest.raises(ValueError, match="model.param_dtype is float16; T5's activations overflow"):
+    with pytest.raises(ValueError, match="model.param_dtype is float16; activations .* overflow"):
         pretrained.load(run_dir, dtype="float16")
 
 

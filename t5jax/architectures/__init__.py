@@ -2,22 +2,25 @@
 
 Plain Python without jax, so that configs load and print at once. The networks that read these
 descriptions are in `t5jax/models/`. Names follow the papers and Hugging Face's `config.json`.
-
-Whatever its family, a description has `family`, `kind`, `vocab_size`, `num_outputs`,
-`dropout_rate`, `dtype`, `param_dtype`, `scan_layers`, `remat`, and the ids of special tokens.
 """
 
 import dataclasses
+from typing import Any
 
-from t5jax.architectures import bert, gpt, t5, t5gemma
+from t5jax.architectures.base import Architecture, Dtype, Head, Kind, RematPolicy, check_dtype
 from t5jax.architectures.bert import BertActivation, BertConfig, BertHead
-from t5jax.architectures.common import Dtype, Kind, RematPolicy, check_choice, check_dtype
-from t5jax.architectures.gpt import GPTActivation, GPTConfig, GPTFamily, LayerKind, RopeScaling
+from t5jax.architectures.families import FAMILIES, load_sizes
+from t5jax.architectures.gpt import GPTActivation, GPTConfig, GPTFamily, RopeScaling
+from t5jax.architectures.stack import LayerKind
 from t5jax.architectures.t5 import MlpActivation, T5Config
 from t5jax.architectures.t5gemma import T5GemmaConfig
+from t5jax.checks import check_choice
 
 __all__ = [
+    "DEFAULT",
+    "FAMILIES",
     "SIZES",
+    "Architecture",
     "BertActivation",
     "BertConfig",
     "BertHead",
@@ -25,6 +28,7 @@ __all__ = [
     "GPTActivation",
     "GPTConfig",
     "GPTFamily",
+    "Head",
     "Kind",
     "LayerKind",
     "MlpActivation",
@@ -33,17 +37,21 @@ __all__ = [
     "RopeScaling",
     "T5Config",
     "T5GemmaConfig",
-    "check_choice",
     "check_dtype",
     "published",
 ]
 
-ModelConfig = T5Config | GPTConfig | BertConfig | T5GemmaConfig
+ModelConfig = Architecture
 
-SIZES: dict[str, ModelConfig] = t5.SIZES | gpt.SIZES | bert.SIZES | t5gemma.SIZES
+DEFAULT: Architecture = T5Config()
+"""What a config has that says nothing of its model."""
+
+SIZES: dict[str, Architecture] = {
+    name: size for family in FAMILIES for name, size in load_sizes(family).SIZES.items()
+}
 
 
-def published(name: str, **changes) -> ModelConfig:
+def published(name: str, **changes: Any) -> Architecture:
     """Returns the description of a published size, with fields changed.
 
     Args:
@@ -52,5 +60,5 @@ def published(name: str, **changes) -> ModelConfig:
     Raises:
       ValueError: for a name that is not known, naming the nearest.
     """
-    check_choice(name, tuple(SIZES), "the model's size")
+    check_choice(name, SIZES, "the model's size")
     return dataclasses.replace(SIZES[name], **changes)

@@ -1,22 +1,16 @@
 """The description of BERT, an encoder alone, and its published sizes by name."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
 
-from t5jax.architectures.common import (
-    Dtype,
-    Kind,
-    RematPolicy,
-    check_above_0,
-    check_fields,
-)
+from t5jax.architectures.base import Architecture, Kind, description
 
 BertActivation = Literal["gelu-exact", "gelu", "relu"]
 BertHead = Literal["masked_lm", "sequence_classification", "token_classification", "pooler", "none"]
 
 
-@dataclasses.dataclass(frozen=True)
-class BertConfig:
+@description()
+class BertConfig(Architecture):
     """BERT: an encoder that sees each text from both sides, and what predicts from its output.
 
     Devlin et al. 2019 (arXiv:1810.04805); Turc et al. 2019 (arXiv:1908.08962) for the small sizes.
@@ -61,19 +55,12 @@ class BertConfig:
     """Id that a text begins with, [CLS]."""
     eos_token_id: int = 102
     """Id that ends a text, [SEP]."""
-    dtype: Dtype = "float32"
-    """What activations are computed in; norms' statistics, softmax and logits stay float32."""
-    param_dtype: Dtype = "float32"
-    """What parameters are stored in; optimizer states are float32 always."""
-    scan_layers: bool = True
-    """Compile one layer and loop over it (fast to compile), or unroll the loop (faster to run
-    on CPU). The parameters are the same."""
-    remat: RematPolicy = "none"
-    """Recompute in the backward pass: nothing, all but weight products (minimal), or all (full)."""
 
-    def __post_init__(self):
-        check_fields(self)
-        check_above_0(self, "layer_norm_epsilon", "initializer_range")
+    HEAD_REMEDY = "set model.head to masked_lm, sequence_classification or token_classification"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("layer_norm_epsilon", "initializer_range")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"model.d_model {self.d_model} is not divisible by model.num_heads "
@@ -86,7 +73,7 @@ class BertConfig:
             )
         self._check_labels()
 
-    def _check_labels(self):
+    def _check_labels(self) -> None:
         if not self.classifies:
             if self.labels:
                 raise ValueError(
@@ -113,21 +100,40 @@ class BertConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Width of the logits; 0 where there are none."""
-        if self.classifies:
-            return len(self.labels)
-        return self.vocab_size if self.head == "masked_lm" else 0
+        return len(self.labels) if self.classifies else super().num_outputs
+
+    @property
+    def has_pooler(self) -> bool:
+        return self.head in ("pooler", "sequence_classification")
+
+    @property
+    def longest_row(self) -> int:
+        return self.max_positions
+
+    @property
+    def start_token_id(self) -> int:
+        return self.cls_token_id
+
+    @property
+    def inputs_keep_eos(self) -> bool:
+        return True
+
+    @property
+    def tokenizer_ids(self) -> dict[str, str]:
+        return {**super().tokenizer_ids, "cls_token_id": "bos_id"}
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
 
-    def with_head_of(self, other: "BertConfig") -> "BertConfig":
+    def with_head_of(self, other: Architecture) -> Self:
         """Returns this network under the head that another one asks for.
 
         It keeps its own where the other asks for no other: neither for one that is not the default,
         nor for labels; unless it has none that could be trained.
         """
+        if not isinstance(other, BertConfig):
+            return self
         head, labels = other.head, other.labels
         if head == BertConfig.head and self.num_outputs:
             return self
@@ -159,7 +165,7 @@ def check_labels(labels: tuple[str, ...], *, per_word: bool) -> None:
 _UNCASED, _CASED = 30522, 28996
 
 
-def _bert(d_model, layers, vocab_size=_UNCASED):
+def _bert(d_model: int, layers: int, vocab_size: int = _UNCASED) -> BertConfig:
     return BertConfig(
         vocab_size=vocab_size,
         d_model=d_model,

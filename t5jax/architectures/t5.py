@@ -1,21 +1,15 @@
 """The T5 family's description, and its published sizes by name."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, Self
 
-from t5jax.architectures.common import (
-    Dtype,
-    Kind,
-    RematPolicy,
-    check_above_0,
-    check_fields,
-)
+from t5jax.architectures.base import Architecture, Kind, description
 
 MlpActivation = Literal["relu", "gated-gelu", "gated-silu"]
 
 
-@dataclasses.dataclass(frozen=True)
-class T5Config:
+@description()
+class T5Config(Architecture):
     """The T5 family: 1.0, 1.1 / LM-adapted / FLAN, mT5, UMT5, ByT5 and UL2.
 
     Raffel et al. 2020 (arXiv:1910.10683); Shazeer 2020 (arXiv:2002.05202) for the gated MLP of
@@ -62,19 +56,12 @@ class T5Config:
     """Id that ends a sequence."""
     decoder_start_token_id: int = 0
     """Id that the decoder starts from."""
-    dtype: Dtype = "float32"
-    """What activations are computed in; norms' statistics, softmax and logits stay float32."""
-    param_dtype: Dtype = "float32"
-    """What parameters are stored in; optimizer states are float32 always."""
-    scan_layers: bool = True
-    """Compile one layer and loop over it (fast to compile), or unroll the loop (faster to run
-    on CPU). The parameters are the same."""
-    remat: RematPolicy = "none"
-    """Recompute in the backward pass: nothing, all but weight products (minimal), or all (full)."""
 
-    def __post_init__(self):
-        check_fields(self, may_be_zero=("num_decoder_layers",))
-        check_above_0(self, "layer_norm_epsilon", "initializer_factor")
+    MAY_BE_ZERO = ("num_decoder_layers",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("layer_norm_epsilon", "initializer_factor")
         for name in ("tie_word_embeddings", "scale_decoder_outputs"):
             if self.kind == "encoder" and getattr(self, name):
                 raise ValueError(
@@ -98,21 +85,20 @@ class T5Config:
         return "encoder_decoder" if self.num_decoder_layers else "encoder"
 
     @property
-    def num_outputs(self) -> int:
-        """Width of the logits; 0 for an encoder alone."""
-        return self.vocab_size if self.num_decoder_layers else 0
+    def start_token_id(self) -> int:
+        return self.decoder_start_token_id
 
     @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a sequence."""
-        return (self.eos_token_id,)
+    def inputs_start_id(self) -> None:
+        return None
 
     @property
     def gated(self) -> bool:
         return self.mlp_activation.startswith("gated-")
 
-    def encoder_alone(self) -> "T5Config":
-        """Returns the description of this network's encoder."""
+    def encoder_alone(self) -> Self | None:
+        if self.kind == "encoder":
+            return None
         return dataclasses.replace(
             self, num_decoder_layers=0, tie_word_embeddings=False, scale_decoder_outputs=False
         )
@@ -120,14 +106,22 @@ class T5Config:
 
 # --- Published sizes ----------------------------------------------------------------------------
 
-_T5_1_0 = {
+_T5_1_0: dict[str, Any] = {
     "mlp_activation": "relu",
     "tie_word_embeddings": True,
     "scale_decoder_outputs": True,
 }
 
 
-def _t5(d_model, d_ff, d_kv, num_heads, layers, decoder_layers=None, **rest):
+def _t5(
+    d_model: int,
+    d_ff: int,
+    d_kv: int,
+    num_heads: int,
+    layers: int,
+    decoder_layers: int | None = None,
+    **rest: Any,
+) -> T5Config:
     return T5Config(
         d_model=d_model,
         d_ff=d_ff,

@@ -12,10 +12,10 @@ from typing import Any
 
 from t5jax.architectures import BertActivation, BertConfig, BertHead
 from t5jax.hf.mapping import (
-    Family,
     Key,
     Rearrange,
     Row,
+    Table,
     Tensors,
     check_required,
     read_keys,
@@ -277,8 +277,7 @@ def write_config(config: BertConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="bert",
+TABLE = Table(
     model_types=("bert",),
     architectures=tuple(_HEADS),
     read_config=read_config,

@@ -12,11 +12,11 @@ from typing import Any
 
 from t5jax.architectures import GPTActivation, GPTConfig
 from t5jax.hf.mapping import (
-    Family,
     Key,
     Part,
     Rearrange,
     Row,
+    Table,
     Tensors,
     check_required,
     read_keys,
@@ -204,8 +204,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="gpt2",
+TABLE = Table(
     model_types=("gpt2",),
     architectures=("GPT2LMHeadModel",),
     read_config=read_config,

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5jax.architectures import BertConfig, ModelConfig, check_dtype
+from t5jax.architectures import FAMILIES, Architecture, check_dtype
 from t5jax.checks import check_at_least
-from t5jax.hf import bert, gemma, gpt2, llama, qwen3, t5, t5gemma
 from t5jax.hf.files import (
     CONFIG,
     check_destination,
@@ -29,27 +28,15 @@ from t5jax.hf.files import (
     write_tensors,
     write_whole,
 )
-from t5jax.hf.mapping import Family, Row, Tensors, check_leaves, check_tensors, write_rows
+from t5jax.hf.mapping import Row, Table, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
-
-FAMILIES: tuple[Family, ...] = (
-    t5.FAMILY,
-    gpt2.FAMILY,
-    llama.FAMILY,
-    qwen3.FAMILY,
-    gemma.GEMMA2,
-    gemma.GEMMA3,
-    bert.FAMILY,
-    t5gemma.FAMILY,
-)
-
 
 # --- Config -------------------------------------------------------------------------------------
 
 
 def read_config(
     folder: str | os.PathLike, load_tokenizer: Callable[[Path], Any] | None = None
-) -> ModelConfig:
+) -> Architecture:
     """Returns the description of the network in a folder's config.json.
 
     dtype, param_dtype, scan_layers and remat are this package's defaults; config.json has no word
@@ -66,33 +53,33 @@ def read_config(
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
     model_type, classes = raw.get("model_type"), raw.get("architectures") or []
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            break
-    else:
-        known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    tables = [family.load_table() for family in FAMILIES.values()]
+    found = [table for table in tables if model_type in table.model_types]
+    if not found:
+        known = ", ".join(name for table in tables for name in table.model_types)
         raise ValueError(
             f"{folder / CONFIG}: model_type is {model_type!r}; expected one of {known}"
         )
-    if not set(classes) <= set(family.architectures):
+    table: Table = found[0]
+    if not set(classes) <= set(table.architectures):
         raise ValueError(
             f"{folder / CONFIG}: architectures is {classes}; expected one of "
-            f"{', '.join(family.architectures)}, whose checkpoints hold the whole network"
+            f"{', '.join(table.architectures)}, whose checkpoints hold the whole network"
         )
     if load_tokenizer is not None:
-        raw = raw | _missing_token_ids(folder, family, raw, load_tokenizer)
+        raw = raw | _missing_token_ids(folder, table, raw, load_tokenizer)
     opened: contextlib.AbstractContextManager[Tensors] = (
         open_tensors(folder) if has_weights(folder) else contextlib.nullcontext({})
     )
     with opened as tensors:
-        return family.read_config(raw, family.rename(tensors))
+        return table.read_config(raw, table.rename(tensors))
 
 
 def _missing_token_ids(
-    folder: Path, family: Family, raw: dict[str, Any], load_tokenizer: Callable[[Path], Any]
+    folder: Path, table: Table, raw: dict[str, Any], load_tokenizer: Callable[[Path], Any]
 ) -> dict[str, Any]:
     """Returns ids that config.json leaves out and the folder's tokenizer has, if there is one."""
-    missing = {key: name for key, name in family.token_ids if raw.get(key) is None}
+    missing = {key: name for key, name in table.token_ids if raw.get(key) is None}
     if not missing:
         return {}
     try:
@@ -102,15 +89,14 @@ def _missing_token_ids(
     return {key: getattr(tokenizer, name) for key, name in missing.items()}
 
 
-def _family(config: ModelConfig) -> Family:
-    (family,) = (family for family in FAMILIES if family.name == config.family)
-    return family
+def _table(config: Architecture) -> Table:
+    return FAMILIES[config.family].load_table()
 
 
 # --- Reading weights ----------------------------------------------------------------------------
 
 
-def load_params(folder: str | os.PathLike, config: ModelConfig, shardings=None) -> api.Params:
+def load_params(folder: str | os.PathLike, config: Architecture, shardings=None) -> api.Params:
     """Returns the parameters of a folder, in `config.param_dtype`.
 
     A host reads only the slices that its own devices need, one leaf after the other. Widening to
@@ -126,17 +112,17 @@ def load_params(folder: str | os.PathLike, config: ModelConfig, shardings=None) 
       ValueError: where the weights are not exactly the description's, with every name, the shape
         found and the shape expected; and as `open_tensors`.
     """
-    family = _family(config)
+    table = _table(config)
     with open_tensors(folder) as tensors:
-        tensors = family.rename(tensors)
-        rows = family.rows(config)
-        return read_params(rows, config, tensors, str(folder), shardings, family.ignored)
+        tensors = table.rename(tensors)
+        rows = table.rows(config)
+        return read_params(rows, config, tensors, str(folder), shardings, table.ignored)
 
 
 def load_shared_params(
     folder: str | os.PathLike,
-    own: ModelConfig,
-    config: ModelConfig,
+    own: Architecture,
+    config: Architecture,
     names: Iterable[str],
     shardings=None,
 ) -> dict[str, jax.Array]:
@@ -153,14 +139,14 @@ def load_shared_params(
     Raises:
       ValueError: as `load_params`.
     """
-    family, names = _family(config), set(names)
+    table, names = _table(config), set(names)
     leaves = _flatten(api.param_shapes(config))
     leaves = {name: leaf for name, leaf in leaves.items() if name in names}
-    rows = [row for row in family.rows(config) if row.ours in leaves]
-    ignored = (*family.ignored, *_patterns(family.rows(own)))
+    rows = [row for row in table.rows(config) if row.ours in leaves]
+    ignored = (*table.ignored, *_patterns(table.rows(own)))
     places = _flatten(shardings) if shardings is not None else {}
     with open_tensors(folder) as tensors:
-        tensors = family.rename(tensors)
+        tensors = table.rename(tensors)
         check_tensors(rows, leaves, tensors, str(folder), ignored)
         return {
             row.ours: read_leaf(row, leaves[row.ours], tensors, places.get(row.ours))
@@ -168,19 +154,18 @@ def load_shared_params(
         }
 
 
-def spare_params(folder: str | os.PathLike, own: ModelConfig, config: ModelConfig) -> set[str]:
+def spare_params(folder: str | os.PathLike, own: Architecture, config: Architecture) -> set[str]:
     """Returns the paths of a network's parameters that a folder holds beside its own network's.
 
-    BERT's first files, which are of a masked language model, have the pooler that classification
-    begins with.
+    Files of a masked language model may have the pooler that classification begins with.
     """
-    family = _family(config)
-    used = re.compile("|".join(_patterns(family.rows(own))))
+    table = _table(config)
+    used = re.compile("|".join(_patterns(table.rows(own))))
     with open_tensors(folder) as tensors:
-        tensors = family.rename(tensors)
+        tensors = table.rename(tensors)
         return {
             row.ours
-            for row in family.rows(config)
+            for row in table.rows(config)
             if row.theirs in tensors and not used.fullmatch(row.theirs)
         }
 
@@ -193,7 +178,7 @@ def _patterns(rows: Iterable[Row]) -> list[str]:
 
 def read_params(
     rows: list[Row],
-    config: ModelConfig,
+    config: Architecture,
     tensors: Tensors,
     where: str,
     shardings=None,
@@ -256,7 +241,7 @@ def _flatten(tree) -> dict[str, Any]:
 
 def save_params(
     folder: str | os.PathLike,
-    config: ModelConfig,
+    config: Architecture,
     params: api.Params,
     *,
     dtype: str = "float32",
@@ -287,10 +272,10 @@ def save_params(
     check_dtype(dtype, "dtype")
     check_at_least(max_shard_bytes, 1, "max_shard_bytes")
     check_destination(folder, overwrite)
-    family = _family(config)
-    rows, leaves = family.rows(config), _flatten(params)
+    table = _table(config)
+    rows, leaves = table.rows(config), _flatten(params)
     check_leaves(rows, _flatten(api.param_shapes(config)), leaves)
-    description = family.write_config(config) | {"dtype": dtype, "torch_dtype": dtype}
+    description = table.write_config(config) | {"dtype": dtype, "torch_dtype": dtype}
     generation = _token_ids(config) | (generation or {})
     tensors = write_rows(rows, lambda name: _to_host(leaves[name]), np.dtype(dtype))
 
@@ -317,14 +302,14 @@ def save_params(
         multihost_utils.sync_global_devices("save_params")
 
 
-def _token_ids(config: ModelConfig) -> dict[str, Any]:
+def _token_ids(config: Architecture) -> dict[str, Any]:
     """Returns what generation_config.json says of a network that writes."""
-    if isinstance(config, BertConfig) or config.kind == "encoder":
+    if config.kind == "encoder":
         return {}
     ends = list(config.end_token_ids)
     start = "bos_token_id" if config.kind == "decoder" else "decoder_start_token_id"
     return {
-        start: config.decoder_start_token_id,
+        start: config.start_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": config.pad_token_id,
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig
 from t5jax.hf import rope, tokens
-from t5jax.hf.mapping import Family, Key, Rearrange, Row, Tensors, check_required, read_keys
+from t5jax.hf.mapping import Key, Rearrange, Row, Table, Tensors, check_required, read_keys
 
 _HEAD = "lm_head.weight"
 
@@ -201,8 +201,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
 # In files of 2023: what the positions are computed from.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
-FAMILY = Family(
-    name="llama",
+TABLE = Table(
     model_types=("llama",),
     architectures=("LlamaForCausalLM",),
     read_config=read_config,

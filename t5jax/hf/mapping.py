@@ -1,6 +1,6 @@
 """The mapping between our parameters and a Hugging Face checkpoint: one table for both directions.
 
-A family of models (`t5jax/hf/t5.py` is one) is a table of `Row`s and a translation of config.json.
+A family of models, a file of this folder, is a table of `Row`s and a translation of config.json.
 A row pairs one leaf of our tree with one tensor of theirs, or with one tensor a layer, since our
 layers are stacked on a leading axis. Every conversion moves numbers and computes none, so that a
 round trip is exact. What no row covers is an error, never left out.
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 
 
 class Tensor(Protocol):
@@ -212,16 +212,14 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """Everything that a family of architectures needs to be read and written."""
+class Table:
+    """Everything that a family's checkpoints need to be read and written."""
 
-    name: str
-    """`family` of its model description."""
     model_types: tuple[str, ...]
     """model_type in config.json."""
     architectures: tuple[str, ...]
     """Classes of transformers, in config.json, whose checkpoints hold the whole network."""
-    read_config: Callable[[dict[str, Any], Tensors], ModelConfig]
+    read_config: Callable[[dict[str, Any], Tensors], Architecture]
     """From config.json; the tensors are there for what only they tell."""
     write_config: Callable[[Any], dict[str, Any]]
     """From the family's description to config.json."""

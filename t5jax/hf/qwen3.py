@@ -7,7 +7,7 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
-from t5jax.hf.mapping import Family, Key, Tensors
+from t5jax.hf.mapping import Key, Table, Tensors
 
 _KEYS = llama.keys(
     vocab_size=151936,
@@ -63,8 +63,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="qwen3",
+TABLE = Table(
     model_types=("qwen3",),
     architectures=("Qwen3ForCausalLM",),
     read_config=read_config,

@@ -104,16 +104,20 @@ def _read(spelling: dict[str, Any], name: str, theta: float) -> dict[str, Any]:
     return {"rope_scaling": ours, **dict.fromkeys(_SCALINGS["llama3"].values()), **numbers}
 
 
-def write_rope(config: GPTConfig) -> dict[str, Any]:
-    """Returns the keys of config.json, in both spellings."""
+def write_rope(config: GPTConfig, *, local_theta: float | None = None) -> dict[str, Any]:
+    """Returns the keys of config.json, in both spellings.
+
+    Args:
+      local_theta: of local layers, for a family where they turn otherwise.
+    """
     kind = _TYPE_OF[config.rope_scaling]
     scaling = {key: getattr(config, field) for key, field in _SCALINGS[kind].items()}
     scaling = {"rope_type": kind} | scaling
     parameters: dict[str, Any] = scaling | {"rope_theta": config.rope_theta}
-    keys = {"rope_theta": config.rope_theta, "rope_scaling": scaling if len(scaling) > 1 else None}
-    if config.family == "gemma3":
-        # Both kinds, even where no layer is local: transformers asks for them.
-        keys[LOCAL_KEY] = config.rope_local_theta or 10_000.0
-        local = {"rope_type": "default", "rope_theta": keys[LOCAL_KEY]}
+    stretched = scaling if len(scaling) > 1 else None
+    keys = {"rope_theta": config.rope_theta, "rope_scaling": stretched}
+    if local_theta is not None:
+        keys[LOCAL_KEY] = local_theta
+        local = {"rope_type": "default", "rope_theta": local_theta}
         parameters = {FULL: parameters, SLIDING: local}
     return keys | {"rope_parameters": parameters}

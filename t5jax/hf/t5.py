@@ -11,9 +11,9 @@ from typing import Any
 
 from t5jax.architectures import MlpActivation, T5Config
 from t5jax.hf.mapping import (
-    Family,
     Rearrange,
     Row,
+    Table,
     Tensors,
     check_required,
     same_values,
@@ -305,8 +305,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    name="t5",
+TABLE = Table(
     model_types=tuple(_DEFAULTS_OF),
     architectures=(
         "T5ForConditionalGeneration",

@@ -2,7 +2,7 @@
 
 Source: the checkpoints on the hub and transformers 4 and 5 (`models/t5gemma`). Encoder and decoder
 are a Gemma 2 each, in config.json and in the names of tensors, and read and written as such
-(`t5jax/hf/gemma.py`). What this package has once for both, must be the same in both.
+(`t5jax/hf/gemma2.py`). What this package has once for both, must be the same in both.
 
 Axes: d model, s encoder's model, h heads, k head dim, v vocab.
 """
@@ -11,8 +11,8 @@ import dataclasses
 from typing import Any
 
 from t5jax.architectures import GPTConfig, T5GemmaConfig
-from t5jax.hf import gemma, llama, tokens
-from t5jax.hf.mapping import Family, Key, Rearrange, Row, Tensors, check_required, read_keys
+from t5jax.hf import gemma2, llama, tokens
+from t5jax.hf.mapping import Key, Rearrange, Row, Table, Tensors, check_required, read_keys
 
 _HEAD = "lm_head.out_proj.weight"
 _NORMS = {
@@ -51,7 +51,7 @@ def rows(config: T5GemmaConfig) -> list[Row]:
 
 def _stack(side: str, config: GPTConfig) -> list[Row]:
     """Returns the rows of what one side has of Gemma 2: all but its head."""
-    gemma2 = dataclasses.replace(config, tie_word_embeddings=True)
+    tied = dataclasses.replace(config, tie_word_embeddings=True)
     return [
         dataclasses.replace(
             row,
@@ -59,7 +59,7 @@ def _stack(side: str, config: GPTConfig) -> list[Row]:
             theirs=row.theirs.replace("model.", f"model.{side}."),
             aliases=(),
         )
-        for row in llama.rows(gemma2, _NORMS)
+        for row in llama.rows(tied, _NORMS)
     ]
 
 
@@ -132,16 +132,16 @@ def _read_side(raw: dict[str, Any], side: str) -> GPTConfig:
         raise ValueError(f"config.json: {side} is {section!r}; expected an object")
     section = {key: value for key, value in section.items() if key not in _OVERWRITTEN}
     try:
-        gemma2 = gemma.read_gemma2(section, {})
+        config = gemma2.read_config(section, {})
     except ValueError as error:
         raise ValueError(f"{side}: {error}") from None
-    if gemma2.attention_bias or gemma2.rope_scaling != "none":
-        name = "attention_bias" if gemma2.attention_bias else "rope_scaling"
+    if config.attention_bias or config.rope_scaling != "none":
+        name = "attention_bias" if config.attention_bias else "rope_scaling"
         raise ValueError(
-            f"{side}: config.json: {name} is {getattr(gemma2, name)!r}, which is not implemented; "
+            f"{side}: config.json: {name} is {getattr(config, name)!r}, which is not implemented; "
             "expected a T5Gemma without"
         )
-    return gemma2
+    return config
 
 
 def _same(key: str, encoder, decoder):
@@ -226,7 +226,7 @@ def write_config(config: T5GemmaConfig) -> dict[str, Any]:
 
 
 def _write_side(config: T5GemmaConfig, side: GPTConfig) -> dict[str, Any]:
-    keys = gemma.write_config(side) | {
+    keys = gemma2.write_config(side) | {
         "model_type": "t5_gemma_module",
         # Without local layers too, theirs computes a mask for them.
         "sliding_window": config.sliding_window or config.max_positions,
@@ -236,8 +236,7 @@ def _write_side(config: T5GemmaConfig, side: GPTConfig) -> dict[str, Any]:
     return keys
 
 
-FAMILY = Family(
-    name="t5gemma",
+TABLE = Table(
     model_types=("t5gemma",),
     architectures=("T5GemmaForConditionalGeneration",),
     read_config=read_config,

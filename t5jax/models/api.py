@@ -1,7 +1,7 @@
 """The whole surface of a model, as functions of a description and parameters.
 
 The step, decoding, serving, planning and the tests use nothing else of `t5jax/models/`, and no
-Flax module leaves it. `model` is a frozen description such as `T5Config`; parameters are a
+Flax module leaves it. `model` is a frozen description (`t5jax.architectures`); parameters are a
 plain nested dict whose paths are API.
 
 B batch, S source length, T target length, D model, V vocab.
@@ -15,33 +15,30 @@ import flax.linen as nn
 import jax
 
 from t5jax import batch as features
-from t5jax.architectures import BertConfig, GPTConfig, ModelConfig, T5Config, T5GemmaConfig
-from t5jax.models import bert, gpt, t5, t5gemma
+from t5jax.architectures import FAMILIES, Architecture
 
 Params = dict[str, Any]
 Cache = Any
 """What decoding remembers between tokens: a tree of arrays, of the family's own kind."""
 
-# What a description's module defines: Network, with the methods `hidden`, `unembed` and `logits`
+
+# What a family's module defines: Network, with the methods `hidden`, `unembed` and `logits`
 # (and `encode`, where it has an encoder); unembed_params; head_params, where the head is to choose;
 # and where it has a decoder, arrange_for_decoding, prefill and decode_step.
-_MODULES = {T5Config: t5, GPTConfig: gpt, BertConfig: bert, T5GemmaConfig: t5gemma}
+def _module(model: Architecture):
+    return FAMILIES[model.family].load_network()
 
 
-def _module(model: ModelConfig):
-    return _MODULES[type(model)]
-
-
-def _network(model: ModelConfig, *, train: bool = False) -> nn.Module:
+def _network(model: Architecture, *, train: bool = False) -> nn.Module:
     return _module(model).Network(model if train else _without_dropout(model))
 
 
-def _without_dropout(model: ModelConfig) -> ModelConfig:
+def _without_dropout(model: Architecture) -> Architecture:
     # Outside of training a network without dropout is the same network.
     return dataclasses.replace(model, dropout_rate=0.0)
 
 
-def _tokens(model: ModelConfig) -> dict[str, jax.Array]:
+def _tokens(model: Architecture) -> dict[str, jax.Array]:
     """Returns a batch from which Flax learns the shapes of parameters."""
     tokens = jax.numpy.zeros((1, 8), "int32")
     batch = {}
@@ -52,22 +49,22 @@ def _tokens(model: ModelConfig) -> dict[str, jax.Array]:
     return batch
 
 
-def _init(model: ModelConfig, key):
+def _init(model: Architecture, key):
     method = "logits" if model.num_outputs else "hidden"
     return _network(model).init(key, _tokens(model), method=method)["params"]
 
 
-def init_params(model: ModelConfig, key: jax.Array) -> Params:
+def init_params(model: Architecture, key: jax.Array) -> Params:
     """Returns random parameters, dtype `model.param_dtype`; jit it to create them sharded."""
     return nn.meta.unbox(_init(model, key))
 
 
-def param_shapes(model: ModelConfig) -> Params:
+def param_shapes(model: Architecture) -> Params:
     """Returns the tree of parameters as ShapeDtypeStructs; computes nothing."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
-def param_axes(model: ModelConfig) -> dict:
+def param_axes(model: Architecture) -> dict:
     """Returns the same tree, whose leaves are tuples of logical axis names."""
     boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
     return jax.tree.map(
@@ -78,7 +75,7 @@ def param_axes(model: ModelConfig) -> dict:
 
 
 def logits(
-    model: ModelConfig, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
+    model: Architecture, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
     """Returns float32 logits [B, T, V] of the decoder's targets, or those of an encoder alone.
 
@@ -93,43 +90,34 @@ def logits(
 
 
 def hidden(
-    model: ModelConfig, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
+    model: Architecture, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
     """Returns what the logits are made of, [B, T, D]; `unembed` makes them."""
     return _apply(model, params, dropout_rng, batch, method="hidden")
 
 
-def check_head(model: ModelConfig) -> None:
+def check_head(model: Architecture) -> None:
     """Raises ValueError for a network that predicts nothing, and so cannot be trained."""
-    if not model.num_outputs:
-        remedy = (
-            "set model.head to masked_lm, sequence_classification or token_classification"
-            if hasattr(model, "head")
-            else "take a model with a decoder"
-        )
-        raise ValueError(
-            f"this {model.family} is an encoder without a head: it has no logits, and nothing that "
-            f"could be trained; {remedy}, or use its encodings (`t5jax embed`)"
-        )
+    model.check_head()
 
 
-def unembed(model: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+def unembed(model: Architecture, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V]; `params` may hold `unembed_params` alone."""
     check_head(model)
     return _network(model).apply({"params": params}, x_BTD, method="unembed")
 
 
-def unembed_params(model: ModelConfig, params: Params) -> Params:
+def unembed_params(model: Architecture, params: Params) -> Params:
     """Returns the part of the parameters that `unembed` reads."""
     return {name: params[name] for name in _module(model).unembed_params(model)}
 
 
-def encode(model: ModelConfig, params: Params, batch: Mapping) -> jax.Array:
+def encode(model: Architecture, params: Params, batch: Mapping) -> jax.Array:
     """Returns the encoder's output [B, S, D], in `model.dtype`; 0 at padding is not promised."""
     return _apply(model, params, None, batch, method="encode")
 
 
-def new_params(model: ModelConfig, source: ModelConfig) -> list[str]:
+def new_params(model: Architecture, source: Architecture) -> list[str]:
     """Returns the paths of the parameters that `source` does not have: a head's, another than its.
 
     Both are of one architecture but for the head.
@@ -146,7 +134,7 @@ def new_params(model: ModelConfig, source: ModelConfig) -> list[str]:
     ]
 
 
-def arrange_for_decoding(model: ModelConfig, params: Params) -> Params:
+def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     """Returns the parameters as `prefill` and `decode_step` read them fastest; they take both.
 
     Do it once, outside of the loop over tokens.
@@ -155,7 +143,7 @@ def arrange_for_decoding(model: ModelConfig, params: Params) -> Params:
 
 
 def prefill(
-    model: ModelConfig, params: Params, batch: Mapping, max_length: int
+    model: Architecture, params: Params, batch: Mapping, max_length: int
 ) -> tuple[jax.Array, Cache]:
     """Reads the inputs, and makes room to write `max_length` tokens after them.
 
@@ -171,7 +159,7 @@ def prefill(
 
 
 def decode_step(
-    model: ModelConfig, params: Params, cache: Cache, tokens_B: jax.Array
+    model: Architecture, params: Params, cache: Cache, tokens_B: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Returns float32 logits [B, V] of the token after `tokens_B`, int32 [B], and the cache."""
     return _module(model).decode_step(_without_dropout(model), params, cache, tokens_B)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
 
-from t5jax.architectures import BertConfig, ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.checks import did_you_mean
 from t5jax.tokenizers.common import Tokenizer
 
@@ -27,9 +27,9 @@ class LabelTokenizer:
         self.vocab_size = len(self._ids) + 1
 
     @staticmethod
-    def of(model: ModelConfig) -> "LabelTokenizer | None":
+    def of(model: Architecture) -> "LabelTokenizer | None":
         """Returns that of a model that classifies, None for any other."""
-        if not isinstance(model, BertConfig) or not model.classifies:
+        if not model.labels:
             return None
         return LabelTokenizer(model.labels, model.head == "token_classification")
 
