@@ -1,20 +1,25 @@
 """What a cache depends on, as plain JSON values that can be compared later. No TensorFlow.
 
-Code is described by what it does, not by where it stands: a function is its bytecode, its
-constants, its closure, and the functions and constants of its own module that it names, so that a
-changed helper counts and a changed comment does not. Installed packages are described by name, and
-t5jax's own functions without what they name. Files count by their contents and their order, not by
-the folder they are in: hosts that keep them in different places share a cache.
+Code is described by what it says, not by where it stands or which Python runs it: a function is
+its syntax tree, its defaults, its closure, and what it names of its own module and of others that
+are no installed packages. So a changed helper counts, and a changed comment, annotation or
+docstring does not. Installed packages are described by name. Of t5jax's own functions the tree
+alone counts, without the names of its modules, so that they may move. Files count by their contents
+and their order, not by the folder they are in: hosts that keep them in different places share a
+cache.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import inspect
+import linecache
 import logging
 import os
 import re
 import site
+import sys
 import sysconfig
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +30,7 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 _CONSTANTS = (type(None), bool, int, float, str)
+_CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 DESCRIBED_AS = "described as"
 """In the metadata of a dataclass's field: a function of its value, for what is described."""
@@ -62,6 +68,8 @@ class _Walk:
         if isinstance(value, (bytes, np.ndarray, np.generic)):
             content = value if isinstance(value, bytes) else np.asarray(value).tobytes()
             return [type(value).__name__, hashlib.sha256(content).hexdigest()[:16]]
+        if isinstance(value, (tuple, frozenset)):  # Equal ones may be one object, or not.
+            return self._walk(value)
         if id(value) in self._met:
             return f"see {self._met[id(value)][0]}"
         self._met[id(value)] = (len(self._met), value)
@@ -98,28 +106,51 @@ class _Walk:
         return [self.describe(type(value)), self.describe(fields)]
 
     def _function(self, function: types.FunctionType) -> Any:
-        name = f"{function.__module__}.{function.__qualname__}"
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         parts = [cells, function.__defaults__, function.__kwdefaults__]
-        described = ["function", name, *map(self.describe, parts)]
+        described = ["function", _name(function), *map(self.describe, parts)]
         if _is_library(function):
             return described
-        described.append(_hash_code(function.__code__))
+        tree = _tree_of(function.__code__, function.__globals__)
+        modules = {k for k, v in function.__globals__.items() if _is_module_of_ours(v)}
+        described.append(
+            _hash_code(function.__code__) if tree is None else _hash_tree(tree, modules)
+        )
         if not _is_ours(function):
-            names = sorted(_names(function.__code__) & function.__globals__.keys())
-            found = {name: function.__globals__[name] for name in names}
-            described.append({k: self.describe(v) for k, v in found.items() if _counts(k, v)})
+            named = _named(function, tree)
+            described.append({k: self.describe(v) for k, v in named if _counts(k, v)})
         return described
 
     def _class(self, cls: type) -> Any:
-        name = f"{cls.__module__}.{cls.__qualname__}"
-        found = {key: getattr(value, "__func__", value) for key, value in vars(cls).items()}
+        found = {key: _inner(value) for key, value in vars(cls).items()}
         if dataclasses.is_dataclass(cls):  # Some of its methods say no more than its fields do.
             found = {key: value for key, value in found.items() if not key.startswith("__")}
         methods = {key: value for key, value in found.items() if inspect.isfunction(value)}
-        if not methods or any(map(_is_library, methods.values())):
-            return name
-        return [name, self.describe(methods)]
+        if any(map(_is_library, methods.values())) or _is_installed(cls):
+            return f"{cls.__module__}.{cls.__qualname__}"
+        values = {
+            key: value
+            for key, value in found.items()
+            if not key.startswith("__")
+            and isinstance(value, (*_CONSTANTS, *_CONTAINERS, re.Pattern))
+        }
+        bases = [base for base in cls.__bases__ if base is not object]
+        return ["class", _name(cls), self.describe(methods | values), [*map(self.describe, bases)]]
+
+
+def _name(value: Any) -> str:
+    """Returns what a function or class is called; the module counts for those of packages alone."""
+    is_library = _is_library(value) if inspect.isfunction(value) else _is_installed(value)
+    return f"{value.__module__}.{value.__qualname__}" if is_library else value.__qualname__
+
+
+def _inner(value: Any) -> Any:
+    """Returns the function within a method of a class, whatever it is decorated as."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, functools.cached_property):
+        return value.func
+    return getattr(value, "__func__", value)
 
 
 def _is_filled(cell) -> bool:
@@ -135,8 +166,25 @@ def _counts(name: str, value: Any) -> bool:
     if isinstance(value, types.ModuleType):
         return False
     if isinstance(value, (Mapping, list, set)):
-        return name.isupper()
+        return name.rpartition(".")[2].isupper()
     return True
+
+
+def _named(function: types.FunctionType, tree: ast.AST | None) -> list[tuple[str, Any]]:
+    """Returns what a function names of its module ("helper") and of modules ("other.helper")."""
+    known = function.__globals__
+    names = _names(function.__code__) & known.keys()
+    if tree is None:
+        return [(name, known[name]) for name in sorted(names)]
+    parts = list(_parts(tree))
+    names &= {part.id for part in parts if isinstance(part, ast.Name)}
+    found = {name: known[name] for name in names}
+    for part in parts:
+        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
+            module = found.get(part.value.id)
+            if isinstance(module, types.ModuleType) and not _is_installed(module):
+                found[f"{part.value.id}.{part.attr}"] = getattr(module, part.attr, None)
+    return sorted(found.items())
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -144,7 +192,124 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
+# --- Syntax trees -------------------------------------------------------------------------------
+
+# What of a node says nothing about what it does, or which not every version of Python has.
+_UNTOLD = ("annotation", "ctx", "kind", "returns", "type_comment", "type_params")
+
+
+def _tree_of(code: types.CodeType, module: Mapping[str, Any]) -> ast.AST | None:
+    """Returns the definition of a function.
+
+    None where its source is not to be had, or has been changed since it was loaded.
+    """
+    linecache.checkcache(code.co_filename)
+    lines = linecache.getlines(code.co_filename, dict(module))
+    return _trees(code.co_filename, "".join(lines)).get(code)
+
+
+@functools.lru_cache(maxsize=64)
+def _trees(file: str, source: str) -> dict[types.CodeType, ast.AST]:
+    """Returns the definition of every function of a module, by its code."""
+    try:
+        whole, compiled = ast.parse(source), compile(source, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return {}
+    places: dict[tuple[str, int], list] = {}
+    for node in ast.walk(whole):
+        if isinstance(node, ast.Lambda):
+            places.setdefault(("<lambda>", node.lineno), []).append(node)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            line = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            places.setdefault((node.name, line), []).append(node)
+    trees, codes = {}, [compiled]
+    for code in codes:  # Which grows.
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+        found = places.get((code.co_name, code.co_firstlineno), [])
+        if len(found) > 1:
+            found = [node for node in found if _is_around(node, code)]
+        if found:  # Lambdas within lambdas come behind those around them.
+            trees[code] = found[-1]
+    return trees
+
+
+def _is_around(node: Any, code: types.CodeType) -> bool:
+    """Whether a lambda's body holds all positions of a code; several may stand in one line."""
+    if not isinstance(node, ast.Lambda):
+        return False
+    start = node.body.lineno, node.body.col_offset
+    end = node.body.end_lineno, node.body.end_col_offset
+    places = [place for place in code.co_positions() if None not in place and place[3] > 0]
+    if not places:  # A constant alone, whose place is not kept by every version.
+        constant = compile(ast.Expression(node.body), "", "eval", dont_inherit=True)
+        return repr(constant.co_consts) == repr(code.co_consts[-1:])
+    return all(
+        start <= (line, column) and (last, stop) <= end for line, last, column, stop in places
+    )
+
+
+def _parts(tree: Any) -> Iterable[ast.AST]:
+    """Yields the nodes that count, without decorators and defaults, which have done their work."""
+    arguments = ast.arguments(
+        **{name: getattr(tree.args, name) for name in tree.args._fields}
+        | {"defaults": [], "kw_defaults": []}
+    )
+    left = [arguments, *(tree.body if isinstance(tree.body, list) else [tree.body])]
+    for part in left:
+        yield part
+        for name, value in ast.iter_fields(part):
+            if name not in _UNTOLD:
+                values = value if isinstance(value, list) else [value]
+                left += [item for item in values if isinstance(item, ast.AST)]
+
+
+def _hash_tree(tree: Any, modules: set[str]) -> str:
+    """Returns the hash of a function's definition.
+
+    Args:
+      tree: a function or lambda.
+      modules: names of t5jax's own modules in it, which are left out.
+    """
+
+    def tell(node):
+        if isinstance(node, list):
+            return [tell(item) for item in node if not _is_text(item)]
+        if not isinstance(node, ast.AST):
+            return f"{type(node).__name__} {node!r}"
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in modules:
+            return ["Name", ["id", tell(node.attr)]]
+        fields = {
+            name: value
+            for name, value in ast.iter_fields(node)
+            if name not in _UNTOLD and (isinstance(node, ast.Constant) or value not in (None, []))
+        }
+        if isinstance(node, ast.JoinedStr):  # 3.12 closes the format of a field with an empty text.
+            fields["values"] = [x for x in node.values if getattr(x, "value", None) != ""]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "t5jax":
+            del fields["module"]
+        return [type(node).__name__, *([name, tell(fields[name])] for name in sorted(fields))]
+
+    arguments = [
+        [name, tell(value)]
+        for name, value in sorted(ast.iter_fields(tree.args))
+        if name not in ("defaults", "kw_defaults")
+    ]
+    told = [type(tree).__name__, arguments, tell(tree.body)]
+    return hashlib.sha256(repr(told).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _is_text(node: Any) -> bool:
+    """Whether a statement is a text alone: a docstring."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
 def _hash_code(code: types.CodeType) -> str:
+    """Returns the hash of what Python runs, for functions whose source is not to be had."""
+
     def tell(code):
         yield repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars)).encode()
         for const in code.co_consts:
@@ -157,6 +322,8 @@ def _hash_code(code: types.CodeType) -> str:
     return hashlib.sha256(b"|".join(tell(code))).hexdigest()[:16]
 
 
+# --- Whose code it is ---------------------------------------------------------------------------
+
 _INSTALLED = tuple(
     {
         os.path.realpath(path) + os.sep
@@ -166,13 +333,34 @@ _INSTALLED = tuple(
 
 
 def _is_library(function: types.FunctionType) -> bool:
-    file = function.__code__.co_filename
-    installed = file.startswith("<frozen") or os.path.realpath(file).startswith(_INSTALLED)
-    return installed and not _is_ours(function)
+    return _is_in_package(function.__code__.co_filename) and not _is_ours(function)
 
 
-def _is_ours(function: types.FunctionType) -> bool:
-    return function.__module__.split(".")[0] == "t5jax"
+def _is_installed(value: Any) -> bool:
+    """Whether a class or module is that of an installed package, or Python's own."""
+    module = value if isinstance(value, types.ModuleType) else sys.modules.get(value.__module__)
+    if _is_ours(value):
+        return False
+    file = getattr(module, "__file__", None)
+    # Without a file: built in, unless it was made here (a notebook's, an exec's).
+    return _is_in_package(file) if file else getattr(module, "__name__", "") in _BUILT_IN
+
+
+_BUILT_IN = sys.builtin_module_names
+
+
+def _is_in_package(file: str) -> bool:
+    return file.startswith("<frozen") or os.path.realpath(file).startswith(_INSTALLED)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a function, class or module is t5jax's."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
+    return (name or "").split(".")[0] == "t5jax"
+
+
+def _is_module_of_ours(value: Any) -> bool:
+    return isinstance(value, types.ModuleType) and _is_ours(value)
 
 
 # --- Files --------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 import dataclasses
 import functools
 import json
+import linecache
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 
@@ -35,15 +37,19 @@ BASE = """
 """
 
 
-def load(code: str) -> dict:
-    """Returns the names of a module with this code, described as a task file's."""
-    names = {"__name__": "t5jax_task_example"}
-    exec(compile(textwrap.dedent(code), "/home/user/tasks/example.py", "exec"), names)
+def load(code: str, *, module="t5jax_task_example", has_source=True, file="", **names) -> dict:
+    """Returns the names of a module with this code, whose source is there, or not."""
+    code = textwrap.dedent(code)
+    file = file or f"/home/user/tasks/example_{has_source}_{hash(code)}.py"
+    if has_source:
+        linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    names = {"__name__": module} | names
+    exec(compile(code, file, "exec"), names)
     return names
 
 
-def of_task(code: str):
-    return describe(load(code)["task"])
+def of_task(code: str, **options):
+    return describe(load(code, **options)["task"])
 
 
 @pytest.mark.parametrize(
@@ -57,11 +63,15 @@ def of_task(code: str):
         ("map,", "filter,"),
         ('("p", "q")', '("p", "s")'),
         ("Step()(row)", "Step()(row) * 2"),
+        (".sub(", ".split("),  # A method's name.
+        ("limit = 3", "limit = 4"),
     ],
 )
-def test_what_code_does_counts(old, new):
+@pytest.mark.parametrize("has_source", [True, False])
+def test_what_code_does_counts(old, new, has_source):
     assert old in BASE
-    assert of_task(BASE) != of_task(BASE.replace(old, new))
+    changed = BASE.replace(old, new)
+    assert of_task(BASE, has_source=has_source) != of_task(changed, has_source=has_source)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +82,106 @@ def test_what_code_does_counts(old, new):
         ("import functools, re", "import re, functools, os"),
     ],
 )
-def test_how_it_is_written_does_not(old, new):
+@pytest.mark.parametrize("has_source", [True, False])
+def test_how_it_is_written_does_not(old, new, has_source):
     assert old in BASE
-    assert of_task(BASE) == of_task(BASE.replace(old, new))
+    changed = BASE.replace(old, new)
+    assert of_task(BASE, has_source=has_source) == of_task(changed, has_source=has_source)
+
+
+def test_annotations_and_docstrings_do_not_count():
+    changed = BASE.replace(
+        "def helper(text):", 'def helper(text: str) -> str:\n        """Adds."""'
+    )
+    assert of_task(BASE) == of_task(changed)
+
+
+@pytest.mark.parametrize(
+    ("code", "other"),
+    [
+        ("task = lambda row: row.lower()", "task = lambda row: row.upper()"),
+        (
+            "def task(row, limit=3): return row[:limit]",
+            "def task(row, limit=4): return row[:limit]",
+        ),
+        ("def task(row, *, limit=3): return row", "def task(row, *, limit=4): return row"),
+        ("def task(row, n): return row, n", "def task(row, *, n): return row, n"),
+        ("def task(row): return row[1:]", "def task(row): return row[:1]"),
+        ("def task(row): return f'{row}a'", "def task(row): return f'{row!r}a'"),
+        ("def task(row): return {**row}", "def task(row): return {None: row}"),
+        ("def task(row): return 1", "def task(row): return 1.0"),
+        ("def task(rows): yield rows", "async def task(rows): yield rows"),
+        (
+            "LIMIT = 3\ndef task(row): return row[:LIMIT]",
+            "LIMIT = 4\ndef task(row): return row[:LIMIT]",
+        ),
+        (
+            "def f(x): return x\nclass A:\n  def g(self): return 1\nclass B(A): pass\ntask = B()",
+            "def f(x): return x\nclass A:\n  def g(self): return 2\nclass B(A): pass\ntask = B()",
+        ),
+        (
+            "class A:\n  @property\n  def g(self): return 1\ntask = A()",
+            "class A:\n  @property\n  def g(self): return 2\ntask = A()",
+        ),
+        (
+            "class A:\n  @staticmethod\n  def g(x): return x\ntask = A",
+            "class A:\n  @staticmethod\n  def g(x): return -x\ntask = A",
+        ),
+    ],
+)
+def test_small_changes_count(code, other):
+    assert of_task(code) != of_task(other)
+    assert of_task(code) == of_task(code + "\n")
+    assert of_task(other) == of_task("\n" + other)
+
+
+def test_functions_in_one_line_are_told_apart():
+    line = "a, b, c, d = lambda x: x, lambda x: x + 1, lambda x: lambda y: x, lambda x: lambda y: y"
+    names = load(line)
+    assert len({digest(names[name]) for name in "abcd"}) == 4
+    alone = load("a = lambda x: x\nb = lambda x: x + 1\nc = lambda x: lambda y: x")
+    assert all(describe(names[name]) == describe(alone[name]) for name in "abc")
+    inner, other = names["c"](1), names["d"](1)
+    assert digest(inner) != digest(other)
+
+
+def test_a_helper_of_another_module_counts():
+    def told(code):
+        helpers = types.ModuleType("helpers")
+        helpers.__dict__.update(load(code, module="helpers"))
+        task = "def task(row): return helpers.clean(row)"
+        return describe(load(task, has_source=True, helpers=helpers)["task"])
+
+    assert told("def clean(row): return row") != told("def clean(row): return row[1:]")
+    assert told("def clean(row): return row") == told("def clean(row): return row  # All.")
+
+
+def test_the_python_that_runs_it_does_not_count():
+    # Computed by Python 3.11 and by 3.12: caches of either are read by the other.
+    assert digest(load(BASE)["task"]) == "2f732d51738f214d"
+    # What 3.11 and 3.12 parse or compile in different ways.
+    line = """a, b = lambda: True, lambda w, x: f"{x:>{w[0]}} {w!r}" if [y for y in w] else u"" """
+    assert digest([load(line)[name] for name in "ab"]) == "a25ab7162e8b0c75"
+
+
+def test_where_our_own_code_lies_does_not_count():
+    code = "def step(row): return files.find(row)"
+    files = types.ModuleType("t5jax.data.files")
+    here = load(code, module="t5jax.data.sources", files=files)["step"]
+    there = load("def step(row): return find(row)", module="t5jax.data.a.b")["step"]
+    other = load("def step(row): return lose(row)", module="t5jax.data.a.b")["step"]
+    assert describe(here) == describe(there) != describe(other)
+    task = "def task(row):\n  from t5jax.X import y\n  return y(row)"
+    assert of_task(task.replace("X", "data.a")) == of_task(task.replace("X", "data.b"))
+
+
+def test_a_source_that_was_changed_since_it_was_loaded_is_not_believed():
+    file, other = "/home/user/tasks/edited.py", "def task(row): return row[::-1]"
+    names = load("def task(row): return row", file=file)
+    before = describe(names["task"])
+    new = load(other, file=file)
+    assert describe(names["task"]) not in (before, describe(new["task"]))
+    assert describe(new["task"]) == of_task(other)
 
 
 def test_reading_changes_nothing():
