@@ -26,6 +26,11 @@ _LLAMA3 = {
 GPT2 = published("gpt2", **_SMALL, num_heads=3, num_kv_heads=3, head_dim=4)
 LLAMA = published("llama3_8b", **_SMALL, num_heads=3, num_kv_heads=1, head_dim=6, rope_theta=100.0)
 QWEN3 = published("qwen3_8b", **_SMALL, num_heads=6, num_kv_heads=3, head_dim=4, rope_theta=100.0)
+MISTRAL = published(
+    "mistral_7b_v0_1",
+    **_SMALL,
+    **{"num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "rope_theta": 100.0, "sliding_window": 4},
+)
 _GEMMA = {**_SMALL, "num_heads": 3, "num_kv_heads": 1, "head_dim": 6, "sliding_window": 4}
 GEMMA2 = published("gemma2_2b", **(_GEMMA | {"num_layers": 3}), query_pre_attention_scalar=10)
 GEMMA3 = published(
@@ -66,6 +71,8 @@ VARIANTS: dict[str, GPTConfig] = {
         rope_scaling="linear",
         rope_scaling_factor=3.0,
     ),
+    "mistral": MISTRAL,
+    "mistral_global": change(MISTRAL, layer_pattern=("global",), sliding_window=None, num_heads=3),
     "qwen3": QWEN3,
     "qwen3_tied": change(
         QWEN3, num_heads=3, num_kv_heads=3, tie_word_embeddings=True, attention_bias=True

@@ -76,6 +76,10 @@ def their_config(config):
     layers = ["sliding_attention" if local else "full_attention" for local in config.local_layers]
     if config.family == "llama":
         return transformers.LlamaConfig(rope_parameters=rope, mlp_bias=config.mlp_bias, **shape)
+    if config.family == "mistral":
+        return transformers.MistralConfig(
+            rope_parameters=rope, sliding_window=config.sliding_window, **shape
+        )
     if config.family == "qwen3":
         return transformers.Qwen3Config(
             rope_parameters=rope,

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family("t5.T5Config", network="t5", table="t5"),
     "gpt2": Family("gpt.GPTConfig", network="gpt", table="gpt2"),
     "llama": Family("gpt.GPTConfig", network="gpt", table="llama"),
+    "mistral": Family("gpt.GPTConfig", network="gpt", table="mistral"),
     "qwen3": Family("gpt.GPTConfig", network="gpt", table="qwen3"),
     "gemma2": Family("gpt.GPTConfig", network="gpt", table="gemma2"),
     "gemma3": Family("gpt.GPTConfig", network="gpt", table="gemma3"),
