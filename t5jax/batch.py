@@ -137,11 +137,6 @@ def converter_options(model: Architecture) -> dict[str, Any]:
     return options
 
 
-def as_prompt(model: Architecture, inputs: Sequence[int]) -> list[int]:
-    """Returns what a model reads of an example's inputs, as it does in training."""
-    return model.prompt(inputs)
-
-
 def prompt_batch(
     prompts: Sequence[Sequence[int]], kind: Kind, batch_size: int, length: int
 ) -> Batch:
@@ -163,11 +158,6 @@ def prompt_batch(
     if kind == "prefix_lm":
         batch[DECODER_CAUSAL_ATTENTION] = batch[DECODER_SEGMENT_IDS]
     return batch
-
-
-def as_answer(model: Architecture, tokens: Sequence[int]) -> list[int]:
-    """Returns the tokens that were written before the first that ends a text."""
-    return model.answer(tokens)
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:

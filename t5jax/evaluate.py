@@ -17,7 +17,7 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import metrics, sharding
-from t5jax.architectures import Dtype, ModelConfig
+from t5jax.architectures import Architecture, Dtype
 from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
@@ -51,7 +51,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: Architecture,
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         rules: AxisRules,

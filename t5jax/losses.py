@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t5jax import batch as features
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.config import LossConfig
 from t5jax.models import api
 from t5jax.sharding import local_size
@@ -62,7 +62,7 @@ def cross_entropy(
 
 
 def batch_loss(
-    model: ModelConfig,
+    model: Architecture,
     params: api.Params,
     batch: Mapping[str, jax.Array],
     config: LossConfig,

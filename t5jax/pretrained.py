@@ -163,7 +163,7 @@ class Pretrained:
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         """Returns what an encoder reads of a text."""
         tokenizer = self.tokenizer
-        ids = features.as_prompt(self.model, [*tokenizer.encode(text), tokenizer.eos_id])
+        ids = self.model.prompt([*tokenizer.encode(text), tokenizer.eos_id])
         if max_length is not None and len(ids) > max_length:
             ids = [*ids[: max_length - 1], tokenizer.eos_id]
         return ids

@@ -17,7 +17,7 @@ import jax
 from rich.console import Console
 
 from t5jax import checkpoint, sharding
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.batches.examples import BatchIterator, EvalSet
@@ -65,7 +65,7 @@ def train(config: Config) -> Path:
         source = find(name)
         config = dataclasses.replace(config, model=adopt(config.model, source, name))
     model = config.model
-    api.check_head(model)
+    model.check_head()
     if last:
         saved = checkpoint.read_config(last)
         checkpoint.check_same_run(saved, config, begun=bool(loop.iterator))
@@ -181,7 +181,7 @@ def train(config: Config) -> Path:
     return _finish(run_dir, loop, config)
 
 
-def _new_params(source: Source, model: ModelConfig, params) -> dict[str, jax.Array]:
+def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Array]:
     """Returns those of the seed's parameters that the source lacks: a new head's, path to value."""
     missing = source.missing(model)
     if missing:

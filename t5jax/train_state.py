@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5jax import sharding
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
 from t5jax.models import api
 
@@ -23,20 +23,20 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_train_state(
-    model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array
+    model: Architecture, tx: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """Returns the state at step 0 with random parameters; jit it with `train_state_shardings`."""
     params = api.init_params(model, key)
     return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
 
 
-def train_state_shapes(model: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
+def train_state_shapes(model: Architecture, tx: optax.GradientTransformation) -> TrainState:
     """Returns the state as ShapeDtypeStructs; computes nothing."""
     return jax.eval_shape(lambda: create_train_state(model, tx, jax.random.key(0)))
 
 
 def train_state_shardings(
-    model: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules
+    model: Architecture, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules
 ) -> TrainState:
     """Returns the NamedSharding of every leaf of the state.
 

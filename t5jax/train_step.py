@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.config import LossConfig
 from t5jax.losses import batch_loss
 from t5jax.sharding import constrain
@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    model: ModelConfig,
+    model: Architecture,
     tx: optax.GradientTransformation,
     loss: LossConfig,
     *,

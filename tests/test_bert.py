@@ -363,9 +363,9 @@ def observe_program(model):
 
 
 def observe_options(model):
-    from t5jax.batch import as_prompt, converter_options
+    from t5jax.batch import converter_options
 
-    return str((converter_options(model), as_prompt(model, [7])))
+    return str((converter_options(model), model.prompt([7])))
 
 
 FIELDS = {
@@ -416,14 +416,14 @@ def test_without_a_head_there_are_no_logits_and_nothing_to_train(variant):
     for call in (
         lambda: api.logits(model, params, batch),
         lambda: batch_loss(model, params, batch, LOSS),
-        lambda: api.check_head(model),
+        lambda: model.check_head(),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    api.check_head(SMALL)
+    SMALL.check_head()
     alone = SMALL_T5.encoder_alone()
     with pytest.raises(ValueError, match="this t5 is an encoder .* take a model with a decoder"):
-        api.check_head(alone)
+        alone.check_head()
 
 
 def test_only_the_head_of_a_description_is_another_ones():

@@ -14,7 +14,7 @@ import pytest
 
 from golden import assert_golden_curve
 from t5jax import batch as features
-from t5jax.architectures import BertConfig, GPTConfig, ModelConfig, T5Config
+from t5jax.architectures import Architecture, BertConfig, GPTConfig, T5Config
 from t5jax.config import LossConfig, OptimizerConfig
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
@@ -98,7 +98,7 @@ def masked_batch(step: int) -> features.Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    model: ModelConfig
+    model: Architecture
     make_batch: Callable[[int], features.Batch]
     optimizer: OptimizerConfig
     loss: LossConfig = LossConfig()

@@ -382,4 +382,4 @@ def test_fine_tuning_from_a_folder(tmp_path):
 
 def test_its_encoder_reads_the_start_token_first():
     start, eos = SMALL.decoder_start_token_id, SMALL.eos_token_id
-    assert features.as_prompt(SMALL, [7, 8, eos]) == [start, 7, 8]
+    assert SMALL.prompt([7, 8, eos]) == [start, 7, 8]

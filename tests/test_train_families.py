@@ -13,7 +13,6 @@ import small_gpt
 import tiny
 from t5jax import pretrained
 from t5jax.architectures import BertConfig, GPTConfig
-from t5jax.batch import as_answer
 from t5jax.convert import export_model
 from t5jax.evaluate import evaluate_model
 from t5jax.hf import io as hf_io
@@ -209,4 +208,4 @@ def test_the_tokenizers_eos_is_the_one_to_train_with(tmp_path):
     )
     found = find(str(tmp_path / "hf")).model
     assert (found.eos_token_id, found.more_eos_token_ids) == (1, (5, 7))
-    assert as_answer(found, [9, 8, 7, 6, 1]) == [9, 8]
+    assert found.answer([9, 8, 7, 6, 1]) == [9, 8]

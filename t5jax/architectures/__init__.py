@@ -32,7 +32,6 @@ __all__ = [
     "Kind",
     "LayerKind",
     "MlpActivation",
-    "ModelConfig",
     "RematPolicy",
     "RopeScaling",
     "T5Config",
@@ -40,8 +39,6 @@ __all__ = [
     "check_dtype",
     "published",
 ]
-
-ModelConfig = Architecture
 
 DEFAULT: Architecture = T5Config()
 """What a config has that says nothing of its model."""

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from t5jax.architectures import check_choice
+from t5jax.checks import check_choice
 from t5jax.data.bridge.tf import read, seqio
 from t5jax.data.fingerprint import digest, stamp_files
 from t5jax.data.prompts.task import TRAIN_SPLIT, register_variant

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from t5jax.architectures import BertConfig, ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.batch import converter_options, train_spec
 from t5jax.config import Config
 from t5jax.data.batches.batches import Batches, ChangingBatches
@@ -80,16 +80,12 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
             f"{model.vocab_size}; set it to {-(-tokenizer.vocab_size // 128) * 128}, or choose "
             "another vocabulary"
         )
-    expected = {"eos_token_id": tokenizer.eos_id}
-    if isinstance(model, BertConfig):
-        if tokenizer.bos_id is None:
-            raise ValueError(
-                f"{tokenizer} has no token that begins a text, as BERT's [CLS]; set "
-                "data.vocabulary to one that has, such as google-bert/bert-base-uncased"
-            )
-        expected["cls_token_id"] = tokenizer.bos_id
-    if model.kind != "decoder":  # Whose padding is told by its place: GPT-2 pads with a word's id.
-        expected["pad_token_id"] = tokenizer.pad_id
+    expected = {field: getattr(tokenizer, name) for field, name in model.tokenizer_ids.items()}
+    if "bos_id" in model.tokenizer_ids.values() and tokenizer.bos_id is None:
+        raise ValueError(
+            f"{tokenizer} has no token that begins a text, as {model.family} reads it; set "
+            f"data.vocabulary to one that has, such as that of a published {model.family}"
+        )
     for field, value in expected.items():
         if getattr(model, field) != value:
             raise ValueError(
@@ -169,19 +165,18 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
 
 
 def _check_objective(
-    task: seqio.Task, model: ModelConfig, tokenizer: Tokenizer, lengths: dict[str, int]
+    task: seqio.Task, model: Architecture, tokenizer: Tokenizer, lengths: dict[str, int]
 ) -> None:
     """Raises ValueError for a task that asks for something else than the model gives."""
     if not isinstance(task.source, (CorpusSource, PromptedSource)):
         return  # SeqIO's own: what its examples are for cannot be told.
     objective = getattr(task.source, "objective", None)
     hides_tokens = objective is not None and objective.encoder_only
-    if hides_tokens != (getattr(model, "head", None) == "masked_lm"):
+    if hides_tokens != (model.head == "masked_lm"):
         needed = "an encoder with a masked_lm head" if hides_tokens else "another model"
-        given = f"model.head {model.head}" if hasattr(model, "head") else model.kind
         raise ValueError(
             f"task {task.name} ({objective or 'inputs and targets'}) is for {needed}, and not for "
-            f"{model.family} with {given}; choose another task or another model"
+            f"{model.family} with a {model.head} head; choose another task or another model"
         )
     if objective is None:
         return

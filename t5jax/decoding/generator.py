@@ -8,7 +8,7 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import sharding
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
 from t5jax.decoding.greedy import greedy
 from t5jax.models import api
@@ -19,7 +19,7 @@ from t5jax.tokenizers import Tokenizer
 class Generator:
     """Writes the greedy answer to each prompt, on the devices of a mesh."""
 
-    model: ModelConfig
+    model: Architecture
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     rules: AxisRules = AxisRules()
@@ -43,11 +43,11 @@ class Generator:
         Args:
           params: of the model, arranged for decoding or not.
           inputs: token ids of each prompt with eos, as an example's inputs have them. What the
-            model reads of them is up to its family (`batch.as_prompt`).
+            model reads of them is up to its family (`Architecture.prompt`).
           max_tokens: of each answer, at most.
           batch_size: prompts decoded together, at most; on a mesh, rounded up to what divides it.
         """
-        prompts = [features.as_prompt(self.model, ids) for ids in inputs]
+        prompts = [self.model.prompt(ids) for ids in inputs]
         parts = sharding.batch_parts(self.mesh, self.rules)
         texts: list[str] = []
         for chunk, rows, length in padded_batches(prompts, batch_size, parts):
@@ -56,7 +56,7 @@ class Generator:
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
                 tokens_BT = greedy(self.model, params, batch, max_tokens)
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
-            answers = (features.as_answer(self.model, row.tolist()) for row in tokens_BT)
+            answers = (self.model.answer(row.tolist()) for row in tokens_BT)
             texts += [self.tokenizer.decode(answer) for answer in answers]
         return texts
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from t5jax import batch as features
-from t5jax.architectures import ModelConfig
+from t5jax.architectures import Architecture
 from t5jax.models import api
 from t5jax.sharding import constrain
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_tokens"))
-def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int) -> jax.Array:
+def greedy(model: Architecture, params: api.Params, batch: dict, max_tokens: int) -> jax.Array:
     """Returns the most probable token at each step, int32 [B, max_tokens]; eos, then padding.
 
     Compiled once for each batch shape and max_tokens; stops early when every row has its eos.
@@ -49,7 +49,7 @@ def greedy(model: ModelConfig, params: api.Params, batch: dict, max_tokens: int)
     return constrain(out_TB.T, None, None)  # Whole on every device, so that every host can read it.
 
 
-def _is_filler(model: ModelConfig, batch: dict) -> jax.Array:
+def _is_filler(model: Architecture, batch: dict) -> jax.Array:
     """Returns which rows hold nothing but padding, bool [B]: nobody waits for what they say."""
     if model.kind == "decoder":
         return ~jnp.any(batch[features.DECODER_SEGMENT_IDS], axis=-1)

@@ -83,9 +83,9 @@ def logits(
       batch: features of `t5jax.batch`; targets and loss weights are not needed.
       dropout_rng: a key to train with dropout, or None for none.
     Raises:
-      ValueError: for a network without an output, as `check_head` does.
+      ValueError: for a network without an output, as `Architecture.check_head` does.
     """
-    check_head(model)
+    model.check_head()
     return _apply(model, params, dropout_rng, batch, method="logits")
 
 
@@ -96,14 +96,9 @@ def hidden(
     return _apply(model, params, dropout_rng, batch, method="hidden")
 
 
-def check_head(model: Architecture) -> None:
-    """Raises ValueError for a network that predicts nothing, and so cannot be trained."""
-    model.check_head()
-
-
 def unembed(model: Architecture, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Returns float32 logits [..., V]; `params` may hold `unembed_params` alone."""
-    check_head(model)
+    model.check_head()
     return _network(model).apply({"params": params}, x_BTD, method="unembed")
 
 

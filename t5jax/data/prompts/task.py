@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from t5jax.architectures import check_choice
+from t5jax.checks import check_choice
 from t5jax.data.bridge.tf import from_generator, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, run_labels
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from t5jax.architectures import T5Config
-from t5jax.batch import as_prompt
 from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
@@ -117,7 +116,7 @@ def test_a_language_model_without_inputs_trains_an_encoder_decoder():
     [eval_set] = pipeline.eval_sets(config)
     # There are none; the model reads an eos, as in training.
     assert {tuple(e.input_ids) for e in eval_set.examples} == {()}
-    assert as_prompt(config.model, []) == [1]
+    assert config.model.prompt([]) == [1]
     assert [i for e in eval_set.examples for i in e.target_ids] == stream()
     assert eval_set.metric_fns == []
 
