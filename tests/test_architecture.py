@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from processes import run_python
+from t5jax.architectures import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "t5jax"
@@ -161,6 +162,27 @@ def test_data_is_imported_in_functions():
                 light = is_in(found.name, "t5jax.data.batches")
                 heavy = is_in(found.name, LEAVES) and not light
                 assert not heavy or found.lazy, f"{module} imports {found.name} at its top"
+
+
+def test_no_family_is_named_outside_its_own_files():
+    """A name is a family's as a string of code (not in a sentence), or its description's class."""
+    classes = {family.description.split(".")[1] for family in FAMILIES.values()}
+    homes = ["t5jax.architectures", "t5jax.t5x"]
+    homes += [f"t5jax.models.{family.network}" for family in FAMILIES.values()]
+    tables = [f"t5jax.hf.{family.table}" for family in FAMILIES.values()]
+    found = []
+    for module, path in MODULES.items():
+        if any(is_in(module, home) for home in [*homes, *tables]):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+            named = isinstance(name, str) and name in FAMILIES
+            # What several tables of Hugging Face's share is written for one class.
+            if isinstance(node, (ast.Name, ast.alias)) and not is_in(module, "t5jax.hf"):
+                named = getattr(node, "id", getattr(node, "name", "")) in classes
+            if named:
+                found.append(f"{module}:{node.lineno}")
+    assert not found, "ask `Architecture`, or the table FAMILIES"
 
 
 @pytest.mark.parametrize(
