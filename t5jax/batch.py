@@ -106,7 +106,7 @@ def validate_batch(batch: Batch, spec: BatchSpec) -> None:
             )
 
 
-def shift_right(targets, start_id: int):
+def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
     """Returns decoder inputs for targets [..., T]: one position later, `start_id` in front.
 
     For unpacked rows only; in a packed row every segment starts anew.

@@ -1,4 +1,4 @@
-"""Checks of what a user gives, and how they are worded; plain Python, for every room."""
+"""Checks of values that a user sets, and the wording of their errors. Plain Python."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Returns "did you mean NEAREST? ", or "" where nothing known is near."""
+    """Returns "did you mean NEAREST? ", or "" if no known name is similar."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"did you mean {near[0]}? " if near else ""
 
 
 def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:
-    """Raises ValueError where `value` is not one of `allowed`, naming the nearest."""
+    """Raises ValueError if `value` is not one of `allowed`, suggesting the most similar one."""
     allowed = tuple(allowed)
     if value not in allowed:
         choices = ", ".join(map(str, allowed))
@@ -23,12 +23,12 @@ def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:
 
 
 def check_at_least(value: float, least: float, name: str) -> None:
-    """Raises ValueError for a number below `least`, or none at all (NaN)."""
+    """Raises ValueError if a number is less than `least`, or NaN."""
     if not value >= least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def check_positive(value: float, name: str) -> None:
-    """Raises ValueError for a number that is not above 0."""
+    """Raises ValueError if a number is not greater than 0."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be above 0")

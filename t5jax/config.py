@@ -1,8 +1,8 @@
-"""The description of a run: frozen sections, files that build them, and a JSON round trip.
+"""The config of a run: frozen dataclasses, config files, and conversion to and from JSON.
 
-A config is a Python file with `get_config() -> Config`. The command line overrides its fields
-(`--data.batch-size 64`). What a field says in its docstring is what `t5jax train --help` prints.
-Plain Python without jax, so that it loads at once.
+A config file is a Python file with `get_config() -> Config`. The command line overrides its fields
+(`--data.batch-size 64`); `t5jax train --help` prints their docstrings. Plain Python without jax, so
+that it loads quickly.
 """
 
 import dataclasses
@@ -23,46 +23,46 @@ Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear"]
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where the parameters come from when the run begins."""
+    """Initial parameters."""
 
     model: str = ""
-    """A Hugging Face hub name, or a folder: a Hugging Face one, a run, or one checkpoint of a run.
-    Empty: random parameters. The architecture must agree with `model`."""
+    """A Hugging Face Hub name or folder, a run, or one checkpoint of a run. Empty: random
+    parameters. The architecture must match `model`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in which shape it reaches the model."""
+    """The training data and the shape of a batch."""
 
     mixture: str = ""
     """SeqIO task or mixture to train on."""
     mixture_changes: tuple[str, ...] = ()
-    """Tasks or mixtures to go on with from a step on, as STEP:NAME, such as 1000:harder_mixture.
-    `mixture` is read until the first of these steps."""
+    """Tasks or mixtures to switch to at a step, as STEP:NAME, such as 1000:harder_mixture.
+    `mixture` is used until the first of these steps."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
     vocabulary: str = ""
     """"bytes", a SentencePiece .model file, a tokenizer.json, GPT-2's vocab.json or BERT's
-    vocab.txt, or a folder or hub name with a tokenizer. Empty: the tokenizer of init.model, or
-    else the task's own."""
+    vocab.txt, or a folder or Hub name with a tokenizer. Empty: the tokenizer of init.model, or
+    otherwise the task's own."""
     cache: str | None = None
-    """Folder of caches of tokenized examples, read in a global order and made where they are
-    missing or do not match their task (`t5jax cache` makes them beforehand). None: stream."""
+    """Folder of caches of tokenized examples, which are fully shuffled; a cache that is missing or
+    does not match its task is written first (or beforehand by `t5jax cache`). None: stream."""
     inputs_length: int = 512
-    """Tokens of an encoder row; longer inputs are cut."""
+    """Length of encoder rows in tokens; longer inputs are truncated."""
     targets_length: int = 128
-    """Tokens of a decoder row; longer targets are cut."""
+    """Length of decoder rows in tokens; longer targets are truncated."""
     batch_size: int = 128
-    """Rows in one step, over all devices and hosts."""
+    """Rows per step, over all devices and hosts."""
     pack: bool = False
-    """Put several short examples into one row, kept apart by segment ids."""
+    """Pack several short examples into one row, separated by segment ids."""
     prefix_lm: bool = False
-    """Decoder-only models: inputs see one another in both directions, as T5's prefix language
-    model does it, instead of only what stands before them."""
+    """Decoder-only models: attention among the inputs is bidirectional, as in T5's prefix language
+    model, instead of causal."""
     seed: int = 0
-    """Seed of the order of examples."""
+    """Seed of the order of the examples."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("inputs_length", "targets_length", "batch_size"):
             check_at_least(getattr(self, name), 1, f"data.{name}")
         if self.cache == "":
@@ -73,10 +73,10 @@ class DataConfig:
 
     @property
     def mixtures(self) -> tuple[tuple[int, str], ...]:
-        """First step and name of every mixture, in order: ((0, "easy"), (1000, "hard")).
+        """The first step and the name of every mixture, in order: ((0, "easy"), (1000, "hard")).
 
         Raises:
-          ValueError: for a change that cannot be read, and for steps that do not rise.
+          ValueError: if a change cannot be parsed, or the steps do not increase.
         """
         mixtures = [(0, self.mixture)]
         for change in self.mixture_changes:
@@ -89,7 +89,7 @@ class DataConfig:
             if int(step) <= mixtures[-1][0]:
                 raise ValueError(
                     f"data.mixture_changes has {change!r} after step {mixtures[-1][0]}; the steps "
-                    "must rise, from 1 on"
+                    "must increase, starting from 1 or more"
                 )
             mixtures.append((int(step), name))
         return tuple(mixtures)
@@ -97,40 +97,40 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How gradients become updates. A field of another optimizer or schedule is refused."""
+    """The optimizer. Setting a field that another optimizer or schedule uses is an error."""
 
     name: Optimizer = "adafactor"
-    """adafactor: T5X's. adamw: decoupled weight decay. adamw_scaled: AdamW whose rate is scaled
-    by each parameter's RMS, as Adafactor's is."""
+    """adafactor: as in T5X. adamw: decoupled weight decay. adamw_scaled: AdamW with a learning rate
+    that is scaled by each parameter's RMS, as Adafactor's is."""
     learning_rate: float = 1e-3
-    """The peak rate. With adafactor and adamw_scaled it is relative to the parameter's RMS."""
+    """The peak learning rate, relative to a parameter's RMS with adafactor and adamw_scaled."""
     schedule: Schedule = "constant"
-    """Shape after warm-up. inverse_sqrt: learning_rate / sqrt(max(step, warmup_steps)); cosine
-    and linear fall until train.steps."""
+    """The shape after warm-up. inverse_sqrt: learning_rate / sqrt(max(step, warmup_steps)); cosine
+    and linear decay until train.steps."""
     warmup_steps: int = 0
     """Steps of linear warm-up, the first at 1/warmup_steps of the peak; with inverse_sqrt, the
-    steps at the constant first rate (T5's pre-training: learning_rate 1.0, warmup_steps 10000)."""
+    steps at the constant initial rate (T5's pre-training: learning_rate 1.0, warmup_steps
+    10000)."""
     final_fraction: float | None = None
-    """cosine and linear: share of the peak that the rate reaches at train.steps. None: 0."""
+    """cosine and linear: the rate at train.steps as a fraction of the peak. None: 0."""
     clip_norm: float | None = None
-    """Largest global norm of the gradient. None: no clipping."""
+    """Clip the gradient to this global norm. None: no clipping."""
     weight_decay: float | None = None
-    """Share of each matrix taken off per step, times the rate; norms and biases are spared.
-    None: 0."""
+    """Weight decay, multiplied by the learning rate; norms and biases are excluded. None: 0."""
     b1: float | None = None
     """adamw, adamw_scaled: decay of the first moment. None: 0.9. adafactor: momentum. None: off."""
     b2: float | None = None
     """adamw, adamw_scaled: decay of the second moment. None: 0.999."""
     eps: float | None = None
-    """adamw, adamw_scaled: added to the root of the second moment. None: 1e-8."""
+    """adamw, adamw_scaled: added to the square root of the second moment. None: 1e-8."""
     decay_rate: float | None = None
     """adafactor: exponent of the second moment's decay, 1 - step^-decay_rate. None: 0.8."""
     clip_threshold: float | None = None
-    """adafactor: largest RMS of one parameter's update before the rate. None: 1.0."""
+    """adafactor: clip a parameter's update to this RMS, before the learning rate. None: 1.0."""
 
-    def __post_init__(self):
-        check_choice(self.name, Optimizer.__args__, "optimizer.name")
-        check_choice(self.schedule, Schedule.__args__, "optimizer.schedule")
+    def __post_init__(self) -> None:
+        check_choice(self.name, typing.get_args(Optimizer), "optimizer.name")
+        check_choice(self.schedule, typing.get_args(Schedule), "optimizer.schedule")
         rate = self.learning_rate
         if rate is None or not (isinstance(rate, (int, float)) and 0 < rate < math.inf):
             raise ValueError(
@@ -168,14 +168,14 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The cross-entropy and its terms."""
+    """The cross-entropy and its additional terms."""
 
     z_loss: float = 1e-4
     """Weight of log(Z)^2, which keeps the logits from drifting (T5X: 1e-4)."""
     label_smoothing: float = 0.0
-    """Probability spread over the whole vocabulary instead of the target."""
+    """Probability that is moved from the target to a uniform distribution over the vocabulary."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least(self.z_loss, 0, "loss.z_loss")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
@@ -185,44 +185,45 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length and granularity of training."""
+    """Steps, microbatches, logging."""
 
     steps: int = 1000
-    """Steps in all, counted from the beginning of the run, not from where it was resumed."""
+    """Total number of steps, counted from the beginning of the run even if it is resumed."""
     microbatches: int = 1
-    """Parts of a batch computed one after the other, to fit into memory; the result is the same."""
+    """Split a batch into this many parts that are computed in sequence, to save memory; the result
+    is the same."""
     log_every: int = 50
-    """Steps between two lines of metrics."""
+    """Steps between two reports of metrics."""
     seed: int = 0
-    """Seed of random parameters and of dropout."""
+    """Seed of the initial parameters and of dropout."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "microbatches", "log_every"):
             check_at_least(getattr(self, name), 1, f"train.{name}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is measured while training, and by `t5jax eval`."""
+    """Evaluation during training."""
 
     every: int = 500
-    """Steps between two evaluations; the last step has one too. 0: none."""
+    """Steps between two evaluations; there is one after the last step, too. 0: none."""
     split: str = "validation"
-    """Split of the task that is measured."""
+    """Split to evaluate on."""
     batch_size: int = 64
-    """Rows at a time."""
+    """Rows per batch."""
     num_examples: int | None = None
-    """Examples of each task at most. None: all."""
+    """Maximum number of examples of each task. None: all."""
     max_tokens: int | None = None
-    """Tokens to generate. None: data.targets_length."""
+    """Maximum number of tokens to generate. None: data.targets_length."""
     generate: bool = True
-    """Generate text and compute the tasks' own metrics, beside the loss."""
+    """Generate text and compute the tasks' own metrics, in addition to the loss."""
     num_samples: int = 3
-    """Predictions to print for each task, where text is generated."""
+    """Predictions to print for each task, if text is generated."""
     patience: int | None = None
-    """Stop when the validation loss has not fallen for this many evaluations. None: never."""
+    """Stop if the validation loss has not improved for this many evaluations. None: never."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least(self.every, 0, "eval.every")
         check_at_least(self.batch_size, 1, "eval.batch_size")
         check_at_least(self.num_samples, 0, "eval.num_samples")
@@ -243,30 +244,32 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of a run."""
+    """Checkpoints."""
 
     every: int = 500
-    """Steps between two checkpoints; every evaluation and the last step have one too."""
+    """Steps between two checkpoints; there is one after every evaluation and the last step, too."""
     keep: int = 2
-    """How many of the last checkpoints stay; the one with the best validation loss always does."""
+    """Number of recent checkpoints to keep, in addition to the one with the lowest validation
+    loss."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least(self.every, 1, "checkpoint.every")
         check_at_least(self.keep, 1, "checkpoint.keep")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh."""
+    """Number of devices along each axis of the mesh."""
 
     data: int = -1
-    """Copies of the model that share the batch; -1: all devices that the other axes leave."""
+    """Data parallelism: each copy of the model takes a part of the batch. -1: all remaining
+    devices."""
     fsdp: int = 1
-    """Devices that share the batch and also split parameters and optimizer state."""
+    """Data parallelism that also shards parameters and optimizer state."""
     model: int = 1
-    """Devices that split every layer's matrices (tensor parallelism)."""
+    """Tensor parallelism: shards the matrices of every layer."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("data", "fsdp", "model"):
             if (name, getattr(self, name)) != ("data", -1):
                 check_at_least(getattr(self, name), 1, f"mesh.{name}")
@@ -277,36 +280,35 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Which mesh axis (data, fsdp, model) splits which logical axis of the arrays.
+    """The mesh axis (data, fsdp, model) over which each logical axis of an array is sharded.
 
-    A field is a logical axis; its value a mesh axis, several, or None for no split.
+    A field is a logical axis; its value is a mesh axis, several of them, or None to replicate.
     """
 
     batch: MeshAxes = ("data", "fsdp")
-    """Examples."""
+    """Rows of a batch."""
     length: MeshAxes = None
-    """Tokens of activations."""
+    """Sequence length of activations."""
     activation_embed: MeshAxes = None
-    """The residual stream, d_model wide."""
+    """d_model in activations: the residual stream."""
     embed: MeshAxes = "fsdp"
     """d_model in parameters."""
     heads: MeshAxes = "model"
     """Attention heads, in parameters and activations."""
     kv_heads: MeshAxes = "model"
-    """Heads of keys and values where several heads of queries share one; None where
-    they are too few to split."""
+    """Key and value heads in grouped-query attention; None if there are too few to shard."""
     head_dim: MeshAxes = None
-    """Width of one head."""
+    """Dimension of a head."""
     mlp: MeshAxes = "model"
     """Hidden units of the MLP, in parameters and activations."""
     vocab: MeshAxes = "model"
-    """Rows of the vocabulary, in parameters and logits."""
+    """Vocabulary, in parameters and logits."""
     buckets: MeshAxes = None
     """Buckets of the relative-position bias."""
     layers: MeshAxes = None
-    """The stack of layers that a scan runs over."""
+    """Stacked layers, which a scan iterates over."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         allowed = tuple(field.name for field in dataclasses.fields(MeshConfig))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -316,11 +318,11 @@ class AxisRules:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The config of a run."""
 
     run_dir: str = "runs/default"
-    """Folder of the run: checkpoints, metrics, plots, tokenizer. A run that is found there goes
-    on."""
+    """Folder for checkpoints, metrics, plots and tokenizer. A run that already exists there is
+    resumed."""
     model: Architecture = DEFAULT
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
@@ -332,7 +334,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     axes: AxisRules = AxisRules()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.data.batch_size % self.train.microbatches:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not divisible by train.microbatches "
@@ -341,7 +343,7 @@ class Config:
         if self.data.prefix_lm and self.model.kind != "decoder":
             raise ValueError(
                 f"data.prefix_lm is True, but {self.model.family} is not a decoder-only model, so "
-                "nothing would change; leave it out"
+                "it would have no effect; leave it out"
             )
 
 
@@ -352,12 +354,14 @@ def load_config(name_or_path: str) -> Config:
     """Runs a config file and returns what its `get_config()` returns.
 
     Args:
-      name_or_path: a Python file, or the name of one in ./configs or among the shipped configs.
+      name_or_path: a Python file, or the name of one in ./configs or of a shipped config.
     Raises:
-      ValueError: if no such file exists, or it does not return a Config.
+      ValueError: if there is no such file, or it does not return a Config.
     """
     path = shipped.find("configs", name_or_path)
     spec = importlib.util.spec_from_file_location(f"t5jax_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -370,26 +374,26 @@ def load_config(name_or_path: str) -> Config:
     return config
 
 
-def to_json(config) -> str:
+def to_json(config: Any) -> str:
     """Returns a config, or a section of one, as indented JSON."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, cls: type = Config):
-    """Returns the config, or the section `cls`, that `to_json` wrote.
+def from_json(text: str, cls: type[Any] = Config) -> Any:
+    """Returns the config, or the section `cls`, from the output of `to_json`.
 
     Raises:
-      ValueError: for a field that does not exist, naming the nearest, or a value of another type.
+      ValueError: if a field does not exist, suggesting the most similar one, or has another type.
     """
     return _from_plain(json.loads(text), cls, "")
 
 
 class _WrongType(ValueError):
-    """A value is of none of the types that its field may have."""
+    """A value has none of the types of its field."""
 
 
-def _from_plain(value: Any, kind, path: str):
-    """Builds `kind` from plain JSON values, following type annotations."""
+def _from_plain(value: Any, kind: Any, path: str) -> Any:
+    """Builds a value of type `kind` from plain JSON values, according to type annotations."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Architecture and isinstance(value, dict):
         check_choice(value.get("family"), FAMILIES, f"{path}family")
@@ -410,7 +414,7 @@ def _from_plain(value: Any, kind, path: str):
     elif origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_from_plain(v, args[0], path) for v in value)
     elif origin is Literal:
-        return value  # The section's own check names the choices.
+        return value  # The section checks it.
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind:  # Not isinstance: True is an int.

@@ -64,7 +64,7 @@ REFUSED = [
     (DataConfig, {"mixture_changes": ("a",)}, "has 'a'; expected STEP:NAME, such as 1000:other_m"),
     (DataConfig, {"mixture_changes": ("5:",)}, "has '5:'; expected STEP:NAME"),
     (DataConfig, {"mixture_changes": ("-5:a",)}, "has '-5:a'; expected STEP:NAME"),
-    (DataConfig, {"mixture_changes": ("0:a",)}, "has '0:a' after step 0; the steps must rise"),
+    (DataConfig, {"mixture_changes": ("0:a",)}, "has '0:a' after step 0; the steps must increase"),
     (DataConfig, {"mixture_changes": ("9:a", "9:b")}, "has '9:b' after step 9; the steps must"),
     (OptimizerConfig, {"name": "adam"}, "optimizer.name is 'adam'; .* did you mean adamw?"),
     (OptimizerConfig, {"schedule": "cos"}, "optimizer.schedule is 'cos'; .*constant, inverse_sqrt"),

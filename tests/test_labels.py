@@ -77,10 +77,18 @@ def test_that_of_a_model():
 @pytest.mark.parametrize(
     ("per_word", "text", "message"),
     [
-        (False, "god", r"'god' is no class of the model; did you mean good\? model.labels has "),
-        (False, "", r"'' is no class of the model; model.labels has 'bad', 'so so', 'good'; corr"),
-        (False, "bad good", "'bad good' is no class of the model; .* or add it to model.labels"),
-        (True, "O GEO", r"'GEO' is no class of the model; .*model.labels has 'O', 'PER', 'LOC';"),
+        (False, "god", r"'god' is not a class of the model; did you mean good\? model.labels has "),
+        (
+            False,
+            "",
+            r"'' is not a class of the model; model.labels has 'bad', 'so so', 'good'; corr",
+        ),
+        (False, "bad good", "'bad good' is not a class of the model; .* or add it to model.labels"),
+        (
+            True,
+            "O GEO",
+            r"'GEO' is not a class of the model; .*model.labels has 'O', 'PER', 'LOC';",
+        ),
     ],
 )
 def test_what_is_no_label(per_word, text, message):
@@ -323,7 +331,7 @@ def test_a_row_with_another_label_is_named(word_piece):
     labels = LabelTokenizer(("bad", "good"))
     examples = StreamedExamples("moods", word_piece, {"inputs": 8, "targets": 2}, 0, labels)
     message = (
-        r"task 'moods': split 'train', row \d+, template .*: 'so so' is no class of the model; "
+        r"task 'moods': split 'train', row \d+, template .*: 'so so' is not a class of the model; "
         "model.labels has 'bad', 'good'"
     )
     with pytest.raises(ValueError, match=message):

@@ -176,7 +176,7 @@ def test_an_encoder_learns_classes_and_goes_on(task, vocabulary, tmp_path):
         (
             dataclasses.replace(BERT, head="sequence_classification", labels=("letter a", "b")),
             {},
-            "'letter [bcd]' is no class of the model",
+            "'letter [bcd]' is not a class of the model",
         ),
         (
             dataclasses.replace(BERT, **HEADS["first_letter"]),

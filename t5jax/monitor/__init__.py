@@ -1,5 +1,5 @@
-"""What a person watches of a run.
+"""Progress, metrics, plots and tables of a run.
 
-Whatever is shown goes to stderr; stdout is left to results that are piped on. clu, TensorFlow,
-matplotlib and rich are imported inside functions, so that importing these files costs nothing.
+Everything is shown on stderr; stdout is reserved for results, which may be piped. clu, TensorFlow,
+matplotlib and rich are imported inside functions, so that importing these modules is cheap.
 """

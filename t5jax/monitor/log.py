@@ -1,4 +1,4 @@
-"""A run's metrics on disk: `run_dir/metrics.jsonl`, one line a write, and TensorBoard beside it."""
+"""A run's metrics on disk: `run_dir/metrics.jsonl`, one line per write, and TensorBoard events."""
 
 import json
 import math
@@ -12,12 +12,13 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
-def make_writer(run_dir: str | os.PathLike):
+def make_writer(run_dir: str | Path) -> Any:
     """Returns a clu.metric_writers.MetricWriter for TensorBoard and metrics.jsonl in `run_dir`.
 
-    A file that is there is continued; call `truncate_metrics` first where a run is resumed.
+    An existing file is appended to; call `truncate_metrics` first when a run is resumed.
     """
-    import t5jax.data.bridge.tf  # First: TensorFlow, quietly and off the accelerators.  # noqa: F401, I001
+    # First, since it makes TensorFlow quiet and hides the accelerators from it.
+    import t5jax.data.bridge.tf  # noqa: F401, I001
     from clu import metric_writers
 
     metric_writers.MetricWriter.register(JsonlWriter)
@@ -31,20 +32,21 @@ def make_writer(run_dir: str | os.PathLike):
 
 
 class JsonlWriter:
-    """Scalars and texts as JSON lines {"step": …, "time": …, name: value}, flushed line by line.
+    """Writes scalars and texts as JSON lines {"step": …, "time": …, name: value}, each flushed.
 
-    Has the methods of clu's MetricWriter, and is registered as one by `make_writer`; it is no
+    Has the methods of clu's MetricWriter and is registered as one by `make_writer`; it is not a
     subclass, so that it works without TensorFlow. A value that is not finite is written as null,
     since JSON has no NaN.
     """
 
-    def __init__(self, run_dir: str | os.PathLike):
-        """Opens metrics.jsonl in `run_dir` to append to; a cut last line is taken off before."""
+    def __init__(self, run_dir: str | Path) -> None:
+        """Opens metrics.jsonl in `run_dir` for appending, after removing an incomplete last
+        line."""
         truncate_metrics(run_dir, math.inf)
         self._file = open(Path(run_dir) / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes one line of numbers: Python's, or arrays without dimensions."""
+        """Writes one line of numbers, Python scalars or arrays of shape []."""
         values = {name: float(value) for name, value in scalars.items()}
         self._write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
 
@@ -58,22 +60,22 @@ class JsonlWriter:
             self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
             self._file.flush()
 
-    def write_summaries(self, step, values, metadata=None) -> None:
-        """Writes nothing, as the four methods below: arrays are TensorBoard's alone."""
+    def write_summaries(self, *args: Any, **kwargs: Any) -> None:
+        """Writes nothing, like the next four methods: arrays only go to TensorBoard."""
 
-    def write_images(self, step, images) -> None: ...
+    def write_images(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def write_videos(self, step, videos) -> None: ...
+    def write_videos(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def write_audios(self, step, audios, *, sample_rate) -> None: ...
+    def write_audios(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def write_histograms(self, step, arrays, num_buckets=None) -> None: ...
+    def write_histograms(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def write_hparams(self, hparams) -> None:
-        """Writes nothing: a run's config lies beside its metrics."""
+    def write_hparams(self, *args: Any, **kwargs: Any) -> None:
+        """Writes nothing: a run's config is saved next to its metrics."""
 
     def flush(self) -> None:
-        """Writes out what is buffered."""
+        """Flushes the file."""
         self._file.flush()
 
     def close(self) -> None:
@@ -81,13 +83,13 @@ class JsonlWriter:
         self._file.close()
 
 
-def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl as dicts, null as NaN; an empty list without the file.
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl as dicts, null as NaN; an empty list if there is no file.
 
-    A last line that was cut when its writer died is left out.
+    An incomplete last line, left by a writer that was killed, is ignored.
 
     Raises:
-      ValueError: if another line is no JSON.
+      ValueError: if any other line is not JSON.
     """
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
@@ -95,11 +97,11 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     ]
 
 
-def truncate_metrics(run_dir: str | os.PathLike, step: int | float) -> None:
-    """Takes the lines after `step` out of metrics.jsonl, and a cut last one.
+def truncate_metrics(run_dir: str | Path, step: int | float) -> None:
+    """Removes the lines after `step` from metrics.jsonl, and an incomplete last one.
 
-    A run that goes on from `step` then has each step once. The file is replaced as a whole, so
-    that a crash leaves the old one or the new one.
+    A run that resumes from `step` then has each step once. The file is replaced atomically, so that
+    a crash leaves either the old or the new one.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
@@ -115,13 +117,14 @@ def truncate_metrics(run_dir: str | os.PathLike, step: int | float) -> None:
     os.replace(temporary, path)
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict]]:
-    """Returns each line with what it holds."""
+def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns each line with its parsed content."""
     if not path.exists():
         return []
-    # "replace": a cut line may end within a letter. Not splitlines(), which breaks at U+2028 too.
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line]
+    # "replace": an incomplete line may end within a character. Not splitlines(), which also splits
+    # at U+2028.
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line]
     records = []
     for i, (number, line) in enumerate(lines):
         try:
@@ -133,7 +136,7 @@ def _read_lines(path: Path) -> list[tuple[str, dict]]:
                 break
             raise ValueError(
                 f"line {number} of {path} is {line[:60]!r}; expected a JSON object with a step; "
-                "take the line out, or put the file away"
+                "remove the line, or move the file away"
             ) from None
         records.append((line, record))
     return records

@@ -1,7 +1,6 @@
-"""A run's losses as a picture."""
+"""A plot of a run's losses."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,15 @@ from t5jax.monitor.log import METRICS_FILE, read_metrics
 TRAIN_LOSS = "train/loss"
 
 
-def plot_losses(run_dir: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Draws the losses of a run over its steps, as a PNG.
+def plot_losses(run_dir: str | Path, path: str | Path) -> None:
+    """Plots the losses of a run against its steps, as a PNG.
 
-    The training loss ("train/loss") is a running mean over the points themselves; every other
-    name that ends in "/loss" is a validation loss, with its lowest value in the legend. The axis
-    is logarithmic where losses differ by more than five times.
+    The training loss ("train/loss") is drawn as points and their running mean; every other name
+    that ends in "/loss" is a validation loss, whose lowest value is in the legend. The axis is
+    logarithmic if the losses differ by more than a factor of five.
 
     Raises:
-      ValueError: if the run has written no loss.
+      ValueError: if the run has not logged a loss.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -35,13 +34,13 @@ def plot_losses(run_dir: str | os.PathLike, path: str | os.PathLike) -> None:
             f'"{TRAIN_LOSS}" or another name in "/loss" (has the run logged yet?)'
         )
 
-    # A Figure of its own: pyplot would keep it, and look for a display.
+    # Not pyplot, which would keep the figure and look for a display.
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     if TRAIN_LOSS in curves:
         steps, values = map(np.asarray, zip(*curves.pop(TRAIN_LOSS), strict=True))
         smooth = _running_mean(values, width=len(values) // 25)
-        if len(values) >= 50:  # Below, the mean is of one value.
+        if len(values) >= 50:  # With fewer, the running mean is over one value.
             axes.plot(steps, values, color="0.45", alpha=0.3, linewidth=0.8)
         marker = "." if len(values) < 50 else None
         label = f"training  {smooth[-1]:.3g} (last)"
@@ -72,7 +71,7 @@ def plot_losses(run_dir: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Returns the mean of about `width` values around each; at the ends of those there are."""
+    """Returns the mean of about `width` values around each one, of fewer at the ends."""
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     index, half = np.arange(len(values)), width // 2
     first = np.maximum(index - half, 0)

@@ -1,8 +1,8 @@
-"""How fast a run is, and how far: steps and tokens per second, a bar on stderr."""
+"""Throughput and progress of a run: steps and tokens per second, a bar on stderr."""
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,15 @@ from t5jax.batch import DECODER_TARGET_TOKENS, ENCODER_INPUT_TOKENS, Batch
 
 
 def count_tokens(batch: Batch) -> int:
-    """Returns the input and target tokens of a batch of NumPy arrays, without padding (id 0)."""
+    """Returns the number of input and target tokens of a NumPy batch, without padding (id 0)."""
     read = (ENCODER_INPUT_TOKENS, DECODER_TARGET_TOKENS)
     return sum(int(np.count_nonzero(batch[name])) for name in read if name in batch)
 
 
 class Throughput:
-    """Steps and tokens per second since the last reading, without what is not training.
+    """Steps and tokens per second of training since they were last read.
 
-    The clock starts when the first step is done, since that one compiled, and stands still during
-    `pause()`.
+    The clock starts when the first step, which compiles, is done, and is stopped during `pause()`.
 
         speed = Throughput()
         speed.step_done(num_tokens)        # After each step whose result has arrived.
@@ -31,13 +30,13 @@ class Throughput:
         writer.write_scalars(step, speed.read())
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._start: float | None = None
         self._steps = self._tokens = 0
 
     def step_done(self, num_tokens: int) -> None:
-        """Counts a step of so many tokens; the first one only starts the clock."""
+        """Counts a step and its tokens; the first one only starts the clock."""
         if self._start is None:
             self._start = self._clock()
         else:
@@ -45,8 +44,8 @@ class Throughput:
             self._tokens += num_tokens
 
     @contextlib.contextmanager
-    def pause(self):
-        """Leaves out the time spent inside: an evaluation, a checkpoint."""
+    def pause(self) -> Iterator[None]:
+        """Excludes the time spent inside, such as that of an evaluation or a checkpoint."""
         begin = self._clock()
         try:
             yield
@@ -55,11 +54,11 @@ class Throughput:
                 self._start += self._clock() - begin
 
     def read(self) -> dict[str, float]:
-        """Returns {"steps_per_second", "tokens_per_second"} and starts anew.
+        """Returns {"steps_per_second", "tokens_per_second"} and starts over.
 
-        Empty while there is nothing to measure: no step since the first, or the last reading.
+        Empty if there is nothing to measure: no step since the first one or the last reading.
         """
-        if not self._steps:
+        if not self._steps or self._start is None:
             return {}
         now = self._clock()
         seconds = max(now - self._start, 1e-9)
@@ -75,19 +74,27 @@ class Throughput:
 
 
 class ProgressBar:
-    """Progress on stderr: a bar on a terminal, a line per report elsewhere.
+    """Progress on stderr: a bar in a terminal, otherwise a line per report.
 
         with ProgressBar(total=1000, step=200) as bar:
             bar.update(201)                                        # Moves the bar.
             bar.update(250, loss=2.31, tokens_per_second=51_000)   # Also a line in a log file.
             bar.print("evaluating")                                # Above the bar.
 
-    The time left goes by the wall clock since the first update: evaluations count, as there will
-    be more of them, and the first compilation does not.
+    The remaining time is estimated from the wall-clock time since the first update. This includes
+    evaluations, since there will be more of them, but not the first compilation.
     """
 
-    def __init__(self, total: int, step: int = 0, clock: Callable[[], float] = time.monotonic):
-        """Args: total: the run's steps; step: those done before this start."""
+    def __init__(
+        self, total: int, step: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Creates the bar of a run.
+
+        Args:
+          total: the number of steps of the run.
+          step: the steps that were done before it was resumed.
+          clock: the time in seconds.
+        """
         from rich.console import Console
 
         self._total, self._step, self._clock = total, step, clock
@@ -95,9 +102,9 @@ class ProgressBar:
         self._first: tuple[float, int] | None = None
         self._loss: float | None = None
         self._tokens_per_second: float | None = None
-        self._progress = None
+        self._progress: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> "ProgressBar":
         if self._console.is_interactive:
             from rich.progress import BarColumn, Progress, TextColumn
 
@@ -107,7 +114,7 @@ class ProgressBar:
                 TextColumn("{task.fields[values]}"),
                 console=self._console,
                 refresh_per_second=4,
-                # What is piped from stdout must not end up in the bar's stream.
+                # What is written to stdout must not end up in the bar's stream.
                 redirect_stdout=False,
             )
             self._task = self._progress.add_task(
@@ -116,14 +123,14 @@ class ProgressBar:
             self._progress.start()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self._progress:
             self._progress.stop()
 
     def update(
         self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
     ) -> None:
-        """Shows that `step` steps are done; values that are None stay as they were."""
+        """Shows that `step` steps are done; values that are None stay unchanged."""
         now = self._clock()
         self._first = self._first or (now, step)
         self._step = step
@@ -143,22 +150,22 @@ class ProgressBar:
             values.append(f"loss {self._loss:.4g}")
         if self._tokens_per_second is not None:
             values.append(f"{self._tokens_per_second:,.0f} tokens/s")
-        start, first_step = self._first
+        start, first_step = self._first or (now, self._step)
         if self._step > first_step:
             seconds = (now - start) / (self._step - first_step) * (self._total - self._step)
             values.append(f"{_duration(seconds)} left")
         return values
 
     def print(self, *objects: Any) -> None:
-        """Prints texts or rich's renderables on stderr, above the bar where there is one."""
+        """Prints strings or rich renderables on stderr, above the bar if there is one."""
         for item in objects:
-            # Text is printed as it is: no markup, no colours, no line breaks of ours.
+            # Strings are printed as they are, without markup, colours or added line breaks.
             is_text = isinstance(item, str)
             self._console.print(item, markup=False, highlight=False, soft_wrap=is_text)
 
 
-def track(items: Sequence[Any], description: str):
-    """Yields the items, with a bar on stderr of how many are done."""
+def track(items: Sequence[Any], description: str) -> Iterator[Any]:
+    """Yields the items and shows on stderr how many are done."""
     from rich.console import Console
     from rich.progress import track as rich_track
 

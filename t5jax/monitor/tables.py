@@ -1,4 +1,4 @@
-"""Scores and samples as tables: on a terminal and in Markdown."""
+"""Tables of scores and samples, for a terminal and in Markdown."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any, TextIO
 Results = Mapping[str, Mapping[str, Any]]
 
 
-def results_table(results: Results):
-    """Returns a rich.table.Table of scores, one row a task and metric, baselines beside the model.
+def results_table(results: Results) -> Any:
+    """Returns a rich.table.Table of scores, one row per task and metric, with their baselines.
 
-    A score of the model that is not above every baseline is yellow.
+    A score of the model that is not better than every baseline is yellow.
 
     Args:
-      results: task to {"model": {metric: score}, "num_examples": N, and for each baseline its
-        name: {metric: score}}, as "copy the input" of `metrics.baselines`.
+      results: for each task {"model": {metric: score}, "num_examples": N} and for each baseline
+        name: {metric: score}, as returned by `metrics.baselines`.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -31,7 +31,7 @@ def results_table(results: Results):
         others = [v[metric] for k, v in _baselines(scores).items() if metric in v]
         beaten = others and not scores["model"][metric] > max(others)
         cells[0] = _plain_text(cells[0], style="yellow" if beaten else "bold")
-        # A task's name stands in its first row alone.
+        # A task's name is shown in its first row only.
         name = "" if task == previous else f"{task} ({num_examples})"
         table.add_row(_plain_text(name), _plain_text(metric), *cells)
         previous = task
@@ -39,7 +39,7 @@ def results_table(results: Results):
 
 
 def results_markdown(results: Results) -> str:
-    """Returns the table of `results_table` as Markdown, every row complete."""
+    """Returns the table of `results_table` as Markdown, with the task's name in every row."""
     head, rows = _result_rows(results)
     rule = ["---", "---"] + ["---:"] * (len(head) - 2)
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [head, rule, *rows]]
@@ -65,7 +65,7 @@ def _result_rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _score(metric: str, value: float) -> str:
-    """Percents with two digits behind the point, losses with four."""
+    """Formats percentages with two decimals, losses with four."""
     return f"{value:.4f}" if metric.endswith("loss") else f"{value:.2f}"
 
 
@@ -76,13 +76,15 @@ def samples_table(
     *,
     title: str = "",
     max_chars: int = 400,
-):
-    """Returns a rich.table.Table of predictions under their inputs and targets.
+) -> Any:
+    """Returns a rich.table.Table of predictions with their inputs and targets.
 
     Args:
-      inputs, targets, predictions: N texts each; a target may be a list of references.
-      title: over the table.
-      max_chars: longer texts lose their middle.
+      inputs: N texts.
+      targets: N texts or lists of references.
+      predictions: N texts.
+      title: the table's title.
+      max_chars: the middle of longer texts is left out.
     Raises:
       ValueError: if the lengths differ.
     """
@@ -108,7 +110,7 @@ def samples_markdown(
     *,
     max_chars: int = 2000,
 ) -> str:
-    """Returns what `samples_table` shows as Markdown, for a writer's `write_texts`."""
+    """Returns the content of `samples_table` as Markdown, for a writer's `write_texts`."""
     return "\n".join(
         f"- input: {_code(source, max_chars)}\n"
         f"- target: {' or '.join(_code(text, max_chars) for text in target)}\n"
@@ -117,7 +119,9 @@ def samples_markdown(
     )
 
 
-def _samples(inputs, targets, predictions) -> list[tuple[str, list[str], str]]:
+def _samples(
+    inputs: Sequence[str], targets: Sequence[str | Sequence[str]], predictions: Sequence[str]
+) -> list[tuple[str, list[str], str]]:
     if not len(inputs) == len(targets) == len(predictions):
         raise ValueError(
             f"samples are {len(inputs)} inputs, {len(targets)} targets and {len(predictions)} "
@@ -128,7 +132,7 @@ def _samples(inputs, targets, predictions) -> list[tuple[str, list[str], str]]:
 
 
 def _cut(text: str, max_chars: int) -> str:
-    """Takes out the middle: a prompt's instruction is in front, and its question at the end."""
+    """Removes the middle: a prompt's instruction is at the start and its question at the end."""
     if len(text) <= max_chars:
         return text
     half = (max_chars - 3) // 2
@@ -139,17 +143,17 @@ def _code(text: str, max_chars: int) -> str:
     return "`" + _cut(" ".join(text.split()), max_chars).replace("`", "'") + "`"
 
 
-def _plain_text(text: str, style: str = ""):
-    """Text as rich shows it, with its brackets, and without the control codes of a model."""
+def _plain_text(text: str, style: str = "") -> Any:
+    """Returns rich text without markup, and without control characters."""
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text), style=style)
 
 
 def print_table(table: Any, file: TextIO | None = None) -> None:
-    """Prints a table of rich on `file`, stderr by default, as wide as the terminal or 80 columns.
+    """Prints a rich table on `file`, by default stderr, as wide as the terminal or 80 columns.
 
-    While a ProgressBar is shown, use its `print`.
+    While a ProgressBar is shown, use its `print` instead.
     """
     from rich.console import Console
 

@@ -8,7 +8,7 @@ from t5jax.tokenizers.common import SENTINEL, clean_ids, json_bytes, write_files
 
 
 class ByteTokenizer:
-    """UTF-8 bytes, as ByT5 has them: byte b is id b + 3, and 125 sentinels follow from id 259."""
+    """UTF-8 bytes, as in ByT5: byte b is id b + 3, followed by 125 sentinels from id 259 on."""
 
     vocab_size, pad_id, eos_id, unk_id = 384, 0, 1, 2
     bos_id: int | None = None
@@ -21,17 +21,17 @@ class ByteTokenizer:
 
     _FIRST_BYTE, _FIRST_SENTINEL = 3, 259
 
-    def __init__(self, *, files: Mapping[str, bytes] | None = None):
-        """Needs nothing; `files` are the Hugging Face files that `save` shall write unchanged."""
+    def __init__(self, *, files: Mapping[str, bytes] | None = None) -> None:
+        """Creates the tokenizer; `files` are Hugging Face files that `save` writes unchanged."""
         config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
         self._files = dict(files) if files else {"tokenizer_config.json": json_bytes(config)}
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"ByteTokenizer({self.vocab_size} ids)"
 
     def encode(self, text: str) -> list[int]:
-        ids = []
-        # The pattern's group makes every second part the number of a sentinel.
+        ids: list[int] = []
+        # Because of the group in the pattern, every second part is the number of a sentinel.
         for i, part in enumerate(SENTINEL.split(text)):
             if i % 2 == 0:
                 ids.extend(byte + self._FIRST_BYTE for byte in part.encode())
@@ -42,7 +42,7 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text; bytes that are not UTF-8, and unknown tokens, are left out."""
+        """Returns the text, without unknown tokens and bytes that are not valid UTF-8."""
         data = bytearray()
         for i in clean_ids(self, ids):
             if i >= self._FIRST_SENTINEL:

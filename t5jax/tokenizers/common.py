@@ -1,52 +1,53 @@
-"""What a tokenizer is, and what more than one kind of them does."""
+"""The interface of a tokenizer, and functions that several kinds share."""
 
 import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `repr()` names the ids: equal for tokenizers that give the same."""
+    """Text to ids and back. Two tokenizers with equal `repr()` produce the same ids."""
 
     vocab_size: int
     """Number of ids; a model's embedding may have more rows."""
     pad_id: int
     eos_id: int
     unk_id: int
-    """What stands for a character that the vocabulary lacks; eos_id where it lacks none (GPT-2)."""
+    """Id of characters that are not in the vocabulary; eos_id if there are none (GPT-2)."""
     bos_id: int | None
-    """What begins a text, BERT's [CLS]; None where nothing does, as in T5."""
+    """Id that begins a text, such as BERT's [CLS]; None if there is none, as in T5."""
     mask_id: int | None
-    """What hides a token in masked language modelling, BERT's [MASK]."""
+    """Id of the mask in masked language modelling, such as BERT's [MASK]; None if there is none."""
     sentinel_ids: tuple[int, ...]
-    """Ids of "<extra_id_0>", "<extra_id_1>", ...; empty where the vocabulary has none."""
+    """Ids of "<extra_id_0>", "<extra_id_1>", ...; empty if the vocabulary has none."""
     chat_template: str | None
-    """The Jinja text by which the model's makers turn a conversation into a prompt."""
+    """The model's Jinja template that turns a conversation into a prompt, if it has one."""
     special_tokens: Mapping[str, str]
-    """What a chat template may name: {"eos_token": "</s>", ...}."""
+    """The tokens that a chat template may refer to: {"eos_token": "</s>", ...}."""
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without eos. "<extra_id_0>" becomes the sentinel's id."""
+        """Returns the ids of a text, without eos. "<extra_id_0>" becomes the id of the sentinel."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids before the first eos. Padding is skipped, ids beyond the
-        vocabulary are unknown tokens, and sentinels stay as text: they say where a span goes."""
+        vocabulary are unknown tokens, and sentinels are kept as text."""
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files that Hugging Face's AutoTokenizer loads; what came from such a folder
-        is written unchanged. The folder is made where it is missing."""
+        """Writes the files that Hugging Face's AutoTokenizer loads, unchanged if the tokenizer was
+        loaded from such files. Creates the folder if necessary."""
 
 
 # --- Ids ----------------------------------------------------------------------------------------
 
 
 def clean_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Returns the ids before the first eos, without padding; ids beyond the vocabulary as unk."""
+    """Returns the ids before the first eos, without padding; ids beyond the vocabulary become
+    unk."""
     clean = []
     for i in ids:
         if i == tokenizer.eos_id:
@@ -57,7 +58,7 @@ def clean_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
 
 
 def first_sentinels(sentinels: Mapping[int, int]) -> tuple[int, ...]:
-    """Returns the ids of sentinels 0, 1, ... up to the first that is missing."""
+    """Returns the ids of the sentinels 0, 1, ... up to the first missing one."""
     numbers = itertools.takewhile(sentinels.__contains__, itertools.count())
     return tuple(sentinels[number] for number in numbers)
 
@@ -66,47 +67,48 @@ def first_sentinels(sentinels: Mapping[int, int]) -> tuple[int, ...]:
 
 
 def read_file(path: Path) -> bytes:
-    """Returns a file's content; ValueError where it cannot be read."""
+    """Returns the content of a file. Raises ValueError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_json(files: Mapping[str, bytes], file: str, name: str) -> dict:
-    """Returns what is in one of a folder's files, {} where there is no such file.
+def read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any]:
+    """Returns the content of one of a folder's JSON files, {} if it is missing.
 
     Args:
-      files: name to content.
-      file: which.
-      name: what error messages call the folder.
+      files: the content of each file by name.
+      file: the name of the file.
+      name: the folder's name in error messages.
     Raises:
-      ValueError: if the file is no JSON.
+      ValueError: if the file is not JSON.
     """
     try:
-        return json.loads(files.get(file, b"{}"))
+        content: dict[str, Any] = json.loads(files.get(file, b"{}"))
+        return content
     except ValueError as error:
         raise ValueError(f"{file} in {name} is not JSON: {error}") from None
 
 
-def json_bytes(value: dict) -> bytes:
-    """Returns a JSON file's content."""
+def json_bytes(value: dict[str, Any]) -> bytes:
+    """Returns the content of a JSON file."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> None:
-    """Writes name to content into a folder, which is made where it is missing."""
+    """Writes files, given as name to content, into a folder; creates it if necessary."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (Path(folder) / name).write_bytes(content)
 
 
 def read_chat_template(files: Mapping[str, bytes], name: str) -> str | None:
-    """Returns the chat template of a folder's files, None if it has none; arguments and errors as
-    `read_json`."""
+    """Returns the chat template in a folder's files, None if there is none. Arguments and errors
+    are those of `read_json`."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
     template = read_json(files, "tokenizer_config.json", name).get("chat_template")
-    if isinstance(template, list):  # Several, of which one is for plain conversations.
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list):  # Several; "default" is for plain conversations.
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template

@@ -1,4 +1,4 @@
-"""What the `tokenizers` library reads, and older files brought into its form: BPE, WordPiece."""
+"""Tokenizers of the `tokenizers` library; conversion of older BPE and WordPiece files."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from t5jax.tokenizers.common import (
     write_files,
 )
 
-# Where a configuration names no such token, the names by which the common models have it.
+# For each special token: the fields that name it, and its names in common models otherwise.
 _SPECIAL_TOKENS = {
     "eos": (("eos_token", "sep_token"), ("</s>", "<|endoftext|>", "[SEP]")),
     "pad": (("pad_token",), ("<pad>", "[PAD]")),
@@ -29,37 +29,38 @@ _SPECIAL_TOKENS = {
 
 
 class HuggingFaceTokenizer:
-    """Any tokenizer of the `tokenizers` library: a tokenizer.json, or what BPE and WordPiece keep.
+    """Any tokenizer of the `tokenizers` library.
 
-    Which token ends, pads and so on is what the folder's configuration says, or else:
+    A special token is the first of these that is in the vocabulary, where the names in the first
+    column are fields of the folder's configuration:
 
-    | | the first of these that the vocabulary has |
-    |---|---|
-    | eos | eos_token, sep_token, </s>, <|endoftext|>, [SEP] |
-    | pad | pad_token, <pad>, [PAD], or else the eos token |
-    | unk | unk_token, <unk>, [UNK], or else the eos token: a byte-level vocabulary lacks nothing |
-    | bos | bos_token, cls_token, [CLS]; None if there is none |
-    | mask | mask_token, [MASK], <mask>; None if there is none |
+    | | configured | by name | otherwise |
+    |---|---|---|---|
+    | eos | eos_token, sep_token | </s>, <|endoftext|>, [SEP] | an error |
+    | pad | pad_token | <pad>, [PAD] | eos |
+    | unk | unk_token | <unk>, [UNK] | eos: byte-level vocabularies do not need it |
+    | bos | bos_token, cls_token | [CLS] | None |
+    | mask | mask_token | [MASK], <mask> | None |
 
-    So GPT-2 ends, pads and begins with <|endoftext|> (50256), and BERT begins with [CLS], ends with
-    [SEP] and pads with [PAD]. Neither has sentinels: span corruption needs a vocabulary that does.
+    So GPT-2 uses <|endoftext|> (50256) as eos, pad and bos; BERT uses [SEP], [PAD] and [CLS].
+    Neither has sentinels: span corruption needs a vocabulary that does.
     """
 
-    def __init__(self, files: Mapping[str, bytes], name: str = "the folder"):
+    def __init__(self, files: Mapping[str, bytes], name: str = "the folder") -> None:
         """Reads the files of a folder.
 
         Args:
-          files: name to content; tokenizer.json, tokenizer_config.json, special_tokens_map.json
-            and chat_template.jinja are read, all are saved.
-          name: what error messages call them.
+          files: the content of each file by name; tokenizer.json, tokenizer_config.json,
+            special_tokens_map.json and chat_template.jinja are read, all are saved.
+          name: the folder's name in error messages.
         Raises:
-          ValueError: for damaged files, and where no token ends a text.
+          ValueError: if files are damaged, or there is no eos token.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # The library raises Exception itself.
             raise ValueError(f"tokenizer.json in {name} is damaged: {error}") from None
-        # Some files ask for rows of one length, which would change the text.
+        # Some files enable truncation or padding, which would change the text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._files = dict(files)
@@ -68,26 +69,27 @@ class HuggingFaceTokenizer:
         ids = self._tokenizer.get_vocab()
         self.vocab_size: int = max(ids.values(), default=-1) + 1  # There may be holes.
         chosen = {what: _special_token(what, config, ids) for what in _SPECIAL_TOKENS}
-        if chosen["eos"] is None:
+        eos = chosen["eos"]
+        if eos is None:
             raise ValueError(
-                f"{name} has no token that ends a text; name one of its vocabulary as eos_token in "
-                "tokenizer_config.json"
+                f"{name} has no token that ends a text; set eos_token in tokenizer_config.json to "
+                "one of its vocabulary"
             )
-        chosen["pad"] = chosen["pad"] or chosen["eos"]
-        chosen["unk"] = chosen["unk"] or chosen["eos"]
+        pad, unk = (chosen[what] or eos for what in ("pad", "unk"))
+        chosen |= {"pad": pad, "unk": unk}
         self.special_tokens: Mapping[str, str] = {
             f"{what}_token": token for what, token in chosen.items() if token is not None
         }
-        self.eos_id: int = ids[chosen["eos"]]
-        self.pad_id: int = ids[chosen["pad"]]
-        self.unk_id: int = ids[chosen["unk"]]
-        self.bos_id: int | None = ids.get(chosen["bos"])
-        self.mask_id: int | None = ids.get(chosen["mask"])
+        self.eos_id: int = ids[eos]
+        self.pad_id: int = ids[pad]
+        self.unk_id: int = ids[unk]
+        self.bos_id: int | None = ids[chosen["bos"]] if chosen["bos"] else None
+        self.mask_id: int | None = ids[chosen["mask"]] if chosen["mask"] else None
         matches = ((SENTINEL.fullmatch(token), i) for token, i in ids.items())
         self.sentinel_ids = first_sentinels({int(match[1]): i for match, i in matches if match})
         self.chat_template = read_chat_template(files, name)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         digest = hashlib.sha256(self._files["tokenizer.json"]).hexdigest()[:12]
         return f"HuggingFaceTokenizer({self.vocab_size} ids, sha256 {digest})"
 
@@ -101,15 +103,17 @@ class HuggingFaceTokenizer:
         write_files(folder, self._files)
 
 
-def _special_token(what: str, config: Mapping, ids: Mapping[str, int]) -> str | None:
+def _special_token(what: str, config: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:
     fields, names = _SPECIAL_TOKENS[what]
     configured = [config.get(field) for field in fields]
     configured = [token["content"] if isinstance(token, dict) else token for token in configured]
     return next((token for token in (*configured, *names) if token in ids), None)
 
 
-def bpe_files(vocab: bytes, merges: bytes, files: Mapping[str, bytes], name: str) -> dict:
-    """Returns what GPT-2's vocab.json and merges.txt are as a tokenizer.json, and its config."""
+def bpe_files(
+    vocab: bytes, merges: bytes, files: Mapping[str, bytes], name: str
+) -> dict[str, bytes]:
+    """Returns GPT-2's vocab.json and merges.txt as a tokenizer.json and its configuration."""
     ids = read_json({"vocab.json": vocab}, "vocab.json", name)
     lines = merges.decode().splitlines()
     pairs: Any = [tuple(x.split(" ")) for x in lines if x and not x.startswith("#version")]
@@ -121,7 +125,7 @@ def bpe_files(vocab: bytes, merges: bytes, files: Mapping[str, bytes], name: str
     tokenizer.decoder = decoders.ByteLevel()
     config = read_json(files, "tokenizer_config.json", name)
     config = {"tokenizer_class": "GPT2Tokenizer"} | config
-    # A token of its own, never pieces: "<|endoftext|>" in a text is its id.
+    # A special token is never split: "<|endoftext|>" in a text becomes its id.
     tokenizer.add_special_tokens([t for t in ("<|endoftext|>",) if t in ids])
     for field in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if "<|endoftext|>" in ids:
@@ -129,10 +133,10 @@ def bpe_files(vocab: bytes, merges: bytes, files: Mapping[str, bytes], name: str
     return _with_tokenizer_json(tokenizer, config, files)
 
 
-def word_piece_files(vocab: bytes, files: Mapping[str, bytes], name: str) -> dict:
-    """Returns what BERT's vocab.txt is as a tokenizer.json, and its config.
+def word_piece_files(vocab: bytes, files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+    """Returns BERT's vocab.txt as a tokenizer.json and its configuration.
 
-    Unless the configuration says so, texts are lower-cased where no entry has a capital letter.
+    If the configuration does not say, texts are lower-cased if no entry has a capital letter.
     """
     tokens = vocab.decode().splitlines()
     ids = {token: i for i, token in enumerate(tokens)}
@@ -140,7 +144,7 @@ def word_piece_files(vocab: bytes, files: Mapping[str, bytes], name: str) -> dic
     if missing:
         raise ValueError(
             f"{name} is not a WordPiece vocabulary: it lacks {', '.join(missing)}; expected one "
-            "token a line, as in BERT's vocab.txt"
+            "token per line, as in BERT's vocab.txt"
         )
     config: dict[str, Any] = {"tokenizer_class": "BertTokenizer"}
     config |= {
@@ -154,7 +158,7 @@ def word_piece_files(vocab: bytes, files: Mapping[str, bytes], name: str) -> dic
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.add_special_tokens(list(_BERT_TOKENS))
-    # For those who load what we save; our own `encode` adds nothing.
+    # For users of the saved files; our own `encode` adds no special tokens.
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])
     )
@@ -165,7 +169,7 @@ _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def _with_tokenizer_json(
-    tokenizer: tokenizers.Tokenizer, config: dict, files: Mapping[str, bytes]
+    tokenizer: tokenizers.Tokenizer, config: dict[str, Any], files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     made = {
         "tokenizer.json": tokenizer.to_str().encode(),

@@ -1,4 +1,4 @@
-"""The classes of a classifier as ids."""
+"""The tokenizer of a classifier's targets: its classes as ids."""
 
 import hashlib
 import itertools
@@ -12,14 +12,14 @@ _NO_LABEL = "\0"  # No label is called that: labels are printable.
 
 
 class LabelTokenizer:
-    """A classifier's classes, as the tokenizer of its targets: one label a text, or one a word.
+    """The tokenizer of a classifier's targets: one label per text, or one per word.
 
-    Class i has id i. What ends a target, and in targets of words what has no label, come after the
-    classes. `repr()` names the classes in their order.
+    Class i has id i. They are followed by eos, and by an id for pieces of words that have no label.
+    `repr()` identifies the classes and their order.
     """
 
-    def __init__(self, labels: Sequence[str], per_word: bool = False):
-        """Takes the names of the classes; per_word: a target has a label for each word."""
+    def __init__(self, labels: Sequence[str], per_word: bool = False) -> None:
+        """Takes the names of the classes; per_word: a target has one label for each word."""
         self.labels, self.per_word = tuple(labels), per_word
         self._ids = {label: i for i, label in enumerate(self.labels)}
         self.eos_id = self.pad_id = self.unk_id = len(self.labels)
@@ -28,12 +28,12 @@ class LabelTokenizer:
 
     @staticmethod
     def of(model: Architecture) -> "LabelTokenizer | None":
-        """Returns that of a model that classifies, None for any other."""
+        """Returns the tokenizer of a model's labels, or None if it has none."""
         if not model.labels:
             return None
         return LabelTokenizer(model.labels, model.head == "token_classification")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         digest = hashlib.sha256("\n".join(self.labels).encode()).hexdigest()[:12]
         each = "one a word" if self.per_word else "one a text"
         return f"LabelTokenizer({len(self.labels)} labels, {each}, sha256 {digest})"
@@ -42,7 +42,7 @@ class LabelTokenizer:
         """Returns the ids of the labels in a target, without eos.
 
         Raises:
-          ValueError: for what is no label.
+          ValueError: if a word of the target is not a label.
         """
         found = text.split() if self.per_word else [text.strip()]
         return [self._id(label) for label in found]
@@ -52,7 +52,7 @@ class LabelTokenizer:
             hint = did_you_mean(label, self.labels)
             known = ", ".join(map(repr, self.labels[:20]))
             raise ValueError(
-                f"{label!r:.60} is no class of the model; {hint}model.labels has {known}"
+                f"{label!r:.60} is not a class of the model; {hint}model.labels has {known}"
                 f"{', ...' if len(self.labels) > 20 else ''}; correct the data, or add it to "
                 "model.labels"
             )
@@ -64,20 +64,20 @@ class LabelTokenizer:
         return " ".join(self.labels[i] for i in before if i < len(self.labels))
 
     def arrange(self, inputs: str, targets: str, tokenizer: Tokenizer) -> str:
-        """Returns the targets as `encode` shall read them: with what inputs' pieces have a label.
+        """Returns the targets for `encode`, with an entry for each piece of the inputs.
 
-        A text's label stays what it is. A word's goes to the first of the word's pieces, and the
-        others have none; so there is something for every piece of the inputs.
+        The label of a text is returned unchanged. The label of a word is that of its first piece;
+        the word's other pieces are marked as having none.
 
         Args:
-          inputs: a text; of words, with one space between them.
-          targets: its label, or its words' labels.
-          tokenizer: of the inputs.
+          inputs: a text; with labels per word, its words are separated by one space.
+          targets: the label of the text, or those of its words.
+          tokenizer: the tokenizer of the inputs.
         Raises:
-          ValueError: for what is no label, for more or fewer labels than words, and for words that
-            the tokenizer does not split one by one.
+          ValueError: if a target is not a label, if there are more or fewer labels than words, or
+            if the tokenizer does not split the text word by word.
         """
-        self.encode(targets)  # Raises for what is no label.
+        self.encode(targets)  # Checks the labels.
         if not self.per_word:
             return targets
         words, labels = inputs.split(), targets.split()
@@ -87,7 +87,7 @@ class LabelTokenizer:
                 f"({inputs!r:.40}, {targets!r:.40}); expected a label for each word, with spaces "
                 "between them"
             )
-        # Where a space belongs to the piece behind it, it is there.
+        # Some tokenizers make the space a part of the piece that follows it.
         pieces = [tokenizer.encode(f" {word}" if i else word) for i, word in enumerate(words)]
         if list(itertools.chain(*pieces)) != tokenizer.encode(inputs):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A name, file or folder to its tokenizer."""
+"""Loads the tokenizer for a name, a file or a folder."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from t5jax.tokenizers.common import SENTINEL, Tokenizer, read_file, read_json
 from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer, bpe_files, word_piece_files
 from t5jax.tokenizers.sentence_piece import SentencePieceTokenizer
 
-# What belongs to a tokenizer in a Hugging Face folder; read together, and saved again unchanged.
+# A tokenizer's files in a Hugging Face folder; all are read, and saved again unchanged.
 _FILES = (
     "spiece.model",
     "tokenizer.json",
@@ -24,15 +24,15 @@ _FILES = (
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Returns the tokenizer that a name means.
+    """Returns the tokenizer for a name, a file or a folder.
 
     Args:
       source: "bytes"; a SentencePiece .model file; a tokenizer.json; a vocab.json of byte-level BPE
-        with its merges.txt beside it; a WordPiece vocab.txt (the names may have something in
-        front: gpt2_vocab.json, gpt2_merges.txt); a folder with such files, as t5jax and Hugging
-        Face write them; or a hub name.
+        next to its merges.txt; a WordPiece vocab.txt (prefixes are allowed: gpt2_vocab.json,
+        gpt2_merges.txt); a folder with such files, as written by t5jax and Hugging Face; or a Hub
+        name.
     Raises:
-      ValueError: where nothing is found, or what is found is damaged.
+      ValueError: if there is no such tokenizer, or its files are damaged.
     """
     if source == "bytes":
         return ByteTokenizer()
@@ -41,7 +41,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return _load_file(path)
     if path.is_dir():
         return _load_folder(path)
-    # A hub name is "name" or "owner/name", without a suffix.
+    # A Hub name is "name" or "owner/name", without a suffix.
     if isinstance(source, Path) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise ValueError(_not_found(source))
     if path.suffix in (".model", ".json", ".txt"):
@@ -51,7 +51,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return _load_folder(resolve(source))
 
 
-def _not_found(source) -> str:
+def _not_found(source: str | Path) -> str:
     return (
         f'there is no tokenizer {str(source)!r}; expected "bytes", a SentencePiece .model file, a '
         "tokenizer.json, vocab.json or vocab.txt, a folder with tokenizer files, or a hub name "
@@ -94,7 +94,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     if "spiece.model" in files:
         raise ValueError(
             f"{folder} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "
-            "tokenizer.json that places them; save it once more with Hugging Face's tokenizer"
+            "tokenizer.json that assigns their ids; save it again with Hugging Face's tokenizer"
         )
     raise ValueError(
         f"{folder} holds no tokenizer; expected spiece.model, tokenizer.json, vocab.json with "
@@ -103,7 +103,7 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def _added_tokens(files: Mapping[str, bytes], name: str) -> list[str]:
-    """Returns the tokens that a user has added to the SentencePiece model's."""
+    """Returns the tokens that were added to those of the SentencePiece model."""
     listed = read_json(files, "tokenizer.json", name).get("added_tokens", [])
     tokens = [token["content"] for token in listed]
     tokens += list(read_json(files, "added_tokens.json", name))

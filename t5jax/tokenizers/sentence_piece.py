@@ -1,4 +1,4 @@
-"""SentencePiece models and their sentinels."""
+"""SentencePiece models with sentinels."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ SPACED_SENTINEL = re.compile(r" *(<extra_id_\d+>)")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with sentinels behind it: T5, FLAN-T5, mT5, UMT5, UL2 and your own."""
+    """A SentencePiece model followed by sentinels: T5, FLAN-T5, mT5, UMT5, UL2 and your own."""
 
     bos_id: int | None = None
     mask_id: int | None = None
@@ -36,16 +36,16 @@ class SentencePieceTokenizer:
         extra_ids: int = 100,
         *,
         files: Mapping[str, bytes] | None = None,
-    ):
+    ) -> None:
         """Reads a model.
 
         Args:
           model: a serialized SentencePiece model, or the path of one.
-          extra_ids: sentinels to add; "<extra_id_0>" is the last id. A model that holds its own
-            (mT5's does) gets none.
-          files: the Hugging Face files that `save` shall write; made from the model by default.
+          extra_ids: the number of sentinels to add, the last of which is "<extra_id_0>"; none are
+            added to a model that already has some (as mT5's has).
+          files: the Hugging Face files for `save` to write; made from the model by default.
         Raises:
-          ValueError: for a missing or damaged file, and for a model without pad, eos or unk.
+          ValueError: if the file is missing or damaged, or the model has no pad, eos or unk.
         """
         name = "the SentencePiece model"
         if not isinstance(model, bytes):
@@ -88,16 +88,18 @@ class SentencePieceTokenizer:
             for what in ("pad", "eos", "unk")
         }
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         digest = hashlib.sha256(self.model_bytes).hexdigest()[:12]
         return f"SentencePieceTokenizer({self.vocab_size} ids, sha256 {digest})"
 
     def encode(self, text: str) -> list[int]:
-        # A sentinel is a piece only where a word begins, so it is made to begin one.
-        return self._processor.encode(SPACED_SENTINEL.sub(r" \1", text))
+        # Sentinels are pieces that begin a word, so they need a space in front.
+        ids: list[int] = self._processor.encode(SPACED_SENTINEL.sub(r" \1", text))
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode(clean_ids(self, ids))
+        text: str = self._processor.decode(clean_ids(self, ids))
+        return text
 
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files)

@@ -171,7 +171,7 @@ def test_sentinels_and_chat_template_are_found():
 
 
 def test_what_cannot_be_a_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the folder has no token that ends a text; name one"):
+    with pytest.raises(ValueError, match="the folder has no token that ends a text; set eos_token"):
         HuggingFaceTokenizer(files(word_level(a=0)))
     (tmp_path / "vocab.txt").write_text("the\nof\n")
     with pytest.raises(ValueError, match=r"vocab.txt is not a WordPiece vocabulary: it lacks .PAD"):
