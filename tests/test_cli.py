@@ -77,7 +77,7 @@ def test_help_of_train_shows_every_option_with_its_default(capsys):
 
 def test_help_has_the_defaults_of_a_config(capsys):
     out = run(capsys, "train", "quickstart", "--help")[1]
-    assert "Steps in all" in out
+    assert "Total number of steps" in out
     assert "(default: runs/quickstart)" in " ".join(out.replace("│", " ").split())
 
 

@@ -1,5 +1,6 @@
-"""The blocks of every page of docs/ run."""
+"""The blocks of every page of docs/ run, and what pages say of the project's files is so."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,42 @@ from pages import ROOT, read_blocks, run_page
 from tiny import one_device  # noqa: F401
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WITH_BLOCKS = [page for page in PAGES if read_blocks(page.read_text())]
+ABOUT_THE_CODE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 
 def test_there_are_pages():
-    assert ROOT / "docs/tasks.md" in PAGES
+    assert ROOT / "docs/tasks.md" in WITH_BLOCKS
+
+
+@pytest.mark.parametrize("page", ABOUT_THE_CODE, ids=lambda page: page.stem)
+def test_files_that_a_page_names_exist(page: Path):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir())
+    named = re.findall(rf"`((?:\.ci|{folders})/[\w./-]*)`", page.read_text())
+    named += [name for name in re.findall(r"\]\(([^)#:]+)", page.read_text())]
+    made_by_examples = ("runs/", "tasks/")
+    missing = {
+        name
+        for name in named
+        if not (ROOT / name).exists()
+        and not (page.parent / name).exists()
+        and "FAMILY" not in name
+        and not name.startswith(made_by_examples)
+    }
+    assert not missing
+
+
+def test_the_design_names_every_room_and_types_that_there_are():
+    page = (ROOT / "docs/design.md").read_text()
+    rooms = re.findall(r"\w+", "".join(re.findall(r"^    [\w, ]+$", page, re.MULTILINE)))
+    here = {path.stem for path in (ROOT / "t5jax").iterdir() if not path.stem.startswith("_")}
+    assert set(rooms) == here - {"data"}
+    types = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `([\w/.]+)` \|", page, re.MULTILINE)
+    assert len(types) > 8
+    for names, file in types:
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(class {name}\b|{name}\b.* =)", source, re.MULTILINE), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -25,6 +58,6 @@ def test_a_task_of_the_page_fits_on_a_screen(page: Path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("clean_registries")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page: Path, tmp_path: Path):
     assert run_page(page.read_text(), tmp_path) > 0

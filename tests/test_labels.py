@@ -81,7 +81,7 @@ def test_that_of_a_model():
         (
             False,
             "",
-            r"'' is not a class of the model; model.labels has 'bad', 'so so', 'good'; corr",
+            r"'' is not a class of the model; model.labels has 'bad', 'so so', 'good'; ",
         ),
         (False, "bad good", "'bad good' is not a class of the model; .* or add it to model.labels"),
         (
