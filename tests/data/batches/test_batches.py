@@ -105,6 +105,22 @@ def test_packed_content_is_the_content_of_each_window_and_no_token_is_lost(kind)
         assert part != expected(numbers)
 
 
+@pytest.mark.parametrize("kind", [Streamed, RandomAccess])
+def test_every_window_has_an_order_of_its_own(kind):
+    class Filling(kind):
+        def example(self, k):  # A row each: the order of examples is that of rows.
+            row = np.full(SPEC.targets_length, 2 + k % EPOCH, np.int32)
+            return {"inputs": row, "targets": row}
+
+    batches = make(Filling())
+    orders = []
+    for window in range(3):
+        rows = [next(batches)["decoder_target_tokens"][:, 0] for _ in range(WINDOW // 16)]
+        orders.append(((np.concatenate(rows) - 2 - window * WINDOW) % EPOCH).tolist())
+        assert sorted(orders[-1]) == list(range(WINDOW))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
 def test_a_window_ends_where_the_examples_say():
     batches, seen = make(InEpochs()), []
     while batches.state()["example"] < 4 * EPOCH:

@@ -10,6 +10,7 @@ import pytest
 from t5jax.batch import BatchSpec
 from t5jax.data.batches.batches import Batches
 from t5jax.data.batches.converters import make_converter
+from t5jax.data.cache import examples as cache_examples
 from t5jax.data.cache import reader
 from t5jax.data.cache.examples import CachedExamples, Part, mix
 from t5jax.data.cache.reader import CachedTask
@@ -119,6 +120,19 @@ def test_an_epoch_has_every_example_once_and_each_its_own_order(tmp_path):
     # A global shuffle: the first tenth comes from everywhere.
     assert max(epochs[0][:5]) - min(epochs[0][:5]) > 15
     other = CachedExamples([part(tmp_path, 50, name="b")], LENGTHS, seed=4)
+    assert [name_of(e) for e in other.get(range(50))] != epochs[0]
+
+
+def test_so_has_every_epoch_of_a_large_task(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_examples, "_SMALL", 10)
+    large = CachedExamples([part(tmp_path / "large", 50)], LENGTHS, 0)
+    read = [name_of(e) for e in large.get(range(150))]
+    epochs = [read[i : i + 50] for i in (0, 50, 100)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10, 60))
+        assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    other = CachedExamples([part(tmp_path / "other", 50)], LENGTHS, 1)
     assert [name_of(e) for e in other.get(range(50))] != epochs[0]
 
 

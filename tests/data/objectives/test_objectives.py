@@ -212,6 +212,12 @@ def test_prefix_lm_leaves_no_more_for_the_targets_than_fits():
     assert set(lengths) == {2, 3, 4}
 
 
+def test_prefix_lm_with_few_targets_rounds_down():
+    bound = PrefixLM(0.5).bind(WORDS, 8, 8)
+    sizes = {len(bound(text(7), example_rng(0, i))["targets"]) for i in range(60)}
+    assert sizes == {1 + 1, 2 + 1, 3 + 1}  # With eos: 3.5 would be 4 when rounded.
+
+
 def test_causal_lm_is_the_text():
     bound = CausalLM().bind(WORDS, 0, 6)
     assert bound.tokens_length == 6
@@ -233,6 +239,21 @@ def test_masked_lm_masks_as_bert_does():
         assert (inputs[chosen] != 0).all()
     assert fates["mask"] / 6000 == pytest.approx(0.8, abs=0.02)
     assert fates["same"] / 6000 == pytest.approx(0.1, abs=0.015)
+
+
+def test_a_random_token_of_masked_lm_is_any_but_padding():
+    bound = MaskedLM(0.5).bind(Words(vocab_size=5), 102, 102)
+    drawn = set()
+    for index in range(100):
+        example = bound(np.full(100, 4, np.int32), example_rng(0, index))
+        drawn |= set(example["inputs"][example["targets"] != 0].tolist())
+    assert drawn == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("n", "num_predicted"), [(1, 1), (3, 1), (10, 2), (16, 2), (17, 3)])
+def test_masked_lm_predicts_its_share_and_at_least_one(n, num_predicted):
+    example = MaskedLM().bind(WORDS, 102, 102)(text(n), example_rng(0, n))
+    assert (example["targets"] != 0).sum() == num_predicted  # 15 %, rounded.
 
 
 def test_masked_lm_needs_a_vocabulary_with_its_tokens():

@@ -75,10 +75,25 @@ class MergingTokenizer(ByteTokenizer):
         return super().encode(text + 5 * text.count("\n") * "x" if text.count("\n") > 1 else text)
 
 
-def test_the_whole_prompt_is_counted_not_only_its_parts():
+# By its parts 26 holds three exemplars. Together and with eos, one makes 12, two make 29.
+@pytest.mark.parametrize(("length", "expected"), [(26, 1), (28, 1), (29, 2)])
+def test_the_whole_prompt_is_counted_not_only_its_parts(length, expected):
     row = {"q": "new", "a": "x"}
-    few = few_shot(tokenizer=MergingTokenizer(), inputs_length=26)
-    assert len(shots(few, row)) == 1  # Three by their parts, 41 tokens together; two make 29.
+    few = few_shot(tokenizer=MergingTokenizer(), inputs_length=length)
+    assert len(shots(few, row)) == expected
+
+
+# "new?" takes 4 tokens, the exemplars 7 and 10, eos 1.
+@pytest.mark.parametrize(("length", "expected"), [(14, {0}), (15, {0, 1}), (21, {0, 1}), (22, {2})])
+def test_an_exemplar_takes_no_room_of_eos_from_a_shorter_one(length, expected):
+    rows = [{"q": "q0", "a": "a0"}, {"q": "q1", "a": "a1234"}]
+    few = few_shot(2, rows, tokenizer=ByteTokenizer(), inputs_length=length)
+    drawn = [few.render({"q": "new", "a": "x"}, n, "test").inputs for n in range(20)]
+    if expected == {2}:
+        assert {text.count("?") - 1 for text in drawn} == {2}
+    else:  # The short one alone, or in 15 tokens either of them: the one that is drawn first.
+        assert {int(text.startswith("q1")) for text in drawn} == expected
+        assert {text.count("?") - 1 for text in drawn} == {1}
 
 
 def test_rows_that_the_template_leaves_out_are_no_exemplars():
