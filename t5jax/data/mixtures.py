@@ -20,7 +20,7 @@ from t5jax.checks import check_choice
 from t5jax.data.bridge.tf import read, seqio
 from t5jax.data.fingerprint import digest, stamp_files
 from t5jax.data.prompts.task import TRAIN_SPLIT, register_variant
-from t5jax.storage import cache_dir, write_atomically
+from t5jax.storage import cache_dir, write_file
 
 Rates = Literal["equal", "proportional"]
 
@@ -181,5 +181,5 @@ def _count(task: seqio.Task, split: str) -> int:
     path = cache_dir() / "counts" / f"{digest([rows, split, contents])}.json"
     if not path.is_file():
         count = sum(1 for _ in rows.rows(split))
-        write_atomically(path, json.dumps(count).encode())
+        write_file(path, json.dumps(count).encode())
     return json.loads(path.read_bytes())

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from t5jax import storage
 from t5jax.hf.mapping import Tensors
 
 CONFIG = "config.json"
@@ -270,19 +270,11 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
       ValueError: if it cannot be written. Of what `write` raises, nothing is left behind.
     """
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        write(partial)
-        if folder.is_dir():
-            folder.rename(replaced)
-        partial.rename(folder)
+        with storage.new_folder(folder) as partial:
+            write(partial)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{folder} cannot be written ({error}); give a folder where you may write and the disk "
             "has room"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t5jax import storage
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
@@ -109,12 +111,7 @@ def truncate_metrics(run_dir: str | Path, step: int | float) -> None:
     kept = "".join(line + "\n" for line, record in _read_lines(path) if record["step"] <= step)
     if kept.encode() == path.read_bytes():
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    storage.write_file(path, kept.encode())
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from t5jax.storage import cache_dir, write_atomically
+from t5jax.storage import cache_dir, write_file
 from t5jax.tokenizers.common import Tokenizer
 
 
@@ -64,7 +64,7 @@ def train_sentencepiece(
             f"cannot train a SentencePiece vocabulary of {vocab_size} pieces on {len(lines)} "
             f"lines: {error}"
         ) from None
-    return write_atomically(Path(path), model.getvalue())
+    return write_file(Path(path), model.getvalue())
 
 
 def sample(lines: Iterable[str], size: int) -> list[str]:

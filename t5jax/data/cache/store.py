@@ -13,11 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import shutil
-import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +24,7 @@ from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_fo
 from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
 from t5jax.data.fingerprint import changed_file, stamp_files
-from t5jax.storage import sync
+from t5jax.storage import new_folder, remove_partial, sync
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -157,30 +153,20 @@ def _mismatch(recipe: Recipe, path: Path) -> str | None:
 def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
     """Writes a cache beside its place, and puts it there."""
     stamps = stamp_files(recipe.files)  # Before it is read: a change in between shows later.
-    prefix = f".{path.name}.{socket.gethostname()}."
-    for left_behind in path.parent.glob(f"{prefix}*"):  # By a writer that was killed.
-        shutil.rmtree(left_behind, ignore_errors=True)
-    partial = path.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    dropped = Counter()
+    remove_partial(path)
+    dropped: Counter = Counter()
     try:
-        partial.mkdir()
-        shards = sorted(write(recipe, partial, num_shards, dropped), key=lambda s: s.number)
-        if not shards:
-            why = ", ".join(f"{n} dropped by {step}" for step, n in dropped.items() if n)
-            raise ValueError(
-                f"task {recipe.task!r} has no examples in its split {recipe.split!r}"
-                f"{'; ' + why if why else ''}"
-            )
-        _finish(recipe, partial, num_shards, shards, stamps, dropped)
-        if path.exists():
-            os.replace(path, path.parent / f"{prefix}old")
-        os.replace(partial, path)
-        sync(path.parent)
-        shutil.rmtree(path.parent / f"{prefix}old", ignore_errors=True)
+        with new_folder(path) as partial:
+            shards = sorted(write(recipe, partial, num_shards, dropped), key=lambda s: s.number)
+            if not shards:
+                why = ", ".join(f"{n} dropped by {step}" for step, n in dropped.items() if n)
+                raise ValueError(
+                    f"task {recipe.task!r} has no examples in its split {recipe.split!r}"
+                    f"{'; ' + why if why else ''}"
+                )
+            _finish(recipe, partial, num_shards, shards, stamps, dropped)
     except OSError as error:
         raise ValueError(f"the cache {path} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _finish(

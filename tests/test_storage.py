@@ -1,0 +1,84 @@
+import os
+import socket
+
+import pytest
+
+from t5jax import storage
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_written_in_place_of_the_old_one(tmp_path):
+    path = tmp_path / "deep" / "file"
+    for content in (b"old and long", b"new"):
+        assert storage.write_file(path, content) == path
+        assert path.read_bytes() == content
+    assert names(path.parent) == ["file"]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()  # As any other file.
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_file_that_cannot_be_put_there_leaves_what_was(tmp_path, monkeypatch):
+    path = storage.write_file(tmp_path / "file", b"old")
+
+    def fail(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        storage.write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    for name in "ab":
+        with storage.new_folder(folder) as partial:
+            (partial / name).touch()
+            assert not (folder / name).exists()
+        assert names(folder) == [name]
+    assert names(folder.parent) == ["folder"]
+
+
+def test_a_folder_whose_writing_fails_stays_as_it_was(tmp_path, monkeypatch):
+    with storage.new_folder(tmp_path / "folder") as partial:
+        (partial / "old").touch()
+    with pytest.raises(FileNotFoundError), storage.new_folder(tmp_path / "folder") as partial:
+        (partial / "no folder" / "new").touch()
+    assert names(tmp_path) == ["folder"]
+    replace = os.replace
+
+    def fail(source, target):  # Of the new one alone.
+        if (source / "new").exists():
+            raise OSError("full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="full"), storage.new_folder(tmp_path / "folder") as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["old"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    left = [f".folder.{socket.gethostname()}.0", ".folder.elsewhere.0", ".other.0", "folder"]
+    for name in left:
+        (tmp_path / name).mkdir()
+    storage.remove_partial(tmp_path / "folder")
+    assert names(tmp_path) == sorted(left[1:])
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("T5JAX_CACHE", str(tmp_path))
+    assert storage.cache_dir() == tmp_path
+    monkeypatch.delenv("T5JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.cache_dir() == tmp_path / ".cache" / "t5jax"
