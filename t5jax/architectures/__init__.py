@@ -1,7 +1,7 @@
-"""What a network is: frozen descriptions, and every published size by name.
+"""Descriptions of networks, as frozen dataclasses, and every published size by name.
 
-Plain Python without jax, so that configs load and print at once. The networks that read these
-descriptions are in `t5jax/models/`. Names follow the papers and Hugging Face's `config.json`.
+Plain Python without jax, so that configs load and print quickly. The networks themselves are in
+`t5jax/models/`. Names follow the papers and Hugging Face's `config.json`.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 DEFAULT: Architecture = T5Config()
-"""What a config has that says nothing of its model."""
+"""The model of a config that does not set one."""
 
 SIZES: dict[str, Architecture] = {
     name: size for family in FAMILIES for name, size in load_sizes(family).SIZES.items()
@@ -55,7 +55,7 @@ def published(name: str, **changes: Any) -> Architecture:
       name: a key of `SIZES`, such as "t5_1_1_base".
       **changes: fields to replace, such as dtype="bfloat16".
     Raises:
-      ValueError: for a name that is not known, naming the nearest.
+      ValueError: if the name is unknown, suggesting the most similar one.
     """
     check_choice(name, SIZES, "the model's size")
     return dataclasses.replace(SIZES[name], **changes)

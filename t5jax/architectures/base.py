@@ -1,6 +1,6 @@
-"""What the descriptions of all networks share, and what they answer to those that use a network.
+"""The base class of all descriptions, and the questions that other code asks about a network.
 
-Nothing outside of a family's own files asks which family a description is of: it asks here.
+Code outside a family's own files does not depend on the family; it uses these properties.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from t5jax.checks import check_at_least, check_choice, check_positive
 Dtype = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "minimal", "full"]
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
-"""What a network reads and writes: inputs and targets apart, one text, or the inputs alone."""
+"""Whether a network has an encoder, a decoder, or both."""
 Head = Literal[
     "seq2seq_lm",
     "causal_lm",
@@ -25,20 +25,20 @@ Head = Literal[
     "pooler",
     "none",
 ]
-"""What a network predicts: the text that answers another, the rest of a text, its hidden tokens, a
-class for a text, a class for each word; or nothing."""
+"""What a network predicts: targets from inputs, the next token, masked tokens, the class of a text,
+the class of each word; or nothing."""
 
 _Class = TypeVar("_Class", bound=type)
 
 
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def description(**defaults: Any) -> Callable[[_Class], _Class]:
-    """Makes a class a frozen dataclass, for `Architecture` and the classes below it.
+    """Makes `Architecture` or a subclass a frozen dataclass.
 
-    Fields that a class writes down come before those that it inherits, in JSON and in the help.
+    In JSON and in the help, a class's own fields come before those that it inherits.
 
     Args:
-      **defaults: of fields that it inherits, where it has others.
+      **defaults: new defaults of inherited fields.
     """
 
     def decorate(cls: _Class) -> _Class:
@@ -61,17 +61,17 @@ def description(**defaults: Any) -> Callable[[_Class], _Class]:
 
 @description()
 class Architecture:
-    """What a network is: every description of one is of a class below this one."""
+    """The description of a network; the base class of all families' descriptions."""
 
     if typing.TYPE_CHECKING:
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     family: str = ""
-    """Whose checkpoints hold such a network."""
+    """The family, named after the `model_type` of its Hugging Face checkpoints."""
     vocab_size: int = 1
-    """Rows of the embedding; may be more than the tokenizer has."""
+    """Rows of the embedding; may be more than the tokenizer's vocabulary."""
     d_model: int = 1
-    """Width of the residual stream; where there is an encoder, of the encoder's."""
+    """Width of the residual stream, of the encoder's if there is an encoder."""
     pad_token_id: int = 0
     """Id of padding."""
     eos_token_id: int = 0
@@ -79,26 +79,27 @@ class Architecture:
     dropout_rate: float = 0.0
     """Dropout in training."""
     dtype: Dtype = "float32"
-    """What activations are computed in; norms' statistics, rotations, softmax and logits stay
-    float32."""
+    """Dtype of activations; statistics of norms, rotary embeddings, softmax and logits are float32.
+    """
     param_dtype: Dtype = "float32"
-    """What parameters are stored in; optimizer states are float32 always."""
+    """Dtype of parameters; the optimizer's state is always float32."""
     scan_layers: bool = True
-    """Compile one layer and loop over it (fast to compile), or unroll the loop (faster to run
-    on CPU). The parameters are the same."""
+    """Scan over the layers (fast to compile) or unroll them (faster on CPU). The parameters are the
+    same."""
     remat: RematPolicy = "none"
-    """Recompute in the backward pass: nothing, all but weight products (minimal), or all (full)."""
+    """Recompute in the backward pass: nothing, all but products with weights (minimal), or
+    everything (full)."""
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
-    """Whole numbers that may be 0; all others are at least 1, or None where they may be."""
+    """Integer fields that may be 0; all others must be at least 1, or None if they are optional."""
     HEAD_REMEDY: ClassVar[str] = "take a model with a decoder"
-    """What to do where there is no head, but one is needed."""
+    """What to do if a head is needed, but there is none; part of an error message."""
 
     def __post_init__(self) -> None:
-        """Checks what can be told from a field's type or name, whatever the network.
+        """Checks fields by their type or name, for all networks.
 
         Raises:
-          ValueError: for a choice, dtype, size, token id or dropout rate that cannot be.
+          ValueError: if a choice, dtype, size, token id or dropout rate is invalid.
         """
         for name in ("dtype", "param_dtype"):
             check_dtype(getattr(self, name), f"model.{name}")
@@ -125,7 +126,7 @@ class Architecture:
         for name in names:
             check_positive(getattr(self, name), f"model.{name}")
 
-    # --- What it predicts -------------------------------------------------------------------------
+    # --- Outputs ----------------------------------------------------------------------------------
 
     @property
     def kind(self) -> Kind:
@@ -133,27 +134,27 @@ class Architecture:
 
     @property
     def head(self) -> Head:
-        """What it predicts."""
+        """What the network predicts."""
         heads: dict[Kind, Head] = {"encoder_decoder": "seq2seq_lm", "decoder": "causal_lm"}
         return heads.get(self.kind, "none")
 
     @property
     def num_outputs(self) -> int:
-        """Width of the logits; 0 where there are none, and so nothing that could be trained."""
+        """Width of the logits; 0 if there are none, so that the network cannot be trained."""
         return 0 if self.head in ("none", "pooler") else self.vocab_size
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their ids; none where there is no classifier."""
+        """Names of the classes, in the order of their ids; empty if it is not a classifier."""
         return ()
 
     @property
     def has_pooler(self) -> bool:
-        """Whether a layer makes one vector of a text's many."""
+        """Whether there is a layer that pools a text into one vector."""
         return False
 
     def check_head(self) -> None:
-        """Raises ValueError for a network that predicts nothing, and so cannot be trained."""
+        """Raises ValueError if the network has no head, and so cannot be trained."""
         if not self.num_outputs:
             raise ValueError(
                 f"this {self.family} is an encoder without a head: it has no logits, and nothing "
@@ -161,57 +162,58 @@ class Architecture:
             )
 
     def with_head_of(self, other: "Architecture") -> Self:
-        """Returns this network under the head that another description asks for."""
+        """Returns this network with the head that another description has."""
         return self
 
     def encoder_alone(self) -> Self | None:
-        """Returns the description of this network's encoder; None where it cannot stand alone."""
+        """Returns the description of this network's encoder; None if it cannot be used alone."""
         return None
 
-    # --- What it reads and writes -----------------------------------------------------------------
+    # --- Inputs and answers -----------------------------------------------------------------------
 
     @property
     def longest_row(self) -> int | None:
-        """Tokens that a row may have; None where positions go on for ever."""
+        """Maximum length of a row in tokens; None if it is not limited."""
         return None
 
     @property
     def start_token_id(self) -> int:
-        """Id that a row whose tokens have targets begins with."""
+        """Id that begins the rows for which targets are predicted."""
         raise NotImplementedError
 
     @property
     def inputs_start_id(self) -> int | None:
-        """Id that inputs are read behind; None: they are read as they are."""
+        """Id in front of the inputs; None if there is none."""
         return self.start_token_id
 
     @property
     def inputs_keep_eos(self) -> bool:
-        """Whether the eos behind an example's inputs is read."""
+        """Whether the eos at the end of an example's inputs is kept."""
         return self.inputs_start_id is None
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, first the one that it was trained with."""
+        """Ids that end a text; the first is the one used in training."""
         return (self.eos_token_id,)
 
     @property
     def tokenizer_ids(self) -> dict[str, str]:
-        """Fields whose ids must be a tokenizer's, and what `t5jax.tokenizers.Tokenizer` calls it.
+        """Maps the fields whose ids must agree with the tokenizer's to attributes of `Tokenizer`.
 
-        A decoder's padding is told by its place, not by its id.
+        A decoder recognizes padding by segment ids, so its id does not matter.
         """
         padding = {} if self.kind == "decoder" else {"pad_token_id": "pad_id"}
         return {"eos_token_id": "eos_id", **padding}
 
     def ended_by(self, eos_id: int) -> Self:
-        """Returns the same with `eos_id` first among the ids that end a text, if it is there."""
+        """Returns the same description with `eos_id` as the first of the ids that end a text, if it
+        is one of them."""
         return self
 
     def prompt(self, inputs: Sequence[int]) -> list[int]:
-        """Returns what it reads of an example's inputs, with the eos behind them, as in training.
+        """Returns the tokens that the network reads for an example's inputs, which end with eos.
 
-        Where nothing is read, and nothing begins what is read, it reads eos.
+        Empty inputs without a start token become a single eos.
         """
         if not self.inputs_keep_eos:
             inputs = without_eos(inputs, self.eos_token_id)
@@ -220,35 +222,35 @@ class Architecture:
         return [self.inputs_start_id, *inputs]
 
     def answer(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the tokens that were written before the first that ends a text."""
+        """Returns the generated tokens before the first one that ends a text."""
         assert self.kind != "encoder", f"{self.family} writes nothing"
         ends = self.end_token_ids
         return list(itertools.takewhile(lambda i: i not in ends, tokens))
 
-    # --- What a run decides -----------------------------------------------------------------------
+    # --- Settings of a run ------------------------------------------------------------------------
 
     COMPUTE_FIELDS: ClassVar[tuple[str, ...]] = (
         *("dtype", "param_dtype", "scan_layers", "remat", "dropout_rate"),
     )
-    """Fields that leave the parameters' names and values as they are: a run decides them for
-    itself, whatever the weights were made with."""
+    """Fields that do not affect the names and values of parameters: each run sets them,
+    independently of how the weights were trained."""
 
     def computed_as(self, other: "Architecture") -> Self:
         """Returns this network with another's `COMPUTE_FIELDS`."""
         return dataclasses.replace(self, **{f: getattr(other, f) for f in self.COMPUTE_FIELDS})
 
     def has_params_of(self, other: "Architecture") -> bool:
-        """Returns whether the two are one network, whose parameters are the same."""
+        """Returns whether both describe the same network, apart from `COMPUTE_FIELDS`."""
         return self.computed_as(other) == other
 
 
 def without_eos(inputs: Any, eos_id: int) -> Any:
-    """Returns inputs without the eos at their end: where a decoder reads on, nothing has ended."""
+    """Returns inputs without the eos at their end, as a decoder continues after them."""
     return inputs[:-1] if len(inputs) and inputs[-1] == eos_id else inputs
 
 
 def check_dtype(value: str, name: str) -> None:
-    """Raises ValueError for a dtype that networks are not computed in."""
+    """Raises ValueError for a dtype that is not supported."""
     if value == "float16":
         raise ValueError(
             f"{name} is float16; activations of trained networks overflow float16 (above 65504) "

@@ -1,4 +1,4 @@
-"""The description of BERT, an encoder alone, and its published sizes by name."""
+"""The description of BERT, an encoder-only network, and its published sizes by name."""
 
 import dataclasses
 from typing import Literal, Self
@@ -11,48 +11,48 @@ BertHead = Literal["masked_lm", "sequence_classification", "token_classification
 
 @description()
 class BertConfig(Architecture):
-    """BERT: an encoder that sees each text from both sides, and what predicts from its output.
+    """BERT: a bidirectional encoder with a head.
 
     Devlin et al. 2019 (arXiv:1810.04805); Turc et al. 2019 (arXiv:1908.08962) for the small sizes.
     """
 
     family: Literal["bert"] = "bert"
-    """Whose checkpoints hold such a network."""
+    """The family, named after the `model_type` of its Hugging Face checkpoints."""
     vocab_size: int = 30522
-    """Rows of the embedding; may be more than the tokenizer has."""
+    """Rows of the embedding; may be more than the tokenizer's vocabulary."""
     d_model: int = 768
-    """Width of the residual stream; num_heads divides it."""
+    """Width of the residual stream, a multiple of num_heads."""
     d_ff: int = 3072
     """Width of the MLP's hidden layer."""
     num_layers: int = 12
-    """Layers."""
+    """Number of layers."""
     num_heads: int = 12
     """Attention heads of every layer."""
     max_positions: int = 512
-    """Tokens of the longest row: one learned vector each."""
+    """Maximum length of a row in tokens; the number of learned positions."""
     type_vocab_size: int = 2
-    """Kinds of text that were told apart in pretraining; every token here is of the first."""
+    """Number of token types in pre-training; only the first one is used here."""
     activation: BertActivation = "gelu-exact"
-    """gelu-exact (by erf), gelu (by tanh) or relu: in the MLP and in the masked-LM head."""
+    """gelu-exact (erf), gelu (tanh approximation) or relu, in the MLP and the masked-LM head."""
     layer_norm_epsilon: float = 1e-12
     """Added to the variance in every LayerNorm."""
     dropout_rate: float = 0.1
-    """Dropout in training, of embeddings, attention, both branches, and before a classifier."""
+    """Dropout in training, of embeddings, attention and both branches, and before a classifier."""
     initializer_range: float = 0.02
     """Standard deviation of initial matrices."""
     head: BertHead = "masked_lm"
-    """masked_lm: the token at each position. sequence_classification: one of `labels` a text, from
-    its first token. token_classification: one a word. pooler: nothing, but the layer over the
-    first token that classification of texts begins with (Hugging Face: BertModel). none: nothing.
+    """masked_lm: the token at each position. sequence_classification: one of `labels` per text,
+    from its first token. token_classification: one per word. pooler: only the layer over the first
+    token that precedes a sequence classifier (Hugging Face: BertModel). none: no head.
     """
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their ids; Hugging Face: id2label."""
     tie_word_embeddings: bool = True
-    """masked_lm: one matrix for embedding and output, or a separate lm_head."""
+    """masked_lm: use the embedding as the output matrix, or a separate lm_head."""
     pad_token_id: int = 0
     """Id of padding."""
     cls_token_id: int = 101
-    """Id that a text begins with, [CLS]."""
+    """Id that begins a text, [CLS]."""
     eos_token_id: int = 102
     """Id that ends a text, [SEP]."""
 
@@ -95,7 +95,7 @@ class BertConfig(Architecture):
 
     @property
     def classifies(self) -> bool:
-        """Whether the head gives classes."""
+        """Whether the head is a classifier."""
         return self.head in ("sequence_classification", "token_classification")
 
     @property
@@ -127,10 +127,10 @@ class BertConfig(Architecture):
         return self.d_model // self.num_heads
 
     def with_head_of(self, other: Architecture) -> Self:
-        """Returns this network under the head that another one asks for.
+        """Returns this network with the head of another description.
 
-        It keeps its own where the other asks for no other: neither for one that is not the default,
-        nor for labels; unless it has none that could be trained.
+        If the other has the default head without labels, this network keeps its own, unless that
+        cannot be trained.
         """
         if not isinstance(other, BertConfig):
             return self
@@ -144,11 +144,11 @@ class BertConfig(Architecture):
 
 
 def check_labels(labels: tuple[str, ...], *, per_word: bool) -> None:
-    """Raises ValueError for names of classes that targets could not be told by.
+    """Raises ValueError for names of classes that are ambiguous or cannot be read from targets.
 
     Args:
       labels: the names.
-      per_word: targets are labels with spaces between them.
+      per_word: targets are labels separated by spaces.
     """
     twice = [label for label in labels if labels.count(label) > 1]
     if twice:

@@ -1,7 +1,7 @@
-"""The table of families: where the description, the network and the Hugging Face table of each are.
+"""The table of families: where each one's description, network and Hugging Face table are.
 
-A family is named after the `model_type` of its checkpoints. Its published sizes, and what its
-checkpoints fix of a description that it shares with others, are in `t5jax/architectures/FAMILY.py`.
+A family is named after the `model_type` of its checkpoints. Its published sizes, and the checks of
+a description that it shares with other families, are in `t5jax/architectures/FAMILY.py`.
 """
 
 import dataclasses
@@ -9,32 +9,32 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-# Modules are named here and imported when they are asked for: configs load without jax.
+# Modules are named here and imported on demand, so that configs load without jax.
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The parts of a family, each in its own folder."""
+    """The modules of a family, one in each folder."""
 
     description: str
-    """In t5jax/architectures: module and class, below `Architecture`."""
+    """Module and class in t5jax/architectures; a subclass of `Architecture`."""
     network: str
-    """In t5jax/models: module with the Network, and what `models/api.py` asks beside it."""
+    """Module in t5jax/models, with the Network and the functions that `models/api.py` calls."""
     table: str
-    """In t5jax/hf: module with TABLE, both directions of its checkpoints."""
+    """Module in t5jax/hf, with TABLE for both directions of the conversion of checkpoints."""
 
     def load_description(self) -> type[Any]:
-        """Returns the class of its descriptions."""
+        """Returns the class of the description."""
         module, name = self.description.split(".")
         found: type[Any] = getattr(importlib.import_module(f"t5jax.architectures.{module}"), name)
         return found
 
     def load_network(self) -> ModuleType:
-        """Returns the module of its network."""
+        """Returns the module of the network."""
         return importlib.import_module(f"t5jax.models.{self.network}")
 
     def load_table(self) -> Any:
-        """Returns its `t5jax.hf.mapping.Table`."""
+        """Returns the `t5jax.hf.mapping.Table`."""
         return importlib.import_module(f"t5jax.hf.{self.table}").TABLE
 
 
@@ -52,5 +52,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def load_sizes(family: str) -> ModuleType:
-    """Returns the module of a family's published SIZES, and its check of a shared description."""
+    """Returns the module with a family's published SIZES and its check of a shared description."""
     return importlib.import_module(f"t5jax.architectures.{family}")

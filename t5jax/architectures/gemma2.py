@@ -1,4 +1,4 @@
-"""Gemma 2: what its checkpoints fix of `GPTConfig`, and its published sizes (arXiv:2408.00118)."""
+"""Gemma 2: its restrictions of `GPTConfig`, and its published sizes (arXiv:2408.00118)."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ GEMMA: dict[str, tuple[Any, ...]] = {
     "post_norms": (True,),
     "scale_embedding": (True,),
 }
-"""What all Gemmas fix."""
+"""Restrictions that all Gemmas share."""
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of a Gemma 2 can say."""
+    """Raises ValueError for values that Gemma 2 checkpoints cannot represent."""
     check_allowed(config, GEMMA | {"qk_norm": (False,), "rope_local_theta": (None,)})
     check_even_width(config)
 

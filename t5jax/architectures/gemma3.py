@@ -1,4 +1,4 @@
-"""Gemma 3's text models: what their checkpoints fix of `GPTConfig`, and their published sizes.
+"""Gemma 3's text models: their restrictions of `GPTConfig`, and their published sizes.
 
 arXiv:2503.19786.
 """
@@ -10,7 +10,7 @@ from t5jax.architectures.gpt import GPTConfig, check_allowed, check_even_width
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of a Gemma 3 can say."""
+    """Raises ValueError for values that Gemma 3 checkpoints cannot represent."""
     check_allowed(config, GEMMA | {"qk_norm": (True,), "attention_softcap": (None,)})
     check_even_width(config)
     if "local" in config.layer_pattern and not config.rope_local_theta:

@@ -1,6 +1,6 @@
-"""The description of decoder-only networks, whatever their family.
+"""The description of decoder-only networks of all families.
 
-What a family's checkpoints fix of it, and the published sizes, are in the family's own file.
+Each family's own file has its restrictions and its published sizes.
 """
 
 import dataclasses
@@ -23,48 +23,47 @@ RopeScaling = Literal["none", "linear", "llama3"]
 
 @description()
 class GPTConfig(StackConfig):
-    """Decoder-only models: a decoder that reads a text from left to right and continues it.
+    """Decoder-only models.
 
-    A family fixes some of the fields, as its checkpoints cannot say other values: start from a
-    published size and change it.
+    A family fixes some of the fields, as its checkpoints cannot represent other values; start from
+    a published size and change it.
     """
 
     family: GPTFamily = "gpt2"
-    """Whose checkpoints hold such a network."""
+    """The family, named after the `model_type` of its Hugging Face checkpoints."""
     num_layers: int = 12
-    """Layers."""
+    """Number of layers."""
     mlp_activation: GPTActivation = "gelu"
-    """gelu (by tanh), gelu-exact or relu; or, gated, with a second matrix beside the first."""
+    """gelu (tanh approximation), gelu-exact or relu; gated ones have a second input matrix."""
     position: Literal["learned", "rope"] = "learned"
-    """A learned vector for each position, or queries and keys turned by their position."""
+    """Learned position embeddings, or rotary ones of queries and keys."""
     rope_theta: float | None = None
     """rope: base of the wavelengths."""
     rope_local_theta: float | None = None
-    """rope: base in local layers, which are not scaled. None: local layers turn as global ones
-    do."""
+    """rope: base in local layers, which are not scaled. None: the same as in global layers."""
     rope_scaling: RopeScaling = "none"
-    """rope: how wavelengths are stretched for longer texts than the network was first trained on:
-    all of them alike (linear), or the long ones alone (llama3)."""
+    """rope: how wavelengths are scaled for texts longer than those of the initial training: all of
+    them alike (linear), or only the long ones (llama3)."""
     rope_scaling_factor: float | None = None
-    """rope_scaling: by how much."""
+    """rope_scaling: the factor."""
     rope_low_frequency_factor: float | None = None
-    """llama3: wavelengths above rope_original_max_positions / this are stretched in full."""
+    """llama3: wavelengths above rope_original_max_positions / this are fully scaled."""
     rope_high_frequency_factor: float | None = None
-    """llama3: wavelengths below rope_original_max_positions / this stay as they are."""
+    """llama3: wavelengths below rope_original_max_positions / this are not scaled."""
     rope_original_max_positions: int | None = None
-    """llama3: tokens of the longest text before the stretching."""
+    """llama3: longest text in tokens before the scaling."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """LayerNorm with scale and bias, or RMSNorm."""
     norm_plus_one: bool = False
-    """rmsnorm: multiply by 1 + scale, and so begin at scale 0."""
+    """rmsnorm: multiply by 1 + scale; the scale is initialized to 0."""
     qk_norm: bool = False
-    """Norms of queries and keys over the width of a head."""
+    """Normalize queries and keys over the dimension of a head."""
     post_norms: bool = False
-    """Norms behind attention and MLP too, before they join the residual stream."""
+    """Also normalize the outputs of attention and MLP, before the residual addition."""
     attention_bias: bool = True
-    """Biases in attention's four matrices."""
+    """Biases in the four projections of attention."""
     mlp_bias: bool = True
-    """Biases in the MLP's matrices."""
+    """Biases in the MLP."""
     scale_embedding: bool = False
     """Multiply embeddings by d_model^0.5."""
 
@@ -142,13 +141,13 @@ class GPTConfig(StackConfig):
 
     @property
     def query_scale(self) -> float:
-        """What the scores of attention are multiplied by."""
+        """The factor of the attention scores."""
         scale: float = (self.query_pre_attention_scalar or self.head_dim) ** -0.5
         return scale
 
     @property
     def local_layers(self) -> tuple[bool, ...]:
-        """For each layer, whether it is a local one."""
+        """For each layer, whether it is local."""
         pattern = self.layer_pattern
         return tuple(pattern[i % len(pattern)] == "local" for i in range(self.num_layers))
 
@@ -156,14 +155,15 @@ class GPTConfig(StackConfig):
 _STRETCHED = ("rope_scaling_factor", "rope_low_", "rope_high_", "rope_original_")
 
 
-# --- For the families' own files ------------------------------------------------------------------
+# --- Shared by the families' own files
+# -------------------------------------------------------------
 
 Allowed = Mapping[str, tuple[Any, ...]]
-"""Field to the values that a family's checkpoints can say."""
+"""Fields and the values of them that a family's checkpoints can represent."""
 
 
 def check_allowed(config: GPTConfig, allowed: Allowed) -> None:
-    """Raises ValueError for a value that the family's checkpoints cannot say."""
+    """Raises ValueError for a value that the family's checkpoints cannot represent."""
     for name, values in allowed.items():
         value = getattr(config, name)
         if value not in values:
@@ -174,7 +174,7 @@ def check_allowed(config: GPTConfig, allowed: Allowed) -> None:
 
 
 def check_even_width(config: GPTConfig) -> None:
-    """Raises ValueError for a width that transformers refuses, even where head_dim is given."""
+    """Raises ValueError for a width that transformers rejects, even if head_dim is given."""
     if config.d_model % config.num_heads:
         raise ValueError(
             f"model.d_model {config.d_model} is not divisible by model.num_heads "
@@ -191,7 +191,7 @@ def rope_config(
     head_dim: int,
     **rest: Any,
 ) -> GPTConfig:
-    """Returns a network with rotary positions and RMSNorm, without biases and dropout."""
+    """Returns a network with rotary embeddings and RMSNorm, without biases and dropout."""
     return GPTConfig(
         d_model=d_model,
         d_ff=d_ff,

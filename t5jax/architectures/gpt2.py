@@ -1,4 +1,4 @@
-"""GPT-2: what its checkpoints fix of `GPTConfig`, and its published sizes.
+"""GPT-2: its restrictions of `GPTConfig`, and its published sizes.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
@@ -21,7 +21,7 @@ _ALLOWED = {
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of GPT-2 can say."""
+    """Raises ValueError for values that GPT-2 checkpoints cannot represent."""
     check_allowed(config, _ALLOWED)
     heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
     if (heads * head_dim, kv_heads) != (config.d_model, heads):

@@ -1,4 +1,4 @@
-"""Llama 3: what its checkpoints fix of `GPTConfig`, and its published sizes (arXiv:2407.21783)."""
+"""Llama 3: its restrictions of `GPTConfig`, and its published sizes (arXiv:2407.21783)."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "final_softcap": (None,),
     "rope_local_theta": (None,),
 }
-"""What other families fix likewise."""
+"""Restrictions that other families share."""
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of a Llama can say."""
+    """Raises ValueError for values that Llama checkpoints cannot represent."""
     check_allowed(config, PLAIN | {"layer_pattern": (("global",),)})
     check_even_width(config)
 

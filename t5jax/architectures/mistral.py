@@ -1,4 +1,4 @@
-"""Mistral: what its checkpoints fix of `GPTConfig`, and its published sizes (arXiv:2310.06825)."""
+"""Mistral: its restrictions of `GPTConfig`, and its published sizes (arXiv:2310.06825)."""
 
 from t5jax.architectures.gpt import GPTConfig, check_allowed, rope_config
 from t5jax.architectures.llama import PLAIN
@@ -11,7 +11,7 @@ _ALLOWED = PLAIN | {
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of a Mistral can say."""
+    """Raises ValueError for values that Mistral checkpoints cannot represent."""
     check_allowed(config, _ALLOWED)
 
 

@@ -1,11 +1,11 @@
-"""Qwen 3: what its checkpoints fix of `GPTConfig`, and its published sizes (arXiv:2505.09388)."""
+"""Qwen 3: its restrictions of `GPTConfig`, and its published sizes (arXiv:2505.09388)."""
 
 from t5jax.architectures.gpt import GPTConfig, check_allowed, rope_config
 from t5jax.architectures.llama import PLAIN
 
 
 def check(config: GPTConfig) -> None:
-    """Raises ValueError for what no checkpoint of a Qwen 3 can say."""
+    """Raises ValueError for values that Qwen 3 checkpoints cannot represent."""
     check_allowed(config, PLAIN | {"qk_norm": (True,), "mlp_bias": (False,)})
 
 

@@ -1,4 +1,4 @@
-"""What describes a stack of layers with grouped attention and rotary positions.
+"""The description of a stack of layers with grouped-query attention.
 
 `GPTConfig` is one stack, `T5GemmaConfig` two.
 """
@@ -14,54 +14,54 @@ LayerKind = Literal["global", "local"]
 
 @description()
 class StackConfig(Architecture):
-    """Sizes, attention, positions and special tokens of one stack of layers, or of two alike."""
+    """Sizes, attention and special tokens of one stack of layers, or of two similar ones."""
 
     vocab_size: int = 50257
-    """Rows of the embedding; may be more than the tokenizer has."""
+    """Rows of the embedding; may be more than the tokenizer's vocabulary."""
     d_model: int = 768
-    """Width of the residual stream; where there is an encoder, of the encoder's."""
+    """Width of the residual stream, of the encoder's if there is an encoder."""
     num_heads: int = 12
-    """Heads of every layer's queries, likewise."""
+    """Query heads per layer, likewise."""
     num_kv_heads: int = 12
-    """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries."""
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads."""
     head_dim: int = 64
-    """Width of one head; num_heads * head_dim may differ from d_model."""
+    """Dimension of a head; num_heads * head_dim may differ from d_model."""
     d_ff: int = 3072
     """Width of the MLP's hidden layer."""
     max_positions: int = 1024
-    """Tokens of the longest text that it was trained for: rows of learned positions, where it has
-    them."""
+    """Longest text in tokens that the network was trained for; the number of learned positions, if
+    it has any."""
     norm_epsilon: float = 1e-5
     """Added to the variance in every norm."""
     query_pre_attention_scalar: int | None = None
-    """Scores are multiplied by its inverse square root. None: head_dim."""
+    """Attention scores are divided by its square root. None: head_dim."""
     attention_softcap: float | None = None
-    """Squeeze scores into (-cap, cap) by tanh. None: no cap."""
+    """Squash attention scores into (-cap, cap) with tanh. None: no cap."""
     final_softcap: float | None = None
-    """Squeeze logits likewise. None: no cap."""
+    """Squash logits likewise. None: no cap."""
     layer_pattern: tuple[LayerKind, ...] = ("global",)
-    """Kinds of the layers from the first one on, repeated to the last. A local layer's tokens see
-    the last sliding_window tokens, themselves among them; those of an encoder also as many behind
-    them."""
+    """The kinds of the layers, repeated from the first to the last. In a local layer, a token
+    attends to the last sliding_window tokens including itself; in an encoder, also to as many after
+    it."""
     sliding_window: int | None = None
-    """Tokens that a local layer sees. None: there is no local layer."""
+    """Window of the local layers in tokens. None if there are none."""
     tie_word_embeddings: bool = True
-    """One matrix for embedding and output, or a separate lm_head."""
+    """Use the embedding as the output matrix, or a separate lm_head."""
     dropout_rate: float = 0.1
-    """Dropout in training, of embeddings, attention and the branches of every layer; where there is
-    an encoder, also of what either side returns."""
+    """Dropout in training, of embeddings, attention and the branches of every layer; with an
+    encoder, also of the outputs of both stacks."""
     initializer_range: float = 0.02
-    """Standard deviation of initial matrices; those that write to the residual stream begin at
-    (2 layers)^-0.5 of it."""
+    """Standard deviation of initial matrices; that of output matrices of a branch is multiplied by
+    (2 layers)^-0.5."""
     pad_token_id: int = 50256
-    """Id of padding among an encoder's inputs, and behind the end of a text. A decoder alone reads
-    segment ids, so that any id will do."""
+    """Id of padding. A decoder-only network recognizes padding by segment ids, so that it may be
+    any id."""
     eos_token_id: int = 50256
     """Id that ends a text."""
     more_eos_token_ids: tuple[int, ...] = ()
-    """Further ids that end it when text is written, such as that behind a chat's turn."""
+    """Further ids that end generation, such as the end of a turn in a chat."""
     decoder_start_token_id: int = 50256
-    """Id that a decoder's text begins with; Hugging Face: bos_token_id."""
+    """Id that begins a decoder's text; Hugging Face: bos_token_id."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The T5 family's description, and its published sizes by name."""
+"""The description of the T5 family, and its published sizes by name."""
 
 import dataclasses
 from typing import Any, Literal, Self
@@ -17,45 +17,45 @@ class T5Config(Architecture):
     """
 
     family: Literal["t5"] = "t5"
-    """Which network in `t5jax/models/` reads this description."""
+    """The family, named after the `model_type` of its Hugging Face checkpoints."""
     vocab_size: int = 32128
-    """Rows of the embedding; never the length of the tokenizer, which is smaller."""
+    """Rows of the embedding; larger than the tokenizer's vocabulary."""
     d_model: int = 512
     """Width of the residual stream."""
     d_kv: int = 64
-    """Width of one attention head; num_heads * d_kv may differ from d_model."""
+    """Dimension of an attention head; num_heads * d_kv may differ from d_model."""
     d_ff: int = 1024
     """Width of the MLP's hidden layer."""
     num_heads: int = 6
-    """Attention heads of every layer."""
+    """Attention heads per layer."""
     num_encoder_layers: int = 8
-    """Layers of the encoder (Hugging Face: num_layers)."""
+    """Number of layers of the encoder (Hugging Face: num_layers)."""
     num_decoder_layers: int = 8
-    """Layers of the decoder. 0: the encoder alone, which encodes texts and predicts nothing."""
+    """Number of layers of the decoder. 0: only the encoder, which computes embeddings."""
     mlp_activation: MlpActivation = "gated-gelu"
     """relu (1.0), gated-gelu (1.1, mT5, UMT5, ByT5) or gated-silu (UL2); HF: feed_forward_proj."""
     tie_word_embeddings: bool = False
-    """One matrix for embedding and output (1.0), or a separate lm_head (1.1 and after)."""
+    """Use the embedding as the output matrix (1.0), or a separate lm_head (1.1 and later)."""
     scale_decoder_outputs: bool = False
     """Multiply the decoder's output by d_model^-0.5 before the output matrix (1.0)."""
     relative_attention_num_buckets: int = 32
-    """Buckets of the relative-position bias."""
+    """Number of buckets of the relative position bias."""
     relative_attention_max_distance: int = 128
-    """Distance in tokens from which on all positions share the last bucket."""
+    """Distance in tokens beyond which all positions share the last bucket."""
     per_layer_relative_bias: bool = False
-    """A bias table in every self-attention layer (UMT5), or one for a whole stack."""
+    """Use a bias table in every self-attention layer (UMT5), or one per stack."""
     layer_norm_epsilon: float = 1e-6
     """Added to the variance in every RMSNorm."""
     dropout_rate: float = 0.1
-    """Dropout in training; 1.1 was pretrained with 0 and is fine-tuned with 0.1."""
+    """Dropout in training; 1.1 was pre-trained with 0 and is fine-tuned with 0.1."""
     initializer_factor: float = 1.0
-    """Scales every initial standard deviation."""
+    """Multiplies all initial standard deviations."""
     pad_token_id: int = 0
-    """Id of padding; also what the loss ignores."""
+    """Id of padding."""
     eos_token_id: int = 1
     """Id that ends a sequence."""
     decoder_start_token_id: int = 0
-    """Id that the decoder starts from."""
+    """Id that begins the decoder's text."""
 
     MAY_BE_ZERO = ("num_decoder_layers",)
 

@@ -1,4 +1,4 @@
-"""T5Gemma's description, and its published sizes by name."""
+"""The description of T5Gemma, and its published sizes by name."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from t5jax.architectures.base import Kind, description
 from t5jax.architectures.gpt import GPTConfig
 from t5jax.architectures.stack import StackConfig
 
-# What either side has of its own: `d_model` is the encoder's, `decoder_d_model` the decoder's.
+# Fields that each stack has: `d_model` is the encoder's, `decoder_d_model` the decoder's.
 _SHAPE = ("d_model", "d_ff", "num_heads", "num_kv_heads", "head_dim")
 
 
@@ -33,27 +33,27 @@ class T5GemmaConfig(StackConfig):
     """
 
     family: Literal["t5gemma"] = "t5gemma"
-    """Whose checkpoints hold such a network."""
+    """The family, named after the `model_type` of its Hugging Face checkpoints."""
     num_encoder_layers: int = 12
-    """Layers of the encoder."""
+    """Number of layers of the encoder."""
     num_decoder_layers: int = 12
-    """Layers of the decoder."""
+    """Number of layers of the decoder."""
     decoder_d_model: int = 768
-    """Width of the decoder's residual stream; its cross-attention reads the encoder's width."""
+    """Width of the decoder's residual stream."""
     decoder_d_ff: int = 2048
     """Width of the hidden layer of the decoder's MLPs."""
     decoder_num_heads: int = 12
-    """Heads of the decoder's queries, in self- and cross-attention."""
+    """Query heads of the decoder, in self- and cross-attention."""
     decoder_num_kv_heads: int = 12
-    """Heads of the decoder's keys and values, likewise."""
+    """Key and value heads of the decoder, likewise."""
     decoder_head_dim: int = 64
-    """Width of one head of the decoder."""
+    """Dimension of a head of the decoder."""
     rope_theta: float = 10_000.0
-    """Base of the rotations' wavelengths. Cross-attention has no positions."""
+    """Base of the wavelengths of rotary embeddings. Cross-attention has no positions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # What either side shares with Gemma 2 is checked as there.
+        # Creating them checks the fields that are shared with Gemma 2.
         _ = self.encoder, self.decoder
 
     @property
@@ -62,12 +62,12 @@ class T5GemmaConfig(StackConfig):
 
     @property
     def encoder(self) -> GPTConfig:
-        """The Gemma 2 whose layers the encoder has."""
+        """The encoder's layers, as a Gemma 2."""
         return self._gemma2("", self.num_encoder_layers)
 
     @property
     def decoder(self) -> GPTConfig:
-        """The Gemma 2 whose layers the decoder has, beside cross-attention."""
+        """The decoder's layers without cross-attention, as a Gemma 2."""
         return self._gemma2("decoder_", self.num_decoder_layers)
 
     def _gemma2(self, side: str, num_layers: int) -> GPTConfig:
