@@ -40,7 +40,12 @@ class Checkpoints:
     """Writes the checkpoints of one run, and restores its state; a context manager."""
 
     def __init__(self, run_dir: str | Path, *, keep: int | None = None):
-        """Args: keep: the last ones that stay, beside the best; None keeps all."""
+        """Opens the checkpoints of a run.
+
+        Args:
+          run_dir: the run's folder.
+          keep: number of recent checkpoints to keep, in addition to the best one; None keeps all.
+        """
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )

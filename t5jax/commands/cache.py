@@ -11,7 +11,7 @@ class Cache:
     """Writes caches of tokenized examples, of every task of a mixture that has none that matches.
 
     A run reads them with --data.cache FOLDER, and with the same mixture, vocabulary and lengths.
-    What was written when rows, templates or vocabulary were others is found out and written anew.
+    A cache that was written with other rows, templates or another vocabulary is rewritten.
     """
 
     mixture: str

@@ -309,7 +309,11 @@ def _parts(task: seqio.Task) -> list[tuple[str, seqio.Task]]:
 
 
 def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[bytes]) -> Check:
-    """Args: in_train: what `_hashes` gives for train, which comes first and fills it."""
+    """Checks one split of a task with one template.
+
+    Args:
+      in_train: the `_hashes` of train, which is checked first and fills it.
+    """
     dropped: Counter = Counter()
     num_examples, error, doubles = 0, "", Counter()
     is_corpus = isinstance(task.source, CorpusSource)

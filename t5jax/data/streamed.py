@@ -22,7 +22,7 @@ class StreamedExamples:
         seed: int,
         labels: LabelTokenizer | None = None,
     ):
-        """Args: labels: of the run, whose model is a classifier."""
+        """Reads nothing yet; `labels` are those of a run whose model is a classifier."""
         self._mixture, self._tokenizer = check_mixture(mixture), tokenizer
         self._lengths, self._seed, self._labels = lengths, seed, labels
         self.fingerprint = {

@@ -75,7 +75,7 @@ def rows(config: BertConfig) -> list[Row]:
             aliases = (f"{decoder}.bias",)
             table.append(Row("masked_lm/bias", f"{_MASKED_LM}.bias", view, aliases))
         else:
-            # A decoder that is not tied reads a bias of its own; the other one is there for show.
+            # An untied decoder uses a bias of its own; the other one is written but not used.
             copies = (f"{_MASKED_LM}.bias",)
             table.append(Row("masked_lm/bias", f"{decoder}.bias", view, copies=copies))
             table.append(Row("lm_head/kernel", f"{decoder}.weight", Rearrange("v d -> d v")))
@@ -284,8 +284,8 @@ TABLE = Table(
     write_config=write_config,
     rows=rows,
     token_ids=(("bos_token_id", "bos_id"), ("eos_token_id", "eos_id")),
-    # Positions as a buffer; a pooler that the head does not use; the next sentence's head; the bias
-    # for show (see `rows`).
+    # A buffer of positions; a pooler that the head does not use; the next-sentence head; the unused
+    # bias (see `rows`).
     ignored=(
         r"bert\.embeddings\.position_ids",
         r"bert\.pooler\.dense\.(weight|bias)",

@@ -1,10 +1,10 @@
-"""From examples to batches: the `BatchIterator` of both ways to read (numpy, no TensorFlow).
+"""From examples to batches, streamed or cached: the `BatchIterator` (NumPy, no TensorFlow).
 
-Examples are taken in windows. Each window is packed by itself, its rows are put into an order drawn
-from (seed, window), and batches are cut from the endless row of rows. So the batch at step n is a
-function of (seed, n, batch size), the position is two numbers, and nothing is lost or doubled where
-an epoch ends. Where examples have random access, a window ends with the epoch, rows are planned
-from lengths alone, and a process reads no more than its own.
+Examples are read in windows. Each window is packed separately, its rows are shuffled with a seed
+derived from (seed, window), and batches are consecutive slices of this infinite sequence of rows.
+So the batch at step n is a function of (seed, n, batch size), the position is two numbers, and no
+example is lost or repeated at the end of an epoch. If examples have random access, a window ends
+with the epoch, rows are planned from lengths alone, and a process only reads its own rows.
 """
 
 import itertools
@@ -17,14 +17,16 @@ from t5jax.data.batches.converters import Converter, pack
 from t5jax.data.batches.examples import BatchIterator, Example, Examples, RandomAccessExamples
 
 WINDOW = 1024
-"""Examples that are packed together. More of them pack a little better, but the first batch comes
-later, and a run that goes on reads more of them twice."""
+"""Number of examples that are packed together. A larger window packs slightly better, but delays
+the first batch, and a resumed run reads more examples twice."""
 
-_UNPACKED_WINDOW = 64  # Where there is nothing to plan, and streamed examples come in time.
+_UNPACKED_WINDOW = (
+    64  # Without packing a small window is enough, and streamed examples come sooner.
+)
 
 
 class Batches:
-    """Endless batches over examples, streamed or with random access."""
+    """An infinite iterator of batches over examples, streamed or with random access."""
 
     def __init__(
         self,
@@ -34,14 +36,14 @@ class Batches:
         seed: int,
         rows: Sequence[int] | None = None,
     ):
-        """Reads nothing yet.
+        """Creates the iterator without reading anything.
 
         Args:
-          examples: what to read.
-          converter: for the spec's kind of model.
-          spec: shape of the global batch.
-          seed: of the order of packed rows, in [0, 2^64).
-          rows: those of the global batch to give, those of this process; all by default.
+          examples: the examples.
+          converter: makes batches for the spec's kind of model.
+          spec: the shape of the global batch.
+          seed: the seed of the order of packed rows, in [0, 2^64).
+          rows: the rows of the global batch to return, those of this process; by default all.
         """
         self.spec = spec
         self._examples, self._converter, self._seed = examples, converter, seed
@@ -65,7 +67,7 @@ class Batches:
             rows = self._take(self.spec.batch_size)
             batch = self._converter(self._read([rows[i] for i in self._rows]))
         except Exception:
-            self._go(*position)  # Rows of a batch that nobody got are not lost.
+            self._go(*position)  # The rows of a failed batch are read again.
             raise
         self._num_batches += 1
         for array in batch.values():
@@ -92,7 +94,7 @@ class Batches:
         self._stream: Iterator[Example] | None = None
 
     def _take(self, num_rows: int) -> list:
-        """Returns the next rows of the endless row of rows: (window, numbers of examples in it)."""
+        """Returns the next rows, each as (window, indices of its examples in the window)."""
         taken = []
         while len(taken) < num_rows:
             if self._window is None:
@@ -105,7 +107,7 @@ class Batches:
         return taken
 
     def _read(self, rows: list) -> list[list[Example]]:
-        """Reads the examples of rows, in one call a window."""
+        """Reads the examples of rows, in one call per window."""
         read = []
         for window, group in itertools.groupby(rows, key=lambda taken: taken[0]):
             numbers = [row for _, row in group]

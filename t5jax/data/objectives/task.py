@@ -76,7 +76,7 @@ class CorpusSource(seqio.DataSource):
         vocabulary: RunVocabulary,
         tokens_length: int | None = None,
     ):
-        """Args: tokens_length: tokens of a piece, for `get_dataset`."""
+        """Creates the source; `tokens_length`, in tokens, is for `get_dataset`."""
         super().__init__(splits=source.splits, performs_internal_shuffling=True)
         self.task, self.source, self.field, self.objective = task, source, field, objective
         self._vocabulary, self._tokens_length = vocabulary, tokens_length

@@ -1,11 +1,11 @@
-"""Rows of instruction tuning and of conversations. No TensorFlow.
+"""Templates for instruction tuning and for conversations. No TensorFlow.
 
     prompted_task("follow", jsonl({"train": "alpaca.jsonl"}), [INSTRUCTION], ...)
     prompted_task("talk", jsonl({"train": "chats.jsonl"}).clean(EachReply()), [ChatTemplate()], ...)
 
 The first reads rows with the fields instruction, input (may be missing or empty) and output. The
-second reads rows with a list `messages` of {"role": ..., "content": ...} through the chat template
-of the run's own tokenizer, as Hugging Face's `apply_chat_template` renders it.
+second reads rows with a list `messages` of {"role": ..., "content": ...} and renders them with the
+chat template of the run's own tokenizer, as Hugging Face's `apply_chat_template` does.
 """
 
 import copy
@@ -29,18 +29,18 @@ INSTRUCTION = JinjaTemplate(
     " ||| {{ output }}",
     name="instruction",
 )
-"""Instruction, input where there is one, and output, with nothing around them."""
+"""The instruction and the input, if there is one; the output."""
 
 CHAT_DATE = datetime.datetime(2024, 7, 26)
-"""What a chat template gets that asks for today's date: a fixed one, for the same prompts in every
-run. Llama 3.1's template falls back on it too."""
+"""The date for chat templates that ask for today's: a fixed one, so that all runs have the same
+prompts. It is also the default of Llama 3.1's template."""
 
 
 def as_messages(row: Row) -> Row:
     """Returns an instruction row as a conversation: `source.map(as_messages)`.
 
     Raises:
-      ValueError: where the row lacks instruction or output.
+      ValueError: if the row has no instruction or output.
     """
     prompt = INSTRUCTION.render(row)
     messages = [
@@ -52,16 +52,15 @@ def as_messages(row: Row) -> Row:
 
 @dataclasses.dataclass(frozen=True)
 class EachReply:
-    """A step of a source: a row for every reply in a conversation, with what was said before it.
+    """A step of a source that makes a row of every reply in a conversation, with its context.
 
-    So a model learns every reply, not the last one alone. Conversations without a reply are
-    dropped.
+    So a model learns every reply, not only the last one. Conversations without a reply are dropped.
     """
 
     messages: str = "messages"
     """Field with the list of messages."""
     name: str = "conversation without a reply"
-    """What the drops are counted as."""
+    """The name under which dropped conversations are counted."""
 
     def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
         for row in rows:
@@ -74,20 +73,20 @@ class EachReply:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate(PromptTemplate):
-    """A conversation as prompt, its last reply as answer, as the model's chat template has them.
+    """Renders a conversation with a chat template: the last reply is the answer.
 
-    The answer is what the template writes after its generation prompt, the sign of a turn's end
-    with it; eos at its end is left to the tokenization, which adds it. Exemplars of few-shot
-    variants come as earlier turns, after the system's message.
+    The answer is what the template renders after its generation prompt, including the end of the
+    turn; an eos at its end is removed, since tokenization adds it. Exemplars of few-shot variants
+    become earlier turns, after the system message.
     """
 
     text: str | None = None
-    """A chat template in Jinja. None: that of the run's tokenizer."""
+    """The chat template, in Jinja. None: that of the run's tokenizer."""
     name: str = "chat"
     messages: str = "messages"
     """Field with the list of messages."""
     special_tokens: tuple[tuple[str, str], ...] = ()
-    """Names and texts that the template uses, such as ("bos_token", "<s>")."""
+    """Names and texts of tokens that the template uses, such as ("bos_token", "<s>")."""
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -99,7 +98,7 @@ class ChatTemplate(PromptTemplate):
 
     def __post_init__(self):
         if self.text is not None:
-            _ = self._compiled  # A mistake shows here, not in the first row.
+            _ = self._compiled  # Raises for syntax errors.
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:

@@ -1,8 +1,8 @@
-"""Few-shot prompts: solved training rows in front of the row to solve. No TensorFlow.
+"""Few-shot prompts: solved training rows before the row to solve. No TensorFlow.
 
-Brown et al. 2020 (arXiv:2005.14165), section 2. Exemplars are drawn for each row by (seed, split,
-row) alone, so that every run, restart and host sees the same ones; never the row itself nor one
-that asks the same; and only as many stay as the inputs have room for.
+Brown et al. 2020 (arXiv:2005.14165), section 2. The exemplars of a row depend only on (seed, split,
+row), so that every run, restart and host uses the same ones. They never include the row itself or
+one with the same prompt, and only as many are used as fit into the inputs.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from t5jax.data.sources.source import Row
 from t5jax.tokenizers import Tokenizer
 
 POOL_SIZE = 10_000
-"""Rows from which exemplars are drawn: the first of the training split, which are held in memory.
-A longer split in a telling order (by class, say) should be shuffled once, on disk."""
+"""Exemplars are drawn from this many rows at the start of the training split, which are held in
+memory. A longer split that is sorted (by class, say) should be shuffled on disk first."""
 
 
 class FewShot:
@@ -33,15 +33,17 @@ class FewShot:
         tokenizer: Tokenizer | None = None,
         inputs_length: int | None = None,
     ):
-        """Args:
-        template: how rows and exemplars read.
-        rows: training rows to draw from, with their numbers, in their order.
-        shots: exemplars a prompt.
-        form: how an exemplar is written: a format string over {inputs} and {targets}.
-        seed: of the draws.
-        tokenizer: what counts the tokens of a prompt.
-        inputs_length: tokens of a whole prompt with eos, above which exemplars are left out. None,
-          or no tokenizer: all of them stay.
+        """Renders nothing yet.
+
+        Args:
+          template: the template of the row and the exemplars.
+          rows: the training rows to draw from, with their numbers, in order.
+          shots: the number of exemplars per prompt.
+          form: the format string of an exemplar, with {inputs} and {targets}.
+          seed: the seed of the draws.
+          tokenizer: counts the tokens of a prompt.
+          inputs_length: the maximum length of a whole prompt in tokens with eos; exemplars that do
+            not fit are left out. None, or without a tokenizer: all are kept.
         """
         self._template, self._rows, self._shots = template, rows, shots
         self._form, self._seed = form, seed

@@ -7,13 +7,13 @@
         metrics=[metrics.bleu],
     )
 
-Several templates for one task make a model robust to how a question is put (Sanh et al. 2022,
-arXiv:2110.08207; Longpre et al. 2023, arXiv:2301.13688). Training reads every row under every
-template. In any other split row i has template i mod n, so that an evaluation covers all templates
-at the split's own size.
+Several templates for one task make a model robust to the wording of prompts (Sanh et al. 2022,
+arXiv:2110.08207; Longpre et al. 2023, arXiv:2301.13688). Training uses every row with every
+template. In any other split row i has template i mod n, so that evaluation covers all templates
+without growing the split.
 
-Every task has variants, which are made when their names are asked for: "en_fr:plain" has one
-template, "en_fr:5shot" five solved training rows in front of each prompt, "en_fr:plain:5shot" both.
+Every task has variants, which are registered on demand: "en_fr:plain" has one template,
+"en_fr:5shot" puts five solved training rows before each prompt, "en_fr:plain:5shot" does both.
 """
 
 import contextvars
@@ -37,17 +37,17 @@ from t5jax.tokenizers import LabelTokenizer, Tokenizer
 TRAIN_SPLIT = "train"
 
 SHUFFLE_BUFFER = 10_000
-"""Examples among which training draws the next at random. A longer source in a telling order (by
-class, say) should be shuffled once, on disk."""
+"""Size of the buffer in which training shuffles examples. A longer source that is sorted (by class,
+say) should be shuffled on disk first."""
 
-# The texts of an example, beside the SeqIO features "inputs" and "targets".
+# The texts of an example, in addition to the SeqIO features "inputs" and "targets".
 SOURCE_FEATURE = "prompt_source"
 REFERENCES_FEATURE = "prompt_references"
 
 TooLong = Literal["cut", "drop", "error"]
 Empty = Literal["error", "drop"]
 
-_CHUNK = 256  # Rows that cross from Python to TensorFlow at once.
+_CHUNK = 256  # Rows that are passed from Python to TensorFlow at a time.
 
 
 def prompted_task(
@@ -64,34 +64,33 @@ def prompted_task(
     exemplar: str = "{inputs}\n{targets}\n\n",
     seed: int = 0,
 ) -> seqio.Task:
-    """Registers a SeqIO task that reads rows through templates.
+    """Registers a SeqIO task that renders rows with templates.
 
     Args:
-      name: what configs and mixtures call it.
-      source: the rows; its split "train" is what training reads.
+      name: the name of the task in configs and mixtures.
+      source: the rows; training reads its split "train".
       templates: a list, or a dict by name, of pairs of format strings (inputs, targets), Jinja
-        texts "inputs ||| targets", or `PromptTemplate`s such as `promptsource(file)` gives.
+        templates "inputs ||| targets", or `PromptTemplate`s such as those of `promptsource(file)`.
       metrics: functions of (targets, predictions), such as those of `t5jax.metrics`.
-      vocabulary: used by runs that name none themselves, neither by data.vocabulary nor by
-        init.model: whatever `t5jax.data.bridge.vocabulary.as_tokenizer` takes; a function is called
-        when it is needed first.
-      postprocess: what texts go through before metrics compare them, predictions and targets
-        alike, such as a function that finds the final number of a worked answer.
-      references: field with the right answer, a text, or a list of all texts that are right; dots
-        lead into nested fields ("answers.text"). None: the rendered targets.
-      too_long: what becomes of targets longer than the run's targets length. "cut": they are
-        learnt without their end. "drop": training leaves them out; evaluation keeps every row.
-        "error": they are refused.
-      empty: what becomes of a row of which a template renders no prompt or no answer. "error": it
-        is refused. "drop": training leaves it out under this template; evaluation takes the next
-        template that renders it.
-      exemplar: how few-shot variants write an exemplar; a format string over {inputs}, {targets}.
-      seed: of the draw of exemplars.
+      vocabulary: the vocabulary of runs that set neither data.vocabulary nor init.model: anything
+        that `t5jax.data.bridge.vocabulary.as_tokenizer` accepts; a function is called when it is
+        first needed.
+      postprocess: applied to both predictions and targets before metrics compare them, such as a
+        function that extracts the final number of a worked answer.
+      references: the field with the correct answer, a text or a list of all correct texts; dots
+        select nested fields ("answers.text"). None: the rendered targets.
+      too_long: what to do with targets longer than the run's targets_length. "cut": truncate them.
+        "drop": exclude them from training; evaluation keeps every row. "error": raise an error.
+      empty: what to do with a row for which a template renders an empty prompt or answer. "error":
+        raise an error. "drop": training excludes the row with this template; evaluation uses the
+        next template that renders it.
+      exemplar: the format string of an exemplar in few-shot variants, with {inputs} and {targets}.
+      seed: the seed of the draw of exemplars.
     Returns:
-      The task, which is in `seqio.TaskRegistry` now.
+      The task, which is now in `seqio.TaskRegistry`.
     Raises:
-      ValueError: for templates that cannot be read, and for a name that is taken. When examples
-        are read: for a row that does not fit a template, with task, split, row and field.
+      ValueError: if a template cannot be parsed, or the name is taken. When examples are read, if a
+        row does not fit a template, with task, split, row and field.
     """
     check_choice(too_long, get_args(TooLong), f"too_long of task {name!r}")
     check_choice(empty, get_args(Empty), f"empty of task {name!r}")
@@ -119,7 +118,7 @@ def prompted_task(
 
 @dataclasses.dataclass(frozen=True)
 class _Definition:
-    """What `prompted_task` was given, and what a variant changes of it."""
+    """The arguments of `prompted_task`, some of which a variant changes."""
 
     name: str
     source: Source
@@ -160,12 +159,12 @@ _SHOTS = re.compile(r"(\d+)shot")
 
 
 def register_variant(name: str) -> None:
-    """Registers the variant of a prompted task that a name means, if there is none of it yet.
+    """Registers the variant of a prompted task that a name refers to, unless it is registered.
 
     Args:
-      name: "task:template", "task:5shot" or "task:template:5shot". Other names are left alone.
+      name: "task:template", "task:5shot" or "task:template:5shot". Other names are ignored.
     Raises:
-      ValueError: for a template that the task does not have, or shots without training rows.
+      ValueError: if the task does not have the template, or has no training rows for exemplars.
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         return
@@ -195,7 +194,7 @@ def register_variant(name: str) -> None:
 
 
 def variants(task_name: str) -> list[str]:
-    """Returns names of a prompted task's variants; N stands for any number. None for others."""
+    """Returns the names of a prompted task's variants, where N stands for any number."""
     task, wanted = _base_of(task_name)
     if task is None or wanted:
         return []
@@ -206,7 +205,7 @@ def variants(task_name: str) -> list[str]:
 
 
 def _base_of(name: str) -> tuple[_Definition | None, list[str]]:
-    """Returns the prompted task that a name begins with, and the parts behind it."""
+    """Returns the prompted task that a name begins with, and the remaining parts."""
     parts = name.split(":")
     for end in range(1, len(parts) + 1):
         base = ":".join(parts[:end])
@@ -221,7 +220,7 @@ def _base_of(name: str) -> tuple[_Definition | None, list[str]]:
 
 
 class PromptedSource(seqio.DataSource):
-    """The rendered rows of a task, which TensorFlow is not needed to read."""
+    """The rendered rows of a task. `examples` reads them without TensorFlow."""
 
     supports_arbitrary_sharding = False
 
@@ -232,14 +231,14 @@ class PromptedSource(seqio.DataSource):
         """The rows."""
         self.templates = definition.templates
         self.shots = definition.shots
-        """Exemplars in front of each prompt."""
+        """Number of exemplars before each prompt."""
         self.too_long = definition.too_long
 
     def fingerprint(self, tokenizer: Tokenizer | None = None) -> dict:
-        """Returns what the texts depend on beside the rows and the lengths, as JSON values.
+        """Returns what the texts depend on in addition to rows and lengths, as JSON values.
 
         Args:
-          tokenizer: of the run, whose chat template may be used.
+          tokenizer: the run's tokenizer, whose chat template may be used.
         """
         task = self.definition
         return {
@@ -263,19 +262,19 @@ class PromptedSource(seqio.DataSource):
         """Yields the rendered texts of a split, the same ones in the same order each time.
 
         Args:
-          split: name of the split.
-          dropped: counts what is left out, by reason.
-          tokenizer: of the run. A chat template may come from it, and it counts tokens.
-          labels: of the run, whose model is a classifier; then there is a tokenizer too.
-          lengths: tokens of "inputs" and "targets" with eos. Without these and a tokenizer, every
-            exemplar stays and no target is too long.
-          shard: (i, n) renders row i and every n-th after it, of those that cleaning leaves.
+          split: the name of the split.
+          dropped: counts dropped rows, by reason.
+          tokenizer: the run's tokenizer, which counts tokens and may have a chat template.
+          labels: the labels of a run whose model is a classifier; requires a tokenizer.
+          lengths: the maximum lengths of "inputs" and "targets" in tokens with eos. Without these
+            and a tokenizer, all exemplars are kept and no target is too long.
+          shard: (i, n) renders row i and every n-th one after it, counted after cleaning.
         Returns:
           Dicts of the prompt ("inputs"), the answer ("targets"), the values in the prompt
-          (SOURCE_FEATURE), and the right answers as JSON (REFERENCES_FEATURE), empty where they
-          are the targets.
+          (SOURCE_FEATURE), and the correct answers as JSON (REFERENCES_FEATURE), empty if they are
+          the targets.
         Raises:
-          ValueError: for a row that cannot be read or rendered, with task, split, row, template.
+          ValueError: if a row cannot be read or rendered, with task, split, row and template.
         """
         dropped = Counter() if dropped is None else dropped
         try:
@@ -296,7 +295,7 @@ class PromptedSource(seqio.DataSource):
                     prompt = render(row, number)
                     references = self._references_of(row)
                     if labels is not None and not prompt.is_empty:
-                        # Metrics compare with the labels themselves.
+                        # Metrics compare with the labels.
                         found = labels.decode(labels.encode(prompt.targets))
                         references = references or json.dumps(found)
                         arranged = labels.arrange(prompt.inputs, prompt.targets, tokenizer)
@@ -348,10 +347,10 @@ class PromptedSource(seqio.DataSource):
         return [template.bind(tokenizer) for template in self.templates]
 
     def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizer, lengths) -> str:
-        """Returns why an example is left out; nothing where it is not.
+        """Returns why an example is dropped, or "" if it is kept.
 
         Raises:
-          ValueError: where the task does not allow that.
+          ValueError: if the task does not allow that.
         """
         task = self.definition
         if prompt.is_empty:
@@ -389,13 +388,13 @@ class PromptedSource(seqio.DataSource):
             )
         return json.dumps(list(value))
 
-    # What SeqIO asks of a source.
+    # The interface of SeqIO.
 
     def list_shards(self, split):
         return [split]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
-        # There is one shard, so SeqIO never asks for a part of it.
+        # There is one shard, so SeqIO never requests a part of it.
         lengths, labels = _lengths.get(), run_labels()
         needed = self._needs_tokenizer or labels is not None
         tokenizer = self.definition.vocabulary.tokenizer if needed else None
@@ -406,8 +405,8 @@ class PromptedSource(seqio.DataSource):
             ),
             dict.fromkeys(("inputs", "targets", SOURCE_FEATURE, REFERENCES_FEATURE), text),
         ).unbatch()
-        # Texts fill the buffer faster than tokens, and SeqIO repeats the data after this, so that
-        # each epoch has every example once.
+        # Shuffled here, since texts fill the buffer faster than tokens, and before SeqIO repeats
+        # the data, so that each epoch has every example once.
         return dataset.shuffle(SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
 
     @property

@@ -30,7 +30,7 @@ import yaml
 from t5jax.data.sources.source import Row
 
 SEPARATOR = "|||"
-"""What stands between prompt and answer in Jinja, and between answer choices."""
+"""Separates the prompt from the answer in Jinja, and answer choices from each other."""
 
 
 class Prompt(NamedTuple):
@@ -41,43 +41,43 @@ class Prompt(NamedTuple):
     targets: str
     """The answer."""
     source: str
-    """The values in the prompt, joined by spaces: what a model that only copies would give."""
+    """The values in the prompt, joined by spaces: the output of a model that only copies."""
 
     @property
     def is_empty(self) -> bool:
-        """True where the template has rendered no prompt, or no answer."""
+        """Whether the rendered prompt or answer is empty."""
         return not (self.inputs.strip() and self.targets.strip())
 
 
 class PromptTemplate(abc.ABC):
-    """What every kind of template can do."""
+    """The base class of templates."""
 
     name: str
-    """What variants of a task call it ("task:name"): a word, or a number where none was given."""
+    """Selects the template as a variant of the task ("task:name"); a number if it was not given."""
 
     @property
     def needs_tokenizer(self) -> bool:
-        """True where `bind` must come before `render`."""
+        """Whether `bind` has to be called before `render`."""
         return False
 
     @property
     @abc.abstractmethod
     def _text(self) -> str:
-        """What tells the template apart where it has no word for a name."""
+        """The text that identifies a template without a name in error messages."""
 
     def __str__(self):
-        """Returns what error messages call it."""
+        """Returns its name in error messages."""
         return repr(self._text if not self.name or self.name.isdigit() else self.name)
 
     @abc.abstractmethod
     def render(self, row: Row, number: int = 0) -> Prompt:
-        """Returns the row's prompt and answer; both empty where a condition leaves the row out.
+        """Returns the row's prompt and answer; both are empty if a condition excludes the row.
 
         Args:
-          row: its fields.
-          number: of the row in its split. What a template draws at random depends on it alone.
+          row: the fields of the row.
+          number: the row's number in its split; all random choices of a template depend on it.
         Raises:
-          ValueError: for a field that the row lacks, or a value that cannot be printed.
+          ValueError: if the row lacks a field, or a value cannot be printed.
         """
 
     def render_few_shot(
@@ -86,16 +86,17 @@ class PromptTemplate(abc.ABC):
         """Returns the row's prompt and answer, with solved examples in front of the prompt.
 
         Args:
-          row, number: as in `render`.
-          exemplars: rows and what `render` has made of them.
-          form: how an exemplar is written: a format string over {inputs} and {targets}.
+          row: as in `render`.
+          number: as in `render`.
+          exemplars: rows and their rendered prompts.
+          form: the format string of an exemplar, with {inputs} and {targets}.
         """
         prompt = self.render(row, number)
         shown = [form.format(inputs=e.inputs, targets=e.targets) for _, e in exemplars]
         return prompt._replace(inputs="".join(shown) + prompt.inputs)
 
     def bind(self, tokenizer: Any) -> "PromptTemplate":
-        """Returns the template for a run with this tokenizer; chats depend on it."""
+        """Returns the template for a run with this tokenizer, on which chat templates depend."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Cleaning: named steps that rows of a source go through, each counting what it drops.
+"""Cleaning: named processing steps of a source, each of which counts the rows it drops.
 
     source.clean(
         normalize_unicode(),
@@ -8,10 +8,10 @@
         drop_duplicates("question"),
     )
 
-Every step takes the names of the fields that it looks at, and without any, looks at all fields of
-a row. Steps that change texts change those in lists and dicts within a field too, and leave numbers
-alone; they drop nothing. Steps that drop rows take nested names too ("answers.text.0"). A step's
-name is its call as a task has it. No TensorFlow.
+Every step takes the names of the fields that it applies to, by default all fields of a row. Steps
+that change texts also change those in lists and dicts within a field, but no numbers; they drop
+nothing. Steps that drop rows also accept paths of nested fields ("answers.text.0"). The name of a
+step is its call. No TensorFlow.
 """
 
 import functools
@@ -28,16 +28,16 @@ from t5jax.data.sources.source import Row, RowStep, get_field, no_field
 
 
 def normalize_unicode(*fields: str, form: str = "NFKC") -> RowStep:
-    """Returns a step that writes equal characters equally.
+    """Returns a step that applies a Unicode normalization form.
 
         normalize_unicode("question")   # "ﬁve ㎏" becomes "five kg"
 
     Args:
-      fields: their names; none for all.
-      form: "NFC" composes accents alone; "NFKC", which SentencePiece's models for T5 do too,
-        also makes ligatures, full-width letters and the like plain; "NFD" and "NFKD" decompose.
+      fields: the names of the fields; none for all.
+      form: "NFC" only composes accents; "NFKC", which T5's SentencePiece models also use, replaces
+        ligatures, full-width letters and the like as well; "NFD" and "NFKD" decompose.
     Raises:
-      ValueError: for another form; when rows are read, for a field that a row does not have.
+      ValueError: if the form is unknown; when rows are read, if a row does not have a field.
     """
     forms = ("NFC", "NFKC", "NFD", "NFKD")
     if form not in forms:
@@ -47,39 +47,39 @@ def normalize_unicode(*fields: str, form: str = "NFKC") -> RowStep:
 
 
 def lower(*fields: str) -> RowStep:
-    """Returns a step that makes letters small.
+    """Returns a step that lower-cases texts.
 
     lower("answer")   # "Paris" becomes "paris"
 
     Raises:
-      ValueError: when rows are read, for a field that a row does not have.
+      ValueError: when rows are read, if a row does not have a field.
     """
     return _changing(_call("lower", fields), fields, lambda: str.lower)
 
 
 def collapse_whitespace(*fields: str) -> RowStep:
-    """Returns a step that makes any white space one space, and takes it off both ends.
+    """Returns a step that replaces runs of white space by one space and strips both ends.
 
     collapse_whitespace("text")   # " two\\n lines " becomes "two lines"
 
     Raises:
-      ValueError: when rows are read, for a field that a row does not have.
+      ValueError: when rows are read, if a row does not have a field.
     """
     name = _call("collapse_whitespace", fields)
     return _changing(name, fields, lambda: lambda text: " ".join(text.split()))
 
 
 def remove_control_characters(*fields: str) -> RowStep:
-    """Returns a step that takes out what is no text, and ends lines with "\\n".
+    """Returns a step that removes control characters and normalizes line breaks to "\\n".
 
         remove_control_characters("text")   # "a\\x00b\\r\\n" becomes "ab\\n"
 
-    Out go control characters but tab and "\\n", half surrogates, code points that are no
-    characters, byte order marks and zero-width spaces. Joiners and marks of direction stay: emoji,
-    Persian, Arabic and Hebrew need them.
+    Removes control characters except tab and "\\n", unpaired surrogates, noncharacters, byte order
+    marks and zero-width spaces. Joiners and direction marks are kept, since emoji, Persian, Arabic
+    and Hebrew need them.
 
     Raises:
-      ValueError: when rows are read, for a field that a row does not have.
+      ValueError: when rows are read, if a row does not have a field.
     """
 
     def start():
@@ -90,17 +90,17 @@ def remove_control_characters(*fields: str) -> RowStep:
 
 
 def remove_special_characters(*fields: str, keep: str = ".,;:!?'\"()-") -> RowStep:
-    """Returns a step that leaves letters, their accents, digits, white space and some signs.
+    """Returns a step that keeps only letters, accents, digits, white space and some punctuation.
 
         remove_special_characters("text")   # "caf\\u00e9 @ 5 €, ok?" becomes "café  5 , ok?"
 
-    Letters and digits of every script stay. `collapse_whitespace` after it closes the gaps.
+    Letters and digits of all scripts are kept. Use `collapse_whitespace` afterwards to close gaps.
 
     Args:
-      fields: their names; none for all.
-      keep: the signs that stay.
+      fields: the names of the fields; none for all.
+      keep: the other characters to keep.
     Raises:
-      ValueError: when rows are read, for a field that a row does not have.
+      ValueError: when rows are read, if a row does not have a field.
     """
 
     def start():
@@ -111,7 +111,7 @@ def remove_special_characters(*fields: str, keep: str = ".,;:!?'\"()-") -> RowSt
 
 
 class _Table(dict):
-    """What `str.translate` takes, filled as characters come by."""
+    """A table for `str.translate`, filled on demand."""
 
     def __init__(self, keep: Callable[[str], bool]):
         super().__init__()
@@ -135,12 +135,11 @@ def _is_text(character: str) -> bool:
 
 
 def drop_missing(*fields: str) -> RowStep:
-    """Returns a step that drops rows where a field says nothing.
+    """Returns a step that drops rows in which a field is missing or empty.
 
         drop_missing("question", "answer")   # drops {"question": "Why?", "answer": " "}
 
-    That is a field that is absent, None, NaN, a text without a visible character, or a list or dict
-    of nothing but these.
+    That is a field that is absent, None, NaN, blank text, or a list or dict of only these.
     """
 
     def is_whole(row):
@@ -153,15 +152,15 @@ def drop_missing(*fields: str) -> RowStep:
 
 
 def drop_duplicates(*fields: str) -> RowStep:
-    """Returns a step that keeps the first of the rows of a split whose fields are equal.
+    """Returns a step that keeps only the first of several rows of a split with equal fields.
 
         drop_duplicates("question")   # drops {"question": "Why?", ...} where one was before
 
-    It remembers 16 bytes a row, a hash. To drop what differs in case or spaces alone, change texts
-    before.
+    It stores a hash of 16 bytes per row. To also drop rows that only differ in case or white space,
+    normalize these first.
 
     Raises:
-      ValueError: when rows are read, for a field that a row does not have.
+      ValueError: when rows are read, if a row does not have a field.
     """
 
     def start():
@@ -183,27 +182,26 @@ def drop_duplicates(*fields: str) -> RowStep:
 def drop_near_duplicates(
     *fields: str, threshold: float = 0.8, shingle: int = 5, num_perm: int = 128
 ) -> RowStep:
-    """Returns a step that drops rows much like one that was kept before, by MinHash.
+    """Returns a step that drops rows that are similar to an earlier one, by MinHash.
 
         drop_near_duplicates("text")   # drops "A cat sat on the mat!" after "a cat sat on the mat"
 
-    Two rows are alike by the share of runs of characters that they have in common, among all that
-    either has (Jaccard), letters small and white space one space. Estimated from `num_perm` hashes,
-    that share is off by about 1 / sqrt(num_perm). It remembers about 8 bytes × num_perm a row and
-    looks at none but likely ones, by datasketch's locality-sensitive hashing. The same rows give
-    the same result.
+    The similarity of two rows is the Jaccard index of their sets of character n-grams, after
+    lower-casing and collapsing white space. It is estimated from `num_perm` hashes with an error of
+    about 1 / sqrt(num_perm). The step stores about 8 bytes × num_perm per row, and compares only
+    likely candidates, which it finds with datasketch's locality-sensitive hashing. The result is
+    deterministic.
 
     Source: Broder 1997, "On the resemblance and containment of documents"; for language models, Lee
-    et al. 2022 (arXiv:2107.06499), who take runs of words, which not every script divides.
+    et al. 2022 (arXiv:2107.06499), who use n-grams of words, which not all scripts separate.
 
     Args:
-      fields: their names; none for all.
-      threshold: the share from which on two rows are alike, in (0, 1).
-      shingle: characters a run.
-      num_perm: hashes a row.
+      fields: the names of the fields; none for all.
+      threshold: the least similarity of duplicates, in (0, 1).
+      shingle: characters per n-gram.
+      num_perm: hashes per row.
     Raises:
-      ValueError: for a value out of range; when rows are read, for a field that a row does not
-        have.
+      ValueError: if a value is out of range; when rows are read, if a row does not have a field.
     """
     if not 0 < threshold < 1:
         raise ValueError(
@@ -227,7 +225,7 @@ def drop_near_duplicates(
             runs = {text[i : i + shingle] for i in range(max(len(text) - shingle, 0) + 1)}
             minhash = empty.copy()
             minhash.update_batch([run.encode(errors="surrogatepass") for run in sorted(runs)])
-            # The index finds what is likely, the hashes decide.
+            # The index finds candidates, the hashes decide.
             if any(minhash.jaccard(kept[i]) >= threshold for i in index.query(minhash)):
                 return False
             index.insert(len(kept), minhash)
@@ -243,18 +241,18 @@ def drop_near_duplicates(
 def length_between(
     *fields: str, low: float = 0, high: float = math.inf, unit: str = "characters"
 ) -> RowStep:
-    """Returns a step that keeps rows whose fields are each from `low` to `high` long.
+    """Returns a step that keeps rows in which the length of each field is in [low, high].
 
         length_between("question", low=3, high=100, unit="words")
 
     Args:
-      fields: their names; none for all. The texts of a list count together.
-      low: the shortest that stays.
-      high: the longest that stays.
-      unit: "characters", or "words" between white space.
+      fields: the names of the fields; none for all. The lengths of texts in a list are added.
+      low: the minimum length.
+      high: the maximum length.
+      unit: "characters", or "words" separated by white space.
     Raises:
-      ValueError: for bounds that bound nothing, or another unit; when rows are read, for a field
-        that a row does not have.
+      ValueError: if the bounds exclude nothing or everything, or the unit is unknown; when rows are
+        read, if a row does not have a field.
     """
     bounds = _bounds("length_between", low, high)
     length = _length_in("length_between", unit)
@@ -273,16 +271,16 @@ def ratio_between(
     high: float = math.inf,
     unit: str = "characters",
 ) -> RowStep:
-    """Returns a step that keeps rows by how long one field is as a multiple of another.
+    """Returns a step that keeps rows in which the ratio of two fields' lengths is in [low, high].
 
         ratio_between("german", "english", low=0.5, high=2)   # drops bad translations
 
     Args:
-      numerator: name of the field whose length is divided,
-      denominator: by that of this one. A row where it is empty is dropped.
-      low: the least ratio that stays.
-      high: the greatest ratio that stays.
-      unit: "characters", or "words" between white space.
+      numerator: the name of the field whose length is divided.
+      denominator: the name of the other field. A row in which it is empty is dropped.
+      low: the minimum ratio.
+      high: the maximum ratio.
+      unit: "characters", or "words" separated by white space.
     Raises:
       ValueError: as for `length_between`.
     """
@@ -297,11 +295,11 @@ def ratio_between(
     return _dropping(name, lambda: fits)
 
 
-# --- What they share ----------------------------------------------------------------------------
+# --- Shared by the steps ------------------------------------------------------------------------
 
 
 def _call(function: str, fields: tuple[str, ...], **options: Any) -> str:
-    """Returns a step's name: its call."""
+    """Returns the name of a step: its call."""
     for field in fields:
         if not isinstance(field, str):
             raise ValueError(
@@ -354,7 +352,7 @@ def _map_texts(function: Callable[[str], str], value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yields the texts in a value, and its numbers as texts."""
+    """Yields the texts in a value; numbers are converted to text."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -375,7 +373,7 @@ def _says_nothing(value: Any) -> bool:
 
 
 def _bounds(step: str, low: float, high: float) -> dict[str, float]:
-    """Returns the bounds that bound something."""
+    """Checks the bounds; returns those that are not trivial."""
     bounds = {"low": low} if low > 0 else {}
     bounds |= {"high": high} if high < math.inf else {}
     if not bounds or not low <= high:

@@ -1,4 +1,4 @@
-"""Sources of files, one constructor a format, each one line in a task.
+"""Sources of files, one constructor per format.
 
     jsonl({"train": "gs://bucket/train-*.jsonl.gz", "validation": "dev.jsonl"})
 
@@ -28,11 +28,11 @@ Files = str | os.PathLike | Sequence[str | os.PathLike]
 
 @dataclasses.dataclass(frozen=True)
 class _FileRows:
-    """The rows of a split's files, one after the other."""
+    """The rows of a split's files, in sequence."""
 
     read: Callable[[str], Iterator[Row | ValueError]]
     patterns: tuple[str, ...] = dataclasses.field(
-        # What the files are called, without the folder: that says which rows there are.
+        # Only the names of the files, without their folder, identify the rows.
         metadata={DESCRIBED_AS: lambda patterns: list(map(name_in_pattern, patterns))}
     )
 
@@ -56,37 +56,37 @@ def _file_source(splits: Mapping[str, Files], read: Callable) -> Source:
 
 
 def jsonl(splits: Mapping[str, Files], *, encoding: str = "utf-8") -> Source:
-    """Returns a source of JSON Lines files: one JSON object a line.
+    """Returns a source of JSON Lines files: one JSON object per line.
 
         jsonl({"train": "data/train-*.jsonl.gz", "validation": "gs://bucket/dev.jsonl"})
 
     Args:
-      splits: split to its files, as for every kind of file here: a path, a URL (gs://, s3://,
-        https://, ...), a glob of either, or a list of these. Files of a glob are read in the order
-        of their names. Relative paths count from the working directory. Names that end in .gz,
-        .bz2, .xz or .zst are uncompressed.
-      encoding: of the files.
+      splits: the files of each split, as for all formats here: a path, a URL (gs://, s3://,
+        https://, ...), a glob of either, or a list of these. The files of a glob are read in the
+        order of their names. Paths are relative to the working directory. Files that end in .gz,
+        .bz2, .xz or .zst are decompressed.
+      encoding: the encoding of the files.
     Raises:
-      ValueError: when rows are read: for no file, an empty one, one that is cut short, or a line
-        that is not a JSON object, with its file and number.
+      ValueError: when rows are read, if there is no file, a file is empty or incomplete, or a line
+        is not a JSON object, with file and line.
     """
     encoding = check_encoding(encoding)
     return _file_source(splits, functools.partial(jsonl_rows, encoding=encoding))
 
 
 def json_file(splits: Mapping[str, Files], rows: str = "", *, encoding: str = "utf-8") -> Source:
-    """Returns a source of files that are one JSON value each, with lists of rows in it.
+    """Returns a source of JSON files, each of which contains a list of rows.
 
         json_file({"test": "xquad.en.json"}, rows="data.paragraphs.qas")
 
     Args:
       splits: as for `jsonl`; each file is held in memory.
-      rows: the fields that lead to the rows, through objects and through every item of lists. A
-        row takes the other fields of the objects around it ("context" beside "question", above),
-        where it has none of that name itself. "": the file is a list of rows.
-      encoding: of the files.
+      rows: the path to the rows, through the fields of objects and all items of lists. A row also
+        gets the other fields of the objects that contain it ("context" in addition to "question",
+        above), unless it has a field of that name. "": the file is a list of rows.
+      encoding: the encoding of the files.
     Raises:
-      ValueError: when rows are read: as `jsonl`, and for a path that leads to no list.
+      ValueError: when rows are read, as for `jsonl`, and if the path does not lead to a list.
     """
     encoding = check_encoding(encoding)
     return _file_source(splits, functools.partial(json_rows, rows=rows, encoding=encoding))
@@ -99,17 +99,17 @@ def csv(
     columns: Sequence[str] | None = None,
     encoding: str = "utf-8",
 ) -> Source:
-    """Returns a source of CSV files; all values are texts.
+    """Returns a source of CSV files; all values are strings.
 
     Args:
       splits: as for `jsonl`.
-      delimiter: the character between values. A value with it, a quote or a line end in it is in
-        double quotes.
-      columns: names of the columns. None: the first line of each file has them.
-      encoding: of the files, such as "utf-8" or "latin-1".
+      delimiter: the character between values. Values that contain it, a quote or a line break are
+        in double quotes.
+      columns: the names of the columns. None: they are in the first line of each file.
+      encoding: the encoding of the files, such as "utf-8" or "latin-1".
     Raises:
-      ValueError: when rows are read: for no file, an empty one, or a row of another width or that
-        breaks the quoting, with file and line.
+      ValueError: when rows are read, if there is no file, a file is empty, or a row has another
+        number of columns or invalid quotes, with file and line.
     """
     return _table(splits, delimiter, True, columns, encoding)
 
@@ -120,10 +120,10 @@ def tsv(
     columns: Sequence[str] | None = None,
     encoding: str = "utf-8",
 ) -> Source:
-    """Returns a source of files with tabs between values, in which quotes are plain characters.
+    """Returns a source of tab-separated files, in which quotes are ordinary characters.
 
-    For tabs with values in quotes, `csv(splits, delimiter="\\t")`. Arguments and errors are those
-    of `csv`.
+    For tab-separated files with quoted values use `csv(splits, delimiter="\\t")`. Arguments and
+    errors are those of `csv`.
     """
     return _table(splits, "\t", False, columns, encoding)
 
@@ -144,26 +144,26 @@ def parquet(splits: Mapping[str, Files], *, columns: Sequence[str] | None = None
 
     Args:
       splits: as for `jsonl`.
-      columns: the columns to read; the others cost nothing. None: all.
+      columns: the columns to read; the others are skipped at no cost. None: all.
     Raises:
-      ValueError: when rows are read: for no file, one that is no whole Parquet file, or a column
-        that it does not have.
+      ValueError: when rows are read, if there is no file, a file is not a complete Parquet file, or
+        does not have a column.
     """
     columns = None if columns is None else list(columns)
     return _file_source(splits, functools.partial(parquet_rows, columns=columns))
 
 
 def text(splits: Mapping[str, Files], *, by: str = "line", encoding: str = "utf-8") -> Source:
-    """Returns a source of plain text, rows of one field "text".
+    """Returns a source of plain text; rows have one field, "text".
 
     Args:
       splits: as for `jsonl`.
-      by: what a row is: a "line", a "paragraph" (lines up to a blank one, its line ends kept) or a
-        "file". Blank ones are left out.
-      encoding: of the files.
+      by: what becomes a row: a "line", a "paragraph" (the lines up to a blank one, with their line
+        breaks) or a "file". Blank ones are skipped.
+      encoding: the encoding of the files.
     Raises:
-      ValueError: for an unknown `by`; when rows are read: for no file, an empty one, or bytes that
-        are not in the encoding, with file and line.
+      ValueError: if `by` is unknown; when rows are read, if there is no file, a file is empty, or
+        bytes are not valid in the encoding, with file and line.
     """
     if by not in TEXT_PARTS:
         raise ValueError(f"text: by is {by!r}; expected one of {', '.join(TEXT_PARTS)}")

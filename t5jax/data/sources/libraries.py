@@ -1,8 +1,8 @@
-"""Sources of the libraries of data sets: TensorFlow Datasets and Hugging Face's `datasets`.
+"""Sources that use libraries of datasets: TensorFlow Datasets and Hugging Face's `datasets`.
 
     tfds("glue/sst2", {"train": "train", "test": "validation"}).rename({"text": "sentence"})
 
-No TensorFlow, but for data sets that TFDS has written as TFRecord.
+No TensorFlow, except for datasets that TFDS has written as TFRecord.
 """
 
 import functools
@@ -23,20 +23,20 @@ def tfds(
     data_dir: str | os.PathLike | None = None,
     download: bool = False,
 ) -> Source:
-    """Returns a source of a TensorFlow Datasets data set.
+    """Returns a source of a dataset of TensorFlow Datasets.
 
         tfds("glue/sst2:2.0.0", {"train": "train", "validation": "validation[:500]"})
 
-    Texts are str, arrays are lists, class labels are their numbers. What was prepared as
-    ArrayRecord is read without TensorFlow.
+    Texts are str, arrays are lists, class labels are integers. Datasets prepared as ArrayRecord are
+    read without TensorFlow.
 
     Args:
       name: as for `tfds.builder`: "name", "name/config", "name:version".
-      splits: split to the split of TFDS, or a slice of one.
-      data_dir: the folder or bucket where data sets are prepared; by default that of TFDS.
-      download: download and prepare what is not there yet. Otherwise that is an error.
+      splits: the TFDS split of each split, or a slice of one.
+      data_dir: the folder or bucket of prepared datasets; by default that of TFDS.
+      download: download and prepare a dataset that is missing, instead of raising an error.
     Raises:
-      ValueError: when rows are read: for an unknown data set or split, or one not prepared.
+      ValueError: when rows are read, if a dataset or split is unknown, or not prepared.
     """
     data_dir = None if data_dir is None else os.fspath(data_dir)
     read = functools.partial(_tfds_rows, name, data_dir, download)
@@ -62,7 +62,7 @@ def _tfds_rows(name: str, data_dir: str | None, download: bool, split: str) -> I
 
             rows = iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
     except Exception as error:
-        # TFDS lists all data sets there are below its first line.
+        # After the first line, TFDS lists all known datasets.
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"cannot read the TFDS data set {name!r}, split {split!r}: {reason}"
@@ -76,22 +76,22 @@ def hf_dataset(
     name: str | None = None,
     **options: Any,
 ) -> Source:
-    """Returns a source of a Hugging Face `datasets` data set, from the hub or a local folder.
+    """Returns a source of a Hugging Face dataset, from the Hub or a local folder.
 
         hf_dataset("cais/mmlu", {"train": "auxiliary_train", "validation": "dev"}, "all")
 
-    Class labels are their numbers. Private data sets need `hf auth login`, or HF_TOKEN.
+    Class labels are integers. Private datasets need `hf auth login` or HF_TOKEN.
 
     Args:
-      path: as for `datasets.load_dataset`: a name on the hub, a folder of data files, or a format
-        with data_files=; or a folder of `save_to_disk`.
-      splits: split to the split of the data set, or a slice of one ("train[:10%]").
-      name: the configuration, where the data set has several.
-      **options: further arguments of `datasets.load_dataset`, such as revision, or streaming=True
-        for what is too large to download.
+      path: as for `datasets.load_dataset`: a name on the Hub, a folder of data files, or a format
+        with data_files=; or a folder written by `save_to_disk`.
+      splits: the dataset's split for each split, or a slice of one ("train[:10%]").
+      name: the configuration, if the dataset has several.
+      **options: other arguments of `datasets.load_dataset`, such as revision, or streaming=True
+        for datasets that are too large to download.
     Raises:
-      ValueError: for a token; when rows are read: for a data set, configuration or split that
-        does not exist, or a hub that does not answer.
+      ValueError: if a token is given; when rows are read, if a dataset, configuration or split does
+        not exist, or the Hub does not respond.
     """
     if "token" in options:
         raise ValueError(
@@ -125,7 +125,7 @@ def _is_on_hub(path: str, options: Mapping) -> bool:
 
 
 def _ask_hub(path: str, options: Mapping) -> None:
-    """Raises where the hub does not have a data set. `load_dataset` tries for half a minute."""
+    """Raises if the Hub does not have a dataset; `load_dataset` would retry for half a minute."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:

@@ -1,6 +1,6 @@
-"""A source of rows: its splits, the functions that give their rows, and the steps they go through.
+"""A source of rows: its splits, the functions that return their rows, and processing steps.
 
-Nothing is opened before rows are read. No TensorFlow.
+Nothing is opened until rows are read. No TensorFlow.
 """
 
 import dataclasses
@@ -12,42 +12,41 @@ Row = dict[str, Any]
 """The fields of a row by name."""
 
 MALFORMED = "malformed"
-"""What `Source.skip_malformed` counts its rows under."""
+"""The name under which `Source.skip_malformed` counts rows."""
 
 
 # --- Steps --------------------------------------------------------------------------------------
 
 
 class Step(Protocol):
-    """What rows go through on their way out of a source.
+    """A processing step of a source.
 
-    It takes a row only after it is done with the one before, and counts under its name what it
-    drops.
+    It finishes a row before it takes the next one, and counts the rows it drops under its name.
     """
 
     @property
     def name(self) -> str:
-        """What its drops are counted under."""
+        """The name under which dropped rows are counted."""
 
     def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
-        """Yields what becomes of the rows."""
+        """Yields the processed rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStep:
-    """A step that looks at one row at a time."""
+    """A step that processes each row separately."""
 
     name: str
     start: Callable[[], Callable[[Row], Row | None]]
-    """Returns, for each pass over a split, a function from a row to what becomes of it: a row, or
-    None where it is dropped. What the function remembers of earlier rows ends with the pass."""
+    """Returns, for each pass over a split, a function from a row to the processed row, or to None
+    to drop it. The function may have state, which ends with the pass."""
 
     def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
         function = self.start()
         for row in rows:
             try:
                 changed = function(row)
-            except KeyError as error:  # Of `row["question"]` in a user's function.
+            except KeyError as error:  # From `row["question"]` in a user's function.
                 field = error.args[0] if error.args else None
                 if not isinstance(field, str) or field in row:
                     raise
@@ -66,9 +65,9 @@ def get_field(row: Row, path: str) -> Any:
     """Returns a field of a row: "question", or nested, "answers.text.0".
 
     Raises:
-      ValueError: for a field that the row does not have.
+      ValueError: if the row does not have the field.
     """
-    if path in row:  # A column's name may have dots itself.
+    if path in row:  # The name of a column may contain dots.
         return row[path]
     value: Any = row
     for key in path.split("."):
@@ -80,7 +79,7 @@ def get_field(row: Row, path: str) -> Any:
 
 
 def no_field(path: str, row: Row) -> str:
-    """Returns what an error says of a field that a row does not have."""
+    """Returns the error message for a missing field."""
     return f"there is no field {path!r}; the row has {', '.join(map(str, row)) or 'none'}"
 
 
@@ -89,24 +88,24 @@ def no_field(path: str, row: Row) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Splits, the functions that give their rows, and the steps that rows go through.
+    """Splits, the functions that return their rows, and processing steps.
 
         Source({"train": lambda: [{"question": "2 + 2", "answer": "4"}]})
 
-    A function is called anew for every pass over its split, and must give the same rows in the
-    same order each time: a resumed run relies on it. Every method returns a new source.
+    A function is called for every pass over its split, and must return the same rows in the same
+    order each time, since resuming a run relies on it. Every method returns a new source.
     """
 
     functions: Mapping[str, Callable[[], Iterable[Row | ValueError]]]
-    """Name of the split to a function without arguments that returns its rows, and in place of a
-    row that cannot be read, an error that says why. Where the function has a method `paths()`, it
-    gives the files that it reads."""
+    """For each split a function without arguments that returns its rows; in place of a row that
+    cannot be read, it may return a ValueError. If it has a method `paths()`, that returns the files
+    it reads."""
 
     steps: tuple[Step, ...] = ()
-    """What the rows go through, first to last."""
+    """Processing steps, in order."""
 
     skips_malformed: bool = False
-    """Leave out rows that cannot be read, and count them, in place of an error."""
+    """Skip and count rows that cannot be read, instead of raising an error."""
 
     def __post_init__(self):
         for split, function in self.functions.items():
@@ -127,17 +126,17 @@ class Source:
         """Yields the rows of a split.
 
         Args:
-          split: which.
-          dropped: where given, has the number of rows that each step dropped added to it while
-            rows are read, under the step's name, of steps that drop none too.
+          split: the name of the split.
+          dropped: if given, the number of rows that each step dropped, also if it is 0, is added to
+            it under the step's name while rows are read.
         Raises:
-          ValueError: for a split that does not exist, no rows, rows that cannot be read, or what a
-            step refuses, with the row's number.
+          ValueError: if the split does not exist or has no rows, or a row cannot be read or
+            processed, with the row's number.
         """
         return (row for _, row in self.numbered(split, dropped))
 
     def numbered(self, split: str, dropped: Counter | None = None) -> Iterator[tuple[int, Row]]:
-        """Yields what `rows` does with each row's number in the split, from 0, before any step."""
+        """Yields the same rows with their numbers in the split, counted from 0 before any step."""
         dropped = Counter() if dropped is None else dropped
         before = Counter(dropped)
         for name in self._counted():
@@ -153,7 +152,7 @@ class Source:
                 yield raw.number, row
         except Exception as error:
             if raw.failed:
-                raise  # It says where in its file.
+                raise  # The message has the position in the file.
             where = f"split {split!r}, row {raw.number}"
             if isinstance(error, ValueError):
                 raise ValueError(f"{where}: {error}") from error
@@ -172,10 +171,10 @@ class Source:
         return self.functions[split]
 
     def files(self, split: str) -> list[str]:
-        """Returns the paths and URLs that a split reads, globs expanded; none for other sources.
+        """Returns the paths and URLs that a split reads, with globs expanded, if it reads files.
 
         Raises:
-          ValueError: for a split or file that does not exist.
+          ValueError: if the split or a file does not exist.
         """
         function = self._function(split)
         return function.paths() if hasattr(function, "paths") else []
@@ -183,7 +182,7 @@ class Source:
     # --- Steps
 
     def clean(self, *steps: Step) -> "Source":
-        """Returns a source whose rows go through further steps, such as `drop_missing(...)`.
+        """Returns a source with additional processing steps, such as `drop_missing(...)`.
 
         source.clean(drop_missing("question", "answer"), drop_duplicates("question"))
         """
@@ -196,17 +195,17 @@ class Source:
         return dataclasses.replace(self, steps=(*self.steps, *steps))
 
     def map(self, function: Callable[[Row], Row]) -> "Source":
-        """Returns a source whose rows have gone through a function from row to row."""
+        """Returns a source that applies a function to each row."""
         return self.clean(RowStep(f"map({_name_of(function)})", lambda: function))
 
     def filter(self, function: Callable[[Row], bool], name: str = "") -> "Source":
-        """Returns a source of the rows alone for which a function is true.
+        """Returns a source with only the rows for which a function is true.
 
-        source.filter(lambda row: row["language"] == "en", "English alone")
+        source.filter(lambda row: row["language"] == "en", "not English")
 
         Args:
-          function: from row to whether it stays.
-          name: what the rows that it drops are counted under.
+          function: returns whether to keep a row.
+          name: the name under which dropped rows are counted.
         """
 
         def start():
@@ -215,10 +214,10 @@ class Source:
         return self.clean(RowStep(name or f"filter({_name_of(function)})", start))
 
     def rename(self, names: Mapping[str, str]) -> "Source":
-        """Returns a source with other names for some fields: {"new": "old"}, as in `select`.
+        """Returns a source with renamed fields: {"new": "old"}, as in `select`.
 
         Raises:
-          ValueError: when rows are read, for a field that a row does not have.
+          ValueError: when rows are read, if a row does not have the field.
         """
         names = dict(names)
 
@@ -232,14 +231,14 @@ class Source:
         return self.clean(RowStep(f"rename({names})", lambda: rename))
 
     def select(self, fields: Mapping[str, str]) -> "Source":
-        """Returns a source of these fields alone, from wherever they are in a row.
+        """Returns a source with only these fields, which may be nested in a row.
 
         source.select({"question": "data.q", "answer": "answers.text.0"})
 
         Args:
-          fields: new name to the name of a field; dots and numbers lead into nested ones.
+          fields: new name to the path of a field; dots and numbers select nested values.
         Raises:
-          ValueError: when rows are read, for a field that a row does not have.
+          ValueError: when rows are read, if a row does not have the field.
         """
         fields = dict(fields)
 
@@ -249,10 +248,11 @@ class Source:
         return self.clean(RowStep(f"select({fields})", lambda: select))
 
     def skip_malformed(self) -> "Source":
-        """Returns a source that leaves out what cannot be read as a row, and counts it.
+        """Returns a source that skips and counts rows that cannot be read.
 
-        That is a line that is no JSON, a table's row of another width, bytes of another encoding.
-        The count is `dropped[MALFORMED]`. What ends the reading of a file stays an error.
+        Examples are a line that is not JSON, a table row with another number of columns, and bytes
+        in another encoding. The count is `dropped[MALFORMED]`. Errors after which the rest of a
+        file cannot be read are still raised.
         """
         return dataclasses.replace(self, skips_malformed=True)
 
@@ -261,18 +261,18 @@ class Source:
     def hold_out(
         self, split: str, *, every: int, of: str = "train", by: str | None = None
     ) -> "Source":
-        """Returns a source with a further split, whose rows are taken out of another one.
+        """Returns a source with an additional split, whose rows are removed from another one.
 
         jsonl({"train": "train.jsonl"}).hold_out("validation", every=20)
 
         Args:
-          split: name of the new split.
-          every: the new split gets the first of every so many rows, as they are before any step.
-          of: the split to take from.
-          by: a field; rows of one value stay together, and the new split gets the first of every
-            so many values, in the order in which they appear. Values are held in memory.
+          split: the name of the new split.
+          every: the new split gets the first of every `every` rows, before any step.
+          of: the split to take them from.
+          by: a field; rows with the same value stay together, and the new split gets the first of
+            every `every` values, in order of appearance. The values are held in memory.
         Raises:
-          ValueError: for a name that is taken, or an `every` below 2.
+          ValueError: if the name is taken, or `every` is less than 2.
         """
         if split in self.functions:
             raise ValueError(f"there is a split {split!r} already; hold out another")
@@ -284,7 +284,7 @@ class Source:
 
 
 class _Reading:
-    """One pass over a split as it is: numbers its rows and tells whether reading itself failed."""
+    """One pass over the unprocessed rows of a split: numbers them and records if reading failed."""
 
     def __init__(self, split: str, function: Callable, dropped: Counter | None):
         self._split, self._function, self._dropped = split, function, dropped
