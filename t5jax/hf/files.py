@@ -71,7 +71,7 @@ class _SafeTensor:
     def dtype(self) -> str:
         return self.slices.get_dtype()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self.slices[index]
 
 
@@ -91,7 +91,7 @@ class _TorchTensor:
         names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
         return names.get(name, name)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         x = self.tensor[index].detach()  # A file may hold parameters, which want gradients.
         # NumPy has no bfloat16 of torch's; float32 holds the same value.
         return (x.float() if self.dtype == "BF16" else x).numpy()
@@ -127,7 +127,7 @@ def has_weights(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_tensors(folder: str | os.PathLike) -> Iterator[Tensors]:
+def open_tensors(folder: str | os.PathLike[str]) -> Iterator[Tensors]:
     """Opens the weights of a folder: name to tensor, none of which is read before it is indexed.
 
     Raises:
@@ -154,7 +154,7 @@ def open_tensors(folder: str | os.PathLike) -> Iterator[Tensors]:
         yield tensors
 
 
-def _open_safetensors(path: Path):
+def _open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError) as error:
@@ -221,7 +221,8 @@ def write_tensors(
       max_shard_bytes: largest file; a tensor that is larger has one to itself.
     """
     sizes = {name: math.prod(shape) * itemsize for name, shape in shapes}
-    shards, room = [[]], max_shard_bytes
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
     for name, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
@@ -229,7 +230,7 @@ def write_tensors(
         shards[-1].append(name)
         room -= size
     stem, suffix = _SAFETENSORS.split(".")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = _SAFETENSORS
         if len(shards) > 1:

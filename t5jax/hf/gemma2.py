@@ -61,7 +61,7 @@ def read_gemma(
     raw: dict[str, Any],
     known: dict[str, Key],
     pattern: Callable[[dict[str, Any]], Sequence[LayerKind]],
-    required: dict[str, tuple],
+    required: dict[str, tuple[Any, ...]],
     harmless: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the values of the known keys, and of them the fields that all Gemmas have.

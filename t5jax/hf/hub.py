@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError
 
 
-def resolve(name_or_path: str | os.PathLike) -> Path:
+def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """Returns the local folder that a path or a name on the Hugging Face hub means.
 
     A folder that exists wins. A name is downloaded, or found in the hub's cache where the hub

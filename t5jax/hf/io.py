@@ -35,7 +35,7 @@ from t5jax.models import api
 
 
 def read_config(
-    folder: str | os.PathLike, load_tokenizer: Callable[[Path], Any] | None = None
+    folder: str | os.PathLike[str], load_tokenizer: Callable[[Path], Any] | None = None
 ) -> Architecture:
     """Returns the description of the network in a folder's config.json.
 
@@ -96,7 +96,9 @@ def _table(config: Architecture) -> Table:
 # --- Reading weights ----------------------------------------------------------------------------
 
 
-def load_params(folder: str | os.PathLike, config: Architecture, shardings=None) -> api.Params:
+def load_params(
+    folder: str | os.PathLike[str], config: Architecture, shardings: Any = None
+) -> api.Params:
     """Returns the parameters of a folder, in `config.param_dtype`.
 
     A host reads only the slices that its own devices need, one leaf after the other. Widening to
@@ -120,11 +122,11 @@ def load_params(folder: str | os.PathLike, config: Architecture, shardings=None)
 
 
 def load_shared_params(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     own: Architecture,
     config: Architecture,
     names: Iterable[str],
-    shardings=None,
+    shardings: Any = None,
 ) -> dict[str, jax.Array]:
     """Returns those parameters of a network that a folder has, whose own network is another.
 
@@ -154,7 +156,9 @@ def load_shared_params(
         }
 
 
-def spare_params(folder: str | os.PathLike, own: Architecture, config: Architecture) -> set[str]:
+def spare_params(
+    folder: str | os.PathLike[str], own: Architecture, config: Architecture
+) -> set[str]:
     """Returns the paths of a network's parameters that a folder holds beside its own network's.
 
     Files of a masked language model may have the pooler that classification begins with.
@@ -181,7 +185,7 @@ def read_params(
     config: Architecture,
     tensors: Tensors,
     where: str,
-    shardings=None,
+    shardings: Any = None,
     ignored: Sequence[str] = (),
 ) -> api.Params:
     """Returns the parameters that a table finds among tensors, as `load_params` does.
@@ -205,7 +209,7 @@ def read_params(
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
-def read_leaf(row: Row, leaf, tensors: Tensors, sharding=None) -> jax.Array:
+def read_leaf(row: Row, leaf: Any, tensors: Tensors, sharding: Any = None) -> jax.Array:
     """Returns one leaf on the devices, of which this host reads what its own devices need.
 
     Args:
@@ -220,7 +224,7 @@ def read_leaf(row: Row, leaf, tensors: Tensors, sharding=None) -> jax.Array:
         # Devices that hold the same slice share one read.
         read: dict[str, np.ndarray] = {}
 
-        def slice_of_leaf(index):
+        def slice_of_leaf(index: tuple[slice, ...]) -> np.ndarray:
             key = str(index)
             if key not in read:
                 read[key] = row.read(leaf, index, tensors)
@@ -232,7 +236,7 @@ def read_leaf(row: Row, leaf, tensors: Tensors, sharding=None) -> jax.Array:
     return jax.block_until_ready(array)
 
 
-def _flatten(tree) -> dict[str, Any]:
+def _flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
@@ -240,13 +244,13 @@ def _flatten(tree) -> dict[str, Any]:
 
 
 def save_params(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: Architecture,
     params: api.Params,
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
-    tokenizer=None,
+    tokenizer: Any = None,
     generation: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -315,7 +319,7 @@ def _token_ids(config: Architecture) -> dict[str, Any]:
     }
 
 
-def _to_host(leaf) -> np.ndarray:
+def _to_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)

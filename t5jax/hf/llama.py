@@ -117,7 +117,7 @@ REQUIRED = {
 }
 
 
-def keys(**defaults) -> dict[str, Key]:
+def keys(**defaults: Any) -> dict[str, Key]:
     """Returns the keys that all families with Llama's names have, with other defaults."""
     return _KEYS | {name: Key(_KEYS[name].kind, value) for name, value in defaults.items()}
 
@@ -125,7 +125,7 @@ def keys(**defaults) -> dict[str, Key]:
 def read_shape(
     raw: dict[str, Any],
     known: dict[str, Key],
-    required: dict[str, tuple],
+    required: dict[str, tuple[Any, ...]],
     harmless: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the values of the known keys, and of them the fields that all families have.

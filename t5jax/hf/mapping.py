@@ -86,7 +86,7 @@ class Rearrange:
         size = dict(zip(self._ours, shape, strict=True))
         span = dict(zip(self._ours, index, strict=True))
         # A slice of a merged axis is contiguous in its first part; of the other parts all is read
-        # and the rest dropped. T5's heads come first, so splitting by heads reads nothing twice.
+        # and the rest dropped. Heads come first, so splitting by heads reads nothing twice.
         theirs, split, rest = [], [], []
         for first, *others in self._groups:
             width = math.prod(size[name] for name in others)
@@ -102,7 +102,7 @@ class Rearrange:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of equal parts that a tensor of theirs has along an axis: queries of GPT-2's c_attn.
+    """One of equal parts that a tensor of theirs has along an axis, such as joined queries.
 
     The rows of all parts name the same tensor and follow one another in the table, in order.
     """
@@ -181,7 +181,7 @@ class Row:
         """Returns which of `name` and the aliases there are."""
         return [n for n in (name, *self.aliases) if n in tensors]
 
-    def read(self, leaf, index: Index, tensors: Tensors) -> np.ndarray:
+    def read(self, leaf: Any, index: Index, tensors: Tensors) -> np.ndarray:
         """Returns `index` of our leaf, in its dtype, with one layer of theirs in memory at a time.
 
         Args:
@@ -202,7 +202,7 @@ class Row:
             out[place] = self.view.read(tensor, tuple(inner), leaf.shape[1:])
         return out
 
-    def write(self, ours: np.ndarray, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    def write(self, ours: np.ndarray, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
         """Yields name and tensor of theirs, in `dtype`, one layer after the other."""
         layers = ours if self.stacked else [ours]
         for layer, x in enumerate(layers):
@@ -245,15 +245,15 @@ class Table:
 
 
 def write_rows(
-    rows: Iterable[Row], leaf: Callable[[str], np.ndarray], dtype
+    rows: Iterable[Row], leaf: Callable[[str], np.ndarray], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields name and tensor of theirs, in `dtype`; the parts of one tensor are joined.
 
     Args:
       leaf: returns one of ours by its path. One is held at a time, or all parts of one tensor.
     """
-    for _, parts in itertools.groupby(rows, key=lambda row: row.theirs):
-        parts = list(parts)
+    for _, group in itertools.groupby(rows, key=lambda row: row.theirs):
+        parts = list(group)
         for tensors in zip(*(row.write(leaf(row.ours), dtype) for row in parts), strict=True):
             (name, theirs), *others = tensors
             if others:
@@ -268,7 +268,7 @@ def write_rows(
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def check_leaves(rows: list[Row], shapes: Mapping, params: Mapping) -> None:
+def check_leaves(rows: list[Row], shapes: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Raises ValueError unless rows, the network's leaves and `params` are the same set of leaves.
 
     Args:
@@ -292,7 +292,11 @@ def check_leaves(rows: list[Row], shapes: Mapping, params: Mapping) -> None:
 
 
 def check_tensors(
-    rows: list[Row], shapes: Mapping, tensors: Tensors, where: str, ignored: Sequence[str] = ()
+    rows: list[Row],
+    shapes: Mapping[str, Any],
+    tensors: Tensors,
+    where: str,
+    ignored: Sequence[str] = (),
 ) -> None:
     """Raises ValueError unless the tensors are exactly those that the table expects.
 
@@ -339,7 +343,7 @@ def check_tensors(
     _raise_problems(f"{where} does not hold the model that was described", "tensors", problems)
 
 
-def _raise_problems(what: str, noun: str, problems: Mapping[str, list[tuple[str, Any]]]):
+def _raise_problems(what: str, noun: str, problems: Mapping[str, list[tuple[str, Any]]]) -> None:
     found = [
         f"{noun} {kind}: {', '.join(_merge_layers(listed))}"
         for kind, listed in problems.items()
@@ -428,7 +432,9 @@ class Key:
     """Whether null is a value of its own; else it means absence too."""
 
 
-def read_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], harmless=()) -> dict[str, Any]:
+def read_keys(
+    raw: Mapping[str, Any], keys: Mapping[str, Key], harmless: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns the values of the keys, of their type or None.
 
     Args:
@@ -452,7 +458,7 @@ def read_keys(raw: Mapping[str, Any], keys: Mapping[str, Key], harmless=()) -> d
     return values
 
 
-def check_required(given: Mapping[str, Any], required: Mapping[str, tuple]) -> None:
+def check_required(given: Mapping[str, Any], required: Mapping[str, tuple[Any, ...]]) -> None:
     """Raises ValueError for a key whose value means a network that is not built here.
 
     Args:

@@ -1,8 +1,8 @@
 """Rotary positions in config.json, in both of transformers' spellings.
 
-Version 4 has rope_theta, rope_scaling, and in Gemma 3 rope_local_base_freq for local layers, whose
-positions are never scaled. Version 5 has all of it in rope_parameters, in Gemma 3 one for each kind
-of layer. Both are written, and where both are found they must agree.
+Version 4 has rope_theta, rope_scaling, and where local layers turn otherwise rope_local_base_freq
+for these, whose positions are never scaled. Version 5 has all of it in rope_parameters, then one
+for each kind of layer. Both are written, and where both are found they must agree.
 """
 
 from typing import Any

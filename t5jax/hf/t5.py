@@ -226,7 +226,7 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
     )
 
 
-def _check_types(values, defaults):
+def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     kinds = {key: type(value) for key, value in defaults.items()} | {
         "num_decoder_layers": int,
         "decoder_start_token_id": int,
@@ -240,7 +240,7 @@ def _check_types(values, defaults):
             )
 
 
-def _read_activation(values) -> MlpActivation:
+def _read_activation(values: dict[str, Any]) -> MlpActivation:
     name = values["feed_forward_proj"]
     if name not in _ACTIVATIONS:
         raise ValueError(

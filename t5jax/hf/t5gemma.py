@@ -144,7 +144,7 @@ def _read_side(raw: dict[str, Any], side: str) -> GPTConfig:
     return config
 
 
-def _same(key: str, encoder, decoder):
+def _same(key: str, encoder: Any, decoder: Any) -> Any:
     if encoder != decoder:
         raise ValueError(
             f"config.json: {key} is {encoder!r} in encoder and {decoder!r} in decoder, which is "

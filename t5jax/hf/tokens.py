@@ -13,7 +13,13 @@ from t5jax.architectures import GPTConfig
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_token_ids(raw: dict[str, Any], *, bos=None, eos=None, pad=None) -> dict[str, Any]:
+def read_token_ids(
+    raw: dict[str, Any],
+    *,
+    bos: int | None = None,
+    eos: int | None = None,
+    pad: int | None = None,
+) -> dict[str, Any]:
     """Returns the fields of `GPTConfig` that are token ids.
 
     Args:
