@@ -1,12 +1,12 @@
-"""Mixtures of tasks: at rates of one's own, at equal rates, or by the tasks' sizes.
+"""Mixtures of tasks, with given rates, equal rates, or rates by the tasks' sizes.
 
     mixture("calendar", {"weekdays": 3, "weekdays:ask:5shot": 1})
     mixture("everything", ["gsm8k", "scitldr"], rates="proportional", cap=2**19, temperature=2)
 
-Proportional rates are those of Raffel et al. 2020 (arXiv:1910.10683), section 3.5.2: a task of n
-rows is drawn at min(n, cap)^(1/temperature). A cap keeps a huge task from crowding out the others
-("examples-proportional mixing" with its artificial limit K); a temperature above 1 flattens the
-rates ("temperature-scaled mixing"), towards equal ones.
+Proportional rates follow Raffel et al. 2020 (arXiv:1910.10683), section 3.5.2: a task with n rows
+has the rate min(n, cap)^(1/temperature). A cap keeps a huge task from dominating
+("examples-proportional mixing" with an artificial limit K); a temperature above 1 makes the rates
+more equal ("temperature-scaled mixing").
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ def mixture(
     """Registers a SeqIO mixture.
 
     Its tasks may be registered later, by another file: they are looked up, and their rows counted,
-    when the mixture is read first.
+    when the mixture is first read.
 
     Args:
-      name: what configs call it.
-      tasks: names of tasks, variants of prompted tasks, or mixtures: a dict to their rates, of
-        which only the ratios count, or a list of them.
-      rates: of a list: "equal", which is the default, or "proportional" to the number of rows of
-        the split "train" after cleaning.
-      cap: rows that a task counts for at most, with "proportional". None: all of them.
-      temperature: with "proportional"; None is 1.
+      name: the name of the mixture in configs.
+      tasks: names of tasks, variants of prompted tasks, or mixtures: a dict of relative rates, or a
+        list.
+      rates: for a list: "equal" (the default), or "proportional" to the number of rows of the split
+        "train" after cleaning.
+      cap: the maximum number of rows that a task counts for, with "proportional". None: no limit.
+      temperature: with "proportional"; None: 1.
     Returns:
-      The mixture, which is in `seqio.MixtureRegistry` now.
+      The mixture, which is now in `seqio.MixtureRegistry`.
     Raises:
-      ValueError: for a name that is taken, no tasks, a task twice, or a rate, cap or temperature
-        that is not above 0. When it is read: for tasks that are not there.
+      ValueError: if the name is taken, there are no tasks, a task occurs twice, or a rate, cap or
+        temperature is not greater than 0. When it is read, if a task does not exist.
     """
     for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
         if name in registry.names():
@@ -101,7 +101,7 @@ def _check_positive(value, what: str, remedy: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Proportional:
-    """A rate as SeqIO calls it: a function of the task."""
+    """A rate as a function of the task, which SeqIO calls."""
 
     cap: float
     temperature: float

@@ -1,9 +1,8 @@
-"""Examples of caches: any one at once, in a new global order every epoch. No TensorFlow.
+"""Examples of caches: random access, fully shuffled in every epoch. No TensorFlow.
 
-Example k of a mixture is a function of (seed, k): which task it is from, in which epoch of that
-task, and which of its examples in that epoch's order (of a large task by Grain's index shuffle,
-which needs no list). So a position is one number, and an epoch has every example exactly once,
-whoever reads it.
+Example k of a mixture is a function of (seed, k): its task, the epoch of that task, and its place
+in that epoch's order (for a large task from Grain's index shuffle, which needs no list). So a
+position is one number, and an epoch contains every example exactly once, whoever reads it.
 """
 
 import dataclasses
@@ -20,9 +19,11 @@ from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.objectives.objectives import BoundObjective, example_rng
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
-_BLOCK = 1024  # Examples whose places are looked up together.
-_SMALL = 1 << 16  # Up to so many examples, an epoch's order is a list of them.
-_WEIGHTS = 1 << 24  # Rates are held in parts of this. Times 2^39 examples it fits into 64 bits.
+_BLOCK = 1024  # Examples that are looked up together.
+_SMALL = 1 << 16  # Up to this size the order of an epoch is a permutation in memory.
+_WEIGHTS = (
+    1 << 24
+)  # Rates are multiples of 1 / this; times 2^39 examples it fits into 64 bits.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Part:
     name: str
     task: CachedTask
     rate: float = 1.0
-    """Its share of the examples, relative to those of the other parts."""
+    """Its rate, relative to those of the other parts."""
     objective: BoundObjective | None = None
-    """Makes examples of the cached tokens. None: they are examples already."""
+    """Makes examples of the cached tokens. None if they already are examples."""
 
 
 class CachedExamples:
     """`RandomAccessExamples` of cached tasks, mixed by their rates.
 
-    Among the first k examples the share of each task is its rate, to within one example for each
-    task. A task begins its next epoch when it has given all it has, whatever the others do.
+    Among the first k examples, the number from each task differs from its rate times k by at most
+    one example per task. Each task begins its next epoch independently of the others.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class CachedExamples:
 
         Args:
           parts: the tasks.
-          lengths: tokens that a feature may have with eos; longer ones are cut. Objectives cut by
-            themselves.
-          seed: of the order and of objectives, at least 0.
+          lengths: the maximum length of each feature in tokens with eos; longer ones are truncated,
+            except by objectives, which choose their lengths.
+          seed: the seed of the order and of objectives, at least 0.
           fingerprint: what else the examples depend on.
         Raises:
-          ValueError: for no parts, a rate that is not above 0, or an empty task.
+          ValueError: if there are no parts, a rate is not greater than 0, or a task is empty.
         """
         if not parts:
             raise ValueError("a mixture of caches has no tasks; expected one or more")
@@ -88,7 +89,7 @@ class CachedExamples:
         self._orders = functools.lru_cache(maxsize=2 * len(self._parts))(self._order)
 
     def read(self, start: int) -> Iterator[Example]:
-        """Yields the examples from number `start` on, endlessly."""
+        """Yields the examples from number `start` on, without end."""
         for first in itertools.count(start, 256):
             yield from self.get(range(first, first + 256))
 
@@ -104,10 +105,10 @@ class CachedExamples:
         return found
 
     def window(self, start: int, most: int) -> int:
-        """Returns where examples that are packed together end: before a task's next epoch.
+        """Returns the end of a window of examples to pack together, before a task's next epoch.
 
-        Of a mixture, tasks whose epochs are shorter than `most` times the number of tasks do not
-        count: windows would become too small to pack well.
+        In a mixture, tasks whose epochs are shorter than `most` times the number of tasks are
+        ignored, since windows would become too small to pack well.
         """
         parts, epochs, _ = self._find(np.arange(start, start + most))
         ends = [most]
@@ -119,10 +120,10 @@ class CachedExamples:
         return start + min(ends)
 
     def get(self, indices: Sequence[int]) -> list[Example]:
-        """Returns the examples of these numbers, in this order.
+        """Returns the examples with these numbers, in this order.
 
         Raises:
-          ValueError: for a damaged shard.
+          ValueError: if a shard is damaged.
         """
         numbers = np.asarray(indices, np.int64)
         parts, epochs, rows = self._find(numbers)

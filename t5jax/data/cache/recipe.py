@@ -1,8 +1,8 @@
-"""What a task's cache holds: how its rows become records, and what that depends on.
+"""The content of a task's cache: how its rows become records, and what that depends on.
 
-Tasks of t5jax are read as texts and tokenized without TensorFlow; those of SeqIO's own go through
-SeqIO. What is cached is what comes before anything random, and depends on a run's lengths only
-where the task does: a corpus is cut into pieces that fill a row, exemplars have to fit.
+t5jax's tasks are read as texts and tokenized without TensorFlow; SeqIO's own tasks are read through
+SeqIO. A cache contains everything before the first random step. It depends on a run's lengths only
+if the task does: a corpus is split into pieces that fill a row, exemplars have to fit.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from t5jax.data.objectives.objectives import cut
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 FORMAT = 2
-"""To be raised with every change of what is written for the same task."""
+"""Increment whenever the records written for the same task change."""
 
 CHUNK = 256
-"""Examples that make records together."""
+"""Number of examples that are encoded together."""
 
 DOCUMENTS = 1024
-"""Documents of a corpus that are cut together. The last piece of so many may be short, so that what
-is cut from them depends on no others, and any process can do it."""
+"""Number of documents of a corpus that are split into pieces together. The last piece of each group
+may be shorter, so that groups are independent and can be processed in parallel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +39,34 @@ class Recipe:
     task: str
     split: str
     lengths: Mapping[str, int]
-    """Of the run, with eos."""
+    """The lengths of the run, with eos."""
     chunks: Callable[[Counter], Iterator[list]]
-    """From a counter of rows left out to chunks of what `encoder` takes."""
+    """Takes a counter of dropped rows and yields chunks of inputs of `encoder`."""
     encoder: "Encoder"
     fingerprint: dict[str, Any]
-    """What the records depend on beside the files."""
+    """What the records depend on, other than the files."""
     files: list[str]
-    """What the source reads, as far as it says so."""
+    """The files that the source reads, as far as it knows them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Makes records of examples; travels to other processes."""
+    """Encodes examples as records; can be pickled."""
 
     features: tuple[str, ...]
     eos_ids: Mapping[str, int | None]
-    """What is put behind each feature's tokens; None for nothing."""
+    """The id appended to each feature's tokens; None for none."""
     tokenizer: Tokenizer
     labels: LabelTokenizer | None = None
-    """Of the targets, where the run's model is a classifier."""
+    """The labels, if the run's model is a classifier."""
     piece_length: int | None = None
-    """Of a corpus: tokens into which its documents, joined with eos, are cut."""
+    """Of a corpus: the length of the pieces of its documents, joined with eos, in tokens."""
     tokenized: bool = False
-    """Whether examples are tokens that have their eos already."""
+    """Whether examples already are tokens with eos."""
 
     @property
     def dtype(self) -> str:
-        """Of the tokens in a record."""
+        """The dtype of the tokens in a record."""
         return "<u2" if self._num_ids <= 1 << 16 else "<i4"
 
     @property
@@ -74,10 +74,10 @@ class Encoder:
         return max(self.tokenizer.vocab_size, self.labels.vocab_size if self.labels else 0)
 
     def __call__(self, chunk: list[Mapping[str, Any]]) -> tuple[np.ndarray, list[bytes]]:
-        """Returns the features' lengths, int32 [n, features], and the n records.
+        """Returns the lengths of the features, int32 [n, features], and the n records.
 
         Raises:
-          ValueError: for an example without a feature that the task promises.
+          ValueError: if an example lacks a feature of the task.
         """
         if self.piece_length is not None:
             (feature,) = self.features
@@ -118,8 +118,8 @@ def recipe_of(
     """Returns how a SeqIO task is cached.
 
     Raises:
-      ValueError: where something random, or something that depends on lengths, follows what would
-        be cached; for classes of a task that is no prompted one.
+      ValueError: if the task has steps that a cache cannot run when it is read, or random steps
+        before those; if there are labels, but the task is not a prompted task.
     """
     fingerprint = {
         "the format of caches": FORMAT,
@@ -142,7 +142,7 @@ def recipe_of(
         make = _foreign_recipe
     recipe = make(task, split, tokenizer, lengths)
     fingerprint |= recipe.fingerprint
-    # As JSON gives it back: tuples as lists.
+    # In the form that JSON returns: tuples as lists.
     return dataclasses.replace(recipe, fingerprint=json.loads(json.dumps(fingerprint)))
 
 
@@ -171,7 +171,7 @@ def _prompted_recipe(task, split, tokenizer, lengths, labels) -> Recipe:
 
 def _corpus_recipe(task, split, tokenizer, lengths) -> Recipe:
     source = task.source
-    sides = lengths.get("inputs", 0), lengths["targets"]  # A decoder alone has no inputs.
+    sides = lengths.get("inputs", 0), lengths["targets"]  # Decoder-only rows have no inputs.
     length = source.objective.tokens_length(tokenizer, *sides)
     fingerprint = {
         "the tokens of a piece": length,
@@ -190,9 +190,10 @@ def _corpus_recipe(task, split, tokenizer, lengths) -> Recipe:
 
 
 def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
-    """A task of SeqIO's own: what stands before its CacheDatasetPlaceholder, or before a last eos.
+    """Returns the recipe of SeqIO's own task: its steps before CacheDatasetPlaceholder or a last
+    eos.
 
-    SeqIO itself reads it, with all cores, so that processes add nothing.
+    SeqIO reads it with all cores, so more processes would not help.
     """
     from t5jax.data.bridge.tf import read, seqio
     from t5jax.data.bridge.vocabulary import run_vocabulary
@@ -276,12 +277,14 @@ def _in_chunks(examples: Iterator, size: int) -> Iterator[list]:
 def _files(source, split: str) -> list[str]:
     try:
         return source.files(split) if split in source.splits else []
-    except ValueError:  # A cache does without its sources; who needs them says which are missing.
+    except (
+        ValueError
+    ):  # A cache can be read without its sources.
         return []
 
 
 def _version_of(tokenizer: Tokenizer) -> str:
-    """Returns the release of the library that tokenizes: another may split words otherwise."""
+    """Returns the version of the tokenizer's library, since others may split words differently."""
     library = {"SentencePieceTokenizer": "sentencepiece", "HuggingFaceTokenizer": "tokenizers"}
     name = library.get(type(tokenizer).__name__)
     return f"{name} {importlib.metadata.version(name)}" if name else "none"

@@ -1,4 +1,4 @@
-"""The caches of tokenized examples in a folder: written where they are missing or stale.
+"""A folder of caches of tokenized examples, which are written if they are missing or stale.
 
 What is in a cache is for `recipe`, how its shards are written for `writer`; objectives, order and
 mixing are for the reader, `examples`. All is written into a folder beside, `cache.json` last, and
@@ -34,17 +34,17 @@ NUM_SHARDS = 8
 
 @dataclasses.dataclass(frozen=True)
 class CacheReport:
-    """What became of one split of one task."""
+    """The result for one split of one task."""
 
     task: str
     split: str
     path: Path
     reason: str
-    """Why it was written; empty where it was there and matched."""
+    """Why the cache was written; empty if it matched."""
     num_examples: int
     num_tokens: int
     dropped: dict[str, int]
-    """Rows left out when it was written, by the step that did so."""
+    """The numbers of rows that were dropped when it was written, by step."""
     seconds: float = 0.0
 
 
@@ -63,25 +63,26 @@ def cache_tasks(
 ) -> list[CacheReport]:
     """Writes the caches of a task, or of a mixture's tasks, that are missing or do not match.
 
-    Processes that call this at the same time take turns, and only the first one writes. Progress
-    goes to stderr.
+    If several processes call this at the same time, only the first one writes. Progress is shown on
+    stderr.
 
     Args:
-      mixture: a SeqIO task or mixture that is registered.
-      folder: of all caches, on a file system; made where it is missing.
-      tokenizer: of the run.
-      lengths: tokens of "inputs" and "targets" with eos. Caches depend on them only where a task
-        does: a corpus is cut into pieces of a length, exemplars and dropped rows have to fit.
-      splits: to write; tasks that lack one are left out.
-      processes: that tokenize; as many as there are cores by default, and 1 for this one alone.
-      num_shards: files of a cache, at most.
-      rebuild: write those that match, too.
-      labels: of the run, whose model is a classifier.
-      write: what writes the shards, such as `t5jax.data.cache.beam.make_writer()`; by default,
-        processes of this machine.
+      mixture: a registered SeqIO task or mixture.
+      folder: the folder of all caches, on a file system; it is created if necessary.
+      tokenizer: the run's tokenizer.
+      lengths: the lengths of "inputs" and "targets" in tokens with eos. Only some caches depend on
+        them: a corpus is split into pieces, exemplars and targets that are not cut have to fit.
+      splits: the splits to write; tasks that lack one are skipped.
+      processes: the number of processes that tokenize, by default one per core; 1 uses only this
+        process.
+      num_shards: the maximum number of files of a cache.
+      rebuild: also rewrite caches that match.
+      labels: the labels of a run whose model is a classifier.
+      write: the function that writes the shards, such as `t5jax.data.cache.beam.make_writer()`; by
+        default, processes on this machine do.
     Raises:
-      ValueError: for a split that no task has, a task that cannot be cached or has no examples, a
-        row that cannot be read, or a disk that is full.
+      ValueError: if no task has a split, a task cannot be cached or has no examples, a row cannot
+        be read, or the disk is full.
     """
     from t5jax.data.bridge.tf import seqio
 
@@ -133,7 +134,7 @@ def _cache(recipe: Recipe, path: Path, num_shards: int, rebuild: bool, write) ->
 
 
 def _mismatch(recipe: Recipe, path: Path) -> str | None:
-    """Returns why a cache must be written; None where there is one that matches."""
+    """Returns why a cache has to be written, or None if there is one that matches."""
     try:
         info = read_info(path)
     except ValueError as error:
@@ -151,8 +152,10 @@ def _mismatch(recipe: Recipe, path: Path) -> str | None:
 
 
 def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
-    """Writes a cache beside its place, and puts it there."""
-    stamps = stamp_files(recipe.files)  # Before it is read: a change in between shows later.
+    """Writes a cache into a temporary folder and renames it."""
+    stamps = stamp_files(
+        recipe.files
+    )  # Before reading: a change in between is noticed later.
     remove_partial(path)
     dropped: Counter = Counter()
     try:
@@ -172,7 +175,7 @@ def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
 def _finish(
     recipe: Recipe, folder: Path, num_shards: int, shards: list[Shard], stamps, dropped: Counter
 ) -> None:
-    """Writes lengths and, last, what makes a folder a cache."""
+    """Writes the lengths and finally cache.json, which completes the cache."""
     lengths = np.concatenate([shard.lengths for shard in shards])
     np.save(folder / LENGTHS_FILE, lengths)
     sync(folder / LENGTHS_FILE)
@@ -199,7 +202,7 @@ def _finish(
 
 @contextlib.contextmanager
 def _lock(path: Path):
-    """Waits until no other process of this machine (or, on NFS, of any) writes this cache."""
+    """Waits until no other process on this machine (or, on NFS, on any) writes this cache."""
     import fcntl
 
     try:
@@ -208,9 +211,9 @@ def _lock(path: Path):
     except OSError as error:
         raise ValueError(f"the cache {path} cannot be written: {error}") from None
     with lock:
-        with contextlib.suppress(OSError):  # A file system without locks.
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield  # Closing gives the lock back; so does a kill.
+        yield  # Closing the file, or being killed, releases the lock.
 
 
 def _combine(contents: Sequence[str]) -> str:

@@ -1,13 +1,13 @@
-"""Training objectives over plain text: tokens in, an example out (numpy, no TensorFlow).
+"""Training objectives over plain text, from tokens to an example (NumPy, no TensorFlow).
 
-An objective is a frozen description that a task states; `bind` makes it a function for one
-vocabulary and one size of row. Its randomness is an argument, so that an example is a function of
-(seed, its number, epoch), however and wherever it is read.
+An objective is a frozen description in a task; `bind` turns it into a function for one vocabulary
+and one row length. The random generator is an argument, so that an example is a function of (seed,
+its number, epoch), independent of how it is read.
 
     SpanCorruption    Raffel et al. 2020 (arXiv:1910.10683), section 3.1.4: T5
     ul2               Tay et al. 2023 (arXiv:2205.05131), section 3.1: R-, X- and S-denoisers
     PrefixLM          arXiv:1910.10683, section 3.2.3; T5's "LM adaptation"
-    CausalLM          every token from those before it
+    CausalLM          next-token prediction
     MaskedLM          Devlin et al. 2019 (arXiv:1810.04805), section 3.1: BERT
 """
 
@@ -22,28 +22,28 @@ from t5jax.tokenizers import Tokenizer
 
 
 class BoundObjective(Protocol):
-    """An objective for one vocabulary and one size of row."""
+    """An objective for one vocabulary and one row length."""
 
     tokens_length: int
-    """Tokens of text that make an example which fills its row."""
+    """Number of tokens of text for an example that fills its row."""
 
     def __call__(self, tokens: np.ndarray, rng: np.random.Generator) -> Example:
-        """Returns the example of int32 [n] tokens, 1 <= n <= tokens_length."""
+        """Returns the example for tokens int32 [n], 1 <= n <= tokens_length."""
 
     def lengths(self, n: int, rng: np.random.Generator) -> dict[str, int]:
-        """Returns the lengths of what a call gives for n tokens and an equal generator."""
+        """Returns the lengths of the features for n tokens and a generator in the same state."""
 
 
 class Objective(Protocol):
-    """What a task states. `repr()` says everything about it."""
+    """The objective of a task. `repr()` describes it completely."""
 
     features: ClassVar[tuple[str, ...]]
-    """("inputs", "targets"), or ("targets",) alone."""
+    """("inputs", "targets") or ("targets",)."""
     encoder_only: ClassVar[bool]
-    """Whether targets stand where their inputs stand, as an encoder-only model predicts them."""
+    """Whether targets are aligned with inputs, as for encoder-only models."""
 
     def tokens_length(self, tokenizer: Tokenizer, inputs_length: int, targets_length: int) -> int:
-        """Returns how many tokens of text fill a row."""
+        """Returns the number of tokens of text that fill a row."""
 
     def bind(
         self,
@@ -55,37 +55,38 @@ class Objective(Protocol):
         """Returns the objective as a function.
 
         Args:
-          tokenizer: gives eos, sentinels and other special ids.
-          inputs_length: tokens of an encoder row.
-          targets_length: tokens of a decoder row.
-          tokens_length: tokens of text in an example, at most; by default what fills a row.
+          tokenizer: has eos, sentinels and other special ids.
+          inputs_length: the length of an encoder row in tokens.
+          targets_length: the length of a decoder row in tokens.
+          tokens_length: the maximum number of tokens of text in an example; by default as many as
+            fill a row.
         Raises:
-          ValueError: where the vocabulary lacks a token, or the targets do not fit.
+          ValueError: if the vocabulary lacks a token, or the targets do not fit.
         """
 
 
 def example_rng(seed: int, index: int, epoch: int = 0) -> np.random.Generator:
-    """Returns the generator of an example, a function of its three arguments alone.
+    """Returns the random generator of an example, which only depends on these arguments.
 
     Args:
       seed: in [0, 2^64).
-      index: number of the example within its task, in [0, 2^40).
-      epoch: how often the task was read before, in [0, 2^24).
+      index: the number of the example in its task, in [0, 2^40).
+      epoch: in [0, 2^24).
     """
-    # Philox takes a key as it is: 7 us, where seeding through SeedSequence takes three times that.
+    # Philox takes the key directly, in 7 us; seeding with SeedSequence takes three times as long.
     key = np.array([seed, (epoch << 40) + index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
 
 def cut(documents: Iterable[np.ndarray], eos_id: int, length: int) -> Iterator[np.ndarray]:
-    """Yields the documents' tokens, an eos behind each, in pieces of one length.
+    """Joins documents with eos, and yields their tokens in pieces of one length.
 
-    Nothing is lost: the last piece may be shorter. A document without tokens adds nothing.
+    No tokens are dropped; the last piece may be shorter. Empty documents are skipped.
 
     Args:
-      documents: int32 [n] tokens without eos.
-      eos_id: ends each document.
-      length: tokens of a piece.
+      documents: tokens int32 [n] without eos.
+      eos_id: the id after each document.
+      length: the length of a piece in tokens.
     """
     parts, held = [], 0
     for document in documents:
@@ -106,25 +107,24 @@ def cut(documents: Iterable[np.ndarray], eos_id: int, length: int) -> Iterator[n
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """Spans of the text are cut out of the inputs, a sentinel in each one's place; the targets are
-    each sentinel and what it stands for.
+    """Replaces spans of the inputs by sentinels; the targets are the sentinels and their spans.
 
         the <extra_id_0> sat on <extra_id_1>        <extra_id_0> cat <extra_id_1> the mat
 
-    Number and lengths of the spans are those of T5's random_spans_noise_mask: round(n * density)
-    tokens in round(that / mean length) spans, every way to lay them out equally likely, kept text
-    first and a span last. No sentinel closes the targets, but eos does.
+    The number and lengths of the spans follow T5's random_spans_noise_mask: round(n * density)
+    tokens in round(that / mean length) spans; all layouts that begin with kept text and end with a
+    span are equally likely. The targets end with eos, not with a sentinel.
     """
 
     features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     encoder_only: ClassVar[bool] = False
 
     noise_density: float = 0.15
-    """Share of the tokens that is cut out."""
+    """Fraction of the tokens that are replaced."""
     mean_span_length: float = 3.0
-    """Tokens."""
+    """In tokens."""
     prefix: str = ""
-    """Text before the inputs: UL2's mode tokens."""
+    """Text before the inputs, such as UL2's mode tokens."""
 
     def __post_init__(self):
         if not 0 < self.noise_density < 1:
@@ -144,8 +144,8 @@ class SpanCorruption:
         n = 1
         while self._lengths(n + 1)[0] <= room:
             n += 1
-        # T5's own exception: with half of the text cut out, rounding may make the targets one token
-        # longer than the inputs, whose length is the rounder number.
+        # As in T5: with a density of 0.5, rounding may make the targets one token longer than the
+        # inputs.
         return n - 1 if self.noise_density == 0.5 and self._lengths(n)[1] > room else n
 
     def bind(self, tokenizer, inputs_length, targets_length, tokens_length=None):
@@ -174,13 +174,13 @@ class SpanCorruption:
         )
 
     def _num_spans(self, n: int) -> tuple[int, int]:
-        """Returns how many of n >= 2 tokens are cut out, and in how many spans."""
+        """Returns how many of n >= 2 tokens are replaced, and in how many spans."""
         num_noise = min(max(round(n * self.noise_density), 1), n - 1)
         num_spans = max(round(num_noise / self.mean_span_length), 1)
-        return num_noise, min(num_spans, n - num_noise)  # Kept text lies between spans.
+        return num_noise, min(num_spans, n - num_noise)  # Kept text separates the spans.
 
     def _lengths(self, n: int) -> tuple[int, int]:
-        """Returns tokens of inputs, without prefix, and of targets, both with eos."""
+        """Returns the lengths of the inputs without prefix and of the targets, both with eos."""
         if n == 1:
             return 2, 2  # A single token is kept; the targets are the sentinel after it.
         num_noise, num_spans = self._num_spans(n)
@@ -197,7 +197,7 @@ class _BoundSpanCorruption:
 
     def __call__(self, tokens, rng):
         kept, cut = self._span_lengths(len(tokens), rng)
-        # Spans and the text between them, in turn; each begins where the one before it ends.
+        # The ends of kept text and spans, alternately; each begins where the previous one ends.
         ends = np.stack([kept, cut], axis=1).cumsum()
         is_cut = np.zeros(len(tokens) + 1, bool)
         is_cut[ends[:-1]] = True
@@ -215,7 +215,7 @@ class _BoundSpanCorruption:
         return {"inputs": len(self.prefix) + inputs, "targets": targets}
 
     def _span_lengths(self, n: int, rng) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens kept before each span, and those of the span."""
+        """Returns the lengths of the kept text before each span, and of the spans."""
         if n == 1:
             return np.array([1]), np.array([0])
         num_noise, num_spans = self.objective._num_spans(n)
@@ -223,8 +223,8 @@ class _BoundSpanCorruption:
         return _segment(n - num_noise, num_spans, rng), cut
 
     def _replace(self, tokens, gone, starts) -> np.ndarray:
-        """Returns the tokens that are not gone, and a sentinel at the start of each gone span."""
-        starts = starts[starts < len(tokens)]  # Nothing is cut out of a single token.
+        """Returns the tokens with a sentinel in place of each span that is gone."""
+        starts = starts[starts < len(tokens)]  # A single token has no span.
         tokens, stays = tokens.copy(), ~gone
         tokens[starts] = self.sentinels[: len(starts)]
         stays[starts] = True
@@ -232,7 +232,7 @@ class _BoundSpanCorruption:
 
 
 def _segment(num_items: int, num_segments: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns lengths >= 1 of the segments of a row, all choices of borders equally likely."""
+    """Returns the lengths >= 1 of random segments; all divisions are equally likely."""
     borders = rng.choice(num_items - 1, num_segments - 1, replace=False, shuffle=False)
     borders.sort()
     return np.diff(borders + 1, prepend=0, append=num_items)
@@ -243,16 +243,16 @@ def _segment(num_items: int, num_segments: int, rng: np.random.Generator) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM:
-    """The text up to a random token are the inputs, the rest the targets, each with eos.
+    """Splits the text at a random token into inputs and targets, each with eos.
 
-    The split is drawn evenly among those that fit both rows.
+    The split is uniform among those that fit both rows.
     """
 
     features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     encoder_only: ClassVar[bool] = False
 
     max_targets: float = 1.0
-    """Share of the tokens that is in the targets, at most; on average half of it is."""
+    """Maximum fraction of the tokens in the targets; the mean is half of it."""
     prefix: str = ""
     """Text before the inputs."""
 
@@ -261,7 +261,7 @@ class PrefixLM:
             raise ValueError(f"max_targets is {self.max_targets}; it must be above 0, at most 1")
 
     def tokens_length(self, tokenizer, inputs_length, targets_length):
-        # At least one token goes to the targets, and leaves its place to eos.
+        # At least one token moves to the targets, which makes room for eos.
         return inputs_length - len(tokenizer.encode(self.prefix))
 
     def bind(self, tokenizer, inputs_length, targets_length, tokens_length=None):
@@ -297,14 +297,14 @@ class _BoundPrefixLM:
         return {"inputs": len(self.prefix) + split + 1, "targets": n - split + 1}
 
     def _split(self, n: int, rng) -> int:
-        """Returns how many of n tokens are inputs; of a single one, none."""
+        """Returns how many of n tokens are inputs; 0 for a single token."""
         longest = min(self.targets_length - 1, max(int(n * self.max_targets), 1), max(n - 1, 1))
         return n - int(rng.integers(1, longest, endpoint=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
-    """The targets are the text itself. An encoder-decoder gets an encoder row of eos alone."""
+    """The targets are the text itself. The encoder of an encoder-decoder only reads eos."""
 
     features: ClassVar[tuple[str, ...]] = ("targets",)
     encoder_only: ClassVar[bool] = False

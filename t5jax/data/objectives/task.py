@@ -2,9 +2,9 @@
 
     text_task("novels", text({"train": "books/*.txt"}, ...), SpanCorruption())
 
-Documents are tokenized, joined with an eos behind each, and cut into pieces of the length with
-which the objective fills a row (Raffel et al. 2020, arXiv:1910.10683, section 3.1.2); nothing is
-lost. The objective makes an example of each piece, another one in each epoch.
+Documents are tokenized, joined with eos, and split into pieces of which each fills a row (Raffel et
+al. 2020, arXiv:1910.10683, section 3.1.2); no tokens are dropped. The objective makes an example of
+each piece, a different one in each epoch.
 """
 
 from collections import Counter
@@ -34,23 +34,23 @@ def text_task(
     """Registers a SeqIO task over plain text.
 
     Args:
-      name: what configs and mixtures call it.
-      source: documents, one a row; its split "train" is what training reads.
+      name: the name of the task in configs and mixtures.
+      source: the documents, one per row; training reads its split "train".
       objective: one of `t5jax.data.objectives.objectives`.
-      field: of the row, the document's text; "a.b" is field b within field a.
-      vocabulary: used by runs that name none themselves; see `prompted_task`.
-      metrics: functions of (targets, predictions); none by default, so that evaluation computes
-        the loss alone.
+      field: the field with the text; "a.b" is field b of field a.
+      vocabulary: the vocabulary of runs that do not set one; see `prompted_task`.
+      metrics: functions of (targets, predictions); by default none, so that evaluation only
+        computes the loss.
     Returns:
-      The task, which is in `seqio.TaskRegistry` now.
+      The task, which is now in `seqio.TaskRegistry`.
     Raises:
-      ValueError: for a name that is taken. When examples are read: for a row without the field,
-        and for lengths or a vocabulary that do not suit the objective.
+      ValueError: if the name is taken. When examples are read, if a row lacks the field, or the
+        lengths or the vocabulary do not suit the objective.
     """
     if name in seqio.TaskRegistry.names() or name in seqio.MixtureRegistry.names():
         raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
     run_vocabulary = RunVocabulary(vocabulary)
-    feature = seqio.Feature(run_vocabulary, add_eos=False)  # The objective has added it.
+    feature = seqio.Feature(run_vocabulary, add_eos=False)  # The objective adds it.
     return seqio.TaskRegistry.add(
         name,
         source=CorpusSource(name, source, field, objective, run_vocabulary),
@@ -63,7 +63,7 @@ def text_task(
 
 
 class CorpusSource(seqio.DataSource):
-    """The documents of a task, and the pieces they are cut into."""
+    """The documents of a task, and their pieces."""
 
     supports_arbitrary_sharding = False
 
@@ -85,10 +85,10 @@ class CorpusSource(seqio.DataSource):
         """Yields {"targets": document} for every row.
 
         Args:
-          split: name of the split.
-          dropped: counts the rows that the source leaves out, by reason.
+          split: the name of the split.
+          dropped: counts the rows that the source drops, by reason.
         Raises:
-          ValueError: for a row that cannot be read or lacks the field, with task, split and row.
+          ValueError: if a row cannot be read or lacks the field, with task, split and row.
         """
         try:
             for number, row in self.source.numbered(split, dropped):
@@ -126,13 +126,13 @@ class CorpusSource(seqio.DataSource):
             self.task, self.source, self.field, self.objective, self._vocabulary, length
         )
 
-    # What SeqIO asks of a source.
+    # The interface of SeqIO.
 
     def list_shards(self, split):
         return [split]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
-        # There is one shard, so SeqIO never asks for a part of it.
+        # There is one shard, so SeqIO never requests a part of it.
         tokenizer, length = self._vocabulary.tokenizer, self._tokens_length
         dataset = from_generator(
             lambda: ({"targets": piece} for piece in self.pieces(split, tokenizer, length)),
@@ -166,7 +166,7 @@ class ObjectiveStep:
 
 
 class _TextTask(seqio.Task):
-    """A task whose source knows the lengths it is read for, and so where to cut the text."""
+    """A task that tells its source the lengths, so that it can split the text."""
 
     def get_dataset(self, sequence_length=None, *args, **kwargs):
         task = self.replace(source=self.source.for_lengths(sequence_length))

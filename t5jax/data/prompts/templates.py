@@ -174,17 +174,17 @@ def _value(field: str, row: Row):
 
 @dataclasses.dataclass(frozen=True)
 class JinjaTemplate(PromptTemplate):
-    """A Jinja text: the prompt, "|||", the answer. White space around both is taken off.
+    """A Jinja template: the prompt, "|||", the answer, both without surrounding white space.
 
-    Beside Jinja's own filters there are PromptSource's: `choice` draws one of a list, and
-    `most_frequent` gives the most frequent items of one; `zip` is a function. A row under whose
-    condition nothing is rendered is left out, where the task allows that.
+    In addition to Jinja's filters there are those of PromptSource: `choice` draws an item of a
+    list, `most_frequent` returns its most frequent items; `zip` is a function. If a condition
+    renders nothing for a row, the row is dropped, if the task allows that.
     """
 
     text: str
     name: str = ""
     choices: str = ""
-    """The answers to choose among, as Jinja with "|||" between them; in `text` they are the list
+    """The answer choices, as Jinja separated by "|||"; in `text` they are the list
     `answer_choices`."""
 
     def __post_init__(self):
@@ -193,7 +193,7 @@ class JinjaTemplate(PromptTemplate):
                 f"template {self} has no {SEPARATOR!r} between prompt and answer; expected "
                 f"something like '{{{{ question }}}} {SEPARATOR} {{{{ answer }}}}'"
             )
-        _ = self._compiled, self._compiled_choices  # A mistake shows here, not in the first row.
+        _ = self._compiled, self._compiled_choices  # Raises for syntax errors.
 
     @property
     def _text(self) -> str:
@@ -219,7 +219,7 @@ class JinjaTemplate(PromptTemplate):
                 f"the row has a field {_CHOICES!r}, which is what the template's answer choices "
                 "are called; rename the field (Source.rename)"
             )
-        # A copy: templates may append to lists, and rows are read again in the next epoch.
+        # A copy, since templates may modify lists, and rows are reused in the next epoch.
         variables = copy.deepcopy(dict(row)) | {_DRAW: random.Random(number).choice}
         try:
             if self.choices:
@@ -230,25 +230,25 @@ class JinjaTemplate(PromptTemplate):
             raise ValueError(f"missing field: {error}; the row has {', '.join(row)}") from None
         except ValueError:
             raise
-        except Exception as error:  # Whatever the template's expressions may raise.
+        except Exception as error:  # From the template's expressions.
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if len(sides) > 2:
             raise ValueError(f"it renders {len(sides)} parts; expected a prompt and an answer")
-        texts = [text.strip() for text, _ in sides] + [""]  # No answer where nothing is rendered.
+        texts = [text.strip() for text, _ in sides] + [""]  # Without a rendered answer.
         return Prompt(texts[0], texts[1], sides[0][1])
 
 
 _CHOICES = "answer_choices"
 _DRAW = "_draw"
-# The values printed so far by the template that is being rendered.
+# The values that the current template has printed so far.
 _printed: contextvars.ContextVar[list] = contextvars.ContextVar("_printed", default=[])  # noqa: B039
 
 
 def _render_sides(template: jinja2.Template, variables: dict) -> list[tuple[str, str]]:
     """Returns the parts between separators, each with the values printed in it.
 
-    Jinja gives what it prints piece by piece, a value in a piece of its own: so a separator within
-    a row's text stays text.
+    Jinja generates the output in pieces, in which values are separate, so that a separator in a
+    row's text is not taken for one of the template.
     """
     printed: list = []
     token = _printed.set(printed)
@@ -269,7 +269,7 @@ def _render_sides(template: jinja2.Template, variables: dict) -> list[tuple[str,
 
 
 def _printable(value):
-    """Is called by Jinja with each value before it is printed."""
+    """Jinja calls this with each value before it is printed."""
     if not isinstance(value, (str, numbers.Number, jinja2.Undefined)):
         raise ValueError(
             f"it prints {value!r:.60}, a {type(value).__name__}; expected a text or a number, such "
@@ -300,7 +300,7 @@ _ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
 
 
 class _PromptSourceLoader(yaml.SafeLoader):
-    """YAML whose tags !Template and !TemplateMetadata are plain mappings."""
+    """Loads YAML with the tags !Template and !TemplateMetadata as plain mappings."""
 
 
 for _tag in ("!Template", "!TemplateMetadata"):
@@ -308,14 +308,14 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 
 def promptsource(path: str | Path) -> list[JinjaTemplate]:
-    """Returns the templates of a PromptSource file, in its order.
+    """Returns the templates of a PromptSource file, in order.
 
-    Many of them leave rows out by a condition: give `prompted_task(..., empty="drop")` for those.
+    Many of them exclude rows by a condition; use `prompted_task(..., empty="drop")` for those.
 
     Args:
       path: a templates.yaml.
     Raises:
-      ValueError: for a file that cannot be read or is none, and for a damaged template, by name.
+      ValueError: if the file cannot be read or parsed, or a template is invalid, with its name.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _PromptSourceLoader)
