@@ -1,9 +1,9 @@
-"""From examples to the arrays of a batch, packed or a row each, for every kind of model (numpy).
+"""From examples to the arrays of a batch, packed or not, for every kind of model (NumPy).
 
-The features are those of SeqIO's converters, token for token, with three differences. Loss weights
-come from lengths, so that a vocabulary whose id 0 is a word (GPT-2's) loses nothing; an encoder
-predicts what its targets say, where SeqIO looks for one mask id; and where inputs and targets share
-a row, no eos stands between them.
+The features equal those of SeqIO's converters, token for token, with three differences. Loss
+weights are derived from lengths, since id 0 may be a word (in GPT-2's vocabulary); an encoder
+predicts its targets, where SeqIO looks for one mask id; and if inputs and targets share a row,
+there is no eos between them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,24 @@ Rows = Sequence[Sequence[Example]]
 
 
 class Converter(Protocol):
-    """Puts rows of examples into the arrays of a kind of model."""
+    """Converts rows of examples to the arrays of a batch."""
 
     features: tuple[str, ...]
-    """Features that an example must have."""
+    """The features that an example must have."""
     capacity: dict[str, int]
-    """Tokens that a row holds on each of its sides, by what its setting is called."""
+    """The length of a row in tokens for each side, by the name of its setting."""
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
-        """Returns what examples take of each side of a row.
+        """Returns the lengths of examples on each side of a row.
 
         Args:
-          lengths: of each feature, int [n].
+          lengths: the lengths of each feature, int [n].
         Returns:
           int [n, sides].
         """
 
     def __call__(self, rows: Rows) -> Batch:
-        """Returns the arrays whose rows hold these examples side by side, which must fit."""
+        """Returns the arrays with these examples in each row, which must fit."""
 
 
 def make_converter(
@@ -51,7 +51,7 @@ def make_converter(
     """Returns the converter for a spec's kind of model.
 
     Args:
-      spec: shape of the batch; its number of rows is not used.
+      spec: the shape of the batch, without its number of rows.
       eos_id: what an encoder-decoder reads where examples have targets alone; what a decoder's
         inputs lose at their end.
       start_id: what a decoder reads before the first token of an example; of an encoder that
@@ -71,7 +71,7 @@ def make_converter(
 
 
 def example_lengths(spec: BatchSpec, options: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the most tokens that an example's inputs and targets may have, with what ends them.
+    """Returns the maximum lengths of an example's inputs and targets in tokens, with eos.
 
     Args:
       spec: shape of the batch.
@@ -161,7 +161,7 @@ class _Decoder:
 
 
 class _Encoder:
-    """Each position has a target, or none: id 0."""
+    """Each position has a target, or id 0 for none."""
 
     features: tuple[str, ...] = ("inputs", "targets")
 
@@ -179,9 +179,9 @@ class _Encoder:
 
 
 class _Classifier:
-    """[CLS] stands before each text, and has the text's class; or the text's pieces have classes.
+    """The class of a text is the target of its [CLS]; or each piece of the text has a class.
 
-    Targets are those of a `LabelTokenizer`: classes, what has none, and eos at the end.
+    Targets are those of a `LabelTokenizer`: classes, an id for pieces without one, and eos.
     """
 
     features: tuple[str, ...] = ("inputs", "targets")
@@ -202,7 +202,7 @@ class _Classifier:
         return _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
 
     def _classes(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Returns a class for each token of [CLS] and inputs; num_labels or more where none is."""
+        """Returns a class for [CLS] and each token of the inputs; num_labels or more for none."""
         none = np.full(len(inputs) + 1, self._num_labels)
         if self._per_word and len(targets) == len(inputs):
             none[1:] = targets
@@ -247,7 +247,7 @@ def _decoder_features(decoder: "_Layout", pack: bool, start_id: int) -> Batch:
 
 
 class _Layout:
-    """Where the tokens of one side of a batch stand; all of them at once, without a loop."""
+    """The positions of all tokens on one side of a batch, computed without a loop."""
 
     def __init__(self, rows: Sequence[Sequence[np.ndarray]], length: int):
         parts = [part for row in rows for part in row]
@@ -263,14 +263,14 @@ class _Layout:
         start = row * length + before - before[first_part][row]
         self._number = np.arange(len(parts)) - first_part[row] + 1
         self.offsets = np.arange(self.sizes.sum()) - np.repeat(before, self.sizes)
-        """Position of every token in its part."""
+        """The position of every token in its part."""
         self._index = np.repeat(start, self.sizes) + self.offsets
         self.first = start[self.sizes > 0]
         """Index of each part's first token in the flat array."""
         self.tokens = self.put(np.concatenate(parts))
 
     def put(self, values, dtype=np.int32) -> np.ndarray:
-        """Returns [rows, length] with a value for every token, and 0 elsewhere."""
+        """Returns [rows, length] with a value for every token and 0 elsewhere."""
         array = np.zeros(self._shape, dtype)
         array.ravel()[self._index] = values
         return array
@@ -286,19 +286,19 @@ class _Layout:
 
 
 def pack(sizes: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
-    """Puts examples into few rows: the largest first, each into the first row that has room.
+    """Packs examples into few rows: the largest first, each into the first row with enough room.
 
-    A row may have several sides, such as inputs and targets, and an example needs room on each.
-    On 1,024 examples of the usual tasks the fuller side is 96 to 99 % full.
+    A row may have several sides, such as inputs and targets, and an example needs room on each. For
+    1,024 examples of common tasks the fuller side is 96 to 99 % full.
 
     Args:
-      sizes: int [n, sides], what each example takes; at most the capacity.
+      sizes: int [n, sides], the lengths of each example, at most the capacity.
       capacity: what a row holds on each side.
     Returns:
       Example numbers by row, rising in each; every example is in one row.
     """
     num_examples, sides = sizes.shape
-    # One row of memory a side, so that rows are compared with an example all at once.
+    # Contiguous for each side, so that all rows are compared with an example at once.
     free = np.empty((sides, num_examples), np.int64)
     rows = []
     largest_first = np.argsort(-(sizes / np.asarray(capacity)).sum(axis=1), kind="stable")

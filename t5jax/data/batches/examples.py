@@ -1,4 +1,4 @@
-"""What the data side hands to training and evaluation: plain Python and numpy, no TensorFlow."""
+"""The interface of the data to training and evaluation: plain Python and NumPy, no TensorFlow."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -9,62 +9,62 @@ import numpy as np
 from t5jax.batch import Batch, BatchSpec
 
 Example = dict[str, np.ndarray]
-"""Features "inputs" and "targets", or "targets" alone: int32 [n] tokens as the model gets them, cut
-to the run's lengths, with eos, after the task's objective. n differs from one to the next."""
+"""Features "inputs" and "targets", or only "targets": tokens int32 [n] for the model, truncated to
+the run's lengths, with eos, after the task's objective."""
 
 
 class Examples(Protocol):
-    """An endless stream of training examples, shuffled and mixed, epoch after epoch."""
+    """An infinite stream of training examples, shuffled and mixed, over all epochs."""
 
     fingerprint: dict[str, Any]
-    """What the stream depends on, as plain JSON values: config field or other name to value. A
-    state is refused where they differ, and the names are what the user reads."""
+    """What the stream depends on, as JSON values by config field or other name. A state with other
+    values is rejected, with an error that has these names."""
 
     def read(self, start: int) -> Iterator[Example]:
         """Yields the examples from number `start` on, counted from 0 over all epochs.
 
         Raises:
-          ValueError: from the iterator, for what a task cannot read.
+          ValueError: from the iterator, if a task cannot read an example.
         """
 
 
 @runtime_checkable
 class RandomAccessExamples(Examples, Protocol):
-    """Examples any of which can be read alone, and whose lengths are known without reading."""
+    """Examples with random access, whose lengths are known without reading them."""
 
     def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Returns the length of each feature of the examples start <= k < stop: int32
         [stop - start]."""
 
     def get(self, indices: Sequence[int]) -> list[Example]:
-        """Returns the examples of these numbers, in this order: one call a batch."""
+        """Returns the examples with these numbers, in this order; called once per batch."""
 
     def window(self, start: int, most: int) -> int:
-        """Returns the end of the examples from `start` on that may change places: behind them a
-        task begins its next epoch, or there are `most` of them."""
+        """Returns the end of the window from `start` on in which examples may be reordered: at most
+        `most` examples, none of a task's next epoch."""
 
 
 class BatchIterator(Protocol):
-    """An endless stream of batches that can say where it is and go back there.
+    """An infinite iterator of batches, whose position can be saved and restored.
 
-    The batch at step n is a function of (seed, n, global batch size) alone. An iterator made for
-    some rows of the batch (those on one process's devices) gives these rows of it.
+    The batch at step n only depends on (seed, n, global batch size). An iterator for some rows of
+    the batch (those on one process's devices) returns these rows of it.
     """
 
     spec: BatchSpec
-    """Shape of every global batch."""
+    """The shape of every global batch."""
 
     def __next__(self) -> Batch:
-        """Returns the next batch: numpy arrays, read-only, as `spec.features()` describes them."""
+        """Returns the next batch: read-only NumPy arrays, as described by `spec.features()`."""
 
     def state(self) -> dict:
-        """Returns the position as plain JSON values: batches read, and what they depend on."""
+        """Returns the position as JSON values: the batches read, and what they depend on."""
 
     def restore(self, state: dict) -> None:
-        """Goes to the position of a state. The next batch is the one that followed it.
+        """Restores the position of a state; the next batch is the one that followed it.
 
         Raises:
-          ValueError: where the state is of a stream of other batches, naming what differs.
+          ValueError: if the state is that of other batches, naming the differences.
         """
 
 
@@ -75,22 +75,22 @@ class EvalExample:
     inputs: str
     """The prompt, as the model sees it before tokenization."""
     source: str
-    """The values of the row's fields in the prompt, joined by spaces: what a copy would give."""
+    """The values of the row's fields in the prompt, joined by spaces: a copy of the input."""
     targets: Any
-    """What metrics compare with: a text, or a list of references, postprocessed."""
+    """For metrics: a text or a list of references, postprocessed."""
     input_ids: list[int]
-    """Tokens of the prompt with eos, cut to data.inputs_length; empty for targets alone."""
+    """Tokens of the prompt with eos, truncated to data.inputs_length; empty without inputs."""
     target_ids: list[int]
-    """Tokens of the target with eos, cut to data.targets_length."""
+    """Tokens of the target with eos, truncated to data.targets_length."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """The examples of one task and how predictions for them are measured."""
+    """The examples of one task, and its metrics."""
 
     task: str
     examples: list[EvalExample]
     metric_fns: Sequence[Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]]
     """Functions of (targets, predictions), both postprocessed."""
     postprocess: Callable[[str], Any]
-    """What a predicted text goes through before metrics see it."""
+    """Applied to a predicted text before metrics."""

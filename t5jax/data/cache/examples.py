@@ -21,9 +21,7 @@ from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 _BLOCK = 1024  # Examples that are looked up together.
 _SMALL = 1 << 16  # Up to this size the order of an epoch is a permutation in memory.
-_WEIGHTS = (
-    1 << 24
-)  # Rates are multiples of 1 / this; times 2^39 examples it fits into 64 bits.
+_WEIGHTS = 1 << 24  # Rates are multiples of 1 / this; times 2^39 examples it fits into 64 bits.
 
 
 @dataclasses.dataclass(frozen=True)

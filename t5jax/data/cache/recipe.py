@@ -277,9 +277,7 @@ def _in_chunks(examples: Iterator, size: int) -> Iterator[list]:
 def _files(source, split: str) -> list[str]:
     try:
         return source.files(split) if split in source.splits else []
-    except (
-        ValueError
-    ):  # A cache can be read without its sources.
+    except ValueError:  # A cache can be read without its sources.
         return []
 
 

@@ -153,9 +153,7 @@ def _mismatch(recipe: Recipe, path: Path) -> str | None:
 
 def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
     """Writes a cache into a temporary folder and renames it."""
-    stamps = stamp_files(
-        recipe.files
-    )  # Before reading: a change in between is noticed later.
+    stamps = stamp_files(recipe.files)  # Before reading: a change in between is noticed later.
     remove_partial(path)
     dropped: Counter = Counter()
     try:
