@@ -2,7 +2,7 @@
 #
 #   make quickstart                    train, evaluate, export and ask a small T5, on CPU
 #   make test                          the checks; Python 3.11 to 3.13 and make are all they need
-#   make test PYTHON=python3.12 VENV=.venv-py312      the same with another Python
+#   make test-smoke PYTHON=python3.12 VENV=.venv-py312      a part of them with another Python
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -24,6 +24,9 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 # among those tested for Python 3.12: there these tests skip.
 TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
 
+# What is imported is compiled when it is, and the rest of so many packages never.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
+
 # Compiling takes one core; files stay whole, because their tests share what they have trained, and
 # come in the order of tests/conftest.py.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -43,11 +46,11 @@ ifeq ($(VERSION),)
 	@exit 1
 endif
 	[ -x $(BIN)/pip$(VERSION) ] || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 $(VENV)/.torch-installed-%: $(VENV)/.installed-%
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[torch]'
+	$(PIP_INSTALL) -e '.[torch]'
 	@touch $@
 
 .PHONY: quickstart
@@ -63,13 +66,25 @@ quickstart: install  ## train a small T5 for some minutes, evaluate, export and 
 	@echo 'Next, a prompt of your own:'
 	@echo "  $(BIN)/t5jax infer --model runs/quickstart/export --prompt 'How do you say ninety in German?'"
 
+.PHONY: install-torch
+install-torch: install $(TORCH_INSTALLED)
+
 .PHONY: test
-test: install $(TORCH_INSTALLED)  ## every test
+test: install-torch  ## every test
 	$(BIN)/python -m pytest $(PARALLEL)
 
 .PHONY: test-fast
 test-fast: install  ## the tests of a few seconds each, without torch
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
+
+# What may differ between versions of jax and Python: numerics, files, one task and one run.
+SMOKE := conformance tokenizers monitor hf data/test_pipeline.py test_architecture.py \
+	test_checkpoint.py test_convert.py test_curves.py test_losses.py test_optimizers.py \
+	test_packaging.py test_train.py test_train_step.py
+
+.PHONY: test-smoke
+test-smoke: install  ## numerics and a run, for a second Python
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf' $(addprefix tests/,$(SMOKE))
 
 .PHONY: lint
 lint: install  ## rules, format and types: ruff and mypy

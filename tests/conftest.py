@@ -5,6 +5,7 @@ what one test has compiled is there for the others, and for the processes that t
 """
 
 import atexit
+import itertools
 import os
 import shutil
 import tempfile
@@ -55,6 +56,17 @@ def clean_registries(monkeypatch):
     take_out()
     for found, name, entry in others:
         found.add_provider(name, entry)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says where the time went, file by file: pytest's own list is of single tests."""
+    seconds = Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if hasattr(report, "duration"):
+            seconds[report.nodeid.split("::")[0]] += report.duration
+    terminalreporter.section("slowest files")
+    for path, duration in seconds.most_common(10):
+        terminalreporter.write_line(f"{duration:.1f}s {path}")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from small import SMALL, VARIANTS, assert_trees_close, random_batch, random_params
@@ -71,22 +70,6 @@ def test_sums_count_tokens_and_hits(example):
     assert hits.sum() < more.sum() < weights.sum()
     assert sums["correct"] == hits.sum()
     assert cross_entropy(logits, targets, weights, BOTH)[1]["correct"] == more.sum()
-
-
-def test_label_smoothing_is_optax(example):
-    logits, targets, weights = example
-    smooth = optax.smooth_labels(jax.nn.one_hot(targets, V), 0.3)
-    expected = jnp.sum(optax.softmax_cross_entropy(logits, smooth) * weights)
-    loss, _ = cross_entropy(*example, LossConfig(z_loss=0.0, label_smoothing=0.3))
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-
-
-def test_z_loss_of_one_token_by_hand():
-    # Two logits of log(3) make Z = 6.
-    logits = jnp.full((1, 1, 2), np.log(3.0), "float32")
-    loss, sums = cross_entropy(logits, np.zeros((1, 1), int), np.ones((1, 1)), LossConfig(0.5, 0.0))
-    np.testing.assert_allclose(sums["nll"], np.log(2), rtol=1e-6)
-    np.testing.assert_allclose(loss, np.log(2) + 0.5 * np.log(6) ** 2, rtol=1e-6)
 
 
 def test_gradient_of_plain_loss_is_probabilities_minus_target(example):

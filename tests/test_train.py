@@ -1,15 +1,15 @@
 """The loop: it learns, goes on in the same bits wherever it was stopped, and says what it does."""
 
 import dataclasses
-import json
+import itertools
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import numpy as np
@@ -17,9 +17,11 @@ import pytest
 
 import tiny
 from processes import environment
-from t5jax import pretrained
+from t5jax import pretrained, sharding
 from t5jax import train as loop
+from t5jax.batch import BatchSpec
 from t5jax.config import (
+    AxisRules,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -27,9 +29,11 @@ from t5jax.config import (
     MeshConfig,
     TrainConfig,
     from_json,
+    to_json,
 )
 from t5jax.convert import export_model, import_model
-from t5jax.monitor import log
+from t5jax.data import pipeline
+from t5jax.monitor import log, progress
 from t5jax.source import find
 from t5jax.train import NonFiniteLoss, train
 from tiny import (
@@ -101,6 +105,7 @@ def test_what_a_person_sees(tmp_path, capsys):
     assert "step 2/2, loss" in err
     assert "step 2: validation loss" in err
     assert err.count("  prediction ") == err.count("  input  ") == 2
+    assert "  capitals: perplexity " in err
     assert "exact_match 0.00" in err
     assert f"done: {tmp_path}" in err
     samples = [line for line in log.read_metrics(tmp_path) if "validation/capitals/samples" in line]
@@ -110,6 +115,158 @@ def test_what_a_person_sees(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "step 2 is reached, train.steps is 2; raise it to go on" in err
     assert "reading tasks" not in err
+
+
+def test_how_often_and_how_much_is_measured(tmp_path):
+    sections = {
+        "train": {"steps": 5, "log_every": 2},
+        "eval": {"every": 3, "num_examples": 2, "max_tokens": 1, "num_samples": 3},
+        "checkpoint": {"every": 4, "keep": 3},
+    }
+    train(make_config(tmp_path, **sections))
+    lines = log.read_metrics(tmp_path)
+    # The last step has a line, an evaluation and a checkpoint of its own.
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 5]
+    assert [line["step"] for line in lines if "validation/loss" in line] == [3, 5]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "5"]
+    samples = [line[key] for line in lines for key in line if key.endswith("/samples")]
+    predictions = [re.findall("- prediction: `(.*)`", text) for text in samples]
+    assert [len(texts) for texts in predictions] == [2, 2]
+    for text in itertools.chain(*predictions):  # One id at most.
+        assert re.fullmatch(r".?|<extra_id_\d+>", text)
+
+
+# --- Pieces of the loop ---------------------------------------------------------------------------
+
+
+def after_losses(*losses):
+    state = loop.LoopState()
+    for step, loss in enumerate(losses, start=1):
+        state.add(step, loss)
+    return state
+
+
+def test_an_equal_loss_is_no_better():
+    state = after_losses(2.0, 2.0, 2.0)
+    assert (state.best_step, state.best_loss, state.evaluations_since_best) == (1, 2.0, 2)
+    assert [state.stops(patience) for patience in (None, 1, 2, 3)] == [False, True, True, False]
+    assert state.reason() == "2 evaluations without a loss below 2.0000"
+
+
+@pytest.mark.parametrize(
+    ("losses", "best_step", "since"),
+    [
+        ((3.0, 2.0, 2.5, 1.0), 4, 0),
+        ((3.0, math.nan, math.inf), 1, 2),
+        ((math.nan, 3.0, -math.inf), 2, 1),
+        ((0.0, 1.0), 1, 1),  # A loss of 0 is one.
+    ],
+)
+def test_the_best_loss_is_finite_and_the_lowest(losses, best_step, since):
+    state = after_losses(*losses)
+    assert (state.best_step, state.evaluations_since_best) == (best_step, since)
+    assert state.best_loss == losses[best_step - 1]
+
+
+def test_without_a_finite_loss_there_is_no_best():
+    state = after_losses(math.nan)
+    assert (state.best_step, state.best_loss) == (0, None)
+    assert state.reason() == "1 evaluations without a loss that is finite"
+
+
+class Recorder:
+    """A writer and a bar that keep what they are told."""
+
+    def __init__(self):
+        self.lines, self.updates = [], []
+
+    def write_scalars(self, step, scalars):
+        self.lines.append((step, scalars))
+
+    def update(self, step, **values):
+        self.updates.append((step, values))
+
+
+def make_reports(sums, **fields):
+    recorder = Recorder()
+    config = make_config("unused", train={"steps": 5, "log_every": 2} | fields)
+    speed = progress.Throughput(iter(range(100)).__next__)
+    return loop.Reports(config, recorder, recorder, speed, lambda n: 10.0 * n, sums), recorder
+
+
+def sums_of(loss, nll, correct, tokens, grad_norm):
+    return {"loss": loss, "nll": nll, "correct": correct, "tokens": tokens, "grad_norm": grad_norm}
+
+
+def test_a_line_has_the_means_of_the_steps_since_the_last_one():
+    reports, recorder = make_reports({})
+    reports.add(1, sums_of(8.0, 6.0, 1.0, 4.0, 1.0), 100)
+    reports.add(2, sums_of(4.0, 3.0, 4.0, 12.0, 4.0), 50)
+    # A step is read when the next one is under way.
+    assert (recorder.updates, recorder.lines) == ([(1, {})], [])
+    reports.add(3, sums_of(2.0, 1.0, 3.0, 4.0, 2.0), 70)
+    # Per token of both steps, not a mean of means; the rate is that of the update before step 2.
+    expected = {
+        "train/loss": 12 / 16,
+        "train/nll": 9 / 16,
+        "train/token_accuracy": 100 * 5 / 16,
+        "train/grad_norm": 2.5,
+        "train/learning_rate": 10.0,
+        "train/steps_per_second": 1.0,
+        "train/tokens_per_second": 50.0,  # The first step is that of the compilation.
+    }
+    assert recorder.lines == [(2, expected)]
+    assert recorder.updates[1:] == [(2, {"loss": 12 / 16, "tokens_per_second": 50.0})]
+    reports.flush()
+    # What a checkpoint of step 3 remembers for the line of step 4.
+    assert reports.sums == sums_of(2.0, 1.0, 3.0, 4.0, 2.0) | {"steps": 1}
+    again, recorder = make_reports(reports.sums)
+    again.add(4, sums_of(4.0, 3.0, 1.0, 4.0, 4.0), 10)
+    again.add(5, sums_of(1.0, 1.0, 0.0, 0.0, 0.0), 10)
+    again.flush()
+    assert [step for step, _ in recorder.lines] == [4, 5]  # The last step has a line too.
+    line = recorder.lines[0][1]
+    assert line["train/loss"] == 6 / 8
+    assert line["train/token_accuracy"] == 50.0
+    assert line["train/grad_norm"] == 3.0
+    assert recorder.lines[1][1]["train/loss"] == 1.0  # Without a token nothing is divided by 0.
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_stops_the_run(name, value):
+    reports, recorder = make_reports({})
+    reports.add(2, sums_of(1.0, 1.0, 1.0, 1.0, 1.0) | {name: value}, 1)
+    with pytest.raises(NonFiniteLoss, match=f"{name} is {value} at step 2; the last good"):
+        reports.flush()
+    assert recorder.lines == []
+
+
+class Iterator:
+    """Batches of this process, which has half of the rows."""
+
+    spec = BatchSpec(4, 3, 2)
+
+    def __init__(self):
+        self.step = 0
+
+    def __next__(self):
+        self.step += 1
+        inputs = np.full((2, 3), self.step, np.int32)
+        return {"encoder_input_tokens": inputs, "decoder_target_tokens": inputs[:, :2] * 0 + 1}
+
+    def state(self):
+        return {"step": self.step}
+
+
+def test_a_batch_comes_with_the_position_after_it_and_the_tokens_of_all_processes():
+    batches = loop.Prefetch(Iterator(), sharding.make_mesh(MeshConfig()), AxisRules())
+    for step in (1, 2):
+        batch, num_tokens, position = next(batches)
+        batches.fetch()
+        assert np.asarray(batch["encoder_input_tokens"]).tolist() == [[step] * 3] * 2
+        assert num_tokens == 2 * (6 + 4)
+        assert position == {"step": step}
 
 
 # --- Going on -------------------------------------------------------------------------------------
@@ -122,7 +279,9 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys):
             train(make_config(tmp_path))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
     train(make_config(tmp_path))
-    assert "going on from step 5" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "going on from step 5" in err
+    assert "falls until" not in err
     assert_same_bits(tmp_path, trained_run(), 10)
     assert tiny.read_metrics(tmp_path) == tiny.read_metrics(trained_run())
 
@@ -164,13 +323,17 @@ def test_run_goes_on_with_another_mesh(tmp_path, capsys):
     run_dir = trained_run(copy_to=tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints" / "10")
     mesh = MeshConfig(data=2, fsdp=2, model=2)
-    train(dataclasses.replace(make_config(run_dir, eval=NO_EVAL), mesh=mesh))
+    evaluation = {"every": 10, "generate": False}
+    train(dataclasses.replace(make_config(run_dir, eval=evaluation), mesh=mesh))
     err = capsys.readouterr().err
     assert "parameters on 8 cpu devices (data 2 x fsdp 2 x model 2)" in err
     ours, expected = read_state(run_dir, 10), read_state(trained_run(), 10)
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name)
+    scores = log.read_metrics(run_dir)[-1]
+    assert scores.keys() >= {"validation/loss", "validation/capitals/perplexity"}
+    assert not [name for name in scores if "exact_match" in name]  # Nothing was generated.
 
 
 @pytest.mark.slow
@@ -215,36 +378,34 @@ def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_killed_run_ends_in_the_same_bits(tmp_path):
     """kill -9 at random moments, saving among them, until the run is through."""
-    settings = ["--train.steps", "40", "--checkpoint.every", "2", "--eval.every", "20"]
+    sections = {"train": {"steps": 40}, "checkpoint": {"every": 2}, "eval": {"every": 20}}
+    train(make_config(tmp_path / "whole", **sections))
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(dataclasses.asdict(tiny.TINY)))
+    config.write_text(to_json(make_config(tmp_path / "killed", **sections)))
+    folder = tmp_path / "killed" / "checkpoints"
 
-    def start(run_dir):
-        command = [sys.executable, "-m", "t5jax.cli", "train", str(config), *settings]
-        command += ["--run-dir", str(run_dir)]
+    def start():
+        command = [sys.executable, "-m", "t5jax.cli", "train", str(config)]
         return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
 
-    assert start(tmp_path / "whole").wait() == 0, "the run that nobody kills"
     rng = random.Random(0)
-    kills = 0
-    for _ in range(4):
-        process = start(tmp_path / "killed")
-        for line in process.stderr:  # Wait until it trains, then for a random moment.
-            if b" parameters on " in line:
-                break
-        time.sleep(rng.uniform(1, 4))
-        if process.poll() is not None:
-            break
+    for least in (1, 8):  # A later step than the first kill's has been saved by the second.
+        process = start()
+        while process.poll() is None and not any(
+            p.name.isdigit() and int(p.name) > least for p in folder.glob("*")
+        ):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        assert process.poll() is None, "it was through before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        kills += 1
-    assert kills >= 2
-    final = start(tmp_path / "killed")
+    final = start()
     err = final.communicate()[1].decode()
     assert final.returncode == 0, err
+    assert "going on from step" in err
     assert_same_bits(tmp_path / "whole", tmp_path / "killed", 40)
     assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
-    names = {p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()}
+    names = {p.name for p in folder.iterdir()}
     assert {"38", "40"} <= names <= {"38", "40", "20"}, "a half-written checkpoint is left"
 
 
@@ -272,31 +433,22 @@ def exported(tmp_path_factory):
     return folder
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    "kind",
-    ["folder", pytest.param("run", marks=SLOW), "checkpoint", pytest.param("import", marks=SLOW)],
+    ("kind", "dtype"), [("folder", "float32"), ("run", "bfloat16"), ("checkpoint", "float32")]
 )
-def test_fine_tuning_starts_from_the_source(kind, exported, tmp_path, monkeypatch):
-    step = 10
-    if kind == "folder":
-        source = exported
-    elif kind == "run":
-        source = trained_run()  # Step 10 has the lower validation loss.
-    elif kind == "checkpoint":
-        source, step = trained_run() / "checkpoints" / "5", 5
-    else:
-        source = tmp_path / "imported"
-        import_model(str(exported), str(source))
-    config = make_config(tmp_path / "run", init={"model": str(source)}, **STILL)
-    train(config)
-    expected = params_of(trained_run(), step)
-    ours = params_of(tmp_path / "run", 1)
+def test_fine_tuning_starts_from_the_source(kind, dtype, exported, tmp_path):
+    source, step = {
+        "folder": (exported, 10),
+        "run": (trained_run(), 10),  # Step 10 has the lower validation loss.
+        "checkpoint": (trained_run() / "checkpoints" / "5", 5),
+    }[kind]
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    train(make_config(tmp_path, init={"model": str(source)}, model=dtypes, **STILL))
+    expected, ours = params_of(trained_run(), step), params_of(tmp_path, 1)
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
-        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+        assert value.dtype == dtype
+        np.testing.assert_array_equal(value, expected[name].astype(value.dtype), err_msg=name)
 
 
 def test_fine_tuned_run_goes_on_without_its_source(exported, tmp_path):
@@ -317,17 +469,6 @@ def test_fine_tuned_run_goes_on_without_its_source(exported, tmp_path):
     assert saved.model == tiny.TINY.model
     with pytest.raises(ValueError, match=r"init.model was '.*source' and is ''"):
         train(dataclasses.replace(longer, init=InitConfig(), model=saved.model))
-
-
-@pytest.mark.slow
-def test_fine_tuning_in_another_dtype(exported, tmp_path):
-    bfloat16 = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-    config = make_config(tmp_path, init={"model": str(exported)}, model=bfloat16, **STILL)
-    train(config)
-    expected = params_of(trained_run(), 10)
-    for name, value in params_of(tmp_path, 1).items():
-        assert value.dtype == "bfloat16"
-        np.testing.assert_array_equal(value, expected[name].astype(value.dtype), err_msg=name)
 
 
 def test_architecture_that_disagrees_with_its_source(exported, tmp_path):
@@ -394,6 +535,10 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
         ({"mesh": {"model": 3, "data": 1}}, r"mesh data x fsdp x model = 1 x 1 x 3 does not fit 8"),
         ({"eval": {"batch_size": 3}}, r"eval.batch_size 3 is not divisible by .* = 8 devices"),
         ({"eval": {"split": "tset"}}, r"no split 'tset'; there are train, validation"),
+        (
+            {"train": {"steps": 20, "microbatches": 2}},
+            r"batch_size / train.microbatches = 8 / 2 = 4 is not divisible by .* = 8 devices",
+        ),
     ],
 )
 @pytest.mark.usefixtures("eight_devices")
@@ -418,77 +563,78 @@ def test_runs_do_not_mix(tmp_path):
 # --- No dead option -------------------------------------------------------------------------------
 
 
-def lines_of(run_dir, prefix):
-    return [
-        {k: v for k, v in line.items() if k == "step" or k.startswith(prefix)}
-        for line in tiny.read_metrics(run_dir)
-    ]
-
-
-def steps_of(run_dir):
-    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-
-
-EVERY = {"data": DataConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig}
-EVERY |= {"train": TrainConfig, "init": InitConfig}
-_CACHES = tempfile.TemporaryDirectory()
-# Field: another value, and what of a short run it changes; or the words with which it is refused.
+SECTIONS = {"data": DataConfig, "eval": EvalConfig, "checkpoint": CheckpointConfig}
+SECTIONS |= {"train": TrainConfig, "init": InitConfig}
+# Field: another value, and whether batches, sets of examples or both change, or the words with
+# which it is refused, or where a test of the loop shows what it does.
 CHANGES = {
     "data.mixture": ("nothing", "data.mixture is 'nothing'"),
-    "data.mixture_changes": (("1:capitals",), lambda run: lines_of(run, "train/loss")),
+    "data.mixture_changes": (("1:letters",), "both"),  # What comes later is measured too.
     "data.task_files": (("absent.py",), "there is no file absent.py"),
     "data.vocabulary": ("absent.model", "no tokenizer 'absent.model'"),
-    "data.cache": (_CACHES.name, lambda run: lines_of(run, "train/loss")),
-    "data.inputs_length": (8, lambda run: lines_of(run, "train/loss")),
-    "data.targets_length": (2, lambda run: lines_of(run, "train/loss")),
-    "data.batch_size": (16, lambda run: lines_of(run, "train/loss")),
-    "data.pack": (True, lambda run: lines_of(run, "train/loss")),
+    "data.cache": ("CACHE", "batches"),
+    "data.inputs_length": (8, "batches"),
+    "data.targets_length": (2, "batches"),
+    "data.batch_size": (16, "batches"),
+    "data.pack": (True, "batches"),
     "data.prefix_lm": (True, "data.prefix_lm is True, but t5"),  # True: test_train_families.py.
-    "data.seed": (1, lambda run: lines_of(run, "train/loss")),
-    "eval.every": (1, lambda run: lines_of(run, "validation/")),
-    "eval.split": ("train", lambda run: lines_of(run, "train/capitals/loss")),
+    "data.seed": (1, "batches"),
+    "eval.every": (3, test_how_often_and_how_much_is_measured),
+    "eval.split": ("train", "sets"),
     "eval.batch_size": (0, "eval.batch_size is 0"),
-    "eval.num_examples": (2, lambda run: lines_of(run, "validation/loss")),
-    "eval.max_tokens": (1, lambda run: lines_of(run, "validation/capitals/samples")),
-    "eval.generate": (False, lambda run: lines_of(run, "validation/capitals/exact_match")),
-    "eval.num_samples": (2, lambda run: lines_of(run, "validation/capitals/samples")),
+    "eval.num_examples": (2, "sets"),
+    "eval.max_tokens": (1, test_how_often_and_how_much_is_measured),
+    "eval.generate": (False, test_run_goes_on_with_another_mesh),
+    "eval.num_samples": (2, test_what_a_person_sees),
     "eval.patience": (0, "eval.patience is 0"),  # 2 and 4: in the test of early stopping.
-    "checkpoint.every": (1, steps_of),
-    "checkpoint.keep": (0, "checkpoint.keep is 0"),  # 1: there too.
-    "train.steps": (3, steps_of),
+    "checkpoint.every": (4, test_how_often_and_how_much_is_measured),
+    "checkpoint.keep": (0, "checkpoint.keep is 0"),  # 1: in the test of early stopping.
+    "train.steps": (5, test_how_often_and_how_much_is_measured),
     "train.microbatches": (3, "data.batch_size 8 is not divisible by train.microbatches 3"),
-    "train.log_every": (2, lambda run: lines_of(run, "train/loss")),
-    "train.seed": (1, lambda run: lines_of(run, "train/loss")),
+    "train.log_every": (2, test_how_often_and_how_much_is_measured),
+    "train.seed": (1, test_runs_do_not_mix),
     "init.model": ("./absent", "there is no folder ./absent"),
 }
-SHORT = {"train": {"steps": 2, "log_every": 1}, "eval": {"every": 2}}
-
-
-@pytest.fixture(scope="module")
-def short_run(tmp_path_factory):
-    return train(make_config(tmp_path_factory.mktemp("short"), **SHORT))
 
 
 def test_every_field_is_in_the_table():
-    fields = {f"{s}.{f.name}" for s, cls in EVERY.items() for f in dataclasses.fields(cls)}
+    fields = {f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
     assert fields == set(CHANGES)
 
 
-def changed(run_dir, field):
+def changed(field, tmp_path):
     section, name = field.split(".")
-    return make_config(
-        run_dir, **SHORT | {section: SHORT.get(section, {}) | {name: CHANGES[field][0]}}
-    )
+    value = str(tmp_path / "caches") if CHANGES[field][0] == "CACHE" else CHANGES[field][0]
+    return make_config(tmp_path, **{section: {name: value}})
 
 
-@pytest.mark.parametrize("field", [k for k, (_, what) in CHANGES.items() if isinstance(what, str)])
+def fields_that(*effects):
+    return [field for field, (_, effect) in CHANGES.items() if effect in effects]
+
+
+@pytest.mark.parametrize(
+    "field", [f for f, (_, e) in CHANGES.items() if isinstance(e, str) and " " in e]
+)
 def test_field_that_cannot_work_is_refused(field, tmp_path):
     with pytest.raises(ValueError, match=CHANGES[field][1]):
-        train(changed(tmp_path, field))
+        train(changed(field, tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("field", [k for k, (_, what) in CHANGES.items() if callable(what)])
-def test_field_changes_the_run(field, short_run, tmp_path):
-    train(changed(tmp_path, field))
-    assert CHANGES[field][1](tmp_path) != CHANGES[field][1](short_run)
+def read_batches(config):
+    """Returns the first two batches of a run, and its sets of examples for evaluation."""
+    pipeline.load_tasks(config.data.task_files)
+    tokenizer = pipeline.tokenizer_for(config, None)
+    iterator = pipeline.train_iterator(config, tokenizer, list(range(config.data.batch_size)))
+    batches = [{k: v.tolist() for k, v in next(iterator).items()} for _ in range(2)]
+    sets = pipeline.eval_sets(config, tokenizer=tokenizer)
+    return batches, [example.inputs for one in sets for example in one.examples]
+
+
+@pytest.mark.parametrize("field", fields_that("batches", "sets", "both"))
+def test_field_changes_what_is_read(field, tmp_path):
+    batches, sets = read_batches(make_config(tmp_path))
+    other_batches, other_sets = read_batches(changed(field, tmp_path))
+    assert (other_batches != batches) == (CHANGES[field][1] != "sets")
+    assert (other_sets != sets) == (CHANGES[field][1] != "batches")
+    if field == "data.mixture_changes":  # From step 1 on.
+        assert other_batches[0] == batches[0]

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
-from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
+from small import EVEN, SMALL, assert_trees_close, random_batch, random_params
 from t5jax import batch as features
 from t5jax import sharding
 from t5jax.config import AxisRules, LossConfig, MeshConfig, OptimizerConfig
@@ -58,17 +57,6 @@ def test_update_is_the_mean_gradient_over_target_tokens():
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("microbatches", [2, 8])
-def test_microbatches_make_the_same_step(microbatches):
-    batch, (expected, metrics) = sgd_result()
-    tokens = batch[features.DECODER_LOSS_WEIGHTS].reshape(-1, microbatches, 7).sum((0, 2))
-    assert len(set(tokens)) > 1  # A mean of means would be wrong.
-    step = sgd_step(microbatches=microbatches)
-    state, got = step(begin(SMALL, optax.sgd(0.1)), batch)
-    assert_trees_close(got, metrics, atol=1e-4)
-    assert_trees_close(state.params, expected.params, atol=1e-6)
-
-
 def test_microbatches_of_bfloat16_parameters_add_up_in_float32():
     # A sum of equal terms in bfloat16 stands still after the 256th, so the mean would be half.
     model = dataclasses.replace(SMALL, param_dtype="bfloat16")
@@ -102,55 +90,6 @@ def test_a_batch_of_padding_alone_changes_nothing():
 
 
 # --- It trains ----------------------------------------------------------------------------------
-
-DTYPES = {
-    "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
-    "bfloat16_params": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
-}
-
-
-# A third of the combinations has every variant and every dtype; the others are slow to compile.
-FAST = {("t5_1_0", "float32"), ("t5_1_1", "bfloat16"), ("umt5", "bfloat16_params")}
-
-
-@pytest.mark.parametrize(
-    ("variant", "dtype"),
-    [
-        pytest.param(v, d, marks=() if (v, d) in FAST else pytest.mark.slow)
-        for v in ("t5_1_0", "t5_1_1", "umt5")
-        for d in DTYPES
-    ],
-)
-def test_one_step_moves_every_parameter_of_every_layer(variant, dtype):
-    model = dataclasses.replace(
-        VARIANTS[variant], d_model=64, dropout_rate=0.1, **DTYPES[dtype], num_decoder_layers=1
-    )
-    steps, states = {}, {}
-    params = random_params(model)
-    for name in ("adafactor", "adamw", "adamw_scaled"):
-        rate = 1e-3 if name == "adamw" else 1e-2
-        tx = make_optimizer(OptimizerConfig(name, rate), 10, api.param_axes(model))
-        steps[name] = make_train_step(model, tx, LOSS)
-        states[name] = TrainState(jnp.int32(0), params, tx.init(params))
-
-    # One program, in which the gradient that all three have in common is computed once.
-    @jax.jit
-    def all_steps(batch):
-        return {name: steps[name](states[name], batch)[0].params for name in steps}
-
-    axes = api.param_axes(model)
-    for name, new_params in all_steps(random_batch(model, rows=8, source=16)).items():
-        for path, new in jax.tree_util.tree_leaves_with_path(new_params):
-            old, names = params, axes
-            for key in path:
-                old, names = old[key.key], names[key.key]
-            assert new.dtype == old.dtype
-            assert np.isfinite(np.asarray(new, "float32")).all()
-            changed = np.asarray(new != old)
-            layers = changed if names[0] == "layers" else changed[None]
-            stands_still = [i for i, layer in enumerate(layers) if not layer.any()]
-            assert not stands_still, (name, jax.tree_util.keystr(path), stands_still)
 
 
 def test_the_loss_falls():

@@ -40,7 +40,7 @@ from tiny import (  # noqa: F401
     one_device,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
 REAL = DATA / "checkpoints/t5x_test_t5_tiny.checkpoint_0"
 SPIECE = DATA / "vocab/t5_spiece.model"

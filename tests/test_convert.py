@@ -1,0 +1,50 @@
+"""Export and import: no bit is lost, and no folder that is taken is written."""
+
+import pytest
+
+from t5jax import checkpoint, pretrained
+from t5jax.convert import export_model, import_model
+from tiny import one_device, trained_run  # noqa: F401
+
+
+def export(model, output, **options):
+    export_model(str(model), str(output), **options)
+
+
+def test_export_and_import_keep_every_bit(tmp_path):
+    export(trained_run(), tmp_path / "hf")
+    import_model(str(tmp_path / "hf"), str(tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "again")
+    first = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
+    assert checkpoint.latest_checkpoint(tmp_path / "run").name == "0"
+    prompts = ["capitals: abc"]
+    answers = [
+        pretrained.load(str(path)).generate(prompts, max_tokens=5)
+        for path in (trained_run(), tmp_path / "hf", tmp_path / "run")
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_export_in_bfloat16_and_shards_is_smaller(tmp_path):
+    export(trained_run(), tmp_path / "float32")
+    export(trained_run(), tmp_path / "bfloat16", dtype="bfloat16", max_shard_bytes=20_000)
+    whole = (tmp_path / "float32" / "model.safetensors").stat().st_size
+    shards = list((tmp_path / "bfloat16").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert 0.4 < sum(path.stat().st_size for path in shards) / whole < 0.7
+
+
+def test_places_that_are_taken_or_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    export(trained_run(), tmp_path / "hf")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    with pytest.raises(ValueError, match=r"hf is not empty"):
+        export(trained_run(), tmp_path / "hf")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == before
+    with pytest.raises(ValueError, match=r"cannot be written"):
+        export(trained_run(), tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match=r"run folder .*below cannot be written \(Not a directory"):
+        import_model(str(tmp_path / "hf"), str(tmp_path / "file" / "below"))
+    with pytest.raises(ValueError, match=r"holds a run already; choose another folder"):
+        import_model(str(tmp_path / "hf"), str(trained_run()))
