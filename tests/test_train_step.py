@@ -19,31 +19,34 @@ from t5jax.train_state import TrainState, create_train_state, train_state_shardi
 from t5jax.train_step import make_train_step
 
 LOSS = LossConfig(z_loss=0.01, label_smoothing=0.1)
-DROPOUT = dataclasses.replace(SMALL, dropout_rate=0.3)
+# One layer of each kind: what is shown here is the step, which takes long to compile.
+MODEL = dataclasses.replace(SMALL, num_encoder_layers=1, num_decoder_layers=1, scan_layers=False)
+DROPOUT = dataclasses.replace(MODEL, dropout_rate=0.3)
+TX = optax.sgd(0.1)
 
 
-def begin(model, tx, seed=0):
-    params = random_params(model, seed)
-    return TrainState(jnp.int32(0), params, tx.init(params))
+def begin(model):
+    params = random_params(model)
+    return TrainState(jnp.int32(0), params, TX.init(params))
 
 
 @functools.cache
-def sgd_step(model=SMALL, rate=0.1, **options):
+def sgd_step(model=MODEL, **options):
     """A step whose update is the gradient itself, so that every error in it shows."""
-    return jax.jit(make_train_step(model, optax.sgd(rate), LOSS, **options))
+    return jax.jit(make_train_step(model, TX, LOSS, **options))
 
 
 @functools.cache
 def sgd_result():
     """A batch of 8 rows of unequal lengths, and what one step makes of it."""
-    batch = random_batch(SMALL, rows=8)
-    return batch, sgd_step()(begin(SMALL, optax.sgd(0.1)), batch)
+    batch = random_batch(MODEL, rows=8)
+    return batch, sgd_step()(begin(MODEL), batch)
 
 
 def test_update_is_the_mean_gradient_over_target_tokens():
     batch, (state, metrics) = sgd_result()
-    params = random_params(SMALL)
-    grad = jax.jit(jax.grad(lambda p: batch_loss(SMALL, p, batch, LOSS), has_aux=True))
+    params = random_params(MODEL)
+    grad = jax.jit(jax.grad(lambda p: batch_loss(MODEL, p, batch, LOSS), has_aux=True))
     grads, sums = grad(params)
     tokens = np.count_nonzero(batch[features.DECODER_TARGET_TOKENS])
     assert 8 < tokens < 8 * 7
@@ -59,10 +62,10 @@ def test_update_is_the_mean_gradient_over_target_tokens():
 
 def test_microbatches_of_bfloat16_parameters_add_up_in_float32():
     # A sum of equal terms in bfloat16 stands still after the 256th, so the mean would be half.
-    model = dataclasses.replace(SMALL, param_dtype="bfloat16")
-    row = random_batch(SMALL, rows=1)
+    model = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    row = random_batch(MODEL, rows=1)
     batch = jax.tree.map(lambda x: np.repeat(x, 512, 0), row)
-    start = begin(model, optax.sgd(0.1))
+    start = begin(model)
     expected = sgd_step(model)(start, row)[1]["grad_norm"]
     got = sgd_step(model, microbatches=512)(start, batch)[1]["grad_norm"]
     np.testing.assert_allclose(got, expected, rtol=1e-2)
@@ -76,68 +79,51 @@ def test_padded_rows_and_targets_count_nowhere():
     padded[features.DECODER_TARGET_TOKENS] = np.where(
         out, 7, padded[features.DECODER_TARGET_TOKENS]
     )
-    state, got = sgd_step()(begin(SMALL, optax.sgd(0.1)), padded)
+    state, got = sgd_step()(begin(MODEL), padded)
     assert_trees_close(got, metrics, atol=1e-4)
     assert_trees_close(state.params, expected.params, atol=1e-6)
 
 
 def test_a_batch_of_padding_alone_changes_nothing():
     batch = jax.tree.map(np.zeros_like, sgd_result()[0])
-    start = begin(SMALL, optax.sgd(0.1))
+    start = begin(MODEL)
     state, metrics = sgd_step()(start, batch)
     assert_trees_close(state.params, start.params, atol=0, rtol=0)
     assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 0.0)
-
-
-# --- It trains ----------------------------------------------------------------------------------
-
-
-def test_the_loss_falls():
-    tx = make_optimizer(OptimizerConfig("adamw", 1e-2), 10, api.param_axes(SMALL))
-    step = jax.jit(make_train_step(SMALL, tx, LOSS))
-    state, batch = create_train_state(SMALL, tx, jax.random.key(0)), random_batch(SMALL)
-    losses = []
-    for _ in range(30):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["nll"] / metrics["tokens"]))
-    assert abs(losses[0] - np.log(SMALL.vocab_size)) < 1.5  # Nothing is known at first.
-    assert losses[-1] < 0.5 * losses[0]
-    assert state.step == 30
 
 
 # --- Dropout ------------------------------------------------------------------------------------
 
 
 def loss_at(step_number, step, model):
-    state = begin(model, optax.sgd(0.0)).replace(step=jnp.int32(step_number))
+    state = begin(model).replace(step=jnp.int32(step_number))
     return float(step(state, sgd_result()[0])[1]["loss"])
 
 
 def test_masks_are_a_function_of_seed_and_step():
-    step = sgd_step(DROPOUT, 0.0)
+    step = sgd_step(DROPOUT)
     losses = [loss_at(n, step, DROPOUT) for n in (0, 1, 2, 0)]
     assert losses[0] == losses[3]  # What a resumed run depends on.
     assert len(set(losses)) == 3
-    assert loss_at(0, sgd_step(DROPOUT, 0.0, seed=1), DROPOUT) != losses[0]
     plain = float(sgd_result()[1][1]["loss"])
     assert all(abs(loss - plain) > 1e-2 for loss in losses)
 
 
 def test_without_dropout_all_steps_are_alike():
-    step = sgd_step(SMALL, 0.0)
-    assert loss_at(0, step, SMALL) == loss_at(1, step, SMALL)
+    step = sgd_step()
+    assert loss_at(0, step, MODEL) == loss_at(1, step, MODEL)
 
 
 def test_microbatches_have_masks_of_their_own():
     # Two microbatches of the same rows: with the same masks their losses would be the same, and
     # so would be their sum and twice the loss of the first half.
-    batch = jax.tree.map(lambda x: np.repeat(x, 2, 0), random_batch(SMALL, rows=4))
+    batch = jax.tree.map(lambda x: np.repeat(x, 2, 0), random_batch(MODEL, rows=4))
     first = jax.tree.map(lambda x: np.concatenate([x[::2], 0 * x[::2]]), batch)
     interleaved = jax.tree.map(
         lambda x: x.reshape(2, 4, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape), first
     )
-    step = sgd_step(DROPOUT, 0.0, microbatches=2)
-    state = begin(DROPOUT, optax.sgd(0.0))
+    step = sgd_step(DROPOUT, microbatches=2)
+    state = begin(DROPOUT)
     both = float(step(state, batch)[1]["loss"])
     one = float(step(state, interleaved)[1]["loss"])
     assert one > 0
