@@ -178,6 +178,12 @@ def test_folder_that_cannot_be_written(place, tmp_path):
         checkpoint.create_run_dir(tmp_path / place)  # An absolute place stays what it is.
 
 
+def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):
+    run_dir = checkpoint.create_run_dir(tmp_path / "runs" / "new")
+    assert run_dir.is_dir()
+    assert list(run_dir.iterdir()) == []
+
+
 # --- Going on with another config -----------------------------------------------------------------
 
 ADAFACTOR = OptimizerConfig(name="adafactor")

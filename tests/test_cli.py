@@ -1,18 +1,20 @@
 """The command line: what each mistake is answered with, and what goes to which stream."""
 
 import dataclasses
+import io
 import json
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import tiny
 from command_line import fails, run
 from processes import environment
 from t5jax.cli import COMMANDS, main
-from t5jax.config import Config, from_json, to_json
+from t5jax.config import Config, MeshConfig, from_json, to_json
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
 TASK = """
@@ -126,6 +128,92 @@ def test_export_and_import_say_what_they_wrote(exported, tmp_path, capsys):
     assert (status, out, err) == (0, "", f"wrote {tmp_path / 'run'}\n")
     status, out, err = run(capsys, "export", tmp_path / "run", tmp_path / "hf")
     assert (status, out, err) == (0, "", f"wrote {tmp_path / 'hf'}\n")
+
+
+class Fake:
+    """Stands for a model: what it is asked for, and answers of two lines."""
+
+    def __init__(self):
+        self.asked = []
+
+    def load(self, *args, **options):
+        self.asked.append((*args, options))
+        return self
+
+    def generate(self, texts, **options):
+        self.asked.append((texts, options))
+        return [f"{text}\nanswered" for text in texts]
+
+    def embed(self, texts, **options):
+        self.asked.append((texts, options))
+        return np.array([[0.1, i] for i in range(len(texts))], np.float32)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = Fake()
+    monkeypatch.setattr("t5jax.pretrained.load", fake.load)
+    return fake
+
+
+def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
+    options = ["--max-tokens", "3", "--batch-size", "2", "--dtype", "bfloat16", "--mesh.model", "2"]
+    command = ["infer", "--model", "m", *options]
+    status, out, _ = run(capsys, *command, "--prompt", "a b", "c")
+    assert (status, out) == (0, "a b\nanswered\nc\nanswered\n")
+    assert fake.asked == [
+        ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2)}),
+        (["a b", "c"], {"max_tokens": 3, "batch_size": 2}),
+    ]
+    # Of prompts that are lines, each answer is one.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\n"))
+    assert run(capsys, *command)[1] == "a b answered\n answered\n"
+    assert fake.asked[-1][0] == ["a b", ""]
+
+
+def test_options_of_embed_reach_the_model(fake, tmp_path, capsys):
+    options = ["--pooling", "max", "--max-length", "7", "--batch-size", "2"]
+    command = ["embed", "--model", "m", *options, "--text", "a", "b"]
+    status, out, err = run(capsys, *command)
+    assert (status, err) == (0, "")
+    assert out == "[0.1, 0.0]\n[0.1, 1.0]\n"  # As few digits as tell a float32.
+    expected = {"pooling": "max", "max_length": 7, "batch_size": 2}
+    assert fake.asked == [("m", {"dtype": None, "mesh": MeshConfig()}), (["a", "b"], expected)]
+    path = tmp_path / "vectors.npy"
+    status, out, err = run(capsys, *command, "--output", path)
+    assert (status, out, err) == (0, "", f"wrote {path}: 2 x 2\n")
+    assert np.load(path).tolist() == np.float32([[0.1, 0], [0.1, 1]]).tolist()
+    message = fails(capsys, *command, "--output", tmp_path / "vectors.txt")
+    assert "expected a file that ends in .npy, in a folder that exists" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ValueError("what is wrong"), 1, "what is wrong"),
+        (OSError("disk full"), 1, "disk full"),
+    ],
+)
+def test_exit_status_of_what_goes_wrong(error, status, message, fake, capsys, monkeypatch):
+    monkeypatch.setattr(fake, "load", lambda *_, **__: throw(error))
+    monkeypatch.setattr("t5jax.pretrained.load", fake.load)
+    answer = run(capsys, "infer", "--model", "m", "--prompt", "a")
+    assert answer == (status, "", f"t5jax: error: {message}\n")
+
+
+def throw(error):
+    raise error
+
+
+def test_an_interrupted_run_is_told_how_it_goes_on(config, capsys, monkeypatch):
+    monkeypatch.setattr("t5jax.train.train", lambda _: throw(KeyboardInterrupt()))
+    hint = "interrupted; the same command goes on from the last checkpoint"
+    assert run(capsys, "train", config) == (130, "", f"t5jax: error: {hint}\n")
+
+
+def test_an_unknown_command_is_a_wrong_use():
+    assert main(["trian"]) == 2
 
 
 def test_prompts_and_answers_through_a_pipe_without_noise(exported):

@@ -80,14 +80,28 @@ def test_loss_is_that_of_a_plain_computation_and_does_not_depend_on_the_batch():
 
 def test_metrics_see_what_the_task_makes_of_a_prediction():
     """And the baselines, which are texts of the task, do not."""
-    result = run(eval_set(postprocess=lambda text: "copied"), 8)
-    assert "copied" not in result.predictions
+    asked = []
+
+    def copy(params, inputs):
+        asked.append(params is PARAMS)
+        return [ByteTokenizer().decode(ids) for ids in inputs]
+
+    examples = eval_set(postprocess=lambda text: "copied")
+    result = run(examples, 3, predict=copy)
+    assert asked == [True]
+    assert result.predictions == [example.inputs for example in examples.examples]
     # One target of 7 is what every prediction becomes; without that none is right.
     assert result.scores["exact_match"] == pytest.approx(100 / 7)
-    plain = run(eval_set(), 8)
+    plain = run(eval_set(), 3, predict=copy)
     assert plain.scores["exact_match"] == 0.0
-    assert result.predictions == plain.predictions
     assert result.baselines == plain.baselines
+
+
+def test_a_loss_beyond_all_bounds_has_a_perplexity(monkeypatch):
+    sums = {"nll": 4000.0, "tokens": 5.0, "correct": 1.0, "loss": 4000.0}
+    monkeypatch.setattr(Evaluator, "_sum_losses", lambda *_: sums)
+    scores = run(eval_set(), 8, generate=False).scores
+    assert scores == {"loss": 800.0, "perplexity": math.exp(700), "token_accuracy": 20.0}
 
 
 def test_baselines_are_of_the_task_and_not_of_the_model():
@@ -132,19 +146,7 @@ def test_mean_loss_weighs_tokens():
 
 # --- `t5jax eval` ---------------------------------------------------------------------------------
 
-OPTIONS = {
-    "mixture": "",
-    "split": "validation",
-    "task_files": (),
-    "batch_size": 8,
-    "num_examples": None,
-    "inputs_length": None,
-    "max_tokens": None,
-    "dtype": None,
-    "mesh": MeshConfig(),
-    "num_samples": 0,
-    "json": None,
-}
+OPTIONS = {"split": "validation", "batch_size": 8}
 
 
 def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
@@ -174,14 +176,19 @@ def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
 
 
 def test_options_of_eval_count():
-    run_dir = str(trained_run())
-    result = evaluate_model(run_dir, **OPTIONS | {"num_examples": 3, "dtype": "bfloat16"})
-    full = evaluate_model(run_dir, **OPTIONS | {"num_examples": 3})
-    assert result["capitals"]["num_examples"] == 3
-    assert result["capitals"]["model"]["loss"] == pytest.approx(
-        full["capitals"]["model"]["loss"], rel=0.02
-    )
-    assert result["capitals"]["model"]["loss"] != full["capitals"]["model"]["loss"]
+    run_dir, few = str(trained_run()), OPTIONS | {"num_examples": 3}
+    (full,) = evaluate_model(run_dir, **few).values()
+    assert full["num_examples"] == 3
+    for option, value in {
+        "dtype": "bfloat16",
+        "inputs_length": 4,
+        "max_tokens": 2,
+        "split": "train",
+    }.items():
+        (other,) = evaluate_model(run_dir, **few | {option: value}).values()
+        assert other["model"]["loss"] != full["model"]["loss"], option
+        if option == "dtype":
+            assert other["model"]["loss"] == pytest.approx(full["model"]["loss"], rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from small import SMALL, VARIANTS, assert_trees_close, random_batch, random_params
+from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
 from t5jax import batch as features
 from t5jax import losses, sharding
 from t5jax.config import LossConfig, MeshConfig
@@ -211,18 +211,20 @@ def test_number_of_chunks(shape, chunks):
 
 
 def test_chunks_follow_what_one_device_holds(monkeypatch):
-    monkeypatch.setattr(losses, "_MAX_LOGITS", SMALL.vocab_size * 4 * 2)
-    batch = random_batch(SMALL)
+    monkeypatch.setattr(losses, "_MAX_LOGITS", EVEN.vocab_size * 4 * 2)
+    batch = random_batch(EVEN)
     rows, length = batch["decoder_target_tokens"].shape
     assert rows % 2 == 0
     seen = []
     monkeypatch.setattr(
         losses, "_num_chunks", lambda size, length: seen.append((size, length)) or length
     )
-    params = random_params(SMALL)
-    with sharding.use_mesh(sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-        jax.eval_shape(lambda p: losses.batch_loss(SMALL, p, batch, BOTH), params)
-    assert seen == [(rows * length * SMALL.vocab_size / 2, length)]
+    params = random_params(EVEN)
+    for mesh in (MeshConfig(data=2), MeshConfig(data=2, model=2)):
+        devices = jax.devices()[: mesh.data * mesh.model]
+        with sharding.use_mesh(sharding.make_mesh(mesh, devices)):
+            jax.eval_shape(lambda p: losses.batch_loss(EVEN, p, batch, BOTH), params)
+    assert seen == [(rows * length * EVEN.vocab_size / n, length) for n in (2, 4)]
 
 
 def test_batch_loss_is_the_loss_of_the_logits():

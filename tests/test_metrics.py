@@ -102,6 +102,8 @@ def test_rouge_lsum_compares_sentence_by_sentence():
     pairs = [
         ("cats sleep. dogs bark.", "dogs bark. cats sleep."),
         ("cats sleep\ndogs bark", "dogs bark\ncats sleep"),
+        ("cats sleep! dogs bark?", "dogs bark? cats sleep!"),
+        ("cats sleep. dogs bark.\n", "dogs bark. cats sleep.\n"),  # Still a text of one line.
     ]
     for target, prediction in pairs:
         assert metrics.rouge([target], [prediction]) == pytest.approx(expected)

@@ -300,11 +300,32 @@ def test_which_parameters_of_a_t5_are_factored():
     assert count[0] < count[1] / 300
 
 
+def test_a_matrix_is_factored_from_128_entries_a_side():
+    axes = {"matrix": ("embed", "heads", "head_dim")}
+    tx = make_optimizer(OptimizerConfig(), STEPS, axes)
+
+    def is_factored(*shape):
+        state = jax.eval_shape(tx.init, {"matrix": jax.ShapeDtypeStruct(shape, "float32")})
+        return state.inner[1].v["matrix"].shape != shape
+
+    assert is_factored(128, 4, 32)
+    assert not is_factored(127, 4, 32)
+    assert not is_factored(512, 1, 127)
+
+
 def test_a_large_table_of_position_biases_is_not_factored():
     axes = {"table": ("heads", "buckets")}
     tx = make_optimizer(OptimizerConfig(), STEPS, axes)
     state = tx.init({"table": jnp.ones((256, 256))}).inner[1]
     assert state.v["table"].shape == (256, 256)
+
+
+def test_the_smallest_gradients_count():
+    # Their squares are far below float32's resolution beside 1, and far above what is added.
+    axes, params = {"w": ("embed",)}, {"w": jnp.ones(4)}
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.1), STEPS, axes)
+    update = last_update(tx, params, [{"w": jnp.full(4, 1e-12)}])["w"]
+    np.testing.assert_allclose(update, -0.1, rtol=1e-4)
 
 
 def test_a_zero_gradient_gives_a_zero_update():

@@ -84,6 +84,12 @@ def test_samples_table_shows_text_as_it_is(monkeypatch):
         tables.samples_table(inputs, targets, ["a"])
 
 
+def test_samples_table_marks_a_prediction_that_is_right():
+    table = tables.samples_table(["a"] * 3, ["yes", ["no", "nay"], "yes"], ["yes", "nay", "ye"])
+    styles = [str(cell.style) for cell in table.columns[1].cells][2::3]
+    assert styles == ["green", "green", ""]
+
+
 def test_cut_keeps_both_ends_within_the_limit():
     assert tables._cut("abcdef", 6) == "abcdef"
     assert tables._cut("abcdefghij", 7) == "ab … ij"

@@ -12,7 +12,7 @@ from t5jax.tokenizers import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
-from t5jax.tokenizers.common import clean_ids
+from t5jax.tokenizers.common import clean_ids, first_sentinels
 
 T5_MODEL = Path(__file__).parents[3] / "shared/data/vocab/t5_spiece.model"
 TEXTS = [
@@ -59,6 +59,7 @@ def test_sentinels_are_the_last_ids_in_descending_order(model):
     tokenizer = SentencePieceTokenizer(model, extra_ids=4)
     assert tokenizer.vocab_size == 44
     assert tokenizer.encode("<extra_id_0><extra_id_1> <extra_id_3>") == [43, 42, 40]
+    assert tokenizer.sentinel_ids == (43, 42, 41, 40)
     # Inside a word too, where SentencePiece alone would see unknown characters.
     assert tokenizer.encode("cat<extra_id_0>") == [*tokenizer.encode("cat"), 43]
     assert tokenizer.unk_id in tokenizer.encode("<extra_id_4>")
@@ -172,6 +173,11 @@ def test_the_folder_says_how_many_sentinels_there_are(model, tmp_path):
     assert load_tokenizer(tmp_path).vocab_size == 47
     config.write_text(json.dumps({"extra_ids": 0, "additional_special_tokens": None}))
     assert load_tokenizer(tmp_path).vocab_size == 40
+
+
+def test_sentinels_count_up_to_the_first_that_is_missing():
+    assert first_sentinels({1: 8, 0: 9, 3: 6}) == (9, 8)
+    assert first_sentinels({1: 8}) == ()
 
 
 # --- Bytes --------------------------------------------------------------------------------------
