@@ -1,8 +1,8 @@
 """BERT in Hugging Face's format, under each of its heads.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/bert`). The first published
-files call a norm's parameters gamma and beta, those of the bare encoder leave "bert." out, and
-older ones hold positions as a buffer. What predicts the next sentence in pretraining is not read.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/bert`). The first published
+files call the parameters of a norm gamma and beta, those of the bare encoder omit "bert.", and
+older ones contain positions as a buffer. The head for next-sentence prediction is not read.
 
 Axes: v vocab or classes, d model, e model, h heads, k head dim, f mlp, p positions or types.
 """
@@ -114,21 +114,21 @@ _KEYS = {
     "classifier_dropout": Key(float),
     "tie_word_embeddings": Key(bool, True),
     "pad_token_id": Key(int, 0),
-    # Those of [CLS] and [SEP], which few files name: see FAMILY.token_ids.
+    # The ids of [CLS] and [SEP], which few files have: see `Table.token_ids`.
     "bos_token_id": Key(int, BertConfig.cls_token_id),
     "eos_token_id": Key(int, BertConfig.eos_token_id),
     "id2label": Key(dict),
     "num_labels": Key(int, 2),
 }
 
-# Ours to theirs, the first of which is written.
+# Our names to theirs, of which the first one is written.
 _ACTIVATIONS: dict[BertActivation, tuple[str, ...]] = {
     "gelu-exact": ("gelu", "gelu_python"),
     "gelu": ("gelu_new", "gelu_pytorch_tanh"),
     "relu": ("relu",),
 }
 
-# Keys whose other values mean a network that is not built here.
+# Keys for which other values mean a network that is not implemented here.
 _REQUIRED = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
@@ -138,7 +138,7 @@ _REQUIRED = {
     "quantization_config": (),
 }
 
-# Of Google's own code: those of the pooler are read nowhere.
+# Keys of Google's own code, of which those of the pooler are not used.
 _HARMLESS = (
     "directionality",
     "pooler_fc_size",
@@ -162,10 +162,10 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> BertConfig:
 
     Args:
       raw: config.json, with a model_type of the family.
-      tensors: the checkpoint's, or none. Where config.json names no architecture, they tell the
-        head; and whether the bare encoder has a pooler they alone do.
+      tensors: the checkpoint's, or none. They determine the head if config.json names no
+        architecture, and whether the bare encoder has a pooler.
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     check_required(raw, _REQUIRED)
     values = read_keys(raw, _KEYS, (*_REQUIRED, *_HARMLESS))

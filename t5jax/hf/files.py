@@ -1,7 +1,7 @@
-"""The files of a Hugging Face folder, whatever network they hold: tensors by name, and JSON.
+"""The files of a Hugging Face folder: tensors by name, and JSON.
 
 Weights are read from model.safetensors, from shards with an index, or, with torch installed, from
-pytorch_model.bin, and written as safetensors. A folder is written whole or not at all.
+pytorch_model.bin, and written as safetensors. A folder is written atomically.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file.
 
     Raises:
-      ValueError: if there is no such file, or it holds something else.
+      ValueError: if there is no such file, or it does not contain an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ class _SafeTensor:
 
 @dataclasses.dataclass(frozen=True)
 class _TorchTensor:
-    """A torch tensor; memory-mapped where the file allows it."""
+    """A torch tensor, memory-mapped if the file allows it."""
 
     tensor: Any
 
@@ -92,13 +92,13 @@ class _TorchTensor:
         return names.get(name, name)
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        x = self.tensor[index].detach()  # A file may hold parameters, which want gradients.
-        # NumPy has no bfloat16 of torch's; float32 holds the same value.
+        x = self.tensor[index].detach()  # Files may contain parameters, which require gradients.
+        # torch cannot convert bfloat16 to NumPy; float32 has the same value.
         return (x.float() if self.dtype == "BF16" else x).numpy()
 
 
 def _weight_files(folder: Path, name: str) -> list[Path]:
-    """Returns the file of that name, or those that its index lists, or none."""
+    """Returns the file with that name, or the files in its index, or none."""
     if (folder / name).is_file():
         return [folder / name]
     index = folder / f"{name}.index.json"
@@ -128,11 +128,11 @@ def has_weights(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def open_tensors(folder: str | os.PathLike[str]) -> Iterator[Tensors]:
-    """Opens the weights of a folder: name to tensor, none of which is read before it is indexed.
+    """Opens the weights of a folder by name; a tensor is read when it is indexed.
 
     Raises:
-      ValueError: if there are none, a file is missing or cut short, or they are pytorch_model.bin
-        and torch is not installed.
+      ValueError: if there are none, a file is missing or incomplete, or they are in
+        pytorch_model.bin and torch is not installed.
     """
     folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -177,7 +177,7 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
             f"{path} can only be read with torch, which is not installed; "
             "`pip install t5jax[torch]`, or use a copy of the model in safetensors"
         ) from None
-    # weights_only: a pickle could run any code. Files from before torch 1.6 cannot be mapped.
+    # weights_only, since a pickle could run any code. Files from before torch 1.6 cannot be mapped.
     options = {"map_location": "cpu", "weights_only": True}
     try:
         try:
@@ -211,14 +211,14 @@ def write_tensors(
     itemsize: int,
     max_shard_bytes: int,
 ) -> None:
-    """Writes one safetensors file, or shards and their index; holds one shard in memory.
+    """Writes one safetensors file, or shards and their index, with one shard in memory at a time.
 
     Args:
       where: the folder.
-      tensors: yields name and array, in the order of `shapes`.
-      shapes: name and shape of each.
-      itemsize: bytes of a number.
-      max_shard_bytes: largest file; a tensor that is larger has one to itself.
+      tensors: yields names and arrays, in the order of `shapes`.
+      shapes: the name and shape of each tensor.
+      itemsize: bytes per number.
+      max_shard_bytes: the largest size of a file; a larger tensor gets a file of its own.
     """
     sizes = {name: math.prod(shape) * itemsize for name, shape in shapes}
     shards: list[list[str]] = [[]]
@@ -248,7 +248,7 @@ def write_tensors(
 
 
 def check_destination(folder: Path, overwrite: bool) -> None:
-    """Raises ValueError where writing a model to a folder would replace something else."""
+    """Raises ValueError if writing a model to a folder would replace something else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder that does not exist yet")
     entries = list(folder.iterdir()) if folder.is_dir() else []
@@ -257,7 +257,7 @@ def check_destination(folder: Path, overwrite: bool) -> None:
             f"{folder} is not empty ({len(entries)} entries); give a folder that does not exist "
             "yet, or overwrite the model in it with --overwrite (overwrite=True)"
         )
-    # Overwriting deletes the folder: it must be a model's and nothing else's.
+    # Overwriting deletes the folder, so it may only contain a model.
     if entries and (not (folder / CONFIG).is_file() or any(e.is_dir() for e in entries)):
         raise ValueError(
             f"{folder} is not overwritten: it holds no {CONFIG}, or folders that no export has; "

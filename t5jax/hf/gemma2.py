@@ -1,7 +1,7 @@
 """Gemma 2 in Hugging Face's format; Gemma 3 shares most of it.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/gemma2`). Names are Llama's,
-but for the norms; these hold w of 1 + w, here as there.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/gemma2`). Names are Llama's,
+except for the norms, which store w of a factor 1 + w, as here.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,12 +48,12 @@ _KEYS = (
     }
 )
 REQUIRED = {
-    # transformers takes this one for granted where it is absent, whatever hidden_act says.
+    # If it is absent, transformers assumes this one, regardless of hidden_act.
     "hidden_activation": ("gelu_pytorch_tanh",),
     "use_bidirectional_attention": (False,),
 }
 
-# The first is read elsewhere, as is layer_types; how transformers 4 cached.
+# The first is read elsewhere, as is layer_types; the kind of cache in transformers 4.
 _HARMLESS = ("layer_types", "hidden_act", "cache_implementation", "_sliding_window_pattern")
 
 
@@ -64,13 +64,14 @@ def read_gemma(
     required: dict[str, tuple[Any, ...]],
     harmless: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the values of the known keys, and of them the fields that all Gemmas have.
+    """Returns the values of the known keys, and the fields that all Gemmas have.
 
     Args:
       raw: config.json.
       known: the family's keys.
-      pattern: from the values to the kinds of layers, repeated, where there is no layer_types.
-      required, harmless: as of `llama.read_shape`, beside those of all Gemmas.
+      pattern: from the values to the repeated kinds of layers, if there is no layer_types.
+      required: as for `llama.read_shape`, in addition to those of all Gemmas.
+      harmless: likewise.
     """
     values, fields = llama.read_shape(raw, known, REQUIRED | required, (*_HARMLESS, *harmless))
     scalar, num_layers = values["query_pre_attn_scalar"], fields["num_layers"]
@@ -94,7 +95,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     values, fields = read_gemma(raw, _KEYS, lambda values: ("local", "global"), {})
     return GPTConfig(
@@ -116,7 +117,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": config.query_pre_attention_scalar or config.head_dim,
         "attn_logit_softcapping": config.attention_softcap,
         "final_logit_softcapping": config.final_softcap,
-        # transformers asks for a window even where no layer is local.
+        # transformers requires a window even if no layer is local.
         "sliding_window": config.sliding_window or config.max_positions,
         "layer_types": windows.write_layer_types(config),
         "use_bidirectional_attention": False,

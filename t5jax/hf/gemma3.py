@@ -1,8 +1,7 @@
 """The text models of Gemma 3 in Hugging Face's format; the rest is as in Gemma 2.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/gemma3`). Gemma 3 of 4B and
-more is published with an image encoder around the text model. The text model is read out of it;
-written is the text model alone.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/gemma3`). Gemma 3 of 4B and
+more is published with an image encoder. Only its text model is read and written.
 """
 
 import warnings
@@ -17,11 +16,11 @@ _KEYS = (
     | gemma2.SHARED_KEYS
     | {"final_logit_softcapping": Key(float), "sliding_window_pattern": Key(int, 6)}
 )
-# transformers has a key for a cap of scores, and no use for it.
+# transformers has a key for a cap of attention scores, but does not use it.
 _REQUIRED = {"attn_logit_softcapping": (None,)}
 _LOCAL_THETA = 10_000.0
 
-# Of the model around the text model.
+# Keys of the model that contains the text model.
 _WITH_IMAGES = (
     "text_config",
     "vision_config",
@@ -34,10 +33,10 @@ _WITH_IMAGES = (
 
 
 def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
-    """Returns the description of the text model in config.json, and warns where there is more.
+    """Returns the description of the text model in config.json, with a warning if there is more.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     if raw["model_type"] == "gemma3":
         if not isinstance(raw.get("text_config"), dict):
@@ -65,12 +64,12 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
     keys = gemma2.write_config(config) | {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        # Both kinds, even where no layer is local: transformers asks for them.
+        # Both kinds, since transformers requires them even if no layer is local.
         **rope.write_rope(config, local_theta=config.rope_local_theta or _LOCAL_THETA),
     }
     pattern = config.layer_pattern
     if pattern[-1] == "global" and "global" not in pattern[:-1]:
-        keys["sliding_window_pattern"] = len(pattern)  # For readers that know no layer_types.
+        keys["sliding_window_pattern"] = len(pattern)  # For readers that ignore layer_types.
     return keys
 
 

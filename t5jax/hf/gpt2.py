@@ -1,8 +1,8 @@
 """GPT-2 in Hugging Face's format.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/gpt2`). Matrices are stored
-input first (Conv1D), queries, keys and values as one. Published files name the bare stack, newer
-ones put "transformer." in front, and older ones hold the causal mask as buffers.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/gpt2`). Matrices are stored
+[input, output] (Conv1D), queries, keys and values as one. Names in published files have no prefix,
+in newer ones they begin with "transformer."; older ones contain the causal mask as buffers.
 
 Axes: v vocab, d model, h heads, k head dim, f mlp, p positions.
 """
@@ -95,7 +95,7 @@ _KEYS = {
     "tie_word_embeddings": Key(bool, True),
 }
 
-# Names that transformers reads as others.
+# Other names of keys that transformers accepts.
 _SYNONYMS = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -103,7 +103,7 @@ _SYNONYMS = {
     "num_hidden_layers": "n_layer",
 }
 
-# Ours to theirs, the first of which is written.
+# Our names to theirs, of which the first one is written.
 _ACTIVATIONS: dict[GPTActivation, tuple[str, ...]] = {
     "gelu": ("gelu_new", "gelu_pytorch_tanh"),
     "gelu-exact": ("gelu",),
@@ -119,7 +119,7 @@ _REQUIRED = {
     "quantization_config": (),
 }
 
-# Of other heads; the mask's length; the order in which equal numbers are multiplied.
+# Keys of other heads; the length of the mask; the order of equivalent multiplications.
 _HARMLESS = (
     "summary_type",
     "summary_use_proj",
@@ -136,7 +136,7 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     raw = {_SYNONYMS.get(key, key): value for key, value in raw.items()}
     check_required(raw, _REQUIRED)

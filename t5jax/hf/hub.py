@@ -1,4 +1,4 @@
-"""Where a model is: a folder here, or a name on the Hugging Face hub."""
+"""Finds a model: a local folder, or a name on the Hugging Face Hub."""
 
 import os
 import re
@@ -11,13 +11,14 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """Returns the local folder that a path or a name on the Hugging Face hub means.
+    """Returns the local folder for a path or a name on the Hugging Face Hub.
 
-    A folder that exists wins. A name is downloaded, or found in the hub's cache where the hub
-    cannot be reached: configs, tokenizer, and weights once (safetensors where there are any).
+    An existing folder takes precedence. Otherwise the model is downloaded, or found in the Hub's
+    cache if the Hub cannot be reached: configs, tokenizer, and one copy of the weights (safetensors
+    if possible).
 
     Raises:
-      ValueError: if there is neither, or the hub cannot be reached and its cache has no copy.
+      ValueError: if there is neither, or the Hub cannot be reached and its cache has no copy.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -34,12 +35,12 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def _download(name: str) -> Path:
-    # huggingface_hub has changed its HTTP library twice, and its errors with it: whatever is
-    # raised means that the hub did not answer.
+    # huggingface_hub has changed its HTTP library, and so its errors, twice: any error means that
+    # the Hub did not respond.
     try:
         info = huggingface_hub.HfApi().model_info(name, timeout=10)
         files = _needed(entry.rfilename for entry in info.siblings)
-        # By its branch, not by info.sha: only so is it found in the cache by name afterwards.
+        # By branch, not by info.sha, so that it is found in the cache by name afterwards.
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, etag_timeout=10))
     except RepositoryNotFoundError:
         raise ValueError(
@@ -49,7 +50,7 @@ def _download(name: str) -> Path:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     try:
-        # Of the files, only config.json is certain to be in a cached copy.
+        # Only config.json is certain to be in a cached copy.
         cached = huggingface_hub.snapshot_download(
             name, local_files_only=True, allow_patterns=["config.json"]
         )
@@ -66,7 +67,8 @@ def _download(name: str) -> Path:
 
 
 def _needed(files: Iterable[str]) -> list[str]:
-    """Returns what to download of a model's files: no subfolders, no second copy of weights."""
+    """Returns which of a model's files to download: no subfolders, no second copy of the
+    weights."""
     files = [f for f in files if "/" not in f]
     small = [f for f in files if f.endswith((".json", ".model", ".txt", ".jinja"))]
     for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):

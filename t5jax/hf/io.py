@@ -1,7 +1,7 @@
-"""A model from a Hugging Face folder and to one: its description and its parameters.
+"""Reads and writes models in Hugging Face folders: their descriptions and parameters.
 
-Weights are read straight into (sharded) arrays, a leaf at a time, so that a host never holds the
-whole model. transformers is not needed for any of it.
+Weights are read directly into (sharded) arrays, one leaf at a time, so that a host never holds the
+whole model. transformers is not needed.
 """
 
 import contextlib
@@ -39,16 +39,18 @@ def read_config(
 ) -> Architecture:
     """Returns the description of the network in a folder's config.json.
 
-    dtype, param_dtype, scan_layers and remat are this package's defaults; config.json has no word
-    for them.
+    dtype, param_dtype, scan_layers and remat have their defaults, since they are not in
+    config.json.
 
     Args:
-      folder: as `hub.resolve` returns it.
-      load_tokenizer: returns a folder's tokenizer, which tells ids that config.json may leave out;
-        without it, or where there is none, they are those of the description by default.
+      folder: as returned by `hub.resolve`.
+      load_tokenizer: returns a folder's tokenizer, for ids that config.json may omit; without it,
+      or
+        if there is none, they have the description's defaults.
     Raises:
-      ValueError: if there is no config.json, it is of an architecture that is not known, or it
-        asks for something that is not implemented.
+      ValueError: if there is no config.json, its architecture is unknown, or it needs something
+      that
+        is not implemented.
     """
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
@@ -78,7 +80,7 @@ def read_config(
 def _missing_token_ids(
     folder: Path, table: Table, raw: dict[str, Any], load_tokenizer: Callable[[Path], Any]
 ) -> dict[str, Any]:
-    """Returns ids that config.json leaves out and the folder's tokenizer has, if there is one."""
+    """Returns the ids that config.json omits and the folder's tokenizer has, if there is one."""
     missing = {key: name for key, name in table.token_ids if raw.get(key) is None}
     if not missing:
         return {}
@@ -101,18 +103,18 @@ def load_params(
 ) -> api.Params:
     """Returns the parameters of a folder, in `config.param_dtype`.
 
-    A host reads only the slices that its own devices need, one leaf after the other. Widening to
-    float32 is exact; narrowing rounds to nearest.
+    A host only reads the slices that its own devices need, one leaf at a time. Conversion to
+    float32 is exact; conversion to bfloat16 rounds to nearest.
 
     Args:
-      folder: as `hub.resolve` returns it.
-      config: the network's description, whose sizes the weights must have; `read_config(folder)`
-        with, say, another dtype.
-      shardings: tree of jax.sharding.Sharding as `sharding.param_shardings` returns it, or None
-        for everything on the default device.
+      folder: as returned by `hub.resolve`.
+      config: the description, which the weights must match; `read_config(folder)`, possibly with
+        another dtype.
+      shardings: a tree of jax.sharding.Sharding as returned by `sharding.param_shardings`, or None
+        for the default device.
     Raises:
-      ValueError: where the weights are not exactly the description's, with every name, the shape
-        found and the shape expected; and as `open_tensors`.
+      ValueError: if the weights do not match the description, with all names and the shapes found
+        and expected; and as `open_tensors`.
     """
     table = _table(config)
     with open_tensors(folder) as tensors:
@@ -128,16 +130,16 @@ def load_shared_params(
     names: Iterable[str],
     shardings: Any = None,
 ) -> dict[str, jax.Array]:
-    """Returns those parameters of a network that a folder has, whose own network is another.
+    """Returns the parameters of a network that it shares with the network of a folder.
 
     Args:
-      folder: as `hub.resolve` returns it.
-      own: the folder's network, as `read_config` returns it.
-      config: the network that is read for: the folder's under another head, or a part of it.
-      names: paths of what to read. The rest of the folder's network is left alone.
-      shardings: as in `load_params`, of the whole network.
+      folder: as returned by `hub.resolve`.
+      own: the folder's network, as returned by `read_config`.
+      config: the network to read for: the folder's with another head, or a part of it.
+      names: the paths of the parameters to read.
+      shardings: as for `load_params`, of the whole network.
     Returns:
-      Path to array.
+      Arrays by path.
     Raises:
       ValueError: as `load_params`.
     """
@@ -159,9 +161,10 @@ def load_shared_params(
 def spare_params(
     folder: str | os.PathLike[str], own: Architecture, config: Architecture
 ) -> set[str]:
-    """Returns the paths of a network's parameters that a folder holds beside its own network's.
+    """Returns the paths of a network's parameters that a folder has in addition to its own
+    network's.
 
-    Files of a masked language model may have the pooler that classification begins with.
+    Files of a masked language model may contain the pooler that a sequence classifier needs.
     """
     table = _table(config)
     used = re.compile("|".join(_patterns(table.rows(own))))
@@ -193,12 +196,12 @@ def read_params(
     Args:
       rows: the table.
       config: the network's description.
-      tensors: those of the network, all of which the table must cover.
-      ignored: patterns of those that it need not.
-      where: what they were read from, for messages.
+      tensors: the tensors of the network, all of which the table must cover.
+      ignored: patterns of tensors that it need not cover.
+      where: the origin of the tensors, for messages.
       shardings: tree of jax.sharding.Sharding, or None for the default device.
     Raises:
-      ValueError: where the tensors are not exactly the description's.
+      ValueError: if the tensors do not match the description.
     """
     leaves = _flatten(api.param_shapes(config))
     check_tensors(rows, leaves, tensors, where, ignored)
@@ -210,12 +213,12 @@ def read_params(
 
 
 def read_leaf(row: Row, leaf: Any, tensors: Tensors, sharding: Any = None) -> jax.Array:
-    """Returns one leaf on the devices, of which this host reads what its own devices need.
+    """Returns one leaf on the devices; this host reads what its own devices need.
 
     Args:
-      row: where it is.
+      row: its row of the table.
       leaf: its shape and dtype.
-      sharding: where it goes; None for the default device.
+      sharding: its sharding; None for the default device.
     """
     if sharding is None:
         whole = (slice(None),) * len(leaf.shape)
@@ -231,8 +234,8 @@ def read_leaf(row: Row, leaf: Any, tensors: Tensors, sharding: Any = None) -> ja
             return read[key]
 
         array = jax.make_array_from_callback(leaf.shape, sharding, slice_of_leaf)
-    # A transfer is asynchronous and keeps its source alive: wait, so that one leaf at a time is on
-    # the host.
+    # A transfer is asynchronous and keeps its source alive: wait, so that only one leaf is on the
+    # host.
     return jax.block_until_ready(array)
 
 
@@ -256,21 +259,22 @@ def save_params(
 ) -> None:
     """Writes a folder that transformers loads: weights, config.json, generation_config.json.
 
-    It appears under its name only when it is whole. With several processes all must call this:
-    leaves are gathered one at a time, and process 0 writes.
+    The folder is written atomically. All processes must call this: leaves are gathered one at a
+    time, and process 0 writes.
 
     Args:
-      folder: where to.
+      folder: the folder to write.
       config: the network's description.
       params: its parameters, sharded or not.
-      dtype: float32 or bfloat16, of the weights in the file.
-      max_shard_bytes: largest file of weights; about this much is held in memory, and one leaf.
-      tokenizer: something with save(folder), whose files are added.
+      dtype: the dtype of the weights in the file, float32 or bfloat16.
+      max_shard_bytes: the largest size of a file of weights; about this much and one leaf are held
+        in memory.
+      tokenizer: an object with save(folder), whose files are added.
       generation: further keys of generation_config.json, such as {"num_beams": 4}.
-      overwrite: replace a model that is there.
+      overwrite: replace an existing model.
     Raises:
-      ValueError: if the folder is not empty, or cannot be written; if parameters are missing,
-        mis-shaped, or not covered by the family's table; for another dtype.
+      ValueError: if the folder is not empty or cannot be written; if parameters are missing, have
+        other shapes or are not covered by the family's table; for another dtype.
     """
     folder = Path(folder).absolute()
     check_dtype(dtype, "dtype")
@@ -300,14 +304,14 @@ def save_params(
     if jax.process_index() == 0:
         write_whole(folder, write)
     else:
-        for _ in tensors:  # Takes part in gathering each leaf.
+        for _ in tensors:  # All processes take part in gathering a leaf.
             pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_params")
 
 
 def _token_ids(config: Architecture) -> dict[str, Any]:
-    """Returns what generation_config.json says of a network that writes."""
+    """Returns the content of generation_config.json for a network with a decoder."""
     if config.kind == "encoder":
         return {}
     ends = list(config.end_token_ids)

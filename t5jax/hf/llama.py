@@ -1,7 +1,8 @@
-"""Llama in Hugging Face's format; its table and keys are those of Qwen 3 and Gemma too.
+"""Llama in Hugging Face's format; several other families use its table and keys.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/llama`). Their heads are turned
-by halves, as ours are: the hub's files are permuted against Meta's own, and need no permutation.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/llama`). They apply
+rotary embeddings to the halves of a head, as we do; the files on the Hub are already permuted for
+it.
 
 Axes: v vocab, d model, h heads, k head dim, f mlp.
 """
@@ -15,7 +16,7 @@ from t5jax.hf.mapping import Key, Rearrange, Row, Table, Tensors, check_required
 
 _HEAD = "lm_head.weight"
 
-# Our norms to theirs; of Gemma, which has one behind attention, there are other names.
+# Our names of norms to theirs; Gemma, which also has one after attention, uses other names.
 _NORMS = {
     "pre_attention_norm": "input_layernorm",
     "pre_mlp_norm": "post_attention_layernorm",
@@ -29,7 +30,7 @@ def rows(config: GPTConfig, norms: dict[str, str] = _NORMS) -> list[Row]:
     """Returns the table of a model with Llama's names.
 
     Args:
-      norms: names of a layer's norms, ours to theirs.
+      norms: our names of a layer's norms to theirs.
     """
     table = [
         Row(
@@ -74,7 +75,7 @@ def rows(config: GPTConfig, norms: dict[str, str] = _NORMS) -> list[Row]:
 
 # --- config.json --------------------------------------------------------------------------------
 
-# Key to field of `GPTConfig`, with the same meaning.
+# Keys and the fields of `GPTConfig` with the same meaning.
 _SHAPE = {
     "vocab_size": "vocab_size",
     "hidden_size": "d_model",
@@ -91,7 +92,7 @@ _SHAPE = {
     "tie_word_embeddings": "tie_word_embeddings",
 }
 
-# What transformers takes where a key of a Llama is absent.
+# The defaults of transformers.
 _KEYS = {
     "vocab_size": Key(int, 32000),
     "hidden_size": Key(int, 4096),
@@ -108,7 +109,7 @@ _KEYS = {
     "tie_word_embeddings": Key(bool, False),
 }
 
-# Keys whose other values mean a network that is not built here, whatever the family.
+# Keys for which other values mean a network that is not implemented here, in all families.
 REQUIRED = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -118,7 +119,7 @@ REQUIRED = {
 
 
 def keys(**defaults: Any) -> dict[str, Key]:
-    """Returns the keys that all families with Llama's names have, with other defaults."""
+    """Returns the keys of all families with Llama's names, with other defaults."""
     return _KEYS | {name: Key(_KEYS[name].kind, value) for name, value in defaults.items()}
 
 
@@ -128,13 +129,13 @@ def read_shape(
     required: dict[str, tuple[Any, ...]],
     harmless: tuple[str, ...] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the values of the known keys, and of them the fields that all families have.
+    """Returns the values of the known keys, and the fields that all families have.
 
     Args:
       raw: config.json.
       known: `keys(...)` and those of the family.
-      required: as of `check_required`, beside those of all families.
-      harmless: keys that are read elsewhere, or change nothing.
+      required: as for `check_required`, in addition to those of all families.
+      harmless: keys that are read elsewhere or have no effect.
     """
     required = REQUIRED | required
     check_required(raw, required)
@@ -162,10 +163,10 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     known = keys() | {"mlp_bias": Key(bool, False)}
-    # pretraining_tp: in how many parts transformers 4 multiplied.
+    # pretraining_tp: the number of parts of a product in transformers 4.
     values, fields = read_shape(raw, known, {"hidden_act": ("silu",)}, ("pretraining_tp",))
     return GPTConfig(
         family="llama",
@@ -180,7 +181,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
 def write_config(config: GPTConfig) -> dict[str, Any]:
     """Returns config.json, without the dtype of the weights.
 
-    Warns of what other readers compute differently.
+    Warns if other readers compute something different.
     """
     if config.num_heads * config.head_dim != config.d_model:
         warnings.warn(
@@ -198,7 +199,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-# In files of 2023: what the positions are computed from.
+# Files from 2023 contain the wavelengths of rotary embeddings.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 TABLE = Table(

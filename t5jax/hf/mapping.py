@@ -1,11 +1,11 @@
 """The mapping between our parameters and a Hugging Face checkpoint: one table for both directions.
 
-A family of models, a file of this folder, is a table of `Row`s and a translation of config.json.
-A row pairs one leaf of our tree with one tensor of theirs, or with one tensor a layer, since our
-layers are stacked on a leading axis. Every conversion moves numbers and computes none, so that a
-round trip is exact. What no row covers is an error, never left out.
+Each family has a file in this folder, with a table of `Row`s and a translation of config.json. A
+row pairs one leaf of our tree with one tensor of theirs, or with one tensor per layer, since our
+layers are stacked on a leading axis. Conversions only move numbers, so that a round trip is exact.
+A leaf or tensor that no row covers is an error.
 
-Layouts are spelled as the einops library spells them.
+Layouts are written as in the einops library.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Tensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As safetensors names it: F32, BF16, I8."""
+        """In the notation of safetensors: F32, BF16, I8."""
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
@@ -39,23 +39,23 @@ Index = tuple[slice, ...]
 
 
 class View(Protocol):
-    """How one tensor of theirs is laid out in ours. Both directions are exact."""
+    """The layout of one tensor of theirs in ours. Both directions are exact."""
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of theirs for `shape`, that of ours."""
+        """Returns the shape of theirs for the shape of ours."""
 
     def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns ours[index], where ours has `shape`, reading little more than it needs."""
+        """Returns ours[index], where ours has `shape`, and reads as little as possible."""
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Returns theirs, contiguous, or that part of theirs which is ours."""
+        """Returns theirs, contiguous, or the part of theirs that corresponds to ours."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rearrange:
     """Splits and reorders axes: "(h k) d -> d h k" has theirs on the left and ours on the right.
 
-    Sizes come from ours, which has every axis apart.
+    Sizes are those of ours, in which all axes are separate.
     """
 
     pattern: str
@@ -73,7 +73,7 @@ class Rearrange:
         return self.pattern.split("->")[1].split()
 
     def _order(self) -> list[int]:
-        """For each axis of ours, its place among the axes of theirs after splitting."""
+        """For each axis of ours, its index among the axes of theirs after splitting."""
         split = [name for group in self._groups for name in group]
         assert sorted(split) == sorted(self._ours), self.pattern
         return [split.index(name) for name in self._ours]
@@ -85,8 +85,8 @@ class Rearrange:
     def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
         size = dict(zip(self._ours, shape, strict=True))
         span = dict(zip(self._ours, index, strict=True))
-        # A slice of a merged axis is contiguous in its first part; of the other parts all is read
-        # and the rest dropped. Heads come first, so splitting by heads reads nothing twice.
+        # A slice of a merged axis is contiguous in its first part; other parts are read completely
+        # and sliced afterwards. Heads come first, so sharding by heads reads nothing twice.
         theirs, split, rest = [], [], []
         for first, *others in self._groups:
             width = math.prod(size[name] for name in others)
@@ -102,19 +102,19 @@ class Rearrange:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One of equal parts that a tensor of theirs has along an axis, such as joined queries.
+    """One of several equal parts of a tensor along an axis, such as queries joined with keys.
 
-    The rows of all parts name the same tensor and follow one another in the table, in order.
+    The rows of all parts name the same tensor and are consecutive and in order in the table.
     """
 
     view: Rearrange
     """The layout of this part."""
     axis: int
-    """Along which theirs is divided."""
+    """The axis along which theirs is divided."""
     place: int
-    """Which part this is, from 0."""
+    """The index of this part, from 0."""
     count: int
-    """How many there are."""
+    """The number of parts."""
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         theirs = list(self.view.their_shape(shape))
@@ -131,7 +131,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Moved:
-    """A tensor that is indexed as if it began at `start` along an axis."""
+    """A tensor whose indices along an axis begin at `start`."""
 
     tensor: Tensor
     axis: int
@@ -154,39 +154,41 @@ class _Moved:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One leaf of ours and what it is called in a checkpoint of theirs."""
+    """One leaf of ours and its name in a checkpoint of theirs."""
 
     ours: str
-    """Path, such as "encoder/layers/mlp/wo/kernel"."""
+    """The path, such as "encoder/layers/mlp/wo/kernel"."""
     theirs: str
-    """Name; with "{layer}" in it, one tensor for each entry of our leading axis."""
+    """The name; if it contains "{layer}", one tensor for each entry of our leading axis."""
     view: View
     aliases: tuple[str, ...] = ()
-    """Other names that one unstacked tensor may have, instead or besides; all must be equal."""
+    """Other names of an unstacked tensor, which may occur instead or additionally; all must be
+    equal."""
     copies: tuple[str, ...] = ()
-    """Names that it is written under besides."""
+    """Additional names under which it is written."""
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.theirs
 
     def their_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Returns name to shape of theirs for our leaf of `shape`, in the order of layers."""
+        """Returns the names and shapes of theirs for our leaf of `shape`, in the order of
+        layers."""
         if not self.stacked:
             return {self.theirs: self.view.their_shape(shape)}
         each = self.view.their_shape(shape[1:])
         return {self.theirs.format(layer=layer): each for layer in range(shape[0])}
 
     def present(self, name: str, tensors: Tensors) -> list[str]:
-        """Returns which of `name` and the aliases there are."""
+        """Returns which of `name` and the aliases are present."""
         return [n for n in (name, *self.aliases) if n in tensors]
 
     def read(self, leaf: Any, index: Index, tensors: Tensors) -> np.ndarray:
         """Returns `index` of our leaf, in its dtype, with one layer of theirs in memory at a time.
 
         Args:
-          leaf: shape and dtype of the whole leaf.
-          index: a slice for each dimension of it.
+          leaf: the shape and dtype of the whole leaf.
+          index: a slice for each of its dimensions.
         """
         spans = tuple(
             slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True)
@@ -203,7 +205,7 @@ class Row:
         return out
 
     def write(self, ours: np.ndarray, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields name and tensor of theirs, in `dtype`, one layer after the other."""
+        """Yields names and tensors of theirs, in `dtype`, one layer at a time."""
         layers = ours if self.stacked else [ours]
         for layer, x in enumerate(layers):
             theirs = self.view.to_theirs(x.astype(dtype, copy=False))
@@ -213,24 +215,24 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Everything that a family's checkpoints need to be read and written."""
+    """Everything that is needed to read and write a family's checkpoints."""
 
     model_types: tuple[str, ...]
     """model_type in config.json."""
     architectures: tuple[str, ...]
-    """Classes of transformers, in config.json, whose checkpoints hold the whole network."""
+    """The architectures in config.json whose checkpoints contain the whole network."""
     read_config: Callable[[dict[str, Any], Tensors], Architecture]
-    """From config.json; the tensors are there for what only they tell."""
+    """Takes config.json, and the tensors for what is not in it."""
     write_config: Callable[[Any], dict[str, Any]]
-    """From the family's description to config.json."""
+    """Takes the family's description and returns config.json."""
     rows: Callable[[Any], list[Row]]
-    """The table of a description."""
+    """Returns the rows for a description."""
     ignored: tuple[str, ...] = ()
-    """Patterns of tensors in published checkpoints that the network never uses."""
+    """Patterns of tensors in published checkpoints that the network does not use."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Pattern and replacement, as of re.sub, from names in some files to those of the table."""
+    """Patterns and replacements, for re.sub, from names in some files to those of the table."""
     token_ids: tuple[tuple[str, str], ...] = ()
-    """Keys that config.json may leave out, and what `t5jax.tokenizers.Tokenizer` calls them."""
+    """Keys that config.json may omit, and their attributes of `t5jax.tokenizers.Tokenizer`."""
 
     def rename(self, tensors: Tensors) -> Tensors:
         """Returns the tensors of a file under the names of the table."""
@@ -239,7 +241,7 @@ class Table:
             new = name
             for pattern, replacement in self.renames:
                 new = re.sub(pattern, replacement, new)
-            # What would take the place of another tensor stays, and is reported as unexpected.
+            # A name that would replace another tensor is kept and reported as unexpected.
             renamed[name if new in tensors else new] = tensor
         return renamed
 
@@ -247,10 +249,10 @@ class Table:
 def write_rows(
     rows: Iterable[Row], leaf: Callable[[str], np.ndarray], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and tensor of theirs, in `dtype`; the parts of one tensor are joined.
+    """Yields names and tensors of theirs, in `dtype`; the parts of a tensor are joined.
 
     Args:
-      leaf: returns one of ours by its path. One is held at a time, or all parts of one tensor.
+      leaf: returns one of ours by path; called for one tensor or its parts at a time.
     """
     for _, group in itertools.groupby(rows, key=lambda row: row.theirs):
         parts = list(group)
@@ -272,8 +274,8 @@ def check_leaves(rows: list[Row], shapes: Mapping[str, Any], params: Mapping[str
     """Raises ValueError unless rows, the network's leaves and `params` are the same set of leaves.
 
     Args:
-      shapes: path to what the network has, with .shape.
-      params: path to array.
+      shapes: the network's leaves by path, with .shape.
+      params: arrays by path.
     """
     covered = {row.ours for row in rows}
     assert covered == set(shapes), sorted(covered ^ set(shapes))
@@ -300,13 +302,13 @@ def check_tensors(
 ) -> None:
     """Raises ValueError unless the tensors are exactly those that the table expects.
 
-    Lists every tensor that is missing, unexpected, of another shape or not of floats, and every
-    alias that holds something else than its tensor.
+    The error lists all tensors that are missing or unexpected or have other shapes or dtypes, and
+    all aliases that differ from their tensor.
 
     Args:
-      shapes: path to what the network has, with .shape.
-      where: what the tensors were read from, for the message.
-      ignored: patterns, for re.fullmatch, of tensors that may be there besides.
+      shapes: the network's leaves by path, with .shape.
+      where: the origin of the tensors, for the message.
+      ignored: patterns, for re.fullmatch, of additional tensors that are allowed.
     """
     covered = {row.ours for row in rows}
     assert covered == set(shapes), sorted(covered ^ set(shapes))
@@ -314,7 +316,7 @@ def check_tensors(
     missing, misshaped, not_floats, different = [], [], [], []
     for row in rows:
         for name, shape in row.their_shapes(shapes[row.ours].shape).items():
-            if name in known:  # Another part of it was ours already.
+            if name in known:  # Another part of it has been seen already.
                 continue
             known.update((name, *row.aliases))
             present = row.present(name, tensors)
@@ -357,7 +359,7 @@ def _raise_problems(what: str, noun: str, problems: Mapping[str, list[tuple[str,
 
 
 def _merge_layers(listed: Iterable[tuple[str, Any]]) -> list[str]:
-    """Returns "name detail" lines; names that differ in their layer alone share one."""
+    """Returns "name detail" lines; names that only differ in their layer share one."""
     layers: dict[tuple[str, str], list[int]] = {}
     for name, detail in listed:
         match = re.search(r"(?<=\.)\d+(?=\.)|(?<=/layers_)\d+(?=/)", name)
@@ -381,7 +383,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Returns whether two tensors are equal bit for bit, with a few rows in memory at a time."""
+    """Returns whether two tensors are bitwise equal, with a few rows in memory at a time."""
     if a is b:
         return True
     if tuple(a.shape) != tuple(b.shape) or a.dtype != b.dtype:
@@ -390,7 +392,7 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     inner = (slice(None),) * (len(a.shape) - 1)
     for start in range(0, a.shape[0], rows):
         index = (slice(start, min(start + rows, a.shape[0])), *inner)
-        # Bytes, so that a NaN equals itself.
+        # As bytes, so that a NaN equals itself.
         if a[index].tobytes() != b[index].tobytes():
             return False
     return True
@@ -398,8 +400,8 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 # --- config.json --------------------------------------------------------------------------------
 
-# Keys of any config.json that say nothing about the network: where a file comes from, what its
-# training and its former users set, labels of other heads, defaults of generation.
+# Keys of any config.json that do not affect the network: the origin of a file, settings of training
+# and of former users, labels of other heads, defaults of generation.
 BOOKKEEPING = frozenset(
     re.findall(
         r"\w+",
@@ -425,22 +427,22 @@ class Key:
     """A key of config.json that is read."""
 
     kind: type
-    """Of its value; an int does for a float."""
+    """The type of its value; an int is accepted for a float."""
     default: Any = None
-    """What its absence means: what transformers takes."""
+    """Its value if it is absent, as in transformers."""
     may_be_null: bool = False
-    """Whether null is a value of its own; else it means absence too."""
+    """Whether null is a value; otherwise it means that the key is absent."""
 
 
 def read_keys(
     raw: Mapping[str, Any], keys: Mapping[str, Key], harmless: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Returns the values of the keys, of their type or None.
+    """Returns the values of the keys, which have their type or are None.
 
     Args:
-      harmless: further keys that may be there and change nothing.
+      harmless: further keys that are allowed and have no effect.
     Raises:
-      ValueError: for a value of another type.
+      ValueError: if a value has another type.
     """
     warn_unknown(raw, (*keys, *harmless))
     values = {}
@@ -459,10 +461,10 @@ def read_keys(
 
 
 def check_required(given: Mapping[str, Any], required: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ValueError for a key whose value means a network that is not built here.
+    """Raises ValueError for a key whose value means a network that is not implemented here.
 
     Args:
-      required: key to the values that it may have; none at all where any would be another network.
+      required: the allowed values of each key; none if the key must be absent.
     """
     for key, allowed in required.items():
         if given.get(key) is not None and given[key] not in allowed:
@@ -473,7 +475,7 @@ def check_required(given: Mapping[str, Any], required: Mapping[str, tuple[Any, .
 
 
 def warn_unknown(raw: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Warns, in one line, of keys of config.json that nothing here reads or knows as harmless."""
+    """Warns about keys of config.json that are neither read nor known to be harmless."""
     unknown = sorted(set(raw) - set(known) - BOOKKEEPING)
     if unknown:
         warnings.warn(

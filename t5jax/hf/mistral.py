@@ -1,6 +1,6 @@
-"""Mistral in Hugging Face's format: Llama's names, and a window that all layers have, or none.
+"""Mistral in Hugging Face's format: Llama's names, and optionally a window in all layers.
 
-Source: the checkpoints on the hub and transformers 5 (`models/mistral`).
+Source: the checkpoints on the Hub and transformers 5 (`models/mistral`).
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     values, fields = llama.read_shape(raw, _KEYS, _REQUIRED)
     window = values["sliding_window"]

@@ -1,6 +1,6 @@
 """Qwen 3 in Hugging Face's format: Llama's names, and norms of queries and keys.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/qwen3`).
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/qwen3`).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     values, fields = llama.read_shape(raw, _KEYS, {"hidden_act": ("silu",)}, ("layer_types",))
     num_layers, window = fields["num_layers"], None
@@ -56,7 +56,7 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "use_sliding_window": any(local),
         "sliding_window": config.sliding_window,
-        # layer_types says it again, for any pattern.
+        # layer_types also represents other patterns.
         "max_window_layers": local.index(True) if any(local) else config.num_layers,
         "layer_types": windows.write_layer_types(config),
         **llama.write_shape(config),

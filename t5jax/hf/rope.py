@@ -1,8 +1,8 @@
-"""Rotary positions in config.json, in both of transformers' spellings.
+"""Rotary embeddings in config.json, in the formats of both versions of transformers.
 
-Version 4 has rope_theta, rope_scaling, and where local layers turn otherwise rope_local_base_freq
-for these, whose positions are never scaled. Version 5 has all of it in rope_parameters, then one
-for each kind of layer. Both are written, and where both are found they must agree.
+Version 4 has rope_theta, rope_scaling and, if local layers differ, rope_local_base_freq for these,
+which are never scaled. Version 5 has all of these in rope_parameters, possibly for each kind of
+layer. Both formats are written; if both are found, they must agree.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 LOCAL_KEY = "rope_local_base_freq"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
-# rope_type: key of theirs to field of ours.
+# For each rope_type, their keys and our fields.
 _SCALINGS = {
     "default": {},
     "linear": {"factor": "rope_scaling_factor"},
@@ -34,11 +34,11 @@ def read_rope(
 
     Args:
       raw: config.json.
-      theta: what transformers takes where rope_theta is absent.
-      local_theta: the same of local layers, for a family where they turn otherwise.
+      theta: the default of rope_theta in transformers.
+      local_theta: the same for local layers, in families in which they differ.
     Raises:
-      ValueError: for a scaling that is not implemented, values that are no numbers, or two
-        spellings that disagree.
+      ValueError: if a scaling is not implemented, a value is not a number, or the two formats
+        disagree.
     """
     theta, old = raw.get("rope_theta") or theta, raw.get("rope_scaling")
     local = raw.get(LOCAL_KEY) or local_theta
@@ -72,7 +72,7 @@ def read_rope(
 
 
 def _read(spelling: dict[str, Any], name: str, theta: float) -> dict[str, Any]:
-    """Returns the fields of one spelling, all of them, so that two can be compared."""
+    """Returns all fields in one format, so that two can be compared."""
     if not isinstance(spelling, dict):
         raise ValueError(f"config.json: {name} is {spelling!r}; expected an object, or null")
     kind = spelling.get("rope_type", spelling.get("type", "default"))
@@ -105,10 +105,10 @@ def _read(spelling: dict[str, Any], name: str, theta: float) -> dict[str, Any]:
 
 
 def write_rope(config: GPTConfig, *, local_theta: float | None = None) -> dict[str, Any]:
-    """Returns the keys of config.json, in both spellings.
+    """Returns the keys of config.json, in both formats.
 
     Args:
-      local_theta: of local layers, for a family where they turn otherwise.
+      local_theta: the base in local layers, in families in which they differ.
     """
     kind = _TYPE_OF[config.rope_scaling]
     scaling = {key: getattr(config, field) for key, field in _SCALINGS[kind].items()}

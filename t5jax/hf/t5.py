@@ -1,6 +1,6 @@
 """The T5 family in Hugging Face's format: T5 1.0, 1.1, LM-adapted, FLAN, mT5, UMT5, ByT5, UL2.
 
-Whole, or the encoder alone. Source: the checkpoints on the hub and transformers 4 and 5
+Complete models or only their encoders. Source: the checkpoints on the Hub and transformers 4 and 5
 (`models/t5`, `mt5`, `umt5`). Where the two differ, comments say how.
 
 Axes: v vocab, d model, h heads, k head dim, f mlp, n buckets.
@@ -42,7 +42,7 @@ def rows(config: T5Config) -> list[Row]:
             Rearrange("v d -> v d"),
             aliases=_EMBEDDING_ALIASES + ((head,) if head else ()),
             # A tied head whose input is not scaled: transformers 4 and CTranslate2 scale it
-            # wherever config.json says tied, so it is written as a head of its own.
+            # whenever config.json says that it is tied, so it is written as a separate head.
             copies=(head,) if head and not config.scale_decoder_outputs else (),
         )
     ]
@@ -56,7 +56,7 @@ def rows(config: T5Config) -> list[Row]:
 
 
 def _stack(stack: str, config: T5Config, attentions: dict[str, str]) -> list[Row]:
-    """The rows of encoder or decoder; `attentions` maps our name to theirs, in their order."""
+    """Returns the rows of a stack; `attentions` maps our names to theirs, in their order."""
     ours, theirs = f"{stack}/layers", f"{stack}.block.{{layer}}.layer"
     scale = Rearrange("d -> d")
     table = []
@@ -82,7 +82,7 @@ def _stack(stack: str, config: T5Config, attentions: dict[str, str]) -> list[Row
     bias = f"{theirs}.0.SelfAttention.relative_attention_bias.weight"
     if config.per_layer_relative_bias:
         table.append(Row(f"{ours}/relative_bias/embedding", bias, Rearrange("n h -> h n")))
-    else:  # The first block keeps the table of the whole stack.
+    else:  # The table of the stack is in its first block.
         bias = bias.format(layer=0)
         table.append(Row(f"{stack}/relative_bias/embedding", bias, Rearrange("n h -> h n")))
     return table
@@ -90,7 +90,7 @@ def _stack(stack: str, config: T5Config, attentions: dict[str, str]) -> list[Row
 
 # --- config.json --------------------------------------------------------------------------------
 
-# What a key means where it is absent: transformers' own defaults. The key's type is its value's.
+# The defaults of transformers; the type of a key is that of its default.
 _DEFAULTS = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -121,7 +121,7 @@ _DEFAULTS_OF = {
     "umt5": _DEFAULTS | _MULTILINGUAL,
 }
 
-# Names that transformers reads as others.
+# Other names of keys that transformers accepts.
 _SYNONYMS = {
     "hidden_size": "d_model",
     "num_attention_heads": "num_heads",
@@ -129,7 +129,7 @@ _SYNONYMS = {
     "head_dim": "d_kv",
 }
 
-# feed_forward_proj: (ours, names of the inner function, the one we write first).
+# feed_forward_proj: (ours, names of the inner function, of which the first is written).
 _ACTIVATIONS: dict[str, tuple[MlpActivation, tuple[str, ...]]] = {
     "relu": ("relu", ("relu",)),
     "gated-gelu": ("gated-gelu", ("gelu_new",)),
@@ -138,7 +138,7 @@ _ACTIVATIONS: dict[str, tuple[MlpActivation, tuple[str, ...]]] = {
     "gated-swish": ("gated-silu", ("silu", "swish")),
 }
 
-# Keys whose other values mean a network that is not built here.
+# Keys for which other values mean a network that is not implemented here.
 _REQUIRED = {
     "is_encoder_decoder": (True,),
     "is_decoder": (False,),
@@ -147,10 +147,10 @@ _REQUIRED = {
     "quantization_config": (),
 }
 
-# Classes of the encoder alone, whose config.json often is that of the whole model.
+# Classes of encoders, whose config.json often is that of the complete model.
 _ENCODERS = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 
-# T5 1.0's former input limit, which its network never had, and dropout before a classifier.
+# A former limit of T5 1.0's inputs, which the network does not have; dropout of a classifier.
 _HARMLESS = ("n_positions", "classifier_dropout", "add_cross_attention")
 
 _OPTIONAL = (
@@ -168,16 +168,16 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
     Args:
       raw: config.json, with a model_type of the family.
       tensors: the checkpoint's, or none. transformers 5 writes tie_word_embeddings true for every
-        T5, so only they tell whether the head is a matrix of its own.
+        T5, so only the tensors show whether the head is a separate matrix.
     Raises:
-      ValueError: for a value that is not implemented here, or not of the key's type.
+      ValueError: if a value is not implemented here, or has another type than its key.
     """
     raw = {_SYNONYMS.get(key, key): value for key, value in raw.items()}
     defaults = _DEFAULTS_OF[raw["model_type"]]
     warn_unknown(raw, (*defaults, *_REQUIRED, *_HARMLESS, *_OPTIONAL))
     given = {key: value for key, value in raw.items() if value is not None}
     if any(name in _ENCODERS for name in raw.get("architectures") or ()):
-        # Whatever it says of a decoder.
+        # Regardless of what it says about a decoder.
         given |= {"is_encoder_decoder": True, "num_decoder_layers": 0}
         given |= {"tie_word_embeddings": False, "scale_decoder_outputs": False}
     elif given.get("num_decoder_layers") == 0:
@@ -194,8 +194,8 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
     values.setdefault("num_decoder_layers", values["num_layers"])
     values.setdefault("decoder_start_token_id", values["pad_token_id"])
     tied = values["tie_word_embeddings"]
-    # transformers 4 derives the scaling from the tying. mT5 and UMT5 were trained without scaling;
-    # transformers 5.23 scales UMT5 all the same, whatever config.json says.
+    # transformers 4 scales if embeddings are tied. mT5 and UMT5 were trained without scaling;
+    # transformers 5.23 still scales UMT5, regardless of config.json.
     values.setdefault("scale_decoder_outputs", tied and raw["model_type"] == "t5")
     _check_types(values, defaults)
 
@@ -261,7 +261,8 @@ def _read_activation(values: dict[str, Any]) -> MlpActivation:
 def write_config(config: T5Config) -> dict[str, Any]:
     """Returns config.json, without the dtype of the weights.
 
-    mT5 is written as T5, whose network it is. Warns of what other readers compute differently.
+    mT5 is written as T5, which is the same network. Warns if other readers compute something
+    different.
     """
     if config.scale_decoder_outputs and not config.tie_word_embeddings:
         warnings.warn(
@@ -271,8 +272,8 @@ def write_config(config: T5Config) -> dict[str, Any]:
         )
     umt5, is_encoder = config.per_layer_relative_bias, config.kind == "encoder"
     functions = _ACTIVATIONS[config.mlp_activation][1]
-    # As `rows` writes a tied head that is not scaled.
-    # An encoder's own embedding is tied to the model's.
+    # `rows` writes a tied head that is not scaled as a separate one. An encoder's embedding is tied
+    # to the model's.
     tied = is_encoder or (config.tie_word_embeddings and config.scale_decoder_outputs)
     kind = "EncoderModel" if is_encoder else "ForConditionalGeneration"
     return {
@@ -311,12 +312,12 @@ TABLE = Table(
         "T5ForConditionalGeneration",
         "MT5ForConditionalGeneration",
         "UMT5ForConditionalGeneration",
-        "T5WithLMHeadModel",  # What T5ForConditionalGeneration was called in 2019.
+        "T5WithLMHeadModel",  # The name of T5ForConditionalGeneration in 2019.
         *_ENCODERS,
     ),
     read_config=read_config,
     write_config=write_config,
     rows=rows,
-    # In T5 1.0's published files: a bias of cross-attention, which has none.
+    # T5 1.0's published files have a position bias for cross-attention, which is not used.
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )

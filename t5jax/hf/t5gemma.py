@@ -1,8 +1,8 @@
 """T5Gemma in Hugging Face's format.
 
-Source: the checkpoints on the hub and transformers 4 and 5 (`models/t5gemma`). Encoder and decoder
-are a Gemma 2 each, in config.json and in the names of tensors, and read and written as such
-(`t5jax/hf/gemma2.py`). What this package has once for both, must be the same in both.
+Source: the checkpoints on the Hub and transformers 4 and 5 (`models/t5gemma`). Encoder and decoder
+are each a Gemma 2, in config.json and in the names of tensors, and are read and written as such
+(`t5jax/hf/gemma2.py`). Fields that `T5GemmaConfig` has only once must be the same in both.
 
 Axes: d model, s encoder's model, h heads, k head dim, v vocab.
 """
@@ -50,7 +50,7 @@ def rows(config: T5GemmaConfig) -> list[Row]:
 
 
 def _stack(side: str, config: GPTConfig) -> list[Row]:
-    """Returns the rows of what one side has of Gemma 2: all but its head."""
+    """Returns the rows of one stack, which are those of Gemma 2 without its head."""
     tied = dataclasses.replace(config, tie_word_embeddings=True)
     return [
         dataclasses.replace(
@@ -68,19 +68,19 @@ def _stack(side: str, config: GPTConfig) -> list[Row]:
 _KEYS = {"dropout_rate": Key(float, 0.0), "tie_word_embeddings": Key(bool, True)}
 _REQUIRED = {"is_encoder_decoder": (True,), "pruned_heads": ({},), "quantization_config": ()}
 
-# Read elsewhere, of other heads, or told by encoder and decoder; attention_dropout is a second rate
-# of training, for which there is one here.
+# Keys that are read elsewhere, belong to other heads, or repeat those of the stacks;
+# attention_dropout is a second rate, where we have one.
 _HARMLESS = (
     *("encoder", "decoder", *tokens.KEYS, "decoder_start_token_id"),
     *("attention_dropout", "classifier_dropout_rate", "initializer_range", "vocab_size"),
 )
-# Keys of either side that transformers overwrites by those around them.
+# Keys of a stack that transformers overwrites with those of the whole model.
 _OVERWRITTEN = (
     *("is_decoder", "dropout_rate", "attention_dropout", "cross_attention_hidden_size"),
     "tie_word_embeddings",
 )
 
-# Fields of either side's `GPTConfig`, and what they are in `T5GemmaConfig`.
+# Fields of the `GPTConfig` of a stack, and those of `T5GemmaConfig`.
 _SHAPE = {
     "d_model": ("d_model", "decoder_d_model"),
     "d_ff": ("d_ff", "decoder_d_ff"),
@@ -89,7 +89,7 @@ _SHAPE = {
     "num_kv_heads": ("num_kv_heads", "decoder_num_kv_heads"),
     "head_dim": ("head_dim", "decoder_head_dim"),
 }
-# Fields that both have to agree in, and their keys.
+# Fields that must be the same in both stacks, and their keys.
 _SHARED = {
     "vocab_size": "vocab_size",
     "max_positions": "max_position_embeddings",
@@ -105,8 +105,8 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> T5GemmaConfig:
     """Returns the description of the network in config.json.
 
     Raises:
-      ValueError: for a value that is not implemented here, not of the key's type, or another in the
-        encoder than in the decoder where this package has one for both.
+      ValueError: if a value is not implemented here, has another type than its key, or differs
+        between the stacks although there is only one field for both.
     """
     check_required(raw, _REQUIRED)
     values = read_keys(raw, _KEYS, (*_REQUIRED, *_HARMLESS))
@@ -154,7 +154,7 @@ def _same(key: str, encoder: Any, decoder: Any) -> Any:
 
 
 def _read_layers(encoder: GPTConfig, decoder: GPTConfig) -> dict[str, Any]:
-    """Returns layer_pattern and sliding_window: the longer side's, which the other begins with."""
+    """Returns layer_pattern and sliding_window of the deeper stack; the other one must match it."""
     short, long = sorted((encoder, decoder), key=lambda config: config.num_layers)
     pattern = long.layer_pattern
     expected = [pattern[i % len(pattern)] == "local" for i in range(short.num_layers)]
@@ -170,7 +170,7 @@ def _read_layers(encoder: GPTConfig, decoder: GPTConfig) -> dict[str, Any]:
 
 
 def _read_scalar(encoder: GPTConfig, decoder: GPTConfig) -> int | None:
-    """Returns query_pre_attention_scalar: None where either side's is its head_dim."""
+    """Returns query_pre_attention_scalar, or None if it is the head_dim in both stacks."""
     given = [side.query_pre_attention_scalar for side in (encoder, decoder)]
     if given == [None, None]:
         return None
@@ -181,14 +181,14 @@ def _read_scalar(encoder: GPTConfig, decoder: GPTConfig) -> int | None:
 
 
 def _read_token_ids(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that are token ids: the decoder's, unless others are around it."""
+    """Returns the fields that are token ids: the decoder's, unless the whole model has others."""
     outer = {key: raw[key] for key in tokens.KEYS if raw.get(key) is not None}
     default = {"bos": 2, "eos": 1, "pad": 0}
     fields, inner, encoder = (
         tokens.read_token_ids(keys, **default)
         for keys in (raw["decoder"] | outer, raw["decoder"], raw["encoder"])
     )
-    # transformers trains with the decoder's own, and writes with what is around it.
+    # transformers trains with the decoder's own ids, and generates with those of the whole model.
     start = raw.get("decoder_start_token_id", fields["decoder_start_token_id"])
     for key, found, expected in (
         ("bos_token_id", inner["decoder_start_token_id"], start),
@@ -228,7 +228,7 @@ def write_config(config: T5GemmaConfig) -> dict[str, Any]:
 def _write_side(config: T5GemmaConfig, side: GPTConfig) -> dict[str, Any]:
     keys = gemma2.write_config(side) | {
         "model_type": "t5_gemma_module",
-        # Without local layers too, theirs computes a mask for them.
+        # transformers computes a mask for local layers even if there are none.
         "sliding_window": config.sliding_window or config.max_positions,
     }
     for key in ("architectures", "hidden_act", "use_bidirectional_attention"):

@@ -1,8 +1,9 @@
 """The special tokens in a decoder-only model's config.json.
 
-Ours begin with decoder_start_token_id, theirs with bos_token_id. Where they have none, ours begin
-with what ends a text. Theirs may have no id that pads: padding is told by segment ids here, so that
-any will do, and eos is taken, as transformers does it.
+Our decoder_start_token_id is their bos_token_id, or if there is none, the id that ends a text.
+Theirs
+may have no id of padding: here padding is recognized by segment ids, so eos is used for it, as in
+transformers.
 """
 
 import warnings
@@ -24,9 +25,11 @@ def read_token_ids(
 
     Args:
       raw: config.json.
-      bos, eos, pad: what transformers takes where a key is absent; None for nothing.
+      bos: the default of bos_token_id in transformers; None for none.
+      eos: likewise.
+      pad: likewise.
     Raises:
-      ValueError: for what is no id, or no list of ids that end a text.
+      ValueError: if a value is not an id, or not a list of ids that end a text.
     """
     bos, eos, pad = (
         raw.get(key, default) for key, default in zip(KEYS, (bos, eos, pad), strict=True)
@@ -56,6 +59,6 @@ def write_token_ids(config: GPTConfig) -> dict[str, Any]:
     return {
         "bos_token_id": config.decoder_start_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
-        # torch's embedding never trains the row that pads.
+        # torch does not train the embedding of the padding id.
         "pad_token_id": None if config.pad_token_id == ends[0] else config.pad_token_id,
     }

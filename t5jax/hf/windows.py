@@ -1,4 +1,4 @@
-"""Which layers are local, in config.json: layer_types, a list of every layer's kind."""
+"""Local layers in config.json: layer_types, a list of the kinds of all layers."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ def read_layers(
 
     Args:
       raw: config.json.
-      default: kinds of the layers where there is no layer_types.
+      default: the kinds of the layers if there is no layer_types.
       window: sliding_window.
     Raises:
-      ValueError: for another number of layers, a kind that is not implemented, or local layers
-        without a window.
+      ValueError: if the number of layers differs, a kind is not implemented, or there are local
+        layers without a window.
     """
     types = raw.get("layer_types")
     kinds = default
