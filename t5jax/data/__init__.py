@@ -1,15 +1,14 @@
-"""Tasks and their data. What a task file needs comes from here, in one import:
+"""Tasks and their data. Task files import everything from here:
 
     from t5jax.data import jsonl, prompted_task
 
-Each name is imported when it is first asked for, so that whoever reads rows or cleans them alone
-imports no TensorFlow.
+Names are imported on demand, so that reading and cleaning rows does not import TensorFlow.
 """
 
 import importlib
 
 _HOMES = {
-    # Where rows come from, and what they go through.
+    # Sources of rows, and processing steps.
     "sources.source": ("RowStep", "Source"),
     "sources.kinds": ("csv", "json_file", "jsonl", "parquet", "text", "tsv"),
     "sources.libraries": ("hf_dataset", "tfds"),
@@ -29,7 +28,7 @@ _HOMES = {
     "prompts.task": ("prompted_task",),
     "prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
     "prompts.chat": ("INSTRUCTION", "ChatTemplate", "EachReply", "as_messages"),
-    # Text, and what is made of it.
+    # Plain text and objectives.
     "objectives.task": ("text_task",),
     "objectives.objectives": (
         "CausalLM",
@@ -39,7 +38,7 @@ _HOMES = {
         "SpanCorruption",
         "ul2",
     ),
-    # Mixtures, and vocabularies of one's own.
+    # Mixtures and vocabularies.
     "mixtures": ("mixture",),
     "bridge.vocabulary": ("RunVocabulary",),
     "../tokenizers.training": ("train_sentencepiece",),

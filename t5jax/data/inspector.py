@@ -1,4 +1,4 @@
-"""What tasks are, what the model sees of them, and whether they can be read: `t5jax tasks`."""
+"""Lists, shows and checks tasks, for `t5jax tasks`."""
 
 import dataclasses
 import difflib
@@ -30,15 +30,15 @@ class TaskSummary:
 
     name: str
     source: str
-    """Where rows come from; of a mixture, its tasks."""
+    """The origin of rows; for a mixture, its tasks."""
     splits: str
     templates: str
-    """Names of templates, or of the objective."""
+    """The names of templates, or of the objective."""
     metrics: str
 
 
 def list_tasks(pattern: str = "") -> list[TaskSummary]:
-    """Returns every registered task and mixture whose name has the pattern in it; reads no row.
+    """Returns the registered tasks and mixtures whose names match a pattern, without reading rows.
 
     Args:
       pattern: part of a name, or a glob such as "numbers_*".
@@ -78,18 +78,19 @@ def _rates(mixture: seqio.Mixture) -> str:
 def _splits(task: seqio.Task) -> Sequence[str]:
     try:
         return list(task.splits)
-    except Exception as error:  # TFDS looks for the data set to know.
+    except Exception as error:  # TFDS has to find the dataset for this.
         return [f"unknown ({type(error).__name__})"]
 
 
 def _where(source: Any) -> str:
-    """Returns the files, data set or Python file that the rows of the first split come from."""
+    """Returns the files, the dataset or the Python file from which the rows of the first split
+    come."""
     if isinstance(source, seqio.TfdsDataSource):
         return f"TFDS {source.tfds_dataset.name}"
     if not isinstance(source, (PromptedSource, CorpusSource)):
         return type(source).__name__
     function = next(iter(source.source.functions.values()))
-    while hasattr(function, "function"):  # Rows that are held out of another split's.
+    while hasattr(function, "function"):  # Rows held out from another split.
         function = function.function
     if hasattr(function, "patterns"):
         return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
@@ -112,29 +113,29 @@ def _name_of(function: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureReport:
-    """Tokens of one feature over the examples that were read."""
+    """The lengths and tokens of one feature over the examples that were read."""
 
     lengths: np.ndarray
-    """int32 [examples], with eos, before anything is cut."""
+    """int32 [examples], with eos, before truncation."""
     limit: int
-    """The run's length of this feature."""
+    """The length of this feature in a run."""
     num_unknown: int
-    """Tokens that stand for what the vocabulary lacks."""
+    """Number of unknown tokens."""
 
     @property
     def truncated(self) -> float:
-        """Share of examples that are longer than the limit."""
+        """Fraction of examples that are longer than the limit."""
         return float(np.mean(self.lengths > self.limit))
 
     @property
     def unknown(self) -> float:
-        """Share of tokens that are unknown."""
+        """Fraction of tokens that are unknown."""
         return self.num_unknown / max(int(self.lengths.sum()), 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskReport:
-    """What `t5jax tasks show` prints of one split of one task."""
+    """The report of `t5jax tasks show` on one split of one task."""
 
     task: str
     split: str
@@ -143,10 +144,10 @@ class TaskReport:
     """The first examples."""
     num_examples: int
     is_whole: bool
-    """Whether the split has no further examples."""
+    """Whether all examples of the split were read."""
     features: Mapping[str, FeatureReport]
     dropped: Mapping[str, int]
-    """Rows and examples left out among those read, by reason."""
+    """Number of rows and examples dropped among those read, by reason."""
 
 
 def show_task(
@@ -158,18 +159,18 @@ def show_task(
     num_shown: int = 3,
     num_examples: int | None = 10_000,
 ) -> TaskReport:
-    """Reads the examples of a task as the model gets them.
+    """Reads the examples of a task as the model sees them.
 
     Args:
-      name: of a task or a variant.
-      split: to read; by default "train", or the first there is.
-      tokenizer: in place of the task's own, where the task leaves the choice to the run.
-      lengths: tokens of "inputs" and "targets" in a run.
-      num_shown: examples to keep.
-      num_examples: examples to read at most. None: all.
+      name: the name of a task or a variant.
+      split: the split to read; by default "train", or the first one.
+      tokenizer: replaces the task's own, if the task does not fix it.
+      lengths: the lengths of "inputs" and "targets" in tokens in a run.
+      num_shown: the number of examples to keep.
+      num_examples: the maximum number of examples to read. None: all.
     Raises:
-      ValueError: for a mixture, a split that does not exist, no examples, or no vocabulary; and
-        for what the task cannot read.
+      ValueError: if it is a mixture, the split does not exist, there are no examples or no
+        vocabulary, or the task cannot read a row.
     """
     task = check_mixture(name)
     if isinstance(task, seqio.Mixture):
@@ -194,7 +195,7 @@ def show_task(
     if not num_read:
         raise ValueError(f"{name} has no examples in its split {split!r}")
     is_whole = num_examples is None or num_read < num_examples or next(examples, None) is None
-    examples.close()  # Before Python exits: TensorFlow's threads would read on.
+    examples.close()  # TensorFlow's threads would continue to read when Python exits.
     limits = task_lengths(task, lengths)
     features = {
         feature: FeatureReport(np.array(x, np.int32), limits[feature], unknown[feature])
@@ -205,13 +206,13 @@ def show_task(
 
 
 def length_bins(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the counts of a histogram of lengths, and the edges of its bins, which are round.
+    """Returns the counts of a histogram of lengths, and the edges of its bins, which are rounded.
 
     Args:
-      lengths: int [n], n above 0.
-      num_bins: at most.
+      lengths: int [n], n > 0.
+      num_bins: the maximum number of bins.
     Returns:
-      counts int64 [b], edges int64 [b + 1]; bin i is of edges[i] <= length < edges[i + 1].
+      Counts int64 [b] and edges int64 [b + 1]; bin i is edges[i] <= length < edges[i + 1].
     """
     low, high = int(lengths.min()), int(lengths.max())
     widths = (m * 10**e for e in itertools.count() for m in (1, 2, 5))
@@ -221,11 +222,11 @@ def length_bins(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np
 
 
 def plot_lengths(report: TaskReport, path: str | Path) -> None:
-    """Draws the histogram of each feature's lengths and the run's limits, as a PNG."""
+    """Plots histograms of the features' lengths with the run's limits, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    # A Figure of its own: pyplot would keep it, and look for a display.
+    # Not pyplot, which would keep the figure and look for a display.
     size = (6 * len(report.features), 3.6)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     for i, (name, feature) in enumerate(report.features.items()):
@@ -234,7 +235,7 @@ def plot_lengths(report: TaskReport, path: str | Path) -> None:
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color="0.55", linewidth=0)
         longer = f"{feature.truncated:.2%} are" if feature.truncated else "none is"
         label = f"limit {feature.limit:,}: {longer} longer"
-        # A limit far out would squeeze the bars into a corner.
+        # A distant limit would compress the bars.
         if feature.limit <= 1.5 * edges[-1]:
             axes.axvline(feature.limit, color="tab:red", linewidth=1.2)
         axes.set_title(f"{name}, {label}", loc="left", fontsize="medium")
@@ -257,7 +258,7 @@ def plot_lengths(report: TaskReport, path: str | Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What became of one split of one task, under one template where there are any."""
+    """The result for one split of one task, with one template if it has templates."""
 
     task: str
     split: str
@@ -265,23 +266,23 @@ class Check:
     num_examples: int
     num_dropped: int
     error: str
-    """Empty where all is well."""
+    """Empty if there is none."""
     num_prompts_in_train: int = 0
-    """Prompts, or documents, that stand in "train" too, but for case, white space and forms of
-    characters (NFKC). 0 for "train" itself, and not known of prompts with exemplars."""
+    """Prompts or documents that also occur in "train", ignoring case, white space and Unicode forms
+    (NFKC). 0 for "train" itself; not known for prompts with exemplars."""
     num_in_train: int = 0
-    """Those that stand there with the same answer."""
+    """Those that occur there with the same answer."""
 
 
 def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> Iterator[Check]:
-    """Reads every split of tasks, each row under each template, and yields what it finds.
+    """Reads every split of tasks, each row with each template, and yields the results.
 
     Args:
-      name: of a task, a variant or a mixture, or "all".
-      tokenizer: in place of the tasks' own, where they leave the choice to the run.
-      lengths: tokens of "inputs" and "targets" in a run.
+      name: the name of a task, a variant or a mixture, or "all".
+      tokenizer: replaces the tasks' own, if they do not fix them.
+      lengths: the lengths of "inputs" and "targets" in tokens in a run.
     Raises:
-      ValueError: for a name that is not registered. What is wrong with a task is yielded.
+      ValueError: if the name is not registered. Errors of tasks are yielded.
     """
     names = task_names() if name == "all" else [name]
     tasks = {t.name: t for n in names for t in seqio.get_subtasks(check_mixture(n))}
@@ -298,7 +299,7 @@ def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> It
 
 
 def _parts(task: seqio.Task) -> list[tuple[str, seqio.Task]]:
-    """Returns each template, and a task of this template alone."""
+    """Returns each template, and a task with only this template."""
     if not isinstance(task.source, PromptedSource):
         return [("", task)]
     return [
@@ -340,7 +341,7 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
                 compare([example.texts[name] for name in task.output_features])
         if not num_examples:
             raise ValueError("there are no examples")
-        if is_corpus:  # Its examples are pieces of documents, other ones for other lengths.
+        if is_corpus:  # Its examples are pieces of documents, which depend on the lengths.
             for document in task.source.examples(split):
                 compare(list(document.values()))
     except Exception as problem:
@@ -350,7 +351,7 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
 
 
 def _hashes(texts: Sequence[str]) -> tuple[bytes, bytes]:
-    """Returns hashes of the first text and of all, equal where only their form differs."""
+    """Returns hashes of the first text and of all, which are equal if only the form differs."""
     plain = [" ".join(unicodedata.normalize("NFKC", x).lower().split()) for x in texts]
     first, whole = (
         hashlib.blake2b(x.encode(errors="surrogatepass"), digest_size=8).digest()

@@ -1,9 +1,9 @@
 """From a mixture's name to batches for training and examples for evaluation.
 
-Training examples come from SeqIO, streamed, or from the cache of their tasks (data.cache); batches
-are made of them in the same way (`t5jax/data/batches/`). Every process plans all rows of the
-global batch and keeps its own: so the batch at step n depends on seed, n and the global batch size
-alone, not on how many hosts there are.
+Training examples are streamed from SeqIO or read from the caches of their tasks (data.cache);
+batches are made from them in the same way (`t5jax/data/batches/`). Every process plans all rows of
+the global batch and keeps its own, so that the batch at step n only depends on the seed, n and the
+global batch size, not on the number of hosts.
 """
 
 import functools
@@ -32,14 +32,15 @@ _log = logging.getLogger(__name__)
 
 
 def tokenizer_for(config: Config, init_tokenizer: Tokenizer | None = None) -> Tokenizer:
-    """Returns the tokenizer of a run: data.vocabulary, or else init.model's, or else the tasks'.
+    """Returns the tokenizer of a run: data.vocabulary, otherwise init.model's, otherwise the
+    tasks'.
 
     Args:
       config: the run; its tasks must be loaded.
-      init_tokenizer: the tokenizer of init.model, if the caller has read it already.
+      init_tokenizer: the tokenizer of init.model, if it has been loaded.
     Raises:
-      ValueError: if there is none, if tasks disagree with it or among themselves, or if the model
-        has no room for its ids.
+      ValueError: if there is none, if tasks do not agree with it or with each other, or if the
+        model's vocabulary is too small.
     """
     tokenizer = init_tokenizer
     if config.data.vocabulary:
@@ -101,18 +102,18 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
 def train_iterator(
     config: Config, tokenizer: Tokenizer | None = None, rows: Sequence[int] | None = None
 ) -> BatchIterator:
-    """Returns the endless, shuffled stream of a run's training batches.
+    """Returns the infinite, shuffled iterator of a run's training batches.
 
-    Caches that data.cache asks for, and that are missing or do not match, are made here; nothing
-    else is read before the first batch.
+    With data.cache, caches that are missing or do not match are written first; nothing else is read
+    before the first batch.
 
     Args:
       config: the run; its tasks must be loaded.
-      tokenizer: of the run; by default `tokenizer_for(config)`.
-      rows: of the global batch, those to give (`sharding.process_rows`); all by default.
+      tokenizer: the run's tokenizer; by default `tokenizer_for(config)`.
+      rows: the rows of the global batch to return (`sharding.process_rows`); by default all.
     Raises:
-      ValueError: for an unknown mixture, one without training data, no vocabulary, or one that
-        does not suit an objective; from __next__, for rows that a task cannot read.
+      ValueError: if a mixture is unknown or has no training data, or the vocabulary is missing or
+        does not suit an objective; from __next__, if a task cannot read a row.
     """
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
@@ -141,7 +142,7 @@ def train_iterator(
 
     return ChangingBatches(
         [
-            # A mixture that comes later reads its tasks in another order than those before it.
+            # Each mixture reads its tasks in another order.
             (first, functools.partial(make_stage, name, config.data.seed + number))
             for number, (first, name) in enumerate(config.data.mixtures)
         ]
@@ -149,7 +150,7 @@ def train_iterator(
 
 
 def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> bool:
-    """Returns whether examples have inputs, or targets alone.
+    """Returns whether examples have inputs in addition to targets.
 
     Raises:
       ValueError: if some mixtures of a run do and others do not.
@@ -167,9 +168,9 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
 def _check_objective(
     task: seqio.Task, model: Architecture, tokenizer: Tokenizer, lengths: dict[str, int]
 ) -> None:
-    """Raises ValueError for a task that asks for something else than the model gives."""
+    """Raises ValueError if a task does not suit the model's head."""
     if not isinstance(task.source, (CorpusSource, PromptedSource)):
-        return  # SeqIO's own: what its examples are for cannot be told.
+        return  # SeqIO's own tasks cannot be checked.
     objective = getattr(task.source, "objective", None)
     hides_tokens = objective is not None and objective.encoder_only
     if hides_tokens != (model.head == "masked_lm"):
@@ -200,9 +201,9 @@ def eval_sets(
     """Returns the evaluation examples of every task of the mixtures, each once and in order.
 
     Args:
-      config: the run; its tasks must be loaded. At most eval.num_examples of a task are taken.
-      split: eval.split by default. Tasks that lack it are left out, which is logged.
-      tokenizer: of the run; by default `tokenizer_for(config)`.
+      config: the run; its tasks must be loaded. At most eval.num_examples of a task are used.
+      split: by default eval.split. Tasks that lack it are skipped, which is logged.
+      tokenizer: the run's tokenizer; by default `tokenizer_for(config)`.
     Raises:
       ValueError: if no task has the split, or a task has no examples in it.
     """
@@ -218,7 +219,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
     lengths = example_lengths(spec, converter_options(config.model))
     _check_objective(task, config.model, tokenizer, lengths)
     with run_vocabulary(tokenizer, LabelTokenizer.of(config.model)):
-        # The seed is that of objectives: every evaluation asks the same.
+        # The seed of objectives is fixed, so that all evaluations use the same examples.
         dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1, seed=0)
     limit = -1 if config.eval.num_examples is None else config.eval.num_examples
     rows = read(lambda: list(dataset.take(limit).as_numpy_iterator()))

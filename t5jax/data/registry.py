@@ -14,12 +14,12 @@ _loaded: set[Path] = set()
 
 
 def load_tasks(task_files: Sequence[str] = ()) -> None:
-    """Imports the task files of ./tasks and of t5jax, and further ones, each once.
+    """Imports the task files in ./tasks, those of t5jax, and further ones, each once.
 
     Args:
       task_files: paths of Python files that register SeqIO tasks or mixtures.
     Raises:
-      ValueError: for a file that is missing or fails; none of its tasks stay registered.
+      ValueError: if a file is missing or raises an error; none of its tasks stay registered.
     """
     paths = list(shipped.list_files("tasks").values())
     paths += [shipped.find("tasks", str(file)) for file in task_files]
@@ -33,7 +33,7 @@ def _import_tasks(path: Path) -> None:
     before = {registry: set(registry.names()) for registry in _REGISTRIES}
     spec = importlib.util.spec_from_file_location(f"t5jax_task_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses and pickles look their module up there.
+    sys.modules[spec.name] = module  # Dataclasses and pickle look up modules there.
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -52,11 +52,11 @@ def task_names() -> list[str]:
 
 
 def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
-    """Returns the task or mixture of a name, or the variant of a prompted task.
+    """Returns the task, variant or mixture with a name.
 
     Raises:
-      ValueError: if there is none, with the nearest names; or if its features are not inputs and
-        targets, or targets alone.
+      ValueError: if there is none, with similar names; or if its features are not inputs and
+        targets, or only targets.
     """
     register_variant(name)
     names = task_names()

@@ -1,7 +1,7 @@
-"""What a task's examples are as texts, and as tokens before anything is cut: of any SeqIO task.
+"""The examples of any SeqIO task as texts, and as tokens before truncation.
 
-Tasks of t5jax are read without TensorFlow's pipeline, so that rows which are left out can be
-counted. Those of SeqIO's own go through SeqIO.
+t5jax's tasks are read without TensorFlow's pipeline, so that dropped rows can be counted. SeqIO's
+own tasks are read through SeqIO.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ from t5jax.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TextExample:
-    """One example, as the model gets it but for its length."""
+    """One example, as the model sees it but not truncated."""
 
     texts: Mapping[str, str]
-    """Of each feature: as rendered, or where there are only tokens, what they decode to."""
+    """The text of each feature: as rendered, or decoded if there are only tokens."""
     ids: Mapping[str, list[int]]
-    """Of each feature, with eos, not cut to the run's lengths."""
+    """The tokens of each feature with eos, not truncated."""
 
 
 def read_examples(
@@ -44,12 +44,12 @@ def read_examples(
     Args:
       task: any task.
       split: one of its splits.
-      tokenizers: feature to tokenizer, see `feature_tokenizers`.
-      lengths: tokens of "inputs" and "targets": exemplars are fitted to them, and an objective
-        fills them. Other examples stay whole.
-      dropped: counts the rows that are left out, by reason.
+      tokenizers: the tokenizer of each feature, see `feature_tokenizers`.
+      lengths: the lengths of "inputs" and "targets" in tokens, which exemplars have to fit and
+        objectives fill. Other examples are not truncated.
+      dropped: counts dropped rows, by reason.
     Raises:
-      ValueError: for what the task cannot read.
+      ValueError: if the task cannot read a row.
     """
     if isinstance(task.source, PromptedSource):
         yield from _prompted(task, split, tokenizers["inputs"], lengths, dropped)
@@ -66,9 +66,9 @@ def feature_tokenizers(
 
     Args:
       task: any task.
-      tokenizer: of the run, for features that leave the choice to it.
+      tokenizer: the run's tokenizer, for features that do not fix one.
     Raises:
-      ValueError: for a feature without one.
+      ValueError: if a feature has none.
     """
     found = {}
     for name, feature in task.output_features.items():
@@ -85,10 +85,10 @@ def feature_tokenizers(
 
 
 def common_tokenizer(mixture: str, tokenizer: Tokenizer | None = None) -> Tokenizer:
-    """Returns the one tokenizer of all features of a registered task, or of a mixture's tasks.
+    """Returns the tokenizer that all features of a registered task or of a mixture's tasks share.
 
     Raises:
-      ValueError: for a feature without one, and where there are several.
+      ValueError: if a feature has none, or they have different ones.
     """
     tasks = seqio.get_subtasks(check_mixture(mixture))
     found = {repr(t): t for task in tasks for t in feature_tokenizers(task, tokenizer).values()}
@@ -103,7 +103,7 @@ def common_tokenizer(mixture: str, tokenizer: Tokenizer | None = None) -> Tokeni
 def task_lengths(task: seqio.Task, lengths: Mapping[str, int]) -> Mapping[str, int]:
     """Returns the lengths of a task's features in a run with these."""
     if isinstance(task.source, CorpusSource) and task.source.objective.encoder_only:
-        return {**lengths, "targets": lengths["inputs"]}  # They stand where their inputs stand.
+        return {**lengths, "targets": lengths["inputs"]}  # They are aligned with their inputs.
     return lengths
 
 
@@ -132,7 +132,7 @@ def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
         try:
             found = dataset(None)
         except (KeyError, TypeError, ValueError, AttributeError):
-            found = dataset(lengths)  # One whose preprocessors cut the text need to know.
+            found = dataset(lengths)  # Preprocessors that split the text need the lengths.
     iterator = found.as_numpy_iterator()
     while (row := read(lambda: next(iterator, None))) is not None:
         ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
@@ -147,7 +147,7 @@ def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
 
 
 def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Returns the text of all ids but a last eos; one between documents shows as such."""
+    """Returns the text of all ids without a last eos; one between documents is shown."""
     ids = ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
     is_eos = [i == tokenizer.eos_id for i in ids]
     documents = [
@@ -162,13 +162,13 @@ def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
-    """Yields lines to learn a vocabulary from.
+    """Yields lines to train a vocabulary on.
 
     Args:
-      names: one registered task or variant; or text files, as `t5jax.data.text` has them.
-      split: of the task.
+      names: one registered task or variant; or text files, as for `t5jax.data.text`.
+      split: the split of the task.
     Raises:
-      ValueError: for what is neither, a split that does not exist, or what cannot be read.
+      ValueError: if there is no such task or file, no such split, or a row cannot be read.
     """
     if len(names) > 1 or any(mark in names[0] for mark in "./*") or Path(names[0]).is_file():
         yield from (row["text"] for row in text({"files": names}).rows("files"))
@@ -183,10 +183,10 @@ def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
 
 
 def read_texts(task: seqio.Task, split: str) -> Iterator[str]:
-    """Yields the texts of a split as they are before tokenization, for which none is needed.
+    """Yields the texts of a split before tokenization, without a tokenizer.
 
     Raises:
-      ValueError: for what the task cannot read, and for a task that never has texts.
+      ValueError: if the task cannot read a row, or never has texts.
     """
     if isinstance(task.source, (PromptedSource, CorpusSource)):
         for example in task.source.examples(split):
@@ -200,14 +200,14 @@ def read_texts(task: seqio.Task, split: str) -> Iterator[str]:
 
 
 def _before_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
-    """Returns the last data set in the task's pipeline whose output features are texts."""
+    """Returns the last dataset in the task's pipeline in which the output features are texts."""
     dataset, last = task.source.get_dataset(split, shuffle=False), None
     with seqio.utils.map_seed_manager(0):
         for step in (None, *task.preprocessors):
             if step is not None:
                 arguments = {"output_features": task.output_features, "sequence_length": None}
                 dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
-            # A source may give lines alone, before a step makes features of them.
+            # A source may only have lines, before a step makes features of them.
             spec = dataset.element_spec if isinstance(dataset.element_spec, Mapping) else {}
             found = [spec[name].dtype for name in task.output_features if name in spec]
             if found and all(dtype == tf.string for dtype in found):

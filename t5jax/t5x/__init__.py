@@ -1,1 +1,1 @@
-"""T5X's checkpoints: files.py opens them, mapping.py renames, importing.py makes runs of them."""
+"""T5X's checkpoints: files.py opens them, mapping.py converts them, importing.py writes runs."""

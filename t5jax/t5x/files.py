@@ -1,14 +1,14 @@
-"""The files of a T5X checkpoint, in each of the forms that T5X has written: name to array.
+"""The files of a T5X checkpoint, in all of T5X's formats: arrays by name.
 
-    FILE                          flax's msgpack with every array in it
+    FILE                          flax's msgpack with all arrays
     checkpoint_STEP/
       checkpoint                  the same, but large arrays are references to zarr folders
       target.encoder.…/.zarray    one array, in chunks
-    checkpoint_STEP/state/        what Orbax writes for T5X: zarr folders, or all of them inside an
-                                  OCDBT database, listed by a msgpack file or in _METADATA
+    checkpoint_STEP/state/        written by Orbax: zarr folders, or all of them in an OCDBT
+                                  database, listed in a msgpack file or in _METADATA
 
 Names are paths in T5X's train state: "target/decoder/decoder_norm/scale", "state/step". Arrays in
-zarr stay on disk until they are indexed. A msgpack file is held as a whole, once.
+zarr stay on disk until they are indexed. A msgpack file is held in memory once.
 """
 
 import dataclasses
@@ -32,7 +32,8 @@ _PLACEHOLDER = "PLACEHOLDER://"
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Returns whether a path can only be meant as T5X's: a file, or a folder of the forms above."""
+    """Returns whether a path is a T5X checkpoint: a file, or a folder in one of the formats
+    above."""
     if path.is_dir():
         named = _steps(path) or _is_state(path) or _is_state(path / "state")
         return bool(named) and not (path / "config.json").exists()
@@ -45,8 +46,7 @@ def open_tensors(path: Path) -> Tensors:
     Args:
       path: a msgpack file, or the folder of one step.
     Raises:
-      ValueError: if it is no checkpoint of T5X's, or cut short, or refers to arrays that are not
-        there.
+      ValueError: if it is not a T5X checkpoint, or incomplete, or refers to missing arrays.
     """
     if path.is_file():
         file, folder = path, path.parent
@@ -77,7 +77,7 @@ def open_tensors(path: Path) -> Tensors:
 
 @dataclasses.dataclass(frozen=True)
 class _Array:
-    """An array that was read, or one in zarr."""
+    """An array in memory or in zarr."""
 
     array: Any
     where: str
@@ -128,7 +128,7 @@ def _read_msgpack(file: Path) -> dict[str, Any]:
                 "convert it with T5X's convert_tf_checkpoint, and import what it writes"
             )
         try:
-            # Not read but mapped, so that the host holds the arrays alone.
+            # Memory-mapped, so that the host only holds the arrays.
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 tree = serialization.msgpack_restore(mapped)
         except Exception as error:
@@ -139,29 +139,29 @@ def _read_msgpack(file: Path) -> dict[str, Any]:
             ) from None
     if not isinstance(tree, dict):
         raise ValueError(f"{file} holds a {type(tree).__name__}; expected T5X's train state")
-    # T5X puts its train state below "optimizer", Orbax has it as it is or below its field's name.
+    # T5X stores its train state under "optimizer", Orbax at the top or under its field's name.
     kept = {k: v for k, v in tree.items() if k not in ("version", "optimizer", "_optimizer")}
     return kept | (tree.get("optimizer") or tree.get("_optimizer") or {})
 
 
 def _leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yields name and array; instead of an array in zarr, the name of its folder."""
+    """Yields names and arrays, or for an array in zarr, the name of its folder."""
     for key, value in tree.items():
         path = (*above, str(key))
-        if isinstance(value, dict) and "kvstore" in value:  # The reference of T5X's own writer.
+        if isinstance(value, dict) and "kvstore" in value:  # A reference written by T5X.
             place = value["kvstore"].get("path") or value.get("path") or ""
             yield "/".join(path), place.strip("/").rsplit("/", 1)[-1]
         elif isinstance(value, dict):
             yield from _leaves(value, path)
-        elif isinstance(value, str):  # Orbax's.
+        elif isinstance(value, str):  # A reference written by Orbax.
             yield "/".join(path), value.removeprefix(_PLACEHOLDER)
         elif value is not None:
             yield "/".join(path), value
 
 
 def _read_metadata(file: Path) -> list[list[str]]:
-    """Returns the keys of every array that Orbax wrote; not from a look at what is there, so that
-    an array that went missing is missed."""
+    """Returns the keys of all arrays that Orbax wrote, from its records, so that missing arrays are
+    noticed."""
     try:
         tree = json.loads(file.read_text())["tree_metadata"].values()
         return [
@@ -180,7 +180,7 @@ def _read_metadata(file: Path) -> list[list[str]]:
 
 
 def _store(folder: Path, name: str) -> dict[str, Any]:
-    """Returns tensorstore's description of where an array's files are."""
+    """Returns tensorstore's specification of the location of an array's files."""
     if (folder / _OCDBT).is_file():
         base = {"driver": "file", "path": f"{folder.absolute()}/"}
         return {"driver": "ocdbt", "base": base, "path": f"{name}/"}
@@ -188,17 +188,17 @@ def _store(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _open_arrays(folder: Path, names: dict[str, str]) -> Tensors:
-    """Opens arrays in zarr, all at once: reads what they are, not what is in them.
+    """Opens all arrays in zarr in parallel; reads their metadata only.
 
     Args:
-      names: name of an array to that of its folder.
+      names: the name of each array's folder.
     """
     opening = {
         name: tensorstore.open(
             {
                 "driver": "zarr",
                 "kvstore": _store(folder, stored),
-                # A chunk that is not there would be read as zeros.
+                # A missing chunk would be read as zeros.
                 "fill_missing_data_reads": False,
             },
             open=True,

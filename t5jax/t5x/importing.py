@@ -1,12 +1,12 @@
 """T5X's checkpoints as runs: `t5jax import CHECKPOINT OUTPUT --vocabulary FILE`.
 
-The run holds parameters to start from, as one made of a Hugging Face model does. On request it also
-has Adafactor's state and stands at T5X's step: `t5jax train` goes on from there, with the
-statistics, the schedule and the count of steps that T5X would have had. On request, because T5X's
-usual gradient is a sum over the batch's tokens, where ours is a mean: statistics of the one would
-bring updates to a halt that are made with the other, and the checkpoint does not tell.
+By default the run contains parameters to start from, like one imported from a Hugging Face model.
+On request it also has Adafactor's state and T5X's step, so that `t5jax train` continues with T5X's
+statistics, schedule and step count. This needs to know how T5X normalized its loss, which is not in
+the checkpoint: usually its gradient is a sum over the batch's tokens, where ours is a mean, and
+unscaled statistics would make updates vanish.
 
-T5X keeps no position in the data; they are read from their beginning.
+T5X does not save its position in the data; they are read from the beginning.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from t5jax.train_state import TrainState, train_state_shapes, train_state_shardi
 
 
 def is_t5x(model: str) -> bool:
-    """Returns whether a name or path is a checkpoint of T5X's, or a file that could be one."""
+    """Returns whether a name or path is a T5X checkpoint, or a file that could be one."""
     path = Path(model).expanduser()
     if model.startswith("gs://"):
         raise ValueError(
@@ -48,18 +48,17 @@ def import_t5x(
 
     Args:
       model: a msgpack file, or the folder of one step.
-      output: the run's folder, which must not be a run yet.
-      vocabulary: as `tokenizers.load_tokenizer` takes it; T5X has none in its checkpoints.
-      mlp_activation: of a gated MLP, where no published size has the checkpoint's shapes.
-      loss_tokens: target tokens that T5X's loss was summed over: those of a batch, or 1 where it
-        was a mean. None: parameters alone, as step 0.
-      mesh: devices that the state is split over on its way.
+      output: the run's folder, which must not contain a run.
+      vocabulary: as for `tokenizers.load_tokenizer`; there is none in T5X's checkpoints.
+      mlp_activation: the activation of a gated MLP, if no published size has the same shapes.
+      loss_tokens: the number of target tokens that T5X's loss was summed over: those of a batch, or
+        1 if it was a mean. None: only parameters, as step 0.
+      mesh: the devices over which the state is sharded meanwhile.
     Returns:
-      lines that say what was found.
+      Lines that describe what was found.
     Raises:
-      ValueError: if there is nothing to tell the tokenizer or the activation; if the checkpoint is
-        damaged, holds another network, or has no state to go on with; if the output cannot be
-        written.
+      ValueError: if the tokenizer or the activation is not known; if the checkpoint is damaged,
+        contains another network, or has no state to continue with; if the output cannot be written.
     """
     path = Path(model).expanduser()
     if checkpoint.is_run(Path(output)):
@@ -84,7 +83,7 @@ def import_t5x(
         )
     run_dir = checkpoint.create_run_dir(output)
 
-    # A momentum needs a place in the state; how fast it decays is the run's to say.
+    # Momentum has a slot in the state; its decay is set by the run's config.
     momentum = 0.9 if goes_on and mapping.has_momentum(tensors) else None
     config = Config(model=description, optimizer=OptimizerConfig(b1=momentum), run_dir=output)
     tx = make_optimizer(config.optimizer, step, api.param_axes(description))
@@ -113,7 +112,7 @@ def import_t5x(
 def _on_adafactor(
     step: int, output: str, has_adafactor: bool, goes_on: bool, lost: list[str]
 ) -> list[str]:
-    """Returns what became of the optimizer's state, in lines to read."""
+    """Returns lines that describe the conversion of the optimizer's state."""
     if not has_adafactor:
         return ["no state of Adafactor's is in the checkpoint"]
     if not goes_on:

@@ -1,13 +1,13 @@
-"""T5X's T5: its parameters and its Adafactor's state, under our names and in our layout.
+"""T5X's T5: its parameters and Adafactor's state with our names and in our layout.
 
-A T5X checkpoint has no config. What the network is, is read off the shapes: vocabulary, widths,
-layers, heads (from the relative bias), gated or not, tied or not. Its own code fixes the rest (a
-tied head's input is scaled, 128 is the largest distance, pad 0 and eos 1), except for the
-activation of a gated MLP.
+A T5X checkpoint has no config. The network is inferred from the shapes: vocabulary, widths, layers,
+heads (from the relative bias), gated or not, tied or not. The rest is fixed in T5X's code (a tied
+head's input is scaled, 128 is the largest distance, pad 0 and eos 1), except for the activation of
+a gated MLP.
 
 Source: T5X's `examples/t5/network.py` and `examples/scalable_t5/network.py`, `adafactor.py`. The
-second keeps a relative bias in every layer, heads and their width as two axes, and stacks layers on
-axis 1, unless told otherwise.
+second has a relative bias in every layer, heads and their dimension as two axes, and by default
+stacks layers on axis 1.
 
 Axes: v vocab, d model, h heads, k head dim, f mlp, n buckets, l layers.
 """
@@ -40,20 +40,20 @@ class _Param:
     ours: str
     """Path."""
     theirs: str
-    """Path; with "{layer}" in it, one for each layer."""
+    """Path; if it contains "{layer}", one for each layer."""
     axes: tuple[str, ...]
-    """Those of theirs, in order; "h k" is two of ours in one."""
+    """The axes of theirs, in order; "h k" are two of ours merged."""
 
     def row(self) -> Row:
         return Row(self.ours, f"{_PARAMS}/{self.theirs}", _view(self.axes))
 
     def slot(self, name: str, view: Rearrange) -> Row:
-        """Returns the row of what Adafactor keeps of it under a name."""
+        """Returns the row of a slot of Adafactor's state for it."""
         return Row(self.ours, f"{_STATES}/{self.theirs}/{name}", view)
 
 
 def _view(axes: Iterable[str]) -> Rearrange:
-    """Returns the layout of an array with these axes; ours differs in that layers come first."""
+    """Returns the layout of an array with these axes; in ours, layers come first."""
     theirs = " ".join(f"({axis})" if " " in axis else axis for axis in axes)
     return Rearrange(f"{theirs} -> {' '.join(_our_axes(axes))}")
 
@@ -64,15 +64,15 @@ def _our_axes(axes: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """The choices that T5X leaves open, besides the network's sizes."""
+    """The options of T5X, apart from the network's sizes."""
 
     scanned: bool
     """Layers are stacked, on axis 1."""
     joined: bool
-    """Heads and their width are one axis."""
+    """Heads and their dimension are one axis."""
 
     def layer(self, stack: str) -> str:
-        """Returns where the parameters of a layer are; of the first, where each has its own."""
+        """Returns the path of a layer's parameters, of the first if they are separate."""
         return f"{stack}/{stack}" if self.scanned else f"{stack}/layers_0"
 
 
@@ -122,7 +122,7 @@ def _table(config: T5Config, layout: _Layout) -> list[_Param]:
 
 # --- The description ----------------------------------------------------------------------------
 
-# What shapes cannot tell, or what a run decides for itself.
+# Fields that cannot be inferred from shapes, or that a run sets.
 _NOT_OF_SHAPES = ("mlp_activation", "dropout_rate", "initializer_factor")
 
 
@@ -130,11 +130,11 @@ def describe(tensors: Tensors, where: str, activation: MlpActivation | None = No
     """Returns the description of the network whose parameters these are.
 
     Args:
-      tensors: as `files.open_tensors` returns them.
-      where: what they were read from, for messages.
-      activation: of the MLP. None: that of the published sizes with the same shapes.
+      tensors: as returned by `files.open_tensors`.
+      where: their origin, for messages.
+      activation: the activation of the MLP. None: that of a published size with the same shapes.
     Raises:
-      ValueError: if this is no encoder-decoder of T5X's, or nothing tells its activation.
+      ValueError: if this is not T5X's encoder-decoder, or its activation is not known.
     """
     layout = _layout(tensors)
     layer = layout.layer("encoder")
@@ -191,7 +191,9 @@ def _num_layers(stack: str, tensors: Tensors) -> int:
         for name, tensor in tensors.items()
         if name == f"{_PARAMS}/{stack}/{stack}/pre_mlp_layer_norm/scale"
     ]
-    return shapes[0][1] if shapes and len(shapes[0]) == 2 else 1  # 1: the check lists what is not.
+    return (
+        shapes[0][1] if shapes and len(shapes[0]) == 2 else 1
+    )  # 1: the check lists what does not match.
 
 
 def _activation(config: T5Config, where: str, asked: MlpActivation | None) -> MlpActivation:
@@ -230,12 +232,12 @@ def load_params(tensors: Tensors, config: T5Config, where: str, shardings=None) 
     """Returns the parameters, in `config.param_dtype`.
 
     Args:
-      tensors: as `files.open_tensors` returns them.
-      config: as `describe` returns it.
-      where: what they were read from, for messages.
-      shardings: as of `hf.io.load_params`.
+      tensors: as returned by `files.open_tensors`.
+      config: as returned by `describe`.
+      where: their origin, for messages.
+      shardings: as for `hf.io.load_params`.
     Raises:
-      ValueError: where tensors are missing, unexpected or mis-shaped, with all of them.
+      ValueError: if tensors are missing, unexpected or have other shapes, with all of them.
     """
     rows = [param.row() for param in _table(config, _layout(tensors))]
     params = {name: x for name, x in tensors.items() if not name.startswith("state/")}
@@ -243,7 +245,7 @@ def load_params(tensors: Tensors, config: T5Config, where: str, shardings=None) 
 
 
 def step(tensors: Tensors) -> int:
-    """Returns how many updates a checkpoint has seen."""
+    """Returns the number of updates before a checkpoint."""
     return int(np.asarray(tensors["state/step"][()])) if "state/step" in tensors else 0
 
 
@@ -252,7 +254,7 @@ def has_adafactor(tensors: Tensors) -> bool:
 
 
 def has_momentum(tensors: Tensors) -> bool:
-    """Returns whether T5X's Adafactor ran with beta1."""
+    """Returns whether T5X's Adafactor had beta1."""
     moments = (x for name, x in tensors.items() if name.startswith(_STATES) and name[-2:] == "/m")
     return any(tuple(x.shape) != (1,) for x in moments)
 
@@ -264,21 +266,20 @@ def load_opt_state(
     shardings: TrainState,
     loss_tokens: float = 1,
 ) -> tuple[Any, list[str]]:
-    """Returns the state of `optimizers.make_optimizer`'s Adafactor that goes on as T5X's would.
+    """Returns the state of `optimizers.make_optimizer`'s Adafactor that continues T5X's.
 
-    Running means are taken over bit for bit. Where T5X kept a matrix's mean squares whole and ours
-    keeps two factors, these are its means over columns and rows: what they would have been.
+    Running means are converted bit for bit. If T5X did not factor a matrix and we do, the factors
+    are the means over columns and rows, as they would have been.
 
     Args:
-      tensors: as `files.open_tensors` returns them.
-      config: as `describe` returns it.
+      tensors: as returned by `files.open_tensors`.
+      config: as returned by `describe`.
       shapes: the train state with this optimizer, as ShapeDtypeStructs.
       shardings: the same tree of jax.sharding.Sharding.
-      loss_tokens: how many times our gradient, which is a mean over target tokens, T5X's was. Mean
-        squares are divided by its square; the momentum is of updates, which do not change with it.
+      loss_tokens: the ratio of T5X's gradient to ours, which is a mean over target tokens. Mean
+        squares are divided by its square; momentum is that of updates, which do not depend on it.
     Returns:
-      the state, and the names of T5X's parameters of which it has nothing that could be used: their
-      statistics are as at the first step.
+      The state, and the names of T5X's parameters without usable statistics, which are reset.
     """
     table = {param.ours: param for param in _table(config, _layout(tensors))}
     params = flax.traverse_util.flatten_dict(shapes.params, sep="/")
@@ -289,13 +290,13 @@ def load_opt_state(
         ours = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         if slot == "count":
             return jax.device_put(np.asarray(num_updates, leaf.dtype), sharding)
-        if leaf.shape != (1,):  # Else the parameter does not use it.
+        if leaf.shape != (1,):  # Otherwise the parameter does not use it.
             for row in _slots(slot, table[ours], params[ours].shape):
                 found = row.their_shapes(leaf.shape)
                 if all(n in tensors and tuple(tensors[n].shape) == found[n] for n in found):
                     array = read_leaf(row, leaf, tensors, sharding)
                     if slot == "ema":
-                        # T5X averages what it takes away from a parameter, optax what it adds.
+                        # T5X averages what it subtracts from a parameter, optax what it adds.
                         return -array
                     return array if loss_tokens == 1 else array / np.float32(loss_tokens) ** 2
             lost.append(table[ours].theirs)
@@ -306,11 +307,11 @@ def load_opt_state(
 
 
 def _slots(slot: str, param: _Param, shape: tuple[int, ...]) -> list[Row]:
-    """Returns where T5X may have what we have in a slot of Adafactor's.
+    """Returns the rows that T5X may have for a slot of Adafactor's state.
 
     Args:
-      slot: v_row, v_col, v, or ema, the momentum.
-      shape: of our parameter.
+      slot: v_row, v_col, v, or ema (momentum).
+      shape: the shape of our parameter.
     """
     whole = _view(param.axes)
     if slot in ("v", "ema"):
@@ -318,8 +319,8 @@ def _slots(slot: str, param: _Param, shape: tuple[int, ...]) -> list[Row]:
     kept = [axis for axis in param.axes if axis == "l" or (axis == "d") == (slot == "v_row")]
     if param.row().stacked:
         shape = shape[1:]
-    # Our rows are d, and so are T5X's of more than two axes. Of two it takes the shorter one, or
-    # the first.
+    # Our rows are d, and so are T5X's with more than two axes. With two, its rows are the shorter
+    # one, or the first.
     if len(param.axes) == 2 and np.argmin(whole.their_shape(shape)) != param.axes.index("d"):
         slot = {"v_row": "v_col", "v_col": "v_row"}[slot]
     left_out = [
@@ -331,7 +332,7 @@ def _slots(slot: str, param: _Param, shape: tuple[int, ...]) -> list[Row]:
 
 @dataclasses.dataclass(frozen=True)
 class _Mean(Rearrange):
-    """The mean of theirs over some axes of ours; for reading alone."""
+    """The mean of theirs over some axes of ours; can only be read."""
 
     whole: tuple[int, ...]
     """Ours before the mean."""

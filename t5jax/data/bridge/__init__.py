@@ -1,1 +1,1 @@
-"""TensorFlow and SeqIO, and our tokenizers as SeqIO sees them."""
+"""TensorFlow and SeqIO, and our tokenizers as SeqIO vocabularies."""

@@ -1,6 +1,6 @@
-"""TensorFlow and SeqIO, imported quietly and kept off the accelerators, which are JAX's.
+"""TensorFlow and SeqIO, imported without log messages and without access to accelerators.
 
-Every module of `t5jax.data` that needs them takes them from here, so that this comes first.
+All modules of `t5jax.data` import them from here, so that this is executed first.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def _quietly():
-    """Drops what native code logs: start-up lines (oneDNN, no CUDA) now, and later its warnings,
-    which repeat every error of a data set that reaches the user anyway."""
+    """Silences native logging: start-up messages (oneDNN, no CUDA), and later warnings, which
+    repeat errors of a dataset that the user sees anyway."""
     level = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
     if level in (None, "1"):  # JAX sets 1.
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -33,21 +33,21 @@ with _quietly():
     import seqio
     import tensorflow as tf
 
-    # Looks for devices, and reports each kind that it does not find. A program that has used
-    # TensorFlow before may have placed it on purpose, and cannot move it.
+    # Looks for devices, and reports each kind that it does not find. A program that has already
+    # used TensorFlow may have configured devices, and can no longer change them.
     with contextlib.suppress(RuntimeError):
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
 
 __all__ = ["from_generator", "read", "seqio", "tf"]
 
-# An exception cannot pass through TensorFlow, a number in a message can.
+# An exception cannot pass through TensorFlow, but a number in a message can.
 _errors: list[Exception] = []
 _ERROR_KEY = "t5jax source error {}!"
 
 
 def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.data.Dataset:
-    """Returns the data set of what `generate()` yields, whose errors pass through `read`."""
+    """Returns a dataset of what `generate()` yields; `read` raises its errors."""
 
     def remembering_errors():
         try:
@@ -60,10 +60,9 @@ def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.
 
 
 def read(function: Callable[[], Any]) -> Any:
-    """Returns `function()`, which reads a data set.
+    """Returns `function()`, which reads a dataset.
 
-    What a generator under `from_generator` has raised is raised as it was, not as TensorFlow
-    wraps it.
+    Exceptions of a generator of `from_generator` are raised unchanged, not wrapped by TensorFlow.
     """
     try:
         return function()
@@ -71,5 +70,5 @@ def read(function: Callable[[], Any]) -> Any:
         found = re.search(_ERROR_KEY.format(r"(\d+)"), str(error))
         if found is None:
             raise
-    # Not within `except`: the wrapping's traceback would keep the data set alive, and reading.
+    # Not within `except`: the wrapper's traceback would keep the dataset alive and reading.
     raise _errors[int(found[1])]

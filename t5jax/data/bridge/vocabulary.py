@@ -1,9 +1,9 @@
 """Tokenizers as SeqIO vocabularies and back, and the vocabulary of the run.
 
-A prompted task does not fix a vocabulary: its features hold a `RunVocabulary`, which stands for
-the tokenizer that the run has chosen (data.vocabulary, or that of init.model), or else for the
-task's own. So one task trains any model. Where the run's model is a classifier, that of its targets
-stands for the classes.
+A prompted task does not fix a vocabulary: its features have a `RunVocabulary`, which stands for the
+run's tokenizer (data.vocabulary, or that of init.model), otherwise for the task's own. So one task
+can train any model. If the run's model is a classifier, the vocabulary of targets is that of its
+classes.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ _run: contextvars.ContextVar[tuple[Tokenizer | None, LabelTokenizer | None]] = (
 
 @contextlib.contextmanager
 def run_vocabulary(tokenizer: Tokenizer, labels: LabelTokenizer | None = None):
-    """Sets what every `RunVocabulary` stands for while data sets are built inside.
+    """Sets the tokenizer of every `RunVocabulary` while datasets are built inside.
 
     Args:
-      tokenizer: of the run.
-      labels: of its targets, where its model is a classifier.
+      tokenizer: the run's tokenizer.
+      labels: the labels of its targets, if its model is a classifier.
     """
     token = _run.set((tokenizer, labels))
     try:
@@ -45,12 +45,12 @@ def run_vocabulary(tokenizer: Tokenizer, labels: LabelTokenizer | None = None):
 
 
 def run_labels() -> LabelTokenizer | None:
-    """Returns the classes of the run that data sets are being built for, if it has any."""
+    """Returns the classes of the run for which datasets are being built, if it has any."""
     return _run.get()[1]
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """A tokenizer as SeqIO vocabulary, with the same ids."""
+    """A tokenizer as a SeqIO vocabulary, with the same ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()  # Sentinels are among the tokenizer's own ids.
@@ -91,12 +91,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
         if isinstance(tokenizer, SentencePieceTokenizer):
             import tensorflow_text
 
-            # SentencePiece within TensorFlow runs on all cores, outside of Python.
+            # SentencePiece in TensorFlow runs on all cores, outside of Python.
             native = tensorflow_text.SentencepieceTokenizer(model=tokenizer.model_bytes)
             return native.tokenize(tf.strings.regex_replace(s, SPACED_SENTINEL.pattern, r" \1"))
 
         def encode(text):
-            text = text if isinstance(text, bytes) else text.item()  # The latter outside of graphs.
+            text = text if isinstance(text, bytes) else text.item()  # The latter outside graphs.
             return np.array(tokenizer.encode(text.decode()), np.int32)
 
         ids = tf.numpy_function(encode, [s], tf.int32)
@@ -121,10 +121,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 
 class RunVocabulary(TokenizerVocabulary):
-    """The vocabulary of the run, or where the run has none, a default that is made when needed."""
+    """The vocabulary of the run, or if it has none, a default that is created on demand."""
 
     def __init__(self, default: Any = None):
-        """Takes what `as_tokenizer` takes, or None for no default."""
+        """Takes an argument of `as_tokenizer`, or None for no default."""
         seqio.Vocabulary.__init__(self)
         self._default = default
 
@@ -144,7 +144,8 @@ class RunVocabulary(TokenizerVocabulary):
         return None if self._default is None else as_tokenizer(self._default)
 
     def of_targets(self) -> "RunVocabulary":
-        """Returns that of the targets, which are classes where the run's model is a classifier."""
+        """Returns the vocabulary of targets, which are classes if the run's model is a
+        classifier."""
         return _TargetsVocabulary(self)
 
 
@@ -163,13 +164,14 @@ class _TargetsVocabulary(RunVocabulary):
 
 
 def as_tokenizer(source: Any) -> Tokenizer:
-    """Returns a tokenizer for whatever describes one.
+    """Converts its argument to a tokenizer.
 
     Args:
-      source: a tokenizer, what `t5jax.tokenizers.load_tokenizer` takes, a SeqIO vocabulary, or a
+      source: a tokenizer, an argument of `t5jax.tokenizers.load_tokenizer`, a SeqIO vocabulary, or
+      a
         function without arguments that returns one of these.
     Raises:
-      ValueError: for a SeqIO vocabulary that has no counterpart in `t5jax.tokenizers`.
+      ValueError: if a SeqIO vocabulary has no counterpart in `t5jax.tokenizers`.
     """
     if isinstance(source, (str, Path)):
         return load_tokenizer(source)

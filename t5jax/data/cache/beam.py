@@ -1,10 +1,10 @@
-"""Writes the shards of a cache with Apache Beam, on a cluster: the extra `beam`.
+"""Writes the shards of a cache with Apache Beam, on a cluster (needs the extra `beam`).
 
     cache_tasks("my_mixture", folder, tokenizer, lengths, write=make_writer(["--runner=..."]))
 
-One worker reads the rows of a task, all of them tokenize, and each shard is written by one. Shards
-are those that the processes of one machine write, byte for byte. Workers need t5jax, the task files
-and the cache's folder under the same paths (NFS, a mounted bucket).
+One worker reads the rows of a task, all workers tokenize, and each shard is written by one of them.
+The shards are byte for byte those that one machine writes. Workers need t5jax, the task files and
+the cache's folder under the same paths (NFS, a mounted bucket).
 """
 
 import functools
@@ -19,19 +19,20 @@ import numpy as np
 from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, ShardWriter, shard_name
 
-_DROPPED = "t5jax dropped rows"  # Namespace of Beam's counters.
+_DROPPED = "t5jax dropped rows"  # The namespace of Beam's counters.
 
 
 def make_writer(
     options: Sequence[str] = (), task_files: Sequence[str] = ()
 ) -> Callable[[Recipe, Path, int, Counter], list[Shard]]:
-    """Returns what `t5jax.data.cache.store.cache_tasks` takes as `write`.
+    """Returns the argument `write` of `t5jax.data.cache.store.cache_tasks`.
 
     Args:
-      options: of Beam's pipelines, such as "--runner=FlinkRunner".
-      task_files: Python files that register tasks, beside ./tasks/*.py and the shipped ones.
+      options: options of Beam's pipelines, such as "--runner=FlinkRunner".
+      task_files: Python files that register tasks, in addition to ./tasks/*.py and the shipped
+      ones.
     Raises:
-      ValueError: where Beam is not installed.
+      ValueError: if Beam is not installed.
     """
     try:
         import apache_beam  # noqa: F401
@@ -80,9 +81,9 @@ def _write(
     return shards
 
 
-# Beam checks annotations against each other, and knows no protocols: these have none.
+# Beam compares annotations and does not support protocols, so these functions have none.
 def _read(what):
-    """Yields the numbered chunks of a task, which is registered here first."""
+    """Registers a task and yields its numbered chunks."""
     from apache_beam.metrics import Metrics
 
     from t5jax.data import registry
@@ -103,7 +104,7 @@ def _tokenize(numbered, encoder, num_shards):
 
 def _write_shard(grouped, folder, num_shards):
     shard, chunks = grouped
-    # Beam may do the same work twice at once: what counts is renamed into place.
+    # Beam may do the same work twice at a time; renaming makes this harmless.
     scratch = Path(folder) / uuid.uuid4().hex
     scratch.mkdir()
     name = shard_name(shard, num_shards)

@@ -4,7 +4,7 @@ import time
 
 
 class Progress:
-    """What is written so far, on stderr: a line that moves on a terminal, else the last one."""
+    """Progress on stderr: an updating line in a terminal, otherwise only the last one."""
 
     def __init__(self, name: str):
         self._name, self._examples, self._tokens = name, 0, 0
@@ -22,7 +22,7 @@ class Progress:
             TimeElapsedColumn(),
         )
         self._bar = Progress(*columns, console=self._console, transient=True, redirect_stdout=False)
-        # How many there will be is known at the end alone.
+        # The total is only known at the end.
         self._id = self._bar.add_task(self._name, total=None, done="")
         if self._console.is_interactive:
             self._bar.start()

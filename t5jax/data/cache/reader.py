@@ -1,11 +1,11 @@
-"""Reads the cache of one split of one task: any example at once. No TensorFlow.
+"""Reads the cache of one split of one task, with random access. No TensorFlow.
 
-A cache is a folder that `t5jax.data.cache.store` wrote:
+A cache is a folder written by `t5jax.data.cache.store`:
 
     CACHE/TASK/SPLIT/
-      shard-00000-of-00008.array_record    one record an example: its features' tokens, joined
-      lengths.npy                          int32 [examples, features], tokens of each feature
-      cache.json                           what it was made of, and the size of every file
+      shard-00000-of-00008.array_record    a record per example: the tokens of its features, joined
+      lengths.npy                          int32 [examples, features], lengths of the features
+      cache.json                           what it was made from, and the sizes of all files
 """
 
 import json
@@ -19,15 +19,15 @@ LENGTHS_FILE = "lengths.npy"
 
 
 def split_folder(folder: str | Path, task: str, split: str) -> Path:
-    """Returns the folder of one split of a task; no task's name has a "-" in it."""
+    """Returns the folder of one split of a task; names of tasks do not contain "-"."""
     return Path(folder).expanduser() / task.replace(":", "-") / split
 
 
 def read_info(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a cache.json, or None where there is no cache.
+    """Returns the content of a cache.json, or None if there is no cache.
 
     Raises:
-      ValueError: for a cache that is damaged or incomplete, saying what is.
+      ValueError: if the cache is damaged or incomplete, with the reason.
     """
     try:
         info = json.loads((path / INFO_FILE).read_text())
@@ -35,7 +35,7 @@ def read_info(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path / INFO_FILE} cannot be read: {error}") from None
-    # A shard that is cut short opens as an empty one, without an error.
+    # A truncated shard opens as an empty one, without an error.
     for name, size in info["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -46,13 +46,13 @@ def read_info(path: Path) -> dict[str, Any] | None:
 
 
 class CachedTask:
-    """The examples of one split of one task, as they were written."""
+    """The examples of one split of one task, in the order in which they were written."""
 
     def __init__(self, path: str | Path):
-        """Opens a cache; the records themselves are read when they are asked for.
+        """Opens a cache; records are read on demand.
 
         Raises:
-          ValueError: where there is no cache, or a damaged one.
+          ValueError: if there is no cache, or it is damaged.
         """
         from array_record.python.array_record_module import ArrayRecordReader
 
@@ -61,20 +61,20 @@ class CachedTask:
         if info is None:
             raise ValueError(f"there is no cache in {path}; write it with `t5jax cache TASK`")
         self.features: tuple[str, ...] = tuple(info["features"])
-        """Names of the features, in their order in a record."""
+        """The names of the features, in their order in a record."""
         self.eos_ids: dict[str, int | None] = info["eos_ids"]
-        """What ends each feature, also where it is cut; None for nothing."""
+        """The id that ends each feature, also if it is truncated; None for none."""
         self.content: str = info["content"]
-        """Hash of all records."""
+        """A hash of all records."""
         self.lengths: np.ndarray = np.load(self.path / LENGTHS_FILE)
-        """Tokens of each feature with eos: int32 [examples, features]."""
+        """The lengths of the features in tokens with eos: int32 [examples, features]."""
         self._dtype = np.dtype(info["dtype"])
         shards = info["shards"]
-        # All files are opened here, so that a cache written anew disturbs nobody who reads this.
+        # All files are opened here, so that rewriting a cache does not affect its readers.
         self._readers = [
             ArrayRecordReader(
                 str(self.path / name),
-                options="readahead_buffer_size:0",  # Records are read by number, not in a row.
+                options="readahead_buffer_size:0",  # Records are read in random order.
                 file_reader_buffer_size=32768,
             )
             for name in shards
@@ -85,10 +85,10 @@ class CachedTask:
         return len(self.lengths)
 
     def read(self, rows: np.ndarray) -> list[list[np.ndarray]]:
-        """Returns the features' tokens of these examples, each int32 [n].
+        """Returns the tokens of these examples' features, each int32 [n].
 
         Raises:
-          ValueError: for a damaged shard.
+          ValueError: if a shard is damaged.
         """
         shard_of = np.searchsorted(self._ends, rows, side="right")
         records = np.empty(len(rows), object)
@@ -102,7 +102,7 @@ class CachedTask:
                     f"a shard in {self.path} is damaged ({error}); delete this folder, and it is "
                     "written anew"
                 ) from None
-        # All tokens are widened at once, and an example is a view of them.
+        # All tokens are converted at once, and examples are views of them.
         tokens = np.frombuffer(b"".join(records), self._dtype).astype(np.int32)
         sizes = self.lengths[rows]
         stops = np.cumsum(sizes).tolist()

@@ -1,8 +1,8 @@
-"""Writes the shards of a cache, by several processes of this machine.
+"""Writes the shards of a cache, with several processes on this machine.
 
-Examples come in chunks, in the source's own order, and chunk c goes to shard c modulo the number of
-shards: what is written does not depend on how many processes wrote it. None of the processes that
-tokenize imports TensorFlow.
+Examples come in chunks, in the source's order, and chunk c goes to shard c modulo the number of
+shards, so the result does not depend on the number of processes. The processes that tokenize do not
+import TensorFlow.
 """
 
 import collections
@@ -27,17 +27,17 @@ from t5jax.storage import sync
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of records that is written."""
+    """A file of records that has been written."""
 
     number: int
     lengths: np.ndarray
-    """Of its records, in their order: int32 [n, features]."""
+    """The lengths of its records, in order: int32 [n, features]."""
     content: str
-    """Hash of its records."""
+    """A hash of its records."""
 
 
 def shard_name(number: int, num_shards: int) -> str:
-    """Returns the name of a shard's file."""
+    """Returns the file name of a shard."""
     return f"shard-{number:05d}-of-{num_shards:05d}.array_record"
 
 
@@ -48,15 +48,15 @@ class ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self._path = Path(folder) / shard_name(number, num_shards)
-        # Each record by itself, for random access; tokens hardly compress.
+        # One record per group, for random access; tokens hardly compress.
         self._writer = ArrayRecordWriter(str(self._path), "group_size:1,uncompressed")
         self._number, self._hash, self._lengths = number, hashlib.sha256(), []
 
     def add(self, lengths: np.ndarray, records: list[bytes]) -> None:
-        """Writes records behind those before.
+        """Appends records.
 
         Raises:
-          ValueError: where the disk is full or fails.
+          ValueError: if the disk is full or fails.
         """
         with self._named_errors():
             for record in records:
@@ -65,14 +65,14 @@ class ShardWriter:
         self._hash.update(lengths.tobytes() + b"".join(records))
 
     def close(self) -> Shard:
-        """Returns what was written, once it has reached the disk whole."""
+        """Closes the file, and returns the shard when it is on the disk."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         lengths = np.concatenate(self._lengths)
         with self._named_errors():
             self._writer.close()
             sync(self._path)
-            # A write that failed late shows here: what is cut short opens as an empty file.
+            # Detects late write errors: a truncated file opens as an empty one.
             found = ArrayRecordReader(str(self._path)).num_records()
             if found != len(lengths):
                 raise OSError(f"{found} of {len(lengths)} records arrived")
@@ -93,7 +93,7 @@ class ShardWriter:
 def write_here(
     recipe: Recipe, folder: Path, num_shards: int, dropped: Counter, *, processes: int
 ) -> list[Shard]:
-    """Writes the shards with processes of this machine."""
+    """Writes the shards with processes on this machine."""
     writers: dict[int, ShardWriter] = {}
     chunks = recipe.chunks(dropped)
     with Progress(f"{recipe.task} {recipe.split}") as progress, contextlib.ExitStack() as stack:
@@ -111,14 +111,14 @@ def write_here(
 def _encode(
     encoder: Encoder, chunks: Iterator[list], processes: int, stack: contextlib.ExitStack
 ) -> Iterator[tuple[np.ndarray, list[bytes]]]:
-    """Yields what the encoder makes of each chunk, in order."""
-    # One chunk is not worth the start of a process, nor are tokens that are there already.
+    """Yields the encoded chunks, in order."""
+    # Starting processes does not pay for a single chunk, or if examples are already tokenized.
     first = list(itertools.islice(chunks, 2))
     chunks = itertools.chain(first, chunks)
     if processes == 1 or encoder.tokenized or len(first) < 2:
         yield from map(encoder, chunks)
         return
-    # Spawned: a fork would copy the locks of TensorFlow's and JAX's threads.
+    # Spawned, since a fork would copy the locks of TensorFlow's and JAX's threads.
     pool = stack.enter_context(
         concurrent.futures.ProcessPoolExecutor(
             processes, multiprocessing.get_context("spawn"), _set_encoder, (encoder,)
@@ -140,7 +140,7 @@ def _encode(
         ) from None
 
 
-_encoder: Encoder | None = None  # Of a process that does nothing else.
+_encoder: Encoder | None = None  # That of a worker process.
 
 
 def _set_encoder(encoder: Encoder) -> None:
