@@ -202,6 +202,11 @@ ADAMW = OptimizerConfig(name="adamw")
             {"optimizer": ADAFACTOR},
             "optimizer.b1 was 0.9 and is None",
         ),
+        (
+            {"optimizer": ADAMW},
+            {"optimizer": dataclasses.replace(ADAMW, weight_decay=0.1)},
+            "optimizer.weight_decay was None and is 0.1",
+        ),
     ],
 )
 def test_what_a_run_keeps(was, now, message):

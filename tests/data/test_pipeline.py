@@ -38,13 +38,8 @@ ROWS = [{"q": f"question {i}" + "!" * i, "a": f"answer {i}"} for i in range(6)]
 
 
 @pytest.fixture(autouse=True)
-def clean_registries():
-    registry.load_tasks()  # Shipped tasks load once, so they stay.
-    before = {r: set(r.names()) for r in (seqio.TaskRegistry, seqio.MixtureRegistry)}
-    yield
-    for found, names in before.items():
-        for name in set(found.names()) - names:
-            found.remove(name)
+def shipped_tasks(clean_registries):
+    registry.load_tasks()
 
 
 def add_task(name="asked", rows=ROWS, splits=("train", "validation"), **settings):

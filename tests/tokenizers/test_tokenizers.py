@@ -150,6 +150,14 @@ def test_the_configuration_says_which_token_ends_a_text():
     assert eos({"sep_token": "a"}) == 1
 
 
+def test_what_a_vocabulary_lacks_its_eos_stands_for():
+    vocabulary = tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}, "</s>")
+    ours = HuggingFaceTokenizer(
+        {"tokenizer.json": tokenizers.Tokenizer(vocabulary).to_str().encode()}
+    )
+    assert (ours.pad_id, ours.unk_id, ours.bos_id, ours.mask_id) == (2, 2, None, None)
+
+
 def test_tokens_that_a_user_has_added_come_from_tokenizer_json(model, tmp_path):
     transformers = pytest.importorskip("transformers")
     SentencePieceTokenizer(model).save(tmp_path)

@@ -35,13 +35,8 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
-def clean_registries():
-    registry.load_tasks()  # Shipped tasks load once, so they stay.
-    before = {r: set(r.names()) for r in (seqio.TaskRegistry, seqio.MixtureRegistry)}
-    yield
-    for found, names in before.items():
-        for name in set(found.names()) - names:
-            found.remove(name)
+def shipped_tasks(clean_registries):
+    registry.load_tasks()
 
 
 def add_task(name="asked", rows=ROWS, templates=(("{q}?", "{a}"),), source=None, **settings):

@@ -18,14 +18,7 @@ from t5jax.tokenizers import ByteTokenizer
 BYTES = ByteTokenizer()
 DOCUMENTS = [f"document {i} " + "abcdefgh"[i % 8] * (7 * i % 90) for i in range(40)]
 BOOKS = Path(__file__).parents[4] / "shared" / "data"
-
-
-@pytest.fixture(autouse=True)
-def clean_registry():
-    before = set(seqio.TaskRegistry.names())
-    yield
-    for name in set(seqio.TaskRegistry.names()) - before:
-        seqio.TaskRegistry.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_registries")
 
 
 def add_task(objective, name="texts", rows=None, **settings):

@@ -14,14 +14,7 @@ from t5jax.tokenizers import ByteTokenizer
 
 ROWS = [{"q": f"q{i}", "a": f"a{i}", "n": i} for i in range(5)]
 TEMPLATES = [("Ask: {q}", "{a}"), ("{n}. {q}?", "= {a}")]
-
-
-@pytest.fixture(autouse=True)
-def clean_registry():
-    before = set(seqio.TaskRegistry.names())
-    yield
-    for name in set(seqio.TaskRegistry.names()) - before:
-        seqio.TaskRegistry.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_registries")
 
 
 def make_task(rows, templates=TEMPLATES, **settings):
