@@ -6,11 +6,11 @@ several examples; segment ids number them from 1, and 0 is padding. Positions co
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from t5jax.architectures import Architecture
+from t5jax.architectures import Architecture, Head
 from t5jax.architectures.base import without_eos as without_eos
 from t5jax.config import Config
 
@@ -73,6 +73,35 @@ class BatchSpec:
         return features | floats
 
 
+@dataclasses.dataclass(frozen=True)
+class ExampleFormat:
+    """How a model reads an example, besides the shape of its batches."""
+
+    eos_id: int = 1
+    """What an encoder-decoder reads if an example has no inputs, and what a decoder's inputs lose
+    at their end."""
+    start_id: int = 0
+    """What a decoder reads before the first token of an example, and a classifier before the text,
+    which comes without it."""
+    inputs_start_id: int | None = None
+    """What an encoder-decoder reads before its inputs, which then have no eos. None: nothing."""
+    head: Head = "masked_lm"
+    """The head of an encoder."""
+    num_labels: int = 0
+    """The number of classes of a classifier."""
+
+    @staticmethod
+    def of(model: Architecture) -> "ExampleFormat":
+        """Returns the format that a model reads."""
+        return ExampleFormat(
+            eos_id=model.eos_token_id,
+            start_id=model.start_token_id,
+            inputs_start_id=model.inputs_start_id if model.kind == "encoder_decoder" else None,
+            head=model.head,
+            num_labels=len(model.labels),
+        )
+
+
 def train_spec(config: Config, *, has_inputs: bool = True) -> BatchSpec:
     """Returns the shape of the batches that a run trains on.
 
@@ -125,16 +154,6 @@ def pad_ids(
         row = row[:length]
         tokens[i, : len(row)] = row
     return tokens
-
-
-def converter_options(model: Architecture) -> dict[str, Any]:
-    """Returns what `data.converters.make_converter` has to know of a model beside the spec."""
-    options: dict[str, Any] = {"eos_id": model.eos_token_id, "start_id": model.start_token_id}
-    if model.kind == "encoder":
-        return options | {"head": model.head, "num_labels": len(model.labels)}
-    if model.kind == "encoder_decoder":
-        return options | {"inputs_start_id": model.inputs_start_id}
-    return options
 
 
 def prompt_batch(

@@ -123,15 +123,15 @@ class Evaluator:
     def _batches(self, eval_set: EvalSet) -> Iterator[features.Batch]:
         """Yields batches with inputs and targets, all of one shape but for the last one's rows."""
         examples = eval_set.examples
-        options = features.converter_options(self._model)
-        starts = self._labels is not None or "inputs_start_id" in options
+        form = features.ExampleFormat.of(self._model)
+        starts = self._labels is not None or form.inputs_start_id is not None
         spec = features.BatchSpec(
             self._batch_size,
             _length([e.input_ids for e in examples], more=starts),
             _length([e.target_ids for e in examples]),
             kind=self._kind,
         )
-        convert = make_converter(spec, **options)
+        convert = make_converter(spec, form)
         for start in range(0, len(examples), self._batch_size):
             yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
 

@@ -363,9 +363,9 @@ def observe_program(model):
 
 
 def observe_options(model):
-    from t5jax.batch import converter_options
+    from t5jax.batch import ExampleFormat
 
-    return str((converter_options(model), model.prompt([7])))
+    return str((ExampleFormat.of(model), model.prompt([7])))
 
 
 FIELDS = {

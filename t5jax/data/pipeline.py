@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5jax.architectures import Architecture
-from t5jax.batch import converter_options, train_spec
+from t5jax.batch import ExampleFormat, train_spec
 from t5jax.config import Config
 from t5jax.data.batches.batches import Batches, ChangingBatches
 from t5jax.data.batches.converters import example_lengths, make_converter
@@ -118,8 +118,8 @@ def train_iterator(
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
     spec = train_spec(config, has_inputs=_have_inputs(mixtures))
-    options = converter_options(config.model)
-    lengths = example_lengths(spec, options)
+    form = ExampleFormat.of(config.model)
+    lengths = example_lengths(spec, form)
     labels = LabelTokenizer.of(config.model)
     for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
@@ -138,7 +138,7 @@ def train_iterator(
             )
         else:
             examples = StreamedExamples(name, tokenizer, lengths, seed, labels)
-        return Batches(examples, make_converter(spec, **options), spec, seed, rows)
+        return Batches(examples, make_converter(spec, form), spec, seed, rows)
 
     return ChangingBatches(
         [
@@ -216,7 +216,7 @@ def eval_sets(
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
-    lengths = example_lengths(spec, converter_options(config.model))
+    lengths = example_lengths(spec, ExampleFormat.of(config.model))
     _check_objective(task, config.model, tokenizer, lengths)
     with run_vocabulary(tokenizer, LabelTokenizer.of(config.model)):
         # The seed of objectives is fixed, so that all evaluations use the same examples.

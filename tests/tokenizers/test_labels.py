@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from t5jax.architectures import BertConfig
-from t5jax.batch import BatchSpec, validate_batch
+from t5jax.batch import BatchSpec, ExampleFormat, validate_batch
 from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.bridge.tf import read, seqio
 from t5jax.data.bridge.vocabulary import RunVocabulary, run_vocabulary
@@ -159,7 +159,9 @@ def example(inputs, targets):
 def test_a_text_has_its_class_where_it_begins():
     rows = [[example([7, 8, 3], [2, 3]), example([9, 3], [0, 3])], [example([6, 6, 6, 3], [1, 3])]]
     spec = BatchSpec(2, 8, 4, True, "encoder")
-    converter = make_converter(spec, start_id=5, head="sequence_classification", num_labels=3)
+    converter = make_converter(
+        spec, ExampleFormat(start_id=5, head="sequence_classification", num_labels=3)
+    )
     batch = converter(rows)
     validate_batch(batch, spec)
     assert {name: value.tolist() for name, value in batch.items()} == {
@@ -172,7 +174,10 @@ def test_a_text_has_its_class_where_it_begins():
     assert converter.capacity == {"data.inputs_length": 8}
     lengths = {"inputs": np.array([3, 7]), "targets": np.array([2, 2])}
     assert converter.sizes(lengths).tolist() == [[4], [8]]
-    assert example_lengths(spec, {"head": "sequence_classification"}) == {"inputs": 7, "targets": 2}
+    assert example_lengths(spec, ExampleFormat(head="sequence_classification")) == {
+        "inputs": 7,
+        "targets": 2,
+    }
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -181,7 +186,9 @@ def test_first_pieces_have_the_classes_of_their_words(pack):
     examples = [example([7, 8, 9, 3], [0, 4, 2, 3]), example([6, 3], [1, 3])]
     rows = [examples] if pack else [[e] for e in examples]
     spec = BatchSpec(len(rows), 8, 4, pack, "encoder")
-    batch = make_converter(spec, start_id=5, head="token_classification", num_labels=3)(rows)
+    batch = make_converter(
+        spec, ExampleFormat(start_id=5, head="token_classification", num_labels=3)
+    )(rows)
     validate_batch(batch, spec)
     expected = {
         "encoder_input_tokens": [[5, 7, 8, 9, 3], [5, 6, 3]],
@@ -192,16 +199,19 @@ def test_first_pieces_have_the_classes_of_their_words(pack):
         joined = [[*parts[0], *parts[1]]] if pack else parts
         padded = [part + [0] * (8 - len(part)) for part in joined]
         assert batch[name].tolist() == padded, name
-    assert example_lengths(spec, {"head": "token_classification"}) == {"inputs": 7, "targets": 7}
+    assert example_lengths(spec, ExampleFormat(head="token_classification")) == {
+        "inputs": 7,
+        "targets": 7,
+    }
 
 
 def test_lengths_of_the_other_kinds():
-    assert example_lengths(BatchSpec(2, 9, 4), {}) == {"inputs": 9, "targets": 4}
-    assert example_lengths(BatchSpec(2, 9, 4, kind="encoder"), {"head": "masked_lm"}) == {
+    assert example_lengths(BatchSpec(2, 9, 4)) == {"inputs": 9, "targets": 4}
+    assert example_lengths(BatchSpec(2, 9, 4, kind="encoder"), ExampleFormat(head="masked_lm")) == {
         "inputs": 9,
         "targets": 9,
     }
-    assert example_lengths(BatchSpec(2, 0, 4, kind="decoder"), {}) == {"inputs": 1, "targets": 4}
+    assert example_lengths(BatchSpec(2, 0, 4, kind="decoder")) == {"inputs": 1, "targets": 4}
 
 
 @pytest.mark.parametrize(
@@ -218,7 +228,7 @@ def test_lengths_of_the_other_kinds():
 )
 def test_targets_that_are_no_classes(head, targets, message):
     spec = BatchSpec(1, 8, 4, False, "encoder")
-    converter = make_converter(spec, start_id=5, head=head, num_labels=3)
+    converter = make_converter(spec, ExampleFormat(start_id=5, head=head, num_labels=3))
     with pytest.raises(ValueError, match=message):
         converter([[example([7, 8, 3], targets)]])
 
@@ -277,7 +287,7 @@ def as_set(examples):
 def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     head, labels = CASES[task]
     spec = BatchSpec(4, 9, 4, True, "encoder")
-    lengths = example_lengths(spec, {"head": head})
+    lengths = example_lengths(spec, ExampleFormat(head=head))
     expected = expected_examples(task, word_piece, lengths)
     assert len(expected) > 5
     assert max(len(inputs) for inputs, _ in expected) == 8  # Some are cut.
@@ -293,7 +303,9 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     examples = cached.get(range(12))
     assert as_set(examples) == expected
     assert cached.fingerprint["model.labels"] == repr(labels)
-    batch = make_converter(spec, start_id=2, head=head, num_labels=3)([[e] for e in examples[:4]])
+    batch = make_converter(spec, ExampleFormat(start_id=2, head=head, num_labels=3))(
+        [[e] for e in examples[:4]]
+    )
     validate_batch(batch, spec)
     assert (batch["encoder_input_tokens"][:, 0] == 2).all()
 

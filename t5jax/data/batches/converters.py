@@ -6,13 +6,13 @@ predicts its targets, where SeqIO looks for one mask id; and if inputs and targe
 there is no eos between them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from t5jax import batch as features
-from t5jax.batch import Batch, BatchSpec
+from t5jax.batch import Batch, BatchSpec, ExampleFormat
 from t5jax.data.batches.examples import Example
 
 Rows = Sequence[Sequence[Example]]
@@ -39,52 +39,36 @@ class Converter(Protocol):
         """Returns the arrays with these examples in each row, which must fit."""
 
 
-def make_converter(
-    spec: BatchSpec,
-    *,
-    eos_id: int = 1,
-    start_id: int = 0,
-    inputs_start_id: int | None = None,
-    head: str = "masked_lm",
-    num_labels: int = 0,
-) -> Converter:
+def make_converter(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> Converter:
     """Returns the converter for a spec's kind of model.
 
     Args:
       spec: the shape of the batch, without its number of rows.
-      eos_id: what an encoder-decoder reads where examples have targets alone; what a decoder's
-        inputs lose at their end.
-      start_id: what a decoder reads before the first token of an example; of an encoder that
-        classifies, [CLS], which its examples come without.
-      inputs_start_id: what an encoder-decoder reads before its inputs, which then have no eos:
-        T5Gemma's <bos>. None: nothing.
-      head: of an encoder, as BertConfig has it.
-      num_labels: classes of an encoder that classifies.
+      form: how the model reads an example.
     """
     if spec.kind == "encoder_decoder":
-        return _EncoderDecoder(spec, eos_id, start_id, inputs_start_id)
+        return _EncoderDecoder(spec, form.eos_id, form.start_id, form.inputs_start_id)
     if spec.kind in ("decoder", "prefix_lm"):
-        return _Decoder(spec, eos_id, start_id)
-    if head == "masked_lm":
+        return _Decoder(spec, form.eos_id, form.start_id)
+    if form.head == "masked_lm":
         return _Encoder(spec)
-    return _Classifier(spec, start_id, head == "token_classification", num_labels)
+    return _Classifier(spec, form.start_id, form.head == "token_classification", form.num_labels)
 
 
-def example_lengths(spec: BatchSpec, options: Mapping[str, Any]) -> dict[str, int]:
+def example_lengths(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> dict[str, int]:
     """Returns the maximum lengths of an example's inputs and targets in tokens, with eos.
 
     Args:
       spec: shape of the batch.
-      options: those of `make_converter`.
+      form: how the model reads an example.
     """
     inputs, targets = max(spec.inputs_length, 1), spec.targets_length
-    head = options.get("head", "none")
-    if options.get("inputs_start_id") is not None:
+    if form.inputs_start_id is not None:
         inputs -= 1
     if spec.kind == "encoder":
-        if head != "masked_lm":
-            inputs -= 1  # For [CLS].
-        targets = 2 if head == "sequence_classification" else inputs
+        if form.head != "masked_lm":
+            inputs -= 1  # For the token that begins the text.
+        targets = 2 if form.head == "sequence_classification" else inputs
     return {"inputs": inputs, "targets": targets}
 
 

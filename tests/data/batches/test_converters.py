@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from t5jax.batch import BatchSpec, prompt_batch, shift_right, validate_batch
+from t5jax.batch import BatchSpec, ExampleFormat, prompt_batch, shift_right, validate_batch
 from t5jax.data.batches.converters import example_lengths, make_converter, pack
 from t5jax.data.bridge.tf import seqio, tf
 
@@ -57,7 +57,7 @@ def test_features_are_seqios_token_for_token(kind, packed):
     theirs = seqio_rows(kind, packed, rows)
     spec = spec_of(kind, packed, len(rows))
     # SeqIO leaves an eos between inputs and targets.
-    ours = make_converter(spec, eos_id=-1 if kind == "prefix_lm" else 1)(rows)
+    ours = make_converter(spec, ExampleFormat(eos_id=-1 if kind == "prefix_lm" else 1))(rows)
     validate_batch(ours, spec)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -87,7 +87,7 @@ def test_an_encoder_is_asked_where_targets_are():
 
 def test_an_encoder_decoder_reads_eos_where_there_are_only_targets():
     spec = BatchSpec(1, 3, 6, True)
-    converter = make_converter(spec, eos_id=9)
+    converter = make_converter(spec, ExampleFormat(eos_id=9))
     row = [{"targets": np.array(ids, np.int32)} for ids in ([5, 6], [7, 8, 9])]
     batch = converter([row])
     assert batch["encoder_input_tokens"].tolist() == [[9, 9, 0]]
@@ -100,7 +100,7 @@ def test_an_encoder_decoder_reads_eos_where_there_are_only_targets():
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder", "prefix_lm"])
 def test_id_0_may_be_a_word_and_another_id_the_start(kind, packed):
     rows = [[example([4, 0, 1], [0, 7, 0])]]
-    batch = make_converter(spec_of(kind, packed, 1), start_id=50)(rows)
+    batch = make_converter(spec_of(kind, packed, 1), ExampleFormat(start_id=50))(rows)
     assert batch["decoder_loss_weights"].sum() == 3
     first = 2 if kind == "prefix_lm" else 0
     assert batch["decoder_target_tokens"][0, first : first + 3].tolist() == [0, 7, 0]
@@ -113,7 +113,7 @@ def test_id_0_may_be_a_word_and_another_id_the_start(kind, packed):
 def test_a_decoder_reads_inputs_and_targets_in_one_row():
     rows = [[example([7, 8, 9], [3, 9]), example([5], [6, 9])], [example([9], [4, 9])]]
     spec = BatchSpec(2, 6, 3, True, "decoder")
-    converter = make_converter(spec, eos_id=9, start_id=50)
+    converter = make_converter(spec, ExampleFormat(eos_id=9, start_id=50))
     batch = converter(rows)
     validate_batch(batch, spec)
     # The eos behind inputs is gone, that behind targets stays; nothing is asked of the inputs.
@@ -130,13 +130,13 @@ def test_a_decoder_reads_inputs_and_targets_in_one_row():
 
 def test_an_encoder_may_begin_with_a_token_instead_of_ending_with_one():
     spec = BatchSpec(1, 9, 6, True)
-    converter = make_converter(spec, eos_id=9, start_id=50, inputs_start_id=50)
+    converter = make_converter(spec, ExampleFormat(eos_id=9, start_id=50, inputs_start_id=50))
     batch = converter([[example([7, 8, 9], [3, 9]), example([5], [6, 9])]])
     assert batch["encoder_input_tokens"].tolist() == [[50, 7, 8, 50, 5, 0, 0, 0, 0]]
     assert batch["encoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0, 0]]
     lengths = {"inputs": np.array([3, 1]), "targets": np.array([2, 2])}
     assert converter.sizes(lengths).tolist() == [[4, 2], [2, 2]]
-    assert example_lengths(spec, {"inputs_start_id": 50}) == {"inputs": 8, "targets": 6}
+    assert example_lengths(spec, ExampleFormat(inputs_start_id=50)) == {"inputs": 8, "targets": 6}
 
 
 def test_prompts_of_a_decoder_end_together():
