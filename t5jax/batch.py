@@ -163,8 +163,7 @@ def prompt_batch(
 
     Args:
       prompts: tokens of each, at most `length`; a decoder's begin with its start token.
-      kind: of the model. An encoder-decoder's prompts are padded behind. A decoder's are padded in
-        front, so that all rows go on at the same place.
+      kind: of the model.
     """
     if kind not in ("decoder", "prefix_lm"):
         return {ENCODER_INPUT_TOKENS: pad_ids(prompts, batch_size, length)}
@@ -173,7 +172,7 @@ def prompt_batch(
     for i, prompt in enumerate(prompts):
         values = dict(zip(names, (prompt, 1, range(len(prompt))), strict=True))
         for name, value in values.items():
-            batch[name][i, length - len(prompt) :] = value
+            batch[name][i, : len(prompt)] = value
     if kind == "prefix_lm":
         batch[DECODER_CAUSAL_ATTENTION] = batch[DECODER_SEGMENT_IDS]
     return batch

@@ -24,7 +24,10 @@ def greedy(model: Architecture, params: api.Params, batch: dict, max_tokens: int
       batch: as `batch.prompt_batch` makes it.
     """
     params = api.arrange_for_decoding(model, params)
-    logits_BV, cache = api.prefill(model, params, batch, max_tokens)
+    logits_BV, rows = api.prefill(model, params, batch)
+    num_rows, source_length = next(iter(batch.values())).shape
+    cache = api.init_cache(model, num_rows, source_length, max_tokens)
+    cache = api.insert(model, cache, rows, jnp.arange(num_rows))
 
     def pick(logits_BV, done_B):
         """Returns the next tokens, and which rows have ended with them."""

@@ -4,7 +4,7 @@ The step, decoding, serving, planning and the tests use nothing else of `t5jax/m
 Flax module leaves it. `model` is a frozen description (`t5jax.architectures`); parameters are a
 plain nested dict whose paths are API.
 
-B batch, S source length, T target length, D model, V vocab.
+B batch, N rows of a cache, S source length, P prompt length, T target length, D model, V vocab.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ import jax
 
 from t5jax import batch as features
 from t5jax.architectures import FAMILIES, Architecture
+from t5jax.models import cache as caches
+from t5jax.models.cache import Cache
 
 Params = dict[str, Any]
-Cache = Any
-"""What decoding remembers between tokens: a tree of arrays, of the family's own kind."""
 
 
 # What a family's module defines: Network, with the methods `hidden`, `unembed` and `logits`
 # (and `encode`, where it has an encoder); unembed_params; head_params, where the head is to choose;
-# and where it has a decoder, arrange_for_decoding, prefill and decode_step.
+# and where it has a decoder, cache_layers, prefill and decode_step.
 def _module(model: Architecture):
     return FAMILIES[model.family].load_network()
 
@@ -92,7 +92,7 @@ def logits(
 def hidden(
     model: Architecture, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
-    """Returns what the logits are made of, [B, T, D]; `unembed` makes them."""
+    """Returns the last hidden states [B, T, D], which `unembed` maps to logits."""
     return _apply(model, params, dropout_rng, batch, method="hidden")
 
 
@@ -130,34 +130,83 @@ def new_params(model: Architecture, source: Architecture) -> list[str]:
 
 
 def arrange_for_decoding(model: Architecture, params: Params) -> Params:
-    """Returns the parameters as `prefill` and `decode_step` read them fastest; they take both.
+    """Returns the parameters as a loop over tokens reads them fastest.
 
-    Do it once, outside of the loop over tokens.
+    Matrices have the dtype they are computed in; quantized ones stay as they are. Each layer of the
+    decoder has arrays of its own, since slices of a stack would be copied at every token. Do it
+    once, outside of the loop; parameters that are arranged already come back unchanged.
     """
-    return _module(model).arrange_for_decoding(_without_dropout(model), params)
+    dtype = jax.numpy.dtype(model.dtype)
+
+    def cast(path, x):
+        names = [getattr(key, "key", None) for key in path]
+        # The relative bias is added to float32 scores; so are norms and biases computed.
+        is_matrix = names[-1] in ("kernel", "embedding") and "relative_bias" not in names
+        return x.astype(dtype) if is_matrix else x
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    decoder = params["decoder"]
+    if isinstance(decoder["layers"], tuple):
+        return params
+    num_layers = len(_module(model).cache_layers(model))
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], decoder["layers"]) for i in range(num_layers))
+    return params | {"decoder": decoder | {"layers": layers}}
 
 
-def prefill(
-    model: Architecture, params: Params, batch: Mapping, max_length: int
-) -> tuple[jax.Array, Cache]:
-    """Reads the inputs, and makes room to write `max_length` tokens after them.
+def init_cache(model: Architecture, slots: int, source_length: int, max_length: int) -> Cache:
+    """Returns room for rows that are being decoded, none of which is there yet.
 
     Args:
+      slots: N, rows.
+      source_length: tokens of an encoder's longest input, or of a decoder's longest prompt.
+      max_length: tokens to write for each.
+    """
+    layers, dtype = _module(model).cache_layers(model), model.dtype
+    if model.kind == "decoder":
+        return caches.empty(layers, slots, source_length + max_length, None, dtype)
+    return caches.empty(layers, slots, max_length, source_length, dtype)
+
+
+def prefill(model: Architecture, params: Params, batch: Mapping) -> tuple[jax.Array, Cache]:
+    """Reads the inputs.
+
+    Args:
+      params: as `arrange_for_decoding` returns them.
       batch: for an encoder-decoder, encoder_input_tokens [B, S], of which the decoder reads nothing
         but its start token. For a decoder, decoder_input_tokens [B, P]: the start token and the
-        prompt, so that each row ends with its last token; and with padding in front of shorter
-        rows, decoder_segment_ids [B, P], 0 there, and decoder_positions [B, P].
+        prompt; where shorter rows are padded, behind, decoder_segment_ids [B, P], 0 there.
     Returns:
-      float32 logits [B, V] of the first token to write, and the cache.
+      float32 logits [B, V] of the first token to write, and rows to `insert` into a cache.
     """
-    return _module(model).prefill(_without_dropout(model), params, batch, max_length)
+    return _module(model).prefill(_without_dropout(model), params, batch)
+
+
+def insert(model: Architecture, cache: Cache, rows: Cache, slots_B: jax.Array) -> Cache:
+    """Returns the cache with `rows`, as prefill returns them, in the slots int32 [B].
+
+    Raises:
+      ValueError: for rows that are longer than the cache has room for.
+    """
+    return caches.insert(_module(model).cache_layers(model), cache, rows, slots_B)
+
+
+def take(cache: Cache, slots_N: jax.Array) -> Cache:
+    """Returns a cache whose row n is row `slots_N[n]` of this one, int32 [N]."""
+    return caches.take(cache, slots_N)
 
 
 def decode_step(
-    model: Architecture, params: Params, cache: Cache, tokens_B: jax.Array
+    model: Architecture, params: Params, cache: Cache, tokens_N: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Returns float32 logits [B, V] of the token after `tokens_B`, int32 [B], and the cache."""
-    return _module(model).decode_step(_without_dropout(model), params, cache, tokens_B)
+    """Reads one token a row, each where its row stands.
+
+    Args:
+      params: as `arrange_for_decoding` returns them.
+      tokens_N: int32 [N]. The token of a slot that is free may be any.
+    Returns:
+      float32 logits [N, V] of the tokens after them, and the cache.
+    """
+    return _module(model).decode_step(_without_dropout(model), params, cache, tokens_N)
 
 
 def _apply(model, params, dropout_rng, *args, method):

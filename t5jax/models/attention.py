@@ -1,11 +1,16 @@
-"""Attention, its masks, T5's relative-position bias, and rotary positions.
+"""Attention: one function for every network, and a description of what its queries may see.
+
+Also T5's relative-position bias, and rotary positions.
 
 B batch, T query length, S key length, H heads, G heads of keys and values, R = H / G, K head dim,
 N buckets.
 """
 
+import functools
 import math
+import operator
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,117 +19,107 @@ import numpy as np
 MASKED = -1e9
 
 
-def dot_product_attention(q_BTHK, k_BSHK, v_BSHK, bias_1HTS, mask_B1TS, *, dropout=None):
-    """Returns softmax(q k + bias) v, unscaled: T5 folds 1/sqrt(K) into the query's initialiser.
+class AttentionMask(flax.struct.PyTreeNode):
+    """What each query may see of the keys. `attention` alone turns it into an array.
 
-    Args:
-      q_BTHK, k_BSHK, v_BSHK: one dtype, which the result has.
-      bias_1HTS: float32, or None.
-      mask_B1TS: bool, broadcastable to [B, H, T, S]; True where a query may see a key.
-      dropout: applied to the probabilities [B, H, T, S], or None.
-    Returns:
-      [B, T, H, K]. The softmax is float32.
+    A field that is set hides keys, except for `prefix_BT`, which makes exceptions from `causal`.
+    Queries and keys are counted from the first token of the same row.
     """
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    if bias_1HTS is not None:
-        scores_BHTS += bias_1HTS
-    scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, MASKED)
-    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHK.dtype)
-    if dropout is not None:
-        probs_BHTS = dropout(probs_BHTS)
-    return jnp.einsum("BHTS,BSHK->BTHK", probs_BHTS, v_BSHK)
+
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    """No key after the query."""
+    prefix_BT: jax.Array | None = None
+    """causal: tokens, bool, that see each other in both directions."""
+    window: jax.Array | int | None = None
+    """Only keys fewer than so many tokens away, in either direction; int32 []."""
+    query_segments_BT: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+    """Only keys of the query's own segment, int32. Set both."""
+    is_token_BS: jax.Array | None = None
+    """Only keys that are tokens, bool: not padding, nor places of a cache that hold nothing."""
+
+    @classmethod
+    def within(cls, segments_BT, **fields) -> "AttentionMask":
+        """Returns the mask of rows that attend to themselves, each segment to itself alone."""
+        return cls(query_segments_BT=segments_BT, key_segments_BS=segments_BT, **fields)
+
+    def dense(self, num_queries: int, num_keys: int) -> jax.Array:
+        """Returns bool [B or 1, 1, T or 1, S or 1]: true where the query may see the key."""
+        query_T1, key_1S = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)[None]
+        masks = [jnp.ones((1, 1, 1, 1), bool)]
+        if self.causal:
+            mask = (key_1S <= query_T1)[None, None]
+            if self.prefix_BT is not None:
+                prefix_BT = self.prefix_BT
+                mask |= prefix_BT[:, None, :, None] & prefix_BT[:, None, None, :]
+            masks.append(mask)
+        if self.window is not None:
+            masks.append((jnp.abs(query_T1 - key_1S) < self.window)[None, None])
+        if self.query_segments_BT is not None:
+            ids_BT, ids_BS = self.query_segments_BT, self.key_segments_BS
+            masks.append(ids_BT[:, None, :, None] == ids_BS[:, None, None, :])
+        if self.is_token_BS is not None:
+            masks.append(self.is_token_BS[:, None, None, :])
+        return functools.reduce(operator.and_, masks)
 
 
-def single_query_attention(q_BHK, k_BHTK, v_BHTK, bias_1HT, mask_BT):
-    """Returns [B, H, K]: what one token sees of the keys and values that were kept.
-
-    Args:
-      q_BHK: its query.
-      k_BHTK, v_BHTK: heads in front, so that each product reads memory in order.
-      bias_1HT: float32, or None.
-      mask_BT: bool [B or 1, T]; true where a key may be seen.
-    """
-    scores_BHT = jnp.einsum("BHK,BHTK->BHT", q_BHK, k_BHTK, preferred_element_type=jnp.float32)
-    if bias_1HT is not None:
-        scores_BHT += bias_1HT
-    scores_BHT = jnp.where(mask_BT[:, None], scores_BHT, MASKED)
-    probs_BHT = jax.nn.softmax(scores_BHT, axis=-1).astype(v_BHTK.dtype)
-    return jnp.einsum("BHT,BHTK->BHK", probs_BHT, v_BHTK)
-
-
-def grouped_query_attention(
-    q_BTHK, k_BSGK, v_BSGK, mask_B1TS, *, scale: float, softcap: float | None = None, dropout=None
+def attention(
+    q_BTHK,
+    k,
+    v,
+    mask: AttentionMask,
+    *,
+    bias=None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    dropout=None,
+    cached: bool = False,
 ):
-    """Returns softmax(cap(scale q k)) v, where H / G heads of queries share one of keys and values.
+    """Returns softmax(cap(scale q k) + bias) v.
+
+    H / G heads of queries share one head of keys and values. T5 leaves the scale at 1, as it folds
+    1/sqrt(K) into the query's initialiser.
 
     Args:
-      q_BTHK, k_BSGK, v_BSGK: one dtype, which the result has.
-      mask_B1TS: bool, broadcastable to [B, 1, T, S]; True where a query may see a key.
-      scale: the scores' factor.
-      softcap: as in the function of that name.
+      q_BTHK: queries.
+      k, v: keys and values of the queries' dtype, which the result has: [B, S, G, K], or with
+        `cached` [B, G, S, K], as `cache.Cache` keeps them.
+      mask: what each query may see.
+      bias: float32 [B or 1, H, T, S], or None.
+      scale: factor of the scores.
+      softcap: as in the function of that name, or None.
       dropout: applied to the probabilities [B, G, R, T, S], or None.
+      cached: which axes k and v have. A cache has heads in front, so that each of a few queries
+        reads memory in order.
     Returns:
-      [B, T, H, K]. The softmax is float32.
-    Source: Ainslie et al. 2023 (arXiv:2305.13245); the cap is Gemma 2's.
+      [B, T, H, K]. Scores and softmax are float32.
+    Source: Vaswani et al. 2017 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245) for the
+      groups; the cap is Gemma 2's.
     """
-    q_BTGRK = _group(q_BTHK, k_BSGK.shape[2])
+    kept = "BGSK" if cached else "BSGK"
+    num_groups, num_keys = k.shape[kept.index("G")], k.shape[kept.index("S")]
+    batch_size, num_queries, _, head_dim = q_BTHK.shape
+    q_BTGRK = q_BTHK.reshape(batch_size, num_queries, num_groups, -1, head_dim)
     scores_BGRTS = jnp.einsum(
-        "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32
+        f"BTGRK,{kept}->BGRTS", q_BTGRK, k, preferred_element_type=jnp.float32
     )
-    scores_BGRTS = jnp.where(mask_B1TS[:, None], _cap(scores_BGRTS, scale, softcap), MASKED)
-    probs_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v_BSGK.dtype)
+    if scale != 1.0:
+        scores_BGRTS *= scale
+    if softcap is not None:
+        scores_BGRTS = soft_cap(scores_BGRTS, softcap)
+    if bias is not None:
+        scores_BGRTS += bias.reshape(len(bias), num_groups, -1, num_queries, num_keys)
+    mask_B11TS = mask.dense(num_queries, num_keys)[:, None]
+    scores_BGRTS = jnp.where(mask_B11TS, scores_BGRTS, MASKED)
+    probs_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v.dtype)
     if dropout is not None:
         probs_BGRTS = dropout(probs_BGRTS)
-    return jnp.einsum("BGRTS,BSGK->BTGRK", probs_BGRTS, v_BSGK).reshape(q_BTHK.shape)
-
-
-def grouped_single_query_attention(
-    q_BHK, k_BGTK, v_BGTK, mask_BT, *, scale: float, softcap: float | None = None
-):
-    """Returns [B, H, K]: what one token sees of the keys and values that were kept.
-
-    Args:
-      q_BHK: its query.
-      k_BGTK, v_BGTK: heads in front, so that each product reads memory in order.
-      mask_BT: bool [B or 1, T]; true where a key may be seen.
-      scale, softcap: as in `grouped_query_attention`.
-    """
-    q_BGRK = _group(q_BHK, k_BGTK.shape[1])
-    scores_BGRT = jnp.einsum("BGRK,BGTK->BGRT", q_BGRK, k_BGTK, preferred_element_type=jnp.float32)
-    scores_BGRT = jnp.where(mask_BT[:, None, None], _cap(scores_BGRT, scale, softcap), MASKED)
-    probs_BGRT = jax.nn.softmax(scores_BGRT, axis=-1).astype(v_BGTK.dtype)
-    return jnp.einsum("BGRT,BGTK->BGRK", probs_BGRT, v_BGTK).reshape(q_BHK.shape)
-
-
-def _group(q, num_groups: int):
-    """[..., H, K] -> [..., G, R, K]."""
-    return q.reshape(*q.shape[:-2], num_groups, -1, q.shape[-1])
-
-
-def _cap(scores, scale: float, softcap: float | None):
-    scores *= scale
-    return scores if softcap is None else soft_cap(scores, softcap)
+    return jnp.einsum(f"BGRTS,{kept}->BTGRK", probs_BGRTS, v).reshape(q_BTHK.shape)
 
 
 def soft_cap(x, cap: float):
     """Returns cap * tanh(x / cap): `x` where it is small, and never more than the cap."""
     return cap * jnp.tanh(x / cap)
-
-
-def segment_mask(query_ids_BT, key_ids_BS) -> jax.Array:
-    """Returns bool [B, 1, T, S]: true where query and key are of the same segment."""
-    return query_ids_BT[:, None, :, None] == key_ids_BS[:, None, None, :]
-
-
-def causal_mask(length: int) -> jax.Array:
-    """Returns bool [1, 1, T, T]: true where the key is not after the query."""
-    return jnp.tril(jnp.ones((1, 1, length, length), bool))
-
-
-def window_mask(length: int, window: int) -> jax.Array:
-    """Returns bool [1, 1, T, T]: true where the key is fewer than `window` tokens away."""
-    index_T = jnp.arange(length)
-    return (jnp.abs(index_T[:, None] - index_T[None]) < window)[None, None]
 
 
 def rope_frequencies(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from t5jax import batch as features
 from t5jax.architectures import BertConfig
-from t5jax.models.attention import grouped_query_attention, segment_mask
+from t5jax.models.attention import AttentionMask, attention
 from t5jax.models.layers import (
     ACTIVATIONS,
     MLP,
@@ -29,19 +29,16 @@ from t5jax.sharding import constrain
 
 
 def _norm(cfg: BertConfig, name=None):
-    return LayerNorm(cfg.layer_norm_epsilon, cfg.dtype, cfg.param_dtype, name=name)
+    return LayerNorm(cfg, cfg.layer_norm_epsilon, name=name)
 
 
-def _linear(cfg: BertConfig, equation, shape, axes):
-    return Linear(
-        equation, shape, axes, cfg.initializer_range, cfg.dtype, cfg.param_dtype, use_bias=True
-    )
+def _linear(cfg: BertConfig, inputs, outputs):
+    return Linear(cfg, inputs, outputs, cfg.initializer_range, use_bias=True)
 
 
 def _dense(cfg: BertConfig):
     """Returns a map of the residual stream to itself."""
-    axes = ("embed", "activation_embed")
-    return _linear(cfg, "...D,DE->...E", (cfg.d_model, cfg.d_model), axes)
+    return _linear(cfg, {"embed": cfg.d_model}, {"activation_embed": cfg.d_model})
 
 
 class Attention(nn.Module):
@@ -51,28 +48,19 @@ class Attention(nn.Module):
 
     def setup(self):
         cfg = self.config
-        D, H, K = cfg.d_model, cfg.num_heads, cfg.head_dim
-
-        def projection():
-            return _linear(cfg, "...D,DHK->...HK", (D, H, K), ("embed", "heads", "head_dim"))
-
-        self.query, self.key, self.value = projection(), projection(), projection()
-        self.out = _linear(cfg, "...HK,HKD->...D", (H, K, D), ("heads", "head_dim", "embed"))
+        model = {"embed": cfg.d_model}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+        self.query, self.key, self.value = (_linear(cfg, model, heads) for _ in range(3))
+        self.out = _linear(cfg, heads, model)
         self.dropout = Dropout(cfg.dropout_rate)
 
-    def __call__(self, x_BSD, mask_B1SS):
+    def __call__(self, x_BSD, mask: AttentionMask):
         q_BSHK, k_BSHK, v_BSHK = (
             constrain(project(x_BSD), "batch", "length", "heads", "head_dim")
             for project in (self.query, self.key, self.value)
         )
-        h_BSHK = grouped_query_attention(  # Of as many groups as there are heads.
-            q_BSHK,
-            k_BSHK,
-            v_BSHK,
-            mask_B1SS,
-            scale=self.config.head_dim**-0.5,
-            dropout=self.dropout,
-        )
+        scale = self.config.head_dim**-0.5
+        h_BSHK = attention(q_BSHK, k_BSHK, v_BSHK, mask, scale=scale, dropout=self.dropout)
         return self.out(h_BSHK)
 
 
@@ -80,23 +68,18 @@ class Layer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_BSD, mask_B1SS):
+    def __call__(self, x_BSD, mask: AttentionMask):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
-        h_BSD = Attention(cfg, name="attention")(x_BSD, mask_B1SS)
+        h_BSD = Attention(cfg, name="attention")(x_BSD, mask)
         x_BSD = _norm(cfg, "attention_norm")(x_BSD + dropout(h_BSD))
         x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
 
         h_BSD = MLP(
-            cfg.d_model,
-            cfg.d_ff,
+            cfg,
             cfg.activation,
-            False,
-            0.0,
-            cfg.initializer_range,
-            cfg.initializer_range,
-            cfg.dtype,
-            cfg.param_dtype,
+            wi_stddev=cfg.initializer_range,
+            wo_stddev=cfg.initializer_range,
             use_bias=True,
             name="mlp",
         )(x_BSD)
@@ -110,9 +93,9 @@ class Encoder(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x_BSD, mask_B1SS):
+    def __call__(self, x_BSD, mask: AttentionMask):
         cfg = self.config
-        x_BSD, _ = stack(Layer, cfg, cfg.num_layers)(cfg, name="layers")(x_BSD, mask_B1SS)
+        x_BSD, _ = stack(Layer, cfg, cfg.num_layers)(cfg, name="layers")(x_BSD, mask)
         return x_BSD
 
 
@@ -139,23 +122,23 @@ class Network(nn.Module):
 
     def setup(self):
         cfg = self.config
-        table = (cfg.d_model, cfg.initializer_range, cfg.dtype, cfg.param_dtype)
-        self.token_embedder = Embedding(cfg.vocab_size, *table)
-        self.position_embedder = Embedding(cfg.max_positions, *table, axis="length")
-        self.type_embedder = Embedding(cfg.type_vocab_size, *table, axis=None)
+        width, stddev = cfg.d_model, cfg.initializer_range
+        self.token_embedder = Embedding(cfg, cfg.vocab_size, width, stddev)
+        self.position_embedder = Embedding(cfg, cfg.max_positions, width, stddev, axis="length")
+        self.type_embedder = Embedding(cfg, cfg.type_vocab_size, width, stddev, axis=None)
         self.embedding_norm = _norm(cfg)
         self.encoder = Encoder(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
         if cfg.head == "masked_lm":
             self.masked_lm = MaskedLM(cfg)
             if not cfg.tie_word_embeddings:
-                self.lm_head = Unembedding(cfg.d_model, cfg.vocab_size, *table[1:])
+                self.lm_head = Unembedding(cfg, width, cfg.vocab_size, stddev)
         if cfg.head in ("sequence_classification", "pooler"):
             self.pooler = _dense(cfg)
         if cfg.classifies:
             # Classes are few, and need not divide by anything: no logical axis.
             self.classifier = Unembedding(
-                cfg.d_model, cfg.num_outputs, *table[1:], use_bias=True, axis=None
+                cfg, width, cfg.num_outputs, stddev, use_bias=True, axis=None
             )
 
     def encode(self, batch):
@@ -170,15 +153,14 @@ class Network(nn.Module):
                 "(data.inputs_length), or cut the text"
             )
         positions_BS = batch.get(features.ENCODER_POSITIONS, jnp.arange(length)[None])
-        mask_B1SS = (tokens_BS != cfg.pad_token_id)[:, None, None, :]
+        mask = AttentionMask(is_token_BS=tokens_BS != cfg.pad_token_id)
         if features.ENCODER_SEGMENT_IDS in batch:
-            ids_BS = batch[features.ENCODER_SEGMENT_IDS]
-            mask_B1SS = segment_mask(ids_BS, ids_BS)
+            mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
 
         x_BSD = self.token_embedder(tokens_BS) + self.position_embedder(positions_BS)
         x_BSD += self.type_embedder(jnp.zeros((1, 1), jnp.int32))
         x_BSD = self.dropout(self.embedding_norm(x_BSD))
-        return self.encoder(constrain(x_BSD, "batch", "length", "activation_embed"), mask_B1SS)
+        return self.encoder(constrain(x_BSD, "batch", "length", "activation_embed"), mask)
 
     def hidden(self, batch):
         """Returns what `unembed` reads [B, S, D]: the last layer's output, or pooled."""

@@ -3,8 +3,8 @@
 The papers are those that `GPTConfig` names. What sets them apart are its fields: where positions
 enter, which norm and where, how many heads share keys, which layers look how far, what is capped.
 
-B batch, T length, P length of a prompt, D model, H heads, G heads of keys and values, K head dim,
-V vocab, L layers.
+B batch, N rows of a cache, T length, P length of a prompt, S tokens that are kept, D model,
+H heads, G heads of keys and values, K head dim, V vocab.
 """
 
 from typing import Any
@@ -13,20 +13,20 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5jax import batch as features
 from t5jax.architectures import GPTConfig
+from t5jax.models import cache as caches
 from t5jax.models.attention import (
-    causal_mask,
-    grouped_query_attention,
-    grouped_single_query_attention,
+    AttentionMask,
+    attention,
     rope_frequencies,
     rope_table,
     rotate,
-    segment_mask,
     soft_cap,
-    window_mask,
 )
+from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import (
     MLP,
     Dropout,
@@ -39,45 +39,31 @@ from t5jax.models.layers import (
 )
 from t5jax.sharding import constrain
 
+_EVERYTHING = np.iinfo(np.int32).max
+
 
 class Reach(flax.struct.PyTreeNode):
     """What tokens see and where they are, for global layers and, where they differ, local ones."""
 
-    mask: jax.Array  # bool [B or 1, 1, T, T].
-    local_mask: jax.Array | None
+    mask: AttentionMask
+    window: int | None  # Of local layers.
     rope: Any  # As `rope_table` returns it, or None.
     local_rope: Any
 
     def of(self, is_local):
         """Returns mask and rotation of one layer; `is_local` may be traced."""
-
-        def choose(for_all, for_local):
-            if for_local is None:
-                return for_all
-            return jax.tree.map(lambda a, b: jnp.where(is_local, b, a), for_all, for_local)
-
-        return choose(self.mask, self.local_mask), choose(self.rope, self.local_rope)
-
-
-class Cache(flax.struct.PyTreeNode):
-    """What decoding remembers: argument and result of `decode_step`.
-
-    Each layer has keys and values [B, G, S, K] of its own. Token `index` stands at place index % S:
-    a global layer has places for all tokens, a local one for as many as its window, of which the
-    newest takes that of the oldest.
-    """
-
-    index: jax.Array  # int32 []: tokens seen so far, padding among them.
-    padding: jax.Array  # int32 [B]: how many of them, in front, are padding.
-    positions: jax.Array  # int32 [B]: of the next token.
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+        mask, rope = self.mask, self.rope
+        if self.window is not None:
+            mask = mask.replace(window=jnp.where(is_local, self.window, _EVERYTHING))
+        if self.local_rope is not None:
+            rope = jax.tree.map(lambda a, b: jnp.where(is_local, b, a), rope, self.local_rope)
+        return mask, rope
 
 
 def _norm(cfg: GPTConfig, name=None):
     if cfg.norm == "layernorm":
-        return LayerNorm(cfg.norm_epsilon, cfg.dtype, cfg.param_dtype, name=name)
-    return RMSNorm(cfg.norm_epsilon, cfg.dtype, cfg.param_dtype, cfg.norm_plus_one, name=name)
+        return LayerNorm(cfg, cfg.norm_epsilon, name=name)
+    return RMSNorm(cfg, cfg.norm_epsilon, cfg.norm_plus_one, name=name)
 
 
 def _out_stddev(cfg: GPTConfig) -> float:
@@ -92,21 +78,18 @@ class Attention(nn.Module):
 
     def setup(self):
         cfg = self.config
-        D, H, G, K = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        kinds = (cfg.dtype, cfg.param_dtype, cfg.attention_bias)
-
-        def projection(heads, axis):
-            axes = ("embed", axis, "head_dim")
-            return Linear("...D,DHK->...HK", (D, heads, K), axes, cfg.initializer_range, *kinds)
-
-        self.query = projection(H, "heads")
-        self.key = projection(G, "kv_heads")
-        self.value = projection(G, "kv_heads")
-        axes = ("heads", "head_dim", "embed")
-        self.out = Linear("...HK,HKD->...D", (H, K, D), axes, _out_stddev(cfg), *kinds)
+        model = {"embed": cfg.d_model}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+        kv_heads = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
+        bias, stddev = cfg.attention_bias, cfg.initializer_range
+        self.query = Linear(cfg, model, heads, stddev, use_bias=bias)
+        self.key = Linear(cfg, model, kv_heads, stddev, use_bias=bias)
+        self.value = Linear(cfg, model, kv_heads, stddev, use_bias=bias)
+        self.out = Linear(cfg, heads, model, _out_stddev(cfg), use_bias=bias)
         if cfg.qk_norm:
-            norm = (cfg.norm_epsilon, cfg.dtype, cfg.param_dtype, cfg.norm_plus_one, "head_dim")
-            self.query_norm, self.key_norm = RMSNorm(*norm), RMSNorm(*norm)
+            self.query_norm, self.key_norm = (
+                RMSNorm(cfg, cfg.norm_epsilon, cfg.norm_plus_one, axis="head_dim") for _ in range(2)
+            )
         self.dropout = Dropout(cfg.dropout_rate)
         self.scores = {"scale": cfg.query_scale, "softcap": cfg.attention_softcap}
 
@@ -117,29 +100,25 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         return rotate(q_BTHK, rope), rotate(k_BTGK, rope), v_BTGK
 
-    def __call__(self, x_BTD, mask_B1TT, rope):
-        """Returns [B, T, D], and the keys and values."""
+    def __call__(self, x_BTD, mask: AttentionMask, rope):
+        """Returns [B, T, D], and the keys and values [B, T, G, K]."""
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, rope)
         q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
         k_BTGK = constrain(k_BTGK, "batch", "length", "kv_heads", "head_dim")
         v_BTGK = constrain(v_BTGK, "batch", "length", "kv_heads", "head_dim")
-        h_BTHK = grouped_query_attention(
-            q_BTHK, k_BTGK, v_BTGK, mask_B1TT, **self.scores, dropout=self.dropout
-        )
-        return self.out(h_BTHK), k_BTGK, v_BTGK
+        h_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, **self.scores, dropout=self.dropout)
+        return self.out(h_BTHK), (k_BTGK, v_BTGK)
 
-    def step(self, x_BD, keys_BGSK, values_BGSK, place, mask_BS, rope):
-        """Returns [B, D] of one token, and what is kept, with its key and value at `place`."""
-        q_B1HK, k_B1GK, v_B1GK = self.project(x_BD[:, None], rope)
-        # Written first and read then: the other way round, the compiler copies the cache.
-        keys_BGSK, values_BGSK = (
-            jax.lax.dynamic_update_slice(kept, jnp.swapaxes(new, 1, 2), (0, 0, place, 0))
-            for kept, new in ((keys_BGSK, k_B1GK), (values_BGSK, v_B1GK))
-        )
-        h_BHK = grouped_single_query_attention(
-            q_B1HK[:, 0], keys_BGSK, values_BGSK, mask_BS, **self.scores
-        )
-        return self.out(h_BHK), keys_BGSK, values_BGSK
+    def step(self, x_N1D, rope, positions_N, kept):
+        """Returns [N, 1, D] of one token a row, and `kept` with its key and value.
+
+        Args:
+          positions_N: int32, where the token stands in its row.
+          kept: keys and values [N, G, S, K] of this layer.
+        """
+        q_N1HK, k_N1GK, v_N1GK = self.project(x_N1D, rope)
+        *kept, mask = caches.extend(*kept, k_N1GK[:, 0], v_N1GK[:, 0], positions_N)
+        return self.out(attention(q_N1HK, *kept, mask, **self.scores, cached=True)), kept
 
 
 class Layer(nn.Module):
@@ -153,16 +132,11 @@ class Layer(nn.Module):
         self.attention = Attention(cfg)
         self.pre_mlp_norm = _norm(cfg)
         self.mlp = MLP(
-            cfg.d_model,
-            cfg.d_ff,
-            cfg.mlp_activation.removeprefix("gated-"),
-            cfg.gated,
-            0.0,
-            cfg.initializer_range,
-            _out_stddev(cfg),
-            cfg.dtype,
-            cfg.param_dtype,
-            cfg.mlp_bias,
+            cfg,
+            cfg.mlp_activation,
+            wi_stddev=cfg.initializer_range,
+            wo_stddev=_out_stddev(cfg),
+            use_bias=cfg.mlp_bias,
         )
         if cfg.post_norms:
             self.post_attention_norm = _norm(cfg)
@@ -175,16 +149,16 @@ class Layer(nn.Module):
     def read(self, x_BTD, is_local, reach: Reach):
         """Returns [B, T, D], and attention's keys and values."""
         h_BTD = self.pre_attention_norm(x_BTD)
-        h_BTD, k_BTGK, v_BTGK = self.attention(h_BTD, *reach.of(is_local))
+        h_BTD, keys_values = self.attention(h_BTD, *reach.of(is_local))
         x_BTD = self._add_attention(x_BTD, h_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
         x_BTD = self._add_mlp(x_BTD)
-        return constrain(x_BTD, "batch", "length", "activation_embed"), k_BTGK, v_BTGK
+        return constrain(x_BTD, "batch", "length", "activation_embed"), keys_values
 
-    def step(self, x_BD, *kept):
-        """The same for one token; `kept` and what is returned are those of `Attention.step`."""
-        h_BD, keys, values = self.attention.step(self.pre_attention_norm(x_BD), *kept)
-        return self._add_mlp(self._add_attention(x_BD, h_BD)), keys, values
+    def step(self, x_N1D, *step):
+        """The same for one token a row, with the further arguments of `Attention.step`."""
+        h_N1D, kept = self.attention.step(self.pre_attention_norm(x_N1D), *step)
+        return self._add_mlp(self._add_attention(x_N1D, h_N1D)), kept
 
     def _add_attention(self, x, h):
         return x + self.dropout(self.post_attention_norm(h) if self.config.post_norms else h)
@@ -216,16 +190,16 @@ class Network(nn.Module):
 
     def setup(self):
         cfg = self.config
-        table = (cfg.d_model, cfg.initializer_range, cfg.dtype, cfg.param_dtype)
-        self.token_embedder = Embedding(cfg.vocab_size, *table)
+        stddev = cfg.initializer_range
+        self.token_embedder = Embedding(cfg, cfg.vocab_size, cfg.d_model, stddev)
         if cfg.position == "learned":
-            self.position_embedder = Embedding(cfg.max_positions, *table, axis="length")
+            self.position_embedder = Embedding(
+                cfg, cfg.max_positions, cfg.d_model, stddev, axis="length"
+            )
         self.dropout = Dropout(cfg.dropout_rate)
         self.decoder = Decoder(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Unembedding(
-                cfg.d_model, cfg.vocab_size, cfg.initializer_range, cfg.dtype, cfg.param_dtype
-            )
+            self.lm_head = Unembedding(cfg, cfg.d_model, cfg.vocab_size, stddev)
 
     def embed(self, tokens, positions):
         """Returns [..., D] for tokens [...] at positions that have as many dimensions."""
@@ -247,9 +221,8 @@ class Network(nn.Module):
     def unembed(self, x_BTD):
         """Returns float32 logits [..., V] for `hidden`'s output [..., D]."""
         cfg = self.config
-        logits = (
-            self.token_embedder.attend(x_BTD) if cfg.tie_word_embeddings else (self.lm_head(x_BTD))
-        )
+        tied = cfg.tie_word_embeddings
+        logits = self.token_embedder.attend(x_BTD) if tied else self.lm_head(x_BTD)
         return logits if cfg.final_softcap is None else soft_cap(logits, cfg.final_softcap)
 
     def logits(self, batch):
@@ -262,33 +235,22 @@ def _positions(cfg: GPTConfig, batch) -> jax.Array:
     if features.DECODER_POSITIONS in batch:
         return batch[features.DECODER_POSITIONS]
     length = batch[features.DECODER_INPUT_TOKENS].shape[1]
-    _check_length(cfg, length)
-    return jnp.arange(length)[None]
-
-
-def _check_length(cfg: GPTConfig, length: int) -> None:
     if cfg.position == "learned" and length > cfg.max_positions:
         raise ValueError(
             f"a text of {length} tokens has no positions in this model; {cfg.family} learned "
-            f"{cfg.max_positions} (model.max_positions); cut the text, or write fewer tokens"
+            f"{cfg.max_positions} (model.max_positions); cut the text"
         )
+    return jnp.arange(length)[None]
 
 
 def _reach(cfg: GPTConfig, batch) -> Reach:
     """Returns what each token of a batch sees, and how its query and key are turned."""
-    length = batch[features.DECODER_INPUT_TOKENS].shape[1]
-    mask_B1TT = causal_mask(length)
-    if features.DECODER_CAUSAL_ATTENTION in batch:
-        is_input_BT = batch[features.DECODER_CAUSAL_ATTENTION] == 1
-        mask_B1TT |= is_input_BT[:, None, :, None] & is_input_BT[:, None, None, :]
+    mask = AttentionMask(causal=True)
     if features.DECODER_SEGMENT_IDS in batch:
-        ids_BT = batch[features.DECODER_SEGMENT_IDS]
-        mask_B1TT &= segment_mask(ids_BT, ids_BT)
-    local_mask = None
-    if any(cfg.local_layers):
-        # Distances in a row: inside one text they are those of positions.
-        local_mask = mask_B1TT & window_mask(length, cfg.sliding_window)
-    return Reach(mask_B1TT, local_mask, *_ropes(cfg, _positions(cfg, batch)))
+        mask = AttentionMask.within(batch[features.DECODER_SEGMENT_IDS], causal=True)
+    if features.DECODER_CAUSAL_ATTENTION in batch:
+        mask = mask.replace(prefix_BT=batch[features.DECODER_CAUSAL_ATTENTION] == 1)
+    return Reach(mask, cfg.sliding_window, *_ropes(cfg, _positions(cfg, batch)))
 
 
 def _ropes(cfg: GPTConfig, positions_BT):
@@ -319,106 +281,58 @@ def unembed_params(cfg: GPTConfig) -> tuple[str, ...]:
 # --- Decoding, one token at a time ---------------------------------------------------------------
 
 
-def arrange_for_decoding(cfg: GPTConfig, params):
-    """Returns the parameters as a decoding loop reads them fastest.
-
-    Matrices have the dtype they are computed in, and each layer arrays of its own: slices of a
-    stack would be copied at every token.
-    """
-    dtype = jnp.dtype(cfg.dtype)
-
-    def cast(path, x):
-        return x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    return params | {"decoder": params["decoder"] | {"layers": _layers(cfg, params)}}
-
-
-def _layers(cfg: GPTConfig, params) -> tuple:
-    """Returns each layer's parameters."""
-    layers = params["decoder"]["layers"]
-    if isinstance(layers, tuple):
-        return layers
-    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_layers))
-
-
-def prefill(cfg: GPTConfig, params, batch, max_length: int) -> tuple[jax.Array, Cache]:
-    """Reads the prompts, and makes room for `max_length` tokens behind them.
-
-    Raises:
-      ValueError: for prompts without padding that learned positions are too few for. With padding,
-        who pads has to see to it: what a row's padding is, is not known here.
-    """
-    tokens_BP = batch[features.DECODER_INPUT_TOKENS]
-    length = tokens_BP.shape[1]
-    network, layer = Network(cfg), Layer(cfg)
-    padding_B = jnp.zeros(len(tokens_BP), jnp.int32)
-    if features.DECODER_SEGMENT_IDS in batch:
-        padding_B = jnp.sum(batch[features.DECODER_SEGMENT_IDS] == 0, axis=1, dtype=jnp.int32)
-    else:
-        _check_length(cfg, length + max_length - 1)  # The last token is not read.
-    positions_BP = _positions(cfg, batch)
-    reach = _reach(cfg, batch)
-    x_BPD = network.apply({"params": params}, tokens_BP, positions_BP, method="embed")
-    keys, values = [], []
-    for is_local, layer_params in zip(cfg.local_layers, _layers(cfg, params), strict=True):
-        x_BPD, *kept = layer.apply({"params": layer_params}, x_BPD, is_local, reach, method="read")
-        size = length + max_length
-        size = min(size, cfg.sliding_window) if is_local else size
-        for all_layers, new_BPGK in zip((keys, values), kept, strict=True):
-            all_layers.append(_keep(new_BPGK, size))
-    cache = Cache(
-        index=jnp.int32(length),
-        padding=padding_B,
-        positions=jnp.broadcast_to(positions_BP[:, -1] + 1, padding_B.shape).astype(jnp.int32),
-        keys=tuple(keys),
-        values=tuple(values),
+def cache_layers(cfg: GPTConfig) -> tuple[LayerShape, ...]:
+    """Returns what each layer keeps."""
+    return tuple(
+        LayerShape(cfg.num_kv_heads, cfg.head_dim, cfg.sliding_window if is_local else None)
+        for is_local in cfg.local_layers
     )
-    return _logits(cfg, params, x_BPD[:, -1]), cache
 
 
-def _keep(new_BPGK, size: int) -> jax.Array:
-    """Returns a cache [B, G, S, K] of keys or values: token i at place i % S, as many as fit."""
-    length = new_BPGK.shape[1]
-    new_BGPK = jnp.swapaxes(new_BPGK, 1, 2)
-    if length <= size:
-        return jnp.pad(new_BGPK, ((0, 0), (0, 0), (0, size - length), (0, 0)))
-    return jnp.roll(new_BGPK[:, :, -size:], length % size, axis=2)
+def prefill(cfg: GPTConfig, params, batch) -> tuple[jax.Array, Cache]:
+    """Reads the prompts, whose padding is behind them."""
+    tokens_BP = batch[features.DECODER_INPUT_TOKENS]
+    lengths_B = jnp.full(len(tokens_BP), tokens_BP.shape[1], jnp.int32)
+    if features.DECODER_SEGMENT_IDS in batch:
+        lengths_B = jnp.sum(batch[features.DECODER_SEGMENT_IDS] != 0, axis=1, dtype=jnp.int32)
+    network, layer, reach = Network(cfg), Layer(cfg), _reach(cfg, batch)
+    positions_BP = _positions(cfg, batch)
+    x_BPD = network.apply({"params": params}, tokens_BP, positions_BP, method="embed")
+    kept = []
+    for is_local, layer_params in zip(cfg.local_layers, params["decoder"]["layers"], strict=True):
+        x_BPD, keys_values = layer.apply(
+            {"params": layer_params}, x_BPD, is_local, reach, method="read"
+        )
+        kept.append([jnp.swapaxes(x, 1, 2) for x in keys_values])
+    keys, values = zip(*kept, strict=True)
+    last_B = jnp.maximum(lengths_B - 1, 0)  # A row of padding alone has no last token.
+    x_B1D = jnp.take_along_axis(x_BPD, last_B[:, None, None], axis=1)
+    return _logits(cfg, params, x_B1D), Cache(positions=lengths_B, keys=keys, values=values)
 
 
-def decode_step(cfg: GPTConfig, params, cache: Cache, tokens_B):
-    """Returns float32 logits [B, V] of the next token, and the cache with this one."""
+def decode_step(cfg: GPTConfig, params, cache: Cache, tokens_N):
+    """Returns float32 logits [N, V] of the next token, and the cache with this one."""
     network, layer = Network(cfg), Layer(cfg)
-    rope, local_rope = _ropes(cfg, cache.positions[:, None])
-    x_BD = network.apply({"params": params}, tokens_B, cache.positions, method="embed")
-    keys, values = [], []
-    kept = zip(cfg.local_layers, _layers(cfg, params), cache.keys, cache.values, strict=True)
-    for is_local, layer_params, keys_BGSK, values_BGSK in kept:
-        size = keys_BGSK.shape[2]
-        # The token that stands at each place; before the first one, a negative index.
-        held_S = cache.index - (cache.index - jnp.arange(size)) % size
-        x_BD, *new = layer.apply(
+    positions_N1 = cache.positions[:, None]
+    rope, local_rope = _ropes(cfg, positions_N1)
+    x_N1D = network.apply({"params": params}, tokens_N[:, None], positions_N1, method="embed")
+    kept = []
+    for is_local, layer_params, *keys_values in zip(
+        cfg.local_layers, params["decoder"]["layers"], cache.keys, cache.values, strict=True
+    ):
+        x_N1D, new = layer.apply(
             {"params": layer_params},
-            x_BD,
-            keys_BGSK,
-            values_BGSK,
-            cache.index % size,
-            held_S[None] >= cache.padding[:, None],
+            x_N1D,
             local_rope if is_local and local_rope is not None else rope,
+            cache.positions,
+            keys_values,
             method="step",
         )
-        keys.append(new[0])
-        values.append(new[1])
-    cache = cache.replace(
-        index=cache.index + 1,
-        positions=cache.positions + 1,
-        keys=tuple(keys),
-        values=tuple(values),
-    )
-    return _logits(cfg, params, x_BD), cache
+        kept.append(new)
+    return _logits(cfg, params, x_N1D), cache.stepped(kept)
 
 
-def _logits(cfg: GPTConfig, params, x_BD) -> jax.Array:
-    """Returns float32 logits [B, V] of what the last layer returned."""
-    x_BD = _norm(cfg).apply({"params": params["decoder"]["final_norm"]}, x_BD)
-    return Network(cfg).apply({"params": params}, x_BD, method="unembed")
+def _logits(cfg: GPTConfig, params, x_N1D) -> jax.Array:
+    """Returns float32 logits [N, V] of the last layer's output."""
+    x_N1D = _norm(cfg).apply({"params": params["decoder"]["final_norm"]}, x_N1D)
+    return Network(cfg).apply({"params": params}, x_N1D, method="unembed")[:, 0]

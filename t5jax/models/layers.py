@@ -7,12 +7,13 @@ B batch, T length, D model, F mlp, V vocab.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5jax.architectures import Architecture
 from t5jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -56,27 +57,33 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
-    """An einsum with one weight, `kernel`, whose last axes are those of the output."""
+    """A matrix `kernel` from the last dimensions of its input to those of its output.
 
-    equation: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    Both sides map a logical axis to its size, as in {"heads": H, "head_dim": K}; the kernel has
+    all of them, in this order.
+    """
+
+    config: Architecture
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, int]
     stddev: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", normal(self.stddev, self.axes), self.shape, self.param_dtype)
-        x = _product(self.equation, x, kernel.astype(self.dtype))
+        """Takes [..., *inputs] and returns [..., *outputs], in the dtype of the description."""
+        dtype, param_dtype = self.config.dtype, self.config.param_dtype
+        axes, shape = (*self.inputs, *self.outputs), (*self.inputs.values(), *self.outputs.values())
+        kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
+        read = "ABC"[: len(self.inputs)]
+        written = "DEF"[: len(self.outputs)]
+        x = _product(f"...{read},{read}{written}->...{written}", x, kernel.astype(dtype))
         if not self.use_bias:
             return x
-        dims = len(self.equation.split("->...")[1])
-        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[-dims:])
-        bias = self.param("bias", init, self.shape[-dims:], self.param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
+        bias = self.param("bias", init, tuple(self.outputs.values()), param_dtype)
         # Added in float32, so that its gradient is summed in float32.
-        return (x.astype(jnp.float32) + float32_for(x, bias)).astype(self.dtype)
+        return (x.astype(jnp.float32) + float32_for(x, bias)).astype(dtype)
 
 
 def float32_for(x, param):
@@ -91,9 +98,8 @@ class RMSNorm(nn.Module):
     by, and scale begins at 0 (Gemma).
     """
 
+    config: Architecture
     epsilon: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
     plus_one: bool = False
     axis: str = "embed"
 
@@ -102,12 +108,12 @@ class RMSNorm(nn.Module):
         """Takes and returns [..., D]."""
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
         init = nn.with_logical_partitioning(init, (self.axis,))
-        scale_D = self.param("scale", init, x.shape[-1:], self.param_dtype)
+        scale_D = self.param("scale", init, x.shape[-1:], self.config.param_dtype)
         x = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(variance + self.epsilon)
         scale = float32_for(x, scale_D)
-        return (x * (1 + scale if self.plus_one else scale)).astype(self.dtype)
+        return (x * (1 + scale if self.plus_one else scale)).astype(self.config.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -116,9 +122,8 @@ class LayerNorm(nn.Module):
     Statistics are float32 whatever the dtype.
     """
 
+    config: Architecture
     epsilon: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x):
@@ -126,13 +131,13 @@ class LayerNorm(nn.Module):
 
         def param(name, init):
             init = nn.with_logical_partitioning(init, ("embed",))
-            return float32_for(x, self.param(name, init, x.shape[-1:], self.param_dtype))
+            return float32_for(x, self.param(name, init, x.shape[-1:], self.config.param_dtype))
 
         scale, bias = param("scale", nn.initializers.ones), param("bias", nn.initializers.zeros)
         y = x.astype(jnp.float32)
         y -= jnp.mean(y, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
-        return (y * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.dtype)
+        return (y * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(self.config.dtype)
 
 
 @jax.custom_vjp
@@ -161,27 +166,26 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 class Embedding(nn.Module):
     """A table of vectors; `attend` uses the same table as an output matrix."""
 
+    config: Architecture
     num_embeddings: int
     features: int
     stddev: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
     axis: str | None = "vocab"
 
     def setup(self):
         init = normal(self.stddev, (self.axis, "embed"))
         shape = (self.num_embeddings, self.features)
-        self.embedding = self.param("embedding", init, shape, self.param_dtype)
+        self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
 
     def __call__(self, tokens_BT):
-        return _lookup(self.embedding, tokens_BT).astype(self.dtype)
+        return _lookup(self.embedding, tokens_BT).astype(self.config.dtype)
 
     def attend(self, x_BTD):
         """Returns float32 logits [B, T, V]."""
         return jnp.einsum(
             "...D,VD->...V",
             x_BTD,
-            self.embedding.astype(self.dtype),
+            self.embedding.astype(self.config.dtype),
             preferred_element_type=jnp.float32,
         )
 
@@ -189,25 +193,25 @@ class Embedding(nn.Module):
 class Unembedding(nn.Module):
     """An output matrix of its own; float32 logits [..., V]."""
 
+    config: Architecture
     features: int
     num_embeddings: int
     stddev: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
     use_bias: bool = False
     axis: str | None = "vocab"
 
     @nn.compact
     def __call__(self, x_BTD):
+        dtype, param_dtype = self.config.dtype, self.config.param_dtype
         shape, axes = (self.features, self.num_embeddings), ("embed", self.axis)
-        kernel = self.param("kernel", normal(self.stddev, axes), shape, self.param_dtype)
+        kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
         logits_BTV = jnp.einsum(
-            "...D,DV->...V", x_BTD, kernel.astype(self.dtype), preferred_element_type=jnp.float32
+            "...D,DV->...V", x_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
         )
         if not self.use_bias:
             return logits_BTV
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
-        bias_V = self.param("bias", init, shape[1:], self.param_dtype)
+        bias_V = self.param("bias", init, shape[1:], param_dtype)
         return logits_BTV + float32_for(logits_BTV, bias_V)
 
 
@@ -223,45 +227,31 @@ def Dropout(rate: float) -> nn.Module:
 class MLP(nn.Module):
     """activation(x wi) wo, or gated: (activation(x wi_0) * x wi_1) wo (arXiv:2002.05202)."""
 
-    d_model: int
-    d_ff: int
+    config: Architecture
+    """Its d_model and d_ff are the widths."""
     activation: str
-    gated: bool
-    dropout_rate: float
+    """A key of ACTIVATIONS, behind "gated-" where it is gated."""
     wi_stddev: float
     wo_stddev: float
-    dtype: jnp.dtype
-    param_dtype: jnp.dtype
+    dropout_rate: float = 0.0
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BTD):
-        def wi(name):
-            return Linear(
-                "...D,DF->...F",
-                (self.d_model, self.d_ff),
-                ("embed", "mlp"),
-                self.wi_stddev,
-                self.dtype,
-                self.param_dtype,
-                self.use_bias,
-                name=name,
-            )(x_BTD)
+        model, hidden = {"embed": self.config.d_model}, {"mlp": self.config.d_ff}
 
-        activation = ACTIVATIONS[self.activation]
-        h_BTF = activation(wi("wi_0")) * wi("wi_1") if self.gated else activation(wi("wi"))
+        def wi(name):
+            return Linear(self.config, model, hidden, self.wi_stddev, self.use_bias, name=name)(
+                x_BTD
+            )
+
+        activation = ACTIVATIONS[self.activation.removeprefix("gated-")]
+        gated = self.activation.startswith("gated-")
+        h_BTF = activation(wi("wi_0")) * wi("wi_1") if gated else activation(wi("wi"))
         h_BTF = constrain(h_BTF, "batch", *("length",) * (h_BTF.ndim - 2), "mlp")
         h_BTF = Dropout(self.dropout_rate)(h_BTF)
-        return Linear(
-            "...F,FD->...D",
-            (self.d_ff, self.d_model),
-            ("mlp", "embed"),
-            self.wo_stddev,
-            self.dtype,
-            self.param_dtype,
-            self.use_bias,
-            name="wo",
-        )(h_BTF)
+        wo = Linear(self.config, hidden, model, self.wo_stddev, self.use_bias, name="wo")
+        return wo(h_BTF)
 
 
 def stack(layer: type[nn.Module], config, length: int, in_axes=nn.broadcast) -> type[nn.Module]:

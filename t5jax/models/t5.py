@@ -8,23 +8,20 @@ B batch, S source length, T target length, D model, H heads, K head dim, N bucke
 L layers.
 """
 
-from typing import Any
-
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from t5jax import batch as features
 from t5jax.architectures import T5Config
+from t5jax.models import cache as caches
 from t5jax.models.attention import (
-    causal_mask,
-    dot_product_attention,
+    AttentionMask,
+    attention,
     relative_position_bias,
-    segment_mask,
-    single_query_attention,
     spread_over_diagonals,
 )
+from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import (
     MLP,
     Dropout,
@@ -38,37 +35,17 @@ from t5jax.models.layers import (
 from t5jax.sharding import constrain
 
 
-class Cache(flax.struct.PyTreeNode):
-    """What decoding remembers: argument and result of `decode_step`.
-
-    The decoder's own keys and values [B, H, T, K] gain one position a step; those of
-    cross-attention [B, H, S, K] stay. There is one array a layer, or, where the parameters are
-    stacked, one for all of them with layers in front.
-    """
-
-    position: jax.Array  # int32 []: tokens seen so far.
-    self_keys: Any
-    self_values: Any
-    cross_keys: Any
-    cross_values: Any
-    encoder_mask: jax.Array  # bool [B, S]: true where the encoder has a token.
-
-
 def _norm(cfg: T5Config, name=None):
-    return RMSNorm(cfg.layer_norm_epsilon, cfg.dtype, cfg.param_dtype, name=name)
+    return RMSNorm(cfg, cfg.layer_norm_epsilon, name=name)
 
 
 def _mlp(cfg: T5Config, name=None):
     return MLP(
-        cfg.d_model,
-        cfg.d_ff,
-        cfg.mlp_activation.removeprefix("gated-"),
-        cfg.gated,
-        cfg.dropout_rate,
-        cfg.initializer_factor * cfg.d_model**-0.5,
-        cfg.initializer_factor * cfg.d_ff**-0.5,
-        cfg.dtype,
-        cfg.param_dtype,
+        cfg,
+        cfg.mlp_activation,
+        wi_stddev=cfg.initializer_factor * cfg.d_model**-0.5,
+        wo_stddev=cfg.initializer_factor * cfg.d_ff**-0.5,
+        dropout_rate=cfg.dropout_rate,
         name=name,
     )
 
@@ -97,6 +74,21 @@ class RelativeBias(nn.Module):
         """Returns float32 [1, H, T, T], for a sequence that attends to itself."""
         return spread_over_diagonals(self(jnp.arange(1 - length, length)), length)
 
+    def rows(self, positions_N, length: int):
+        """Returns float32 [N, H, 1, S]: for one query a row, and keys from the first of its row.
+
+        Args:
+          positions_N: int32, where the query stands in its row.
+          length: S.
+        """
+        bias_HR = self(jnp.arange(1 - length, length))
+
+        def one(position):
+            shape = (len(bias_HR), length)
+            return jax.lax.dynamic_slice(bias_HR, (0, length - 1 - position), shape)
+
+        return jax.vmap(one)(positions_N)[:, :, None]
+
 
 class Attention(nn.Module):
     """Multi-head attention; queries from one sequence, keys and values from another or the same.
@@ -108,50 +100,43 @@ class Attention(nn.Module):
 
     def setup(self):
         cfg = self.config
-        D, H, K = cfg.d_model, cfg.num_heads, cfg.d_kv
+        model = {"embed": cfg.d_model}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.d_kv}
 
-        def projection(stddev):
-            axes = ("embed", "heads", "head_dim")
-            stddev *= cfg.initializer_factor
-            return Linear("...D,DHK->...HK", (D, H, K), axes, stddev, cfg.dtype, cfg.param_dtype)
+        def linear(inputs, outputs, stddev):
+            return Linear(cfg, inputs, outputs, cfg.initializer_factor * stddev)
 
-        self.query = projection((D * K) ** -0.5)
-        self.key = projection(D**-0.5)
-        self.value = projection(D**-0.5)
-        self.out = Linear(
-            "...HK,HKD->...D",
-            (H, K, D),
-            ("heads", "head_dim", "embed"),
-            cfg.initializer_factor * (H * K) ** -0.5,
-            cfg.dtype,
-            cfg.param_dtype,
-        )
+        self.query = linear(model, heads, (cfg.d_model * cfg.d_kv) ** -0.5)
+        self.key = linear(model, heads, cfg.d_model**-0.5)
+        self.value = linear(model, heads, cfg.d_model**-0.5)
+        self.out = linear(heads, model, (cfg.num_heads * cfg.d_kv) ** -0.5)
         self.dropout = Dropout(cfg.dropout_rate)
 
-    def __call__(self, x_BTD, kv_BSD, bias_1HTS, mask_B1TS):
-        q_BTHK = constrain(self.query(x_BTD), "batch", "length", "heads", "head_dim")
-        k_BSHK = constrain(self.key(kv_BSD), "batch", "length", "heads", "head_dim")
-        v_BSHK = constrain(self.value(kv_BSD), "batch", "length", "heads", "head_dim")
-        h_BTHK = dot_product_attention(
-            q_BTHK, k_BSHK, v_BSHK, bias_1HTS, mask_B1TS, dropout=self.dropout
+    def __call__(self, x_BTD, kv_BSD, mask: AttentionMask, bias_1HTS=None):
+        """Returns [B, T, D]."""
+        q_BTHK, k_BSHK, v_BSHK = (
+            constrain(x, "batch", "length", "heads", "head_dim")
+            for x in (self.query(x_BTD), *self.keys_values(kv_BSD))
         )
+        h_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask, bias=bias_1HTS, dropout=self.dropout)
         return self.out(h_BTHK)
 
     def keys_values(self, x_BSD):
-        """Returns keys and values to keep, [B, H, S, K]."""
-        return jnp.swapaxes(self.key(x_BSD), 1, 2), jnp.swapaxes(self.value(x_BSD), 1, 2)
+        """Returns keys and values [B, S, H, K]."""
+        return self.key(x_BSD), self.value(x_BSD)
 
-    def attend_one(self, x_BD, k_BHTK, v_BHTK, bias_1HT, mask_BT):
-        """One token attends to keys and values that were kept."""
-        h_BHK = single_query_attention(self.query(x_BD), k_BHTK, v_BHTK, bias_1HT, mask_BT)
-        return self.out(h_BHK)
+    def read_cache(self, x_N1D, keys_NHSK, values_NHSK, mask: AttentionMask, bias_NH1S=None):
+        """Returns [N, 1, D]: what one token a row sees of keys and values that were kept."""
+        q_N1HK = self.query(x_N1D)
+        h_N1HK = attention(q_N1HK, keys_NHSK, values_NHSK, mask, bias=bias_NH1S, cached=True)
+        return self.out(h_N1HK)
 
 
 class EncoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_BSD, bias_1HSS, mask_B1SS):
+    def __call__(self, x_BSD, bias_1HSS, mask: AttentionMask):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
         if cfg.per_layer_relative_bias:
@@ -159,7 +144,7 @@ class EncoderLayer(nn.Module):
             bias_1HSS = bias.matrix(x_BSD.shape[1])
 
         h_BSD = _norm(cfg, "pre_attention_norm")(x_BSD)
-        h_BSD = Attention(cfg, name="attention")(h_BSD, h_BSD, bias_1HSS, mask_B1SS)
+        h_BSD = Attention(cfg, name="attention")(h_BSD, h_BSD, mask, bias_1HSS)
         x_BSD = x_BSD + dropout(h_BSD)
         x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
 
@@ -183,17 +168,17 @@ class DecoderLayer(nn.Module):
         if cfg.per_layer_relative_bias:
             self.relative_bias = RelativeBias(cfg, bidirectional=False)
 
-    def __call__(self, x_BTD, encoded_BSD, bias_1HTT, mask_B1TT, cross_mask_B1TS):
+    def __call__(self, x_BTD, encoded_BSD, bias_1HTT, mask, cross_mask):
         if self.config.per_layer_relative_bias:
             bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
 
         h_BTD = self.pre_self_attention_norm(x_BTD)
-        h_BTD = self.self_attention(h_BTD, h_BTD, bias_1HTT, mask_B1TT)
+        h_BTD = self.self_attention(h_BTD, h_BTD, mask, bias_1HTT)
         x_BTD = x_BTD + self.dropout(h_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
 
         h_BTD = self.pre_cross_attention_norm(x_BTD)
-        h_BTD = self.cross_attention(h_BTD, encoded_BSD, None, cross_mask_B1TS)
+        h_BTD = self.cross_attention(h_BTD, encoded_BSD, cross_mask)
         x_BTD = x_BTD + self.dropout(h_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
 
@@ -201,27 +186,29 @@ class DecoderLayer(nn.Module):
         x_BTD = x_BTD + self.dropout(h_BTD)
         return constrain(x_BTD, "batch", "length", "activation_embed"), None
 
-    # Decoding calls these one after the other, and keeps the keys and values in between.
-
-    def self_keys_values(self, x_B1D):
-        return self.self_attention.keys_values(self.pre_self_attention_norm(x_B1D))
-
     def cross_keys_values(self, encoded_BSD):
         return self.cross_attention.keys_values(encoded_BSD)
 
-    def step(self, x_BD, position, self_kept, cross_kept, bias_1HT, cross_mask_BS):
-        """One token, whose own key and value are among the kept ones already; [B, D]."""
-        positions_T = jnp.arange(self_kept[0].shape[2])
-        mask_1T = (positions_T <= position)[None]
+    def step(self, x_N1D, positions_N, kept, cross_kept, cross_mask, bias_NH1S):
+        """The same for one token a row.
+
+        Args:
+          x_N1D, positions_N: the token, and where it stands in its row.
+          kept, cross_kept: keys and values [N, H, S, K] of this layer.
+          cross_mask, bias_NH1S: what the token sees of the encoding; the bias of its row.
+        Returns:
+          [N, 1, D], and `kept` with the token among them.
+        """
+        h_N1D = self.pre_self_attention_norm(x_N1D)
+        k_N1HK, v_N1HK = self.self_attention.keys_values(h_N1D)
+        *kept, mask = caches.extend(*kept, k_N1HK[:, 0], v_N1HK[:, 0], positions_N)
         if self.config.per_layer_relative_bias:
-            bias_1HT = self.relative_bias(positions_T - position)[None]
+            bias_NH1S = self.relative_bias.rows(positions_N, kept[0].shape[2])
+        x_N1D = x_N1D + self.self_attention.read_cache(h_N1D, *kept, mask, bias_NH1S)
 
-        h_BD = self.pre_self_attention_norm(x_BD)
-        x_BD = x_BD + self.self_attention.attend_one(h_BD, *self_kept, bias_1HT, mask_1T)
-
-        h_BD = self.pre_cross_attention_norm(x_BD)
-        x_BD = x_BD + self.cross_attention.attend_one(h_BD, *cross_kept, None, cross_mask_BS)
-        return x_BD + self.mlp(self.pre_mlp_norm(x_BD))
+        h_N1D = self.pre_cross_attention_norm(x_N1D)
+        x_N1D = x_N1D + self.cross_attention.read_cache(h_N1D, *cross_kept, cross_mask)
+        return x_N1D + self.mlp(self.pre_mlp_norm(x_N1D)), kept
 
 
 class Encoder(nn.Module):
@@ -230,7 +217,7 @@ class Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_BSD, mask_B1SS):
+    def __call__(self, x_BSD, mask: AttentionMask):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
         bias_1HSS = None
@@ -239,12 +226,12 @@ class Encoder(nn.Module):
             bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
             bias_1HSS = bias.matrix(x_BSD.shape[1])
         Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
-        x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask_B1SS)
+        x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
 
 class Decoder(nn.Module):
-    """The encoding and the embeddings of what was written so far, to the next tokens' [B, T, D]."""
+    """From the targets read so far, embedded, and the encoding to the output [B, T, D]."""
 
     config: T5Config
 
@@ -256,12 +243,12 @@ class Decoder(nn.Module):
         if not cfg.per_layer_relative_bias:
             self.relative_bias = RelativeBias(cfg, bidirectional=False)
 
-    def __call__(self, x_BTD, encoded_BSD, mask_B1TT, cross_mask_B1TS):
+    def __call__(self, x_BTD, encoded_BSD, mask, cross_mask):
         bias_1HTT = None
         if not self.config.per_layer_relative_bias:
             bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
         x_BTD = self.dropout(x_BTD)
-        x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias_1HTT, mask_B1TT, cross_mask_B1TS)
+        x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias_1HTT, mask, cross_mask)
         return self.dropout(self.final_norm(x_BTD))
 
 
@@ -273,31 +260,25 @@ class Network(nn.Module):
     def setup(self):
         cfg = self.config
         self.token_embedder = Embedding(
-            cfg.vocab_size, cfg.d_model, cfg.initializer_factor, cfg.dtype, cfg.param_dtype
+            cfg, cfg.vocab_size, cfg.d_model, stddev=cfg.initializer_factor
         )
         self.encoder = Encoder(cfg)
         if cfg.kind == "encoder":
             return
         self.decoder = Decoder(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Unembedding(
-                cfg.d_model,
-                cfg.vocab_size,
-                # N(0, 1), as Hugging Face has it, is far too large to train from.
-                cfg.initializer_factor * cfg.d_model**-0.5,
-                cfg.dtype,
-                cfg.param_dtype,
-            )
+            # N(0, 1), as Hugging Face has it, is far too large to train from.
+            stddev = cfg.initializer_factor * cfg.d_model**-0.5
+            self.lm_head = Unembedding(cfg, cfg.d_model, cfg.vocab_size, stddev)
 
     def encode(self, batch):
         """Returns the encoding [B, S, D]."""
         tokens_BS = batch[features.ENCODER_INPUT_TOKENS]
-        mask_B1SS = _is_token(self.config, batch)[:, None, None, :]
+        mask = AttentionMask(is_token_BS=_is_token(self.config, batch))
         if features.ENCODER_SEGMENT_IDS in batch:
-            ids_BS = batch[features.ENCODER_SEGMENT_IDS]
-            mask_B1SS = segment_mask(ids_BS, ids_BS)
+            mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
         x_BSD = constrain(self.token_embedder(tokens_BS), "batch", "length", "activation_embed")
-        return self.encoder(x_BSD, mask_B1SS)
+        return self.encoder(x_BSD, mask)
 
     def hidden(self, batch):
         """Returns the decoder's output [B, T, D], ready for `unembed`; an encoder's, its own."""
@@ -307,14 +288,17 @@ class Network(nn.Module):
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
         # Padding among the decoder's inputs cannot be told from its start token, and need not be:
         # it comes last, where only padding sees it.
-        mask_B1TT = causal_mask(tokens_BT.shape[1])
-        cross_mask_B1TS = _is_token(self.config, batch)[:, None, None, :]
+        mask = AttentionMask(causal=True)
+        cross_mask = AttentionMask(is_token_BS=_is_token(self.config, batch))
         if features.DECODER_SEGMENT_IDS in batch:
-            ids_BT = batch[features.DECODER_SEGMENT_IDS]
-            mask_B1TT &= segment_mask(ids_BT, ids_BT)
-            cross_mask_B1TS = segment_mask(ids_BT, batch[features.ENCODER_SEGMENT_IDS])
+            ids_BT, ids_BS = (
+                batch[features.DECODER_SEGMENT_IDS],
+                batch[features.ENCODER_SEGMENT_IDS],
+            )
+            mask = AttentionMask.within(ids_BT, causal=True)
+            cross_mask = AttentionMask(query_segments_BT=ids_BT, key_segments_BS=ids_BS)
         x_BTD = constrain(self.token_embedder(tokens_BT), "batch", "length", "activation_embed")
-        return self._scale(self.decoder(x_BTD, encoded_BSD, mask_B1TT, cross_mask_B1TS))
+        return self._scale(self.decoder(x_BTD, encoded_BSD, mask, cross_mask))
 
     def unembed(self, x_BTD):
         """Returns float32 logits [..., V] for `hidden`'s output [..., D]."""
@@ -329,9 +313,9 @@ class Network(nn.Module):
     def embed(self, tokens):
         return self.token_embedder(tokens)
 
-    def finish(self, x_BD):
+    def finish(self, x):
         """Returns float32 logits of the decoder's normed output."""
-        return self.unembed(self._scale(x_BD))
+        return self.unembed(self._scale(x))
 
     def _scale(self, x_BTD):
         cfg = self.config
@@ -353,119 +337,57 @@ def unembed_params(cfg: T5Config) -> tuple[str, ...]:
 # --- Decoding, one token at a time ---------------------------------------------------------------
 
 
-def arrange_for_decoding(cfg: T5Config, params):
-    """Returns the parameters as a decoding loop reads them fastest.
-
-    Matrices have the dtype they are computed in. Unless the layers are to be scanned, each has
-    arrays of its own: slices of a stack would be copied at every token.
-    """
-    dtype = jnp.dtype(cfg.dtype)
-
-    def cast(path, x):
-        keep = "relative_bias" in jax.tree_util.keystr(path) or path[-1].key == "scale"
-        return x if keep else x.astype(dtype)
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
-    if not cfg.scan_layers and isinstance(params["decoder"]["layers"], dict):
-        layers = params["decoder"]["layers"]
-        split = tuple(
-            jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_decoder_layers)
-        )
-        params = params | {"decoder": params["decoder"] | {"layers": split}}
-    return params
+def cache_layers(cfg: T5Config) -> tuple[LayerShape, ...]:
+    """Returns what each layer keeps."""
+    shape = LayerShape(cfg.num_heads, cfg.d_kv, heads_axis="heads")
+    return (shape,) * cfg.num_decoder_layers
 
 
-def prefill(cfg: T5Config, params, batch, max_length: int) -> tuple[jax.Array, Cache]:
-    """Encodes the inputs, reads the start token, and makes room for `max_length` tokens."""
-    cache = _init_cache(cfg, params, batch, max_length)
-    batch_size = batch[features.ENCODER_INPUT_TOKENS].shape[0]
-    start_B = jnp.full((batch_size,), cfg.decoder_start_token_id, jnp.int32)
-    return decode_step(cfg, params, cache, start_B)
-
-
-def _init_cache(cfg: T5Config, params, batch, max_length: int) -> Cache:
+def prefill(cfg: T5Config, params, batch) -> tuple[jax.Array, Cache]:
+    """Encodes the inputs and reads the start token."""
     encoded_BSD = Network(cfg).apply({"params": params}, batch, method="encode")
-    layer, layers = DecoderLayer(cfg), params["decoder"]["layers"]
-
-    def cross(params):
-        return layer.apply({"params": params}, encoded_BSD, method="cross_keys_values")
-
-    if isinstance(layers, tuple):
-        cross_keys, cross_values = zip(*map(cross, layers), strict=True)
-    else:
-        cross_keys, cross_values = jax.lax.map(cross, layers)
-    # Else the compiler moves their transposition into the loop over tokens.
-    cross_keys, cross_values = jax.lax.optimization_barrier((cross_keys, cross_values))
-
-    def empty(kept):
-        return jnp.zeros((*kept.shape[:-2], max_length, kept.shape[-1]), kept.dtype)
-
-    return Cache(
-        position=jnp.int32(0),
-        self_keys=jax.tree.map(empty, cross_keys),
-        self_values=jax.tree.map(empty, cross_keys),
-        cross_keys=cross_keys,
-        cross_values=cross_values,
-        encoder_mask=_is_token(cfg, batch),
-    )
+    layer = DecoderLayer(cfg)
+    cross = [
+        layer.apply({"params": layer_params}, encoded_BSD, method="cross_keys_values")
+        for layer_params in params["decoder"]["layers"]
+    ]
+    rows = caches.of_encoding(cache_layers(cfg), cross, _is_token(cfg, batch))
+    start_B = jnp.full(len(encoded_BSD), cfg.decoder_start_token_id, jnp.int32)
+    return decode_step(cfg, params, rows, start_B)
 
 
-def decode_step(cfg: T5Config, params, cache: Cache, tokens_B):
-    """Returns float32 logits [B, V] of the next token, and the cache with this one."""
+def decode_step(cfg: T5Config, params, cache: Cache, tokens_N):
+    """Returns float32 logits [N, V] of the next token, and the cache with this one."""
     network, layer = Network(cfg), DecoderLayer(cfg)
-    decoder, position = params["decoder"], cache.position
-    bias_1HT = None
+    decoder = params["decoder"]
+    bias_NH1S = None
     if not cfg.per_layer_relative_bias:
-        positions_T = jnp.arange(jax.tree.leaves(cache.self_keys)[0].shape[-2])
         bias = RelativeBias(cfg, bidirectional=False)
-        bias_HT = bias.apply({"params": decoder["relative_bias"]}, positions_T - position)
-        bias_1HT = bias_HT[None]
+        variables = {"params": decoder["relative_bias"]}
+        length = cache.keys[0].shape[2]
+        bias_NH1S = bias.apply(variables, cache.positions, length, method="rows")
 
-    def one(carry, index, params):
-        x_BD, keys, values = carry
-        k_BH1K, v_BH1K = layer.apply({"params": params}, x_BD[:, None], method="self_keys_values")
-        # Written first and read then: the other way round, the compiler copies the cache.
-        keys = _write(keys, index, position, k_BH1K)
-        values = _write(values, index, position, v_BH1K)
-        x_BD = layer.apply(
-            {"params": params},
-            x_BD,
-            position,
-            (_read(keys, index), _read(values, index)),
-            (_read(cache.cross_keys, index), _read(cache.cross_values, index)),
-            bias_1HT,
-            cache.encoder_mask,
+    x_N1D = network.apply({"params": params}, tokens_N[:, None], method="embed")
+    kept = []
+    for layer_params, keys, values, *cross_kept in zip(
+        decoder["layers"],
+        cache.keys,
+        cache.values,
+        cache.cross_keys,
+        cache.cross_values,
+        strict=True,
+    ):
+        x_N1D, new = layer.apply(
+            {"params": layer_params},
+            x_N1D,
+            cache.positions,
+            (keys, values),
+            cross_kept,
+            cache.cross_mask,
+            bias_NH1S,
             method="step",
         )
-        return x_BD, keys, values
-
-    x_BD = network.apply({"params": params}, tokens_B, method="embed")
-    carry, layers = (x_BD, cache.self_keys, cache.self_values), decoder["layers"]
-    if isinstance(layers, tuple):
-        for index, layer_params in enumerate(layers):
-            carry = one(carry, index, layer_params)
-    else:
-        # The cache is carried, not scanned over: as an input and output of the scan it would be
-        # copied at every token.
-        indices = jnp.arange(cfg.num_decoder_layers)
-        carry, _ = jax.lax.scan(lambda c, xs: (one(c, *xs), None), carry, (indices, layers))
-    x_BD, keys, values = carry
-
-    x_BD = _norm(cfg).apply({"params": decoder["final_norm"]}, x_BD)
-    logits_BV = network.apply({"params": params}, x_BD, method="finish")
-    return logits_BV, cache.replace(position=position + 1, self_keys=keys, self_values=values)
-
-
-def _read(kept, layer):
-    """Returns one layer's [B, H, T, K] of a tuple of them, or of a stack."""
-    if isinstance(kept, tuple):
-        return kept[layer]
-    return jax.lax.dynamic_index_in_dim(kept, layer, keepdims=False)
-
-
-def _write(kept, layer, position, new_BH1K):
-    """Returns what is kept with one layer's key or value at a position."""
-    if isinstance(kept, tuple):
-        one = jax.lax.dynamic_update_slice(kept[layer], new_BH1K, (0, 0, position, 0))
-        return (*kept[:layer], one, *kept[layer + 1 :])
-    return jax.lax.dynamic_update_slice(kept, new_BH1K[None], (layer, 0, 0, position, 0))
+        kept.append(new)
+    x_N1D = _norm(cfg).apply({"params": decoder["final_norm"]}, x_N1D)
+    logits_N1V = network.apply({"params": params}, x_N1D, method="finish")
+    return logits_N1V[:, 0], cache.stepped(kept)

@@ -9,23 +9,21 @@ V vocab.
 """
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from t5jax import batch as features
 from t5jax.architectures import GPTConfig, T5GemmaConfig
+from t5jax.models import cache as caches
 from t5jax.models import gpt
 from t5jax.models.attention import (
-    causal_mask,
-    grouped_query_attention,
-    grouped_single_query_attention,
+    AttentionMask,
+    attention,
     rope_frequencies,
     rope_table,
-    segment_mask,
     soft_cap,
-    window_mask,
 )
+from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import Dropout, Embedding, Linear, RMSNorm, Unembedding, stack
 from t5jax.sharding import constrain
 
@@ -34,27 +32,11 @@ class DecoderReach(gpt.Reach):
     """What the decoder's tokens see, the encoding among it."""
 
     encoded: jax.Array  # [B, S, D], of the encoder's width.
-    cross_mask: jax.Array  # bool [B, 1, 1 or T, S].
-
-
-class Cache(flax.struct.PyTreeNode):
-    """What decoding remembers: argument and result of `decode_step`.
-
-    Each layer has keys and values of its own: the decoder's [B, G, T, K], in which token i stands
-    at place i % T, so that a local layer's newest takes the place of the oldest; and those of
-    cross-attention [B, G, S, K], which stay.
-    """
-
-    index: jax.Array  # int32 []: tokens seen so far.
-    self_keys: tuple[jax.Array, ...]
-    self_values: tuple[jax.Array, ...]
-    cross_keys: tuple[jax.Array, ...]
-    cross_values: tuple[jax.Array, ...]
-    encoder_mask: jax.Array  # bool [B, S]: true where the encoder has a token.
+    cross_mask: AttentionMask
 
 
 def _norm(cfg: GPTConfig):
-    return RMSNorm(cfg.norm_epsilon, cfg.dtype, cfg.param_dtype, cfg.norm_plus_one)
+    return RMSNorm(cfg, cfg.norm_epsilon, cfg.norm_plus_one)
 
 
 class CrossAttention(nn.Module):
@@ -65,44 +47,34 @@ class CrossAttention(nn.Module):
 
     def setup(self):
         cfg = self.config
-        D, H, G, K = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        kinds = (cfg.dtype, cfg.param_dtype)
-
-        def projection(width, heads, axis):
-            axes = ("embed", axis, "head_dim")
-            return Linear("...D,DHK->...HK", (width, heads, K), axes, cfg.initializer_range, *kinds)
-
-        self.query = projection(D, H, "heads")
-        self.key = projection(self.encoder_d_model, G, "kv_heads")
-        self.value = projection(self.encoder_d_model, G, "kv_heads")
-        out_stddev = cfg.initializer_range * (2 * cfg.num_layers) ** -0.5
-        axes = ("heads", "head_dim", "embed")
-        self.out = Linear("...HK,HKD->...D", (H, K, D), axes, out_stddev, *kinds)
+        model, source = {"embed": cfg.d_model}, {"embed": self.encoder_d_model}
+        heads = {"heads": cfg.num_heads, "head_dim": cfg.head_dim}
+        kv_heads = {"kv_heads": cfg.num_kv_heads, "head_dim": cfg.head_dim}
+        self.query = Linear(cfg, model, heads, cfg.initializer_range)
+        self.key = Linear(cfg, source, kv_heads, cfg.initializer_range)
+        self.value = Linear(cfg, source, kv_heads, cfg.initializer_range)
+        self.out = Linear(cfg, heads, model, cfg.initializer_range * (2 * cfg.num_layers) ** -0.5)
         self.dropout = Dropout(cfg.dropout_rate)
         self.scores = {"scale": cfg.query_scale, "softcap": cfg.attention_softcap}
 
-    def __call__(self, x_BTD, encoded_BSD, mask_B1TS):
-        """Returns [B, T, D]; the D of what it reads is the encoder's."""
+    def __call__(self, x_BTD, encoded_BSD, mask: AttentionMask):
+        """Returns [B, T, D]; the D of `encoded_BSD` is the encoder's."""
         q_BTHK = constrain(self.query(x_BTD), "batch", "length", "heads", "head_dim")
-        k_BSGK = constrain(self.key(encoded_BSD), "batch", "length", "kv_heads", "head_dim")
-        v_BSGK = constrain(self.value(encoded_BSD), "batch", "length", "kv_heads", "head_dim")
-        h_BTHK = grouped_query_attention(
-            q_BTHK, k_BSGK, v_BSGK, mask_B1TS, **self.scores, dropout=self.dropout
+        k_BSGK, v_BSGK = (
+            constrain(x, "batch", "length", "kv_heads", "head_dim")
+            for x in self.keys_values(encoded_BSD)
         )
+        h_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask, **self.scores, dropout=self.dropout)
         return self.out(h_BTHK)
 
     def keys_values(self, encoded_BSD):
-        """Returns keys and values to keep, [B, G, S, K]."""
-        return jnp.swapaxes(self.key(encoded_BSD), 1, 2), jnp.swapaxes(
-            self.value(encoded_BSD), 1, 2
-        )
+        """Returns keys and values [B, S, G, K]."""
+        return self.key(encoded_BSD), self.value(encoded_BSD)
 
-    def step(self, x_BD, keys_BGSK, values_BGSK, mask_BS):
-        """Returns [B, D]: what one token sees of what was kept."""
-        q_BHK = self.query(x_BD)
-        return self.out(
-            grouped_single_query_attention(q_BHK, keys_BGSK, values_BGSK, mask_BS, **self.scores)
-        )
+    def step(self, x_N1D, keys_NGSK, values_NGSK, mask: AttentionMask):
+        """Returns [N, 1, D]: what one token a row sees of keys and values that were kept."""
+        q_N1HK = self.query(x_N1D)
+        return self.out(attention(q_N1HK, keys_NGSK, values_NGSK, mask, **self.scores, cached=True))
 
 
 class DecoderLayer(gpt.Layer):
@@ -117,7 +89,7 @@ class DecoderLayer(gpt.Layer):
         self.post_cross_attention_norm = _norm(self.config)
 
     def __call__(self, x_BTD, is_local, reach):
-        h_BTD, *_ = self.attention(self.pre_attention_norm(x_BTD), *reach.of(is_local))
+        h_BTD, _ = self.attention(self.pre_attention_norm(x_BTD), *reach.of(is_local))
         x_BTD = self._add_attention(x_BTD, h_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
         h_BTD = self.pre_cross_attention_norm(x_BTD)
@@ -130,18 +102,18 @@ class DecoderLayer(gpt.Layer):
     def cross_keys_values(self, encoded_BSD):
         return self.cross_attention.keys_values(encoded_BSD)
 
-    def step(self, x_BD, cross_kept, *kept):
-        """The same for one token.
+    def step(self, x_N1D, cross_kept, *step):
+        """The same for one token a row.
 
         Args:
           cross_kept: the last arguments of `CrossAttention.step`.
-          kept: those of `gpt.Attention.step`, whose keys and values are returned.
+          step: those of `gpt.Attention.step`, whose keys and values are returned.
         """
-        h_BD, keys, values = self.attention.step(self.pre_attention_norm(x_BD), *kept)
-        x_BD = self._add_attention(x_BD, h_BD)
-        h_BD = self.cross_attention.step(self.pre_cross_attention_norm(x_BD), *cross_kept)
-        x_BD = self._add_cross_attention(x_BD, h_BD)
-        return self._add_mlp(x_BD), keys, values
+        h_N1D, kept = self.attention.step(self.pre_attention_norm(x_N1D), *step)
+        x_N1D = self._add_attention(x_N1D, h_N1D)
+        h_N1D = self.cross_attention.step(self.pre_cross_attention_norm(x_N1D), *cross_kept)
+        x_N1D = self._add_cross_attention(x_N1D, h_N1D)
+        return self._add_mlp(x_N1D), kept
 
     def _add_cross_attention(self, x, h):
         return x + self.dropout(self.post_cross_attention_norm(h))
@@ -170,28 +142,27 @@ class Network(nn.Module):
 
     def setup(self):
         cfg = self.config
-        kinds = (cfg.initializer_range, cfg.dtype, cfg.param_dtype)
-        self.encoder_embedder = Embedding(cfg.vocab_size, cfg.d_model, *kinds)
-        self.decoder_embedder = Embedding(cfg.vocab_size, cfg.decoder_d_model, *kinds)
-        self.encoder = gpt.Decoder(cfg.encoder)  # What it sees makes it an encoder.
+        stddev = cfg.initializer_range
+        self.encoder_embedder = Embedding(cfg, cfg.vocab_size, cfg.d_model, stddev)
+        self.decoder_embedder = Embedding(cfg, cfg.vocab_size, cfg.decoder_d_model, stddev)
+        self.encoder = gpt.Decoder(cfg.encoder)  # Its mask makes it an encoder.
         self.decoder = Decoder(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Unembedding(cfg.decoder_d_model, cfg.vocab_size, *kinds)
+            self.lm_head = Unembedding(cfg, cfg.decoder_d_model, cfg.vocab_size, stddev)
 
     def encode(self, batch):
         """Returns the encoding [B, S, D]."""
         cfg = self.config
         tokens_BS = batch[features.ENCODER_INPUT_TOKENS]
-        mask_B1SS = _is_token(cfg, batch)[:, None, None, :]
+        mask = AttentionMask(is_token_BS=_is_token(cfg, batch))
         if features.ENCODER_SEGMENT_IDS in batch:
-            ids_BS = batch[features.ENCODER_SEGMENT_IDS]
-            mask_B1SS = segment_mask(ids_BS, ids_BS)
+            mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
         positions_BS = _positions(batch, features.ENCODER_POSITIONS, tokens_BS)
         # One more than in the decoder, as in transformers 5; version 4 and Google's own code have
         # as many.
-        window = cfg.sliding_window and cfg.sliding_window + 1
-        reach = gpt.Reach(*_reach(cfg.encoder, mask_B1SS, window, positions_BS))
+        window = cfg.encoder.sliding_window and cfg.encoder.sliding_window + 1
+        reach = gpt.Reach(mask, window, _rope(cfg.encoder, positions_BS), None)
         x_BSD = self.dropout(_scaled(self.encoder_embedder, tokens_BS))
         x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
         return self.dropout(self.encoder(x_BSD, reach))
@@ -201,17 +172,26 @@ class Network(nn.Module):
         cfg, encoded_BSD = self.config, self.encode(batch)
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
         # Padding among the decoder's inputs comes last, where only padding sees it.
-        mask_B1TT = causal_mask(tokens_BT.shape[1])
-        cross_mask_B1TS = _is_token(cfg, batch)[:, None, None, :]
+        mask = AttentionMask(causal=True)
+        cross_mask = AttentionMask(is_token_BS=_is_token(cfg, batch))
         if features.DECODER_SEGMENT_IDS in batch:
-            ids_BT = batch[features.DECODER_SEGMENT_IDS]
-            mask_B1TT &= segment_mask(ids_BT, ids_BT)
-            cross_mask_B1TS = segment_mask(ids_BT, batch[features.ENCODER_SEGMENT_IDS])
+            ids_BT, ids_BS = (
+                batch[features.DECODER_SEGMENT_IDS],
+                batch[features.ENCODER_SEGMENT_IDS],
+            )
+            mask = AttentionMask.within(ids_BT, causal=True)
+            cross_mask = AttentionMask(query_segments_BT=ids_BT, key_segments_BS=ids_BS)
         positions_BT = _positions(batch, features.DECODER_POSITIONS, tokens_BT)
-        own = _reach(cfg.decoder, mask_B1TT, cfg.sliding_window, positions_BT)
+        reach = DecoderReach(
+            mask,
+            cfg.decoder.sliding_window,
+            _rope(cfg.decoder, positions_BT),
+            None,
+            encoded=encoded_BSD,
+            cross_mask=cross_mask,
+        )
         x_BTD = self.dropout(self.embed(tokens_BT))
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
-        reach = DecoderReach(*own, encoded=encoded_BSD, cross_mask=cross_mask_B1TS)
         return self.dropout(self.decoder(x_BTD, reach))
 
     def unembed(self, x_BTD):
@@ -232,7 +212,7 @@ class Network(nn.Module):
 
 def _scaled(embedder: Embedding, tokens):
     """Returns embeddings times D^0.5, which is rounded as Gemma was trained."""
-    return embedder(tokens) * jnp.asarray(embedder.features**0.5, embedder.dtype)
+    return embedder(tokens) * jnp.asarray(embedder.features**0.5, embedder.config.dtype)
 
 
 def _is_token(cfg: T5GemmaConfig, batch):
@@ -243,15 +223,6 @@ def _is_token(cfg: T5GemmaConfig, batch):
 def _positions(batch, name: str, tokens):
     """Returns int32 [B or 1, length]: where each token stands in its text."""
     return batch[name] if name in batch else jnp.arange(tokens.shape[1])[None]
-
-
-def _reach(cfg: GPTConfig, mask, window: int | None, positions) -> tuple:
-    """Returns the fields of `gpt.Reach` for the tokens of one side."""
-    local_mask = None
-    if any(cfg.local_layers):
-        # Distances in a row: inside one text they are those of positions.
-        local_mask = mask & window_mask(positions.shape[1], window)
-    return mask, local_mask, _rope(cfg, positions), None
 
 
 def _rope(cfg: GPTConfig, positions):
@@ -266,80 +237,48 @@ def unembed_params(cfg: T5GemmaConfig) -> tuple[str, ...]:
 # --- Decoding, one token at a time ---------------------------------------------------------------
 
 
-def arrange_for_decoding(cfg: T5GemmaConfig, params):
-    """Returns the parameters as a decoding loop reads them fastest: as `gpt` has it."""
-    return gpt.arrange_for_decoding(cfg.decoder, params)
+def cache_layers(cfg: T5GemmaConfig) -> tuple[LayerShape, ...]:
+    """Returns what each layer of the decoder keeps."""
+    return gpt.cache_layers(cfg.decoder)
 
 
-def prefill(cfg: T5GemmaConfig, params, batch, max_length: int) -> tuple[jax.Array, Cache]:
-    """Encodes the inputs, reads the start token, and makes room for `max_length` tokens."""
-    params = arrange_for_decoding(cfg, params)
+def prefill(cfg: T5GemmaConfig, params, batch) -> tuple[jax.Array, Cache]:
+    """Encodes the inputs and reads the start token."""
     encoded_BSD = Network(cfg).apply({"params": params}, batch, method="encode")
     layer = DecoderLayer(cfg.decoder, cfg.d_model)
     cross = [
         layer.apply({"params": layer_params}, encoded_BSD, method="cross_keys_values")
         for layer_params in params["decoder"]["layers"]
     ]
-    # Else the compiler moves their transposition into the loop over tokens.
-    cross_keys, cross_values = jax.lax.optimization_barrier(tuple(zip(*cross, strict=True)))
-
-    def empty():
-        return tuple(
-            jnp.zeros(
-                (
-                    *kept.shape[:2],
-                    min(max_length, cfg.sliding_window) if is_local else max_length,
-                    kept.shape[-1],
-                ),
-                kept.dtype,
-            )
-            for kept, is_local in zip(cross_keys, cfg.decoder.local_layers, strict=True)
-        )
-
-    cache = Cache(
-        index=jnp.int32(0),
-        self_keys=empty(),
-        self_values=empty(),
-        cross_keys=cross_keys,
-        cross_values=cross_values,
-        encoder_mask=_is_token(cfg, batch),
-    )
-    start_B = jnp.full((len(encoded_BSD),), cfg.decoder_start_token_id, jnp.int32)
-    return decode_step(cfg, params, cache, start_B)
+    rows = caches.of_encoding(cache_layers(cfg), cross, _is_token(cfg, batch))
+    start_B = jnp.full(len(encoded_BSD), cfg.decoder_start_token_id, jnp.int32)
+    return decode_step(cfg, params, rows, start_B)
 
 
-def decode_step(cfg: T5GemmaConfig, params, cache: Cache, tokens_B):
-    """Returns float32 logits [B, V] of the next token, and the cache with this one."""
-    params = arrange_for_decoding(cfg, params)
+def decode_step(cfg: T5GemmaConfig, params, cache: Cache, tokens_N):
+    """Returns float32 logits [N, V] of the next token, and the cache with this one."""
     network, layer = Network(cfg), DecoderLayer(cfg.decoder, cfg.d_model)
-    rope = _rope(cfg.decoder, cache.index[None, None])
-    x_BD = network.apply({"params": params}, tokens_B, method="embed")
-    keys, values = [], []
-    for layer_params, keys_BGTK, values_BGTK, *cross_kept in zip(
+    rope = _rope(cfg.decoder, cache.positions[:, None])
+    x_N1D = network.apply({"params": params}, tokens_N[:, None], method="embed")
+    kept = []
+    for layer_params, keys, values, *cross_kept in zip(
         params["decoder"]["layers"],
-        cache.self_keys,
-        cache.self_values,
+        cache.keys,
+        cache.values,
         cache.cross_keys,
         cache.cross_values,
         strict=True,
     ):
-        size = keys_BGTK.shape[2]
-        # The token that stands at each place; before the first one, a negative index.
-        held_T = cache.index - (cache.index - jnp.arange(size)) % size
-        x_BD, new_keys, new_values = layer.apply(
+        x_N1D, new = layer.apply(
             {"params": layer_params},
-            x_BD,
-            (*cross_kept, cache.encoder_mask),
-            keys_BGTK,
-            values_BGTK,
-            cache.index % size,
-            held_T[None] >= 0,
+            x_N1D,
+            (*cross_kept, cache.cross_mask),
             rope,
+            cache.positions,
+            (keys, values),
             method="step",
         )
-        keys.append(new_keys)
-        values.append(new_values)
-    x_BD = _norm(cfg.decoder).apply({"params": params["decoder"]["final_norm"]}, x_BD)
-    logits_BV = network.apply({"params": params}, x_BD, method="unembed")
-    cache = cache.replace(index=cache.index + 1, self_keys=tuple(keys), self_values=tuple(values))
-    return logits_BV, cache
+        kept.append(new)
+    x_N1D = _norm(cfg.decoder).apply({"params": params["decoder"]["final_norm"]}, x_N1D)
+    logits_N1V = network.apply({"params": params}, x_N1D, method="unembed")
+    return logits_N1V[:, 0], cache.stepped(kept)
