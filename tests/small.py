@@ -40,6 +40,23 @@ VARIANTS = {
 EVEN = dataclasses.replace(SMALL, vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_heads=4)
 
 
+def prefill(model, params, batch, max_length: int):
+    """Returns the logits after the inputs, and a cache with room for `max_length` tokens more."""
+    params = api.arrange_for_decoding(model, params)
+    logits_BV, rows = api.prefill(model, params, batch)
+    num_rows, length = next(iter(batch.values())).shape
+    cache = api.init_cache(model, num_rows, length, max_length)
+    return logits_BV, api.insert(model, cache, rows, np.arange(num_rows))
+
+
+def decode_step(model, params, cache, tokens_N):
+    return api.decode_step(model, api.arrange_for_decoding(model, params), cache, tokens_N)
+
+
+PREFILL = jax.jit(prefill, static_argnums=(0, 3))
+STEP = jax.jit(decode_step, static_argnums=0)
+
+
 def random_params(model: T5Config, seed=0, dtype=None):
     """Parameters all of which matter: norm scales away from 1, biases as large as the scores."""
     rng = np.random.default_rng(seed)

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from small import EVEN, SMALL, VARIANTS, random_batch, random_params
+from small import EVEN, PREFILL, SMALL, STEP, VARIANTS, random_batch, random_params
 from t5jax import decoding, sharding
 from t5jax.batch import DECODER_INPUT_TOKENS, ENCODER_INPUT_TOKENS
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.models import api
 
-PREFILL = jax.jit(api.prefill, static_argnums=(0, 3))
-STEP = jax.jit(api.decode_step, static_argnums=0)
 LOGITS = jax.jit(api.logits, static_argnums=0)
 MODELS = VARIANTS | {
     "unrolled": dataclasses.replace(SMALL, scan_layers=False),
@@ -47,7 +45,7 @@ def test_chain_of_steps_gives_the_logits_of_the_row(name, arranged):
     logits, cache = PREFILL(model, params, {ENCODER_INPUT_TOKENS: batch[ENCODER_INPUT_TOKENS]}, 10)
     for t in range(7):
         np.testing.assert_allclose(logits, expected[:, t], atol=1e-4, rtol=1e-4, err_msg=f"{t=}")
-        assert cache.position == t + 1
+        assert (cache.positions == t + 1).all()
         if t < 6:
             logits, cache = STEP(model, params, cache, tokens_BT[:, t + 1])
 
@@ -56,7 +54,8 @@ def test_bfloat16_steps_agree_with_the_row():
     model = dataclasses.replace(SMALL, dtype="bfloat16")
     params, batch = random_params(model), random_batch(model)
     expected = np.asarray(LOGITS(model, params, batch))
-    logits, cache = PREFILL(model, params, batch, 7)
+    inputs = {ENCODER_INPUT_TOKENS: batch[ENCODER_INPUT_TOKENS]}
+    logits, cache = PREFILL(model, params, inputs, 7)
     assert logits.dtype == jnp.float32
     for t in range(1, 7):
         logits, cache = STEP(model, params, cache, batch[DECODER_INPUT_TOKENS][:, t])

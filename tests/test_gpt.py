@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from golden import assert_golden
-from small import assert_trees_close
+from small import PREFILL, STEP, assert_trees_close
 from small_gpt import (
     GEMMA3,
     GPT2,
@@ -36,8 +36,6 @@ from t5jax.models.layers import LayerNorm, Linear
 
 LOSS = LossConfig(z_loss=0.01)
 LOGITS = jax.jit(api.logits, static_argnums=0)
-PREFILL = jax.jit(api.prefill, static_argnums=(0, 3))
-STEP = jax.jit(api.decode_step, static_argnums=0)
 
 every_family = pytest.mark.parametrize("variant", ONE_A_FAMILY)
 
@@ -270,7 +268,7 @@ def test_chain_of_steps_gives_the_logits_of_the_row(variant, arranged, dtype):
         for row, prompt in enumerate(prompts):
             error = spread(logits[row] - expected[row, len(prompt) - 1 + step])
             assert error < tolerance * spread(expected), (row, step)
-        assert cache.index == 9 + step
+        assert cache.positions.tolist() == [len(prompt) + step for prompt in prompts]
         tokens = [text[len(p) + step] for text, p in zip(texts, prompts, strict=True)]
         logits, cache = STEP(model, params, cache, np.array(tokens, "int32"))
 
@@ -326,10 +324,6 @@ def test_learned_positions_end():
     long = {features.DECODER_INPUT_TOKENS: np.zeros((1, 65), "int32")}
     with pytest.raises(ValueError, match="65 tokens has no positions in this model; gpt2 learned"):
         api.logits(GPT2, params, long)
-    short = {features.DECODER_INPUT_TOKENS: np.zeros((1, 60), "int32")}
-    api.prefill(GPT2, params, short, 5)
-    with pytest.raises(ValueError, match="65 tokens has no positions"):
-        api.prefill(GPT2, params, short, 6)
     # Rotations do not.
     assert api.logits(LLAMA, random_params(LLAMA), long).shape == (1, 65, 61)
 
@@ -391,8 +385,9 @@ def test_caps_squeeze():
 def test_gradients_of_biases_are_summed_in_float32(dtype):
     # 600 ones: a sum in bfloat16 stands still at 256.
     x = jnp.ones((2, 300, 3), dtype)
-    linear = Linear("...A,AB->...B", (3, 4), ("embed", "mlp"), 1.0, dtype, dtype, use_bias=True)
-    norm = LayerNorm(1e-5, dtype, dtype)
+    model = change(GPT2, dtype=dtype, param_dtype=dtype)
+    linear = Linear(model, {"embed": 3}, {"mlp": 4}, 1.0, use_bias=True)
+    norm = LayerNorm(model, 1e-5)
     for layer in (linear, norm):
         params = layer.init(jax.random.key(0), x)["params"]
 

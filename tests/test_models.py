@@ -199,7 +199,8 @@ def test_bfloat16_is_close_to_float32():
 def test_gradient_of_the_embedding_is_summed_over_every_occurrence(dtype):
     # 600 times token 1: a sum of ones in bfloat16 stands still at 256.
     tokens_BT = jnp.asarray([[1] * 600 + [3, 2, 3]])
-    layer = Embedding(5, 2, 1.0, dtype, dtype)
+    model = dataclasses.replace(SMALL, dtype=dtype, param_dtype=dtype)
+    layer = Embedding(model, 5, 2, 1.0)
     params = {"embedding": jnp.ones((5, 2), dtype)}
 
     def total(params):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from golden import assert_golden
-from small import assert_trees_close, random_batch
+from small import PREFILL, STEP, assert_trees_close, random_batch
 from small_t5gemma import EVEN, SMALL, VARIANTS, random_params
 from t5jax import batch as features
 from t5jax import decoding, pretrained, sharding
@@ -36,8 +36,6 @@ from tiny import (
 
 LOSS = LossConfig(z_loss=0.01)
 LOGITS = jax.jit(api.logits, static_argnums=0)
-PREFILL = jax.jit(api.prefill, static_argnums=(0, 3))
-STEP = jax.jit(api.decode_step, static_argnums=0)
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -198,11 +196,11 @@ def test_chain_of_steps_gives_the_logits_of_the_row(variant, arranged, dtype):
     inputs = {features.ENCODER_INPUT_TOKENS: batch[features.ENCODER_INPUT_TOKENS]}
     logits, cache = PREFILL(model, params, inputs, 12)
     sizes = [model.sliding_window if local else 12 for local in model.decoder.local_layers]
-    assert [keys.shape[2] for keys in cache.self_keys] == sizes
+    assert [keys.shape[2] for keys in cache.keys] == sizes
     # In bfloat16 it is rounded at 8 bits in another order.
     tolerance = 1e-4 if dtype == "float32" else 0.1
     for t in range(9):
-        assert cache.index == t + 1
+        assert (cache.positions == t + 1).all()
         error = np.sqrt(np.mean((logits - expected[:, t]) ** 2))
         assert error < tolerance * expected.std(), t
         if t < 8:

@@ -139,13 +139,13 @@ def test_an_encoder_may_begin_with_a_token_instead_of_ending_with_one():
     assert example_lengths(spec, ExampleFormat(inputs_start_id=50)) == {"inputs": 8, "targets": 6}
 
 
-def test_prompts_of_a_decoder_end_together():
+def test_prompts_of_a_decoder_are_padded_behind():
     batch = prompt_batch([[50, 7, 8], [50]], "prefix_lm", 3, 4)
     assert {name: value.tolist() for name, value in batch.items()} == {
-        "decoder_input_tokens": [[0, 50, 7, 8], [0, 0, 0, 50], [0, 0, 0, 0]],
-        "decoder_segment_ids": [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]],
-        "decoder_positions": [[0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 0, 0]],
-        "decoder_causal_attention": [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]],
+        "decoder_input_tokens": [[50, 7, 8, 0], [50, 0, 0, 0], [0, 0, 0, 0]],
+        "decoder_segment_ids": [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]],
+        "decoder_positions": [[0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        "decoder_causal_attention": [[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]],
     }
 
 
