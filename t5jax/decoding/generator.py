@@ -46,8 +46,11 @@ class Generator:
             model reads of them is up to its family (`Architecture.prompt`).
           max_tokens: of each answer, at most.
           batch_size: prompts decoded together, at most; on a mesh, rounded up to what divides it.
+        Raises:
+          ValueError: for a prompt after which a decoder has no positions for so many tokens.
         """
         prompts = [self.model.prompt(ids) for ids in inputs]
+        self._check_positions(prompts, max_tokens)
         parts = sharding.batch_parts(self.mesh, self.rules)
         texts: list[str] = []
         for chunk, rows, length in padded_batches(prompts, batch_size, parts):
@@ -59,6 +62,19 @@ class Generator:
             answers = (self.model.answer(row.tolist()) for row in tokens_BT)
             texts += [self.tokenizer.decode(answer) for answer in answers]
         return texts
+
+    def _check_positions(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        positions = self.model.longest_row
+        if self.model.kind != "decoder" or positions is None:
+            return
+        for number, prompt in enumerate(prompts):
+            # The last token is written, but not read.
+            if len(prompt) + max_tokens - 1 > positions:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens, and {max_tokens} more are to be "
+                    f"written, but this {self.model.family} has {positions} positions; shorten "
+                    f"the prompt, or write at most {max(positions - len(prompt) + 1, 0)} tokens"
+                )
 
 
 def padded_batches(

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+import small_gpt
 from small import SMALL, random_params
 from t5jax import sharding
 from t5jax.config import MeshConfig
@@ -46,3 +47,20 @@ def test_answers_do_not_depend_on_batches_or_devices(mesh):
     assert together == alone == generate(PARAMS, inputs, max_tokens=6, batch_size=2)
     assert len(set(together)) > 1
     assert generate(PARAMS, [], max_tokens=6, batch_size=2) == []
+
+
+def test_learned_positions_end():
+    model = small_gpt.change(small_gpt.GPT2, vocab_size=384)
+    assert model.max_positions == 64
+    params = small_gpt.random_params(model)
+    generate = Generator(model, ByteTokenizer(), sharding.make_mesh(MeshConfig(data=-1)))
+    ids = [7] * 59  # 60 with the start token; the last of 5 tokens is not read.
+    assert len(generate(params, [ids, [8]], max_tokens=5, batch_size=2)) == 2
+    with pytest.raises(
+        ValueError, match=r"prompt 1 has 60 tokens, and 6 .*64 positions.*at most 5"
+    ):
+        generate(params, [[8], ids], max_tokens=6, batch_size=2)
+    # Rotations go on.
+    llama = small_gpt.change(small_gpt.LLAMA, vocab_size=384)
+    generate = dataclasses.replace(generate, model=llama)
+    assert generate(small_gpt.random_params(llama), [ids], max_tokens=9, batch_size=1)
