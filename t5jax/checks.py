@@ -5,10 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 
-def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """Returns "did you mean NEAREST? ", or "" if no known name is similar."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"did you mean {near[0]}? " if near else ""
+def did_you_mean(name: object, known: Iterable[object], most: int = 1) -> str:
+    """Returns "did you mean NEAREST? ", or "" if no known name is similar.
+
+    Args:
+      most: the number of similar names to suggest.
+    """
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=most)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:

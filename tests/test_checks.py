@@ -9,6 +9,7 @@ from t5jax.checks import check_at_least, check_choice, check_positive, did_you_m
 
 def test_the_nearest_is_named_and_nothing_where_none_is_near():
     assert did_you_mean("trian", ["eval", "train"]) == "did you mean train? "
+    assert did_you_mean("tain", ["rain", "train", "eval"], most=2) == "did you mean train or rain? "
     assert did_you_mean(3, [31]) == "did you mean 31? "
     assert did_you_mean("trian", ["eval", "cache"]) == ""
 

@@ -1,7 +1,6 @@
 """Lists, shows and checks tasks, for `t5jax tasks`."""
 
 import dataclasses
-import difflib
 import fnmatch
 import functools
 import hashlib
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.objectives.task import CorpusSource
 from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
@@ -49,8 +49,7 @@ def list_tasks(pattern: str = "") -> list[TaskSummary]:
     wanted = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     chosen = fnmatch.filter(names, wanted)
     if not chosen:
-        near = difflib.get_close_matches(pattern, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(pattern, names)
         raise ValueError(
             f"there is no task like {pattern!r}; {hint}known are {', '.join(names) or 'none'}"
         )

@@ -1,12 +1,12 @@
 """Task files and the tasks, mixtures and variants that they register with SeqIO."""
 
-import difflib
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from t5jax import shipped
+from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.prompts.task import register_variant
 
@@ -61,13 +61,8 @@ def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
     register_variant(name)
     names = task_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"known are {', '.join(names) or 'none'}"
-        )
-        raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint}")
+        hint = did_you_mean(name, names, most=3) or f"known are {', '.join(names) or 'none'}"
+        raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint.strip()}")
     found = seqio.get_mixture_or_task(name)
     if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):
         raise ValueError(

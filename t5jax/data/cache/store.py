@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from t5jax.checks import check_at_least
 from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
 from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
@@ -92,8 +93,7 @@ def cache_tasks(
             "(gcsfuse), or take a local disk"
         )
     for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_at_least(value, 1, name)
     found = seqio.get_mixture_or_task(mixture)
     tasks = seqio.get_subtasks(found)
     for split in splits:

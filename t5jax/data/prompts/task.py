@@ -18,7 +18,6 @@ Every task has variants, which are registered on demand: "en_fr:plain" has one t
 
 import contextvars
 import dataclasses
-import difflib
 import itertools
 import json
 import re
@@ -26,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from t5jax.checks import check_choice
+from t5jax.checks import check_choice, did_you_mean
 from t5jax.data.bridge.tf import from_generator, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, run_labels
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
@@ -179,8 +178,7 @@ def register_variant(name: str) -> None:
         templates = tuple(t for t in templates if t.name == wanted[0])
     if not templates or len(wanted) > 1:
         known = [f"{task.name}:{t.name}" for t in task.templates]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, known)
         raise ValueError(
             f"task {task.name!r} has no variant {name!r}; {hint}there are {', '.join(known)}, each "
             f"also with exemplars ({known[0]}:5shot), and {task.name}:5shot"
