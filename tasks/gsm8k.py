@@ -14,10 +14,7 @@ import itertools
 import os
 import re
 
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.kinds import jsonl
-from t5jax.metrics import exact_match
-from t5jax.tokenizers.training import train_sentencepiece
+from t5jax.data import exact_match, jsonl, prompted_task, train_sentencepiece
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "tasks")
 

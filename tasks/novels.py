@@ -19,13 +19,19 @@ import os
 import re
 from collections.abc import Iterator
 
-from t5jax.data.objectives.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
-from t5jax.data.objectives.task import text_task
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.kinds import text
-from t5jax.data.sources.source import Source
-from t5jax.metrics import accuracy
-from t5jax.tokenizers.training import train_sentencepiece
+from t5jax.data import (
+    CausalLM,
+    MaskedLM,
+    PrefixLM,
+    Source,
+    SpanCorruption,
+    accuracy,
+    prompted_task,
+    text,
+    text_task,
+    train_sentencepiece,
+    ul2,
+)
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "text")
 

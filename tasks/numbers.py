@@ -11,10 +11,7 @@ import random
 import seqio
 from num2words import num2words
 
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.source import Source
-from t5jax.metrics import bleu, char_bleu, exact_match
-from t5jax.tokenizers.training import train_sentencepiece
+from t5jax.data import Source, bleu, char_bleu, exact_match, prompted_task, train_sentencepiece
 
 
 @functools.cache

@@ -10,10 +10,7 @@ is scored against the one it matches best. In training there is one.
 
 import os
 
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.kinds import jsonl
-from t5jax.metrics import rouge
-from t5jax.tokenizers.training import train_sentencepiece
+from t5jax.data import jsonl, prompted_task, rouge, train_sentencepiece
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "tasks")
 SOURCE = jsonl(

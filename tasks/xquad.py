@@ -16,10 +16,7 @@ import os
 
 import seqio
 
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.kinds import json_file
-from t5jax.metrics import squad
-from t5jax.tokenizers.training import train_sentencepiece
+from t5jax.data import json_file, prompted_task, squad, train_sentencepiece
 
 FOLDER = os.path.join(os.environ.get("T5JAX_DATA", "data"), "tasks")
 LANGUAGES = {"en": ("Question", "Answer"), "de": ("Frage", "Antwort")}

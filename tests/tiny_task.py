@@ -5,9 +5,7 @@ Write letters as capitals; say with which letter a word begins, or of each of tw
 
 import random
 
-from t5jax.data.prompts.task import prompted_task
-from t5jax.data.sources.source import Source
-from t5jax.metrics import accuracy, exact_match
+from t5jax.data import Source, accuracy, exact_match, prompted_task
 
 
 def rows(split, size):

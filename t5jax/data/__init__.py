@@ -9,10 +9,10 @@ import importlib
 
 _HOMES = {
     # Sources of rows, and processing steps.
-    "sources.source": ("RowStep", "Source"),
-    "sources.kinds": ("csv", "json_file", "jsonl", "parquet", "text", "tsv"),
-    "sources.libraries": ("hf_dataset", "tfds"),
-    "sources.cleaning": (
+    "data.sources.source": ("RowStep", "Source"),
+    "data.sources.kinds": ("csv", "json_file", "jsonl", "parquet", "text", "tsv"),
+    "data.sources.libraries": ("hf_dataset", "tfds"),
+    "data.sources.cleaning": (
         "collapse_whitespace",
         "drop_duplicates",
         "drop_missing",
@@ -25,12 +25,12 @@ _HOMES = {
         "remove_special_characters",
     ),
     # Prompts.
-    "prompts.task": ("prompted_task",),
-    "prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
-    "prompts.chat": ("INSTRUCTION", "ChatTemplate", "EachReply", "as_messages"),
+    "data.prompts.task": ("prompted_task",),
+    "data.prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
+    "data.prompts.chat": ("INSTRUCTION", "ChatTemplate", "EachReply", "as_messages"),
     # Plain text and objectives.
-    "objectives.task": ("text_task",),
-    "objectives.objectives": (
+    "data.objectives.task": ("text_task",),
+    "data.objectives.objectives": (
         "CausalLM",
         "MaskedLM",
         "MixtureOfObjectives",
@@ -38,10 +38,19 @@ _HOMES = {
         "SpanCorruption",
         "ul2",
     ),
-    # Mixtures and vocabularies.
-    "mixtures": ("mixture",),
-    "bridge.vocabulary": ("RunVocabulary",),
-    "../tokenizers.training": ("train_sentencepiece",),
+    # Mixtures, vocabularies and metrics.
+    "data.mixtures": ("mixture",),
+    "data.bridge.vocabulary": ("RunVocabulary",),
+    "tokenizers.training": ("train_sentencepiece",),
+    "metrics": (
+        "accuracy",
+        "bleu",
+        "char_bleu",
+        "exact_match",
+        "rouge",
+        "squad",
+        "token_f1",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,9 +60,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOME[name]
-    module = f"t5jax.{home[3:]}" if home.startswith("../") else f"{__name__}.{home}"
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(f"t5jax.{_HOME[name]}"), name)
 
 
 def __dir__():
