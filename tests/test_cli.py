@@ -252,7 +252,7 @@ def test_a_run_writes_nothing_that_is_not_ours(config):
     ("args", "message"),
     [
         (["trian"], "there is no command 'trian'; did you mean train? known are train, eval"),
-        (["train"], "train needs a CONFIG in front of its options: a Python file, a .json file"),
+        (["train"], "train needs a CONFIG before its options: a Python file, a .json file"),
         (["train", "quickstrat"], "there is no config 'quickstrat'; did you mean quickstart?"),
         (["train", "absent.py"], "there is no file absent.py"),
         (["train", "absent.json"], "config absent.json cannot be read: No such file"),

@@ -1,1 +1,1 @@
-"""The commands of `t5jax`, one group a file. Each is a dataclass, whose fields are its options."""
+"""The commands of `t5jax`, one group per file; a command is a dataclass of its options."""

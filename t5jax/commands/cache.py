@@ -1,4 +1,4 @@
-"""`t5jax cache`: tokenize once what runs will read many times."""
+"""`t5jax cache`: writes caches of tokenized examples."""
 
 import dataclasses
 import sys
@@ -8,9 +8,9 @@ from t5jax.commands.parse import check_options, parse
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Writes caches of tokenized examples, of every task of a mixture that has none that matches.
+    """Tokenizes the tasks of a mixture and writes caches, unless there are caches that match.
 
-    A run reads them with --data.cache FOLDER, and with the same mixture, vocabulary and lengths.
+    A run reads them with --data.cache FOLDER and the same mixture, vocabulary and lengths.
     A cache that was written with other rows, templates or another vocabulary is rewritten.
     """
 
@@ -19,27 +19,28 @@ class Cache:
     folder: str
     """Folder of caches."""
     vocabulary: str = ""
-    """As data.vocabulary of the runs. Empty: the tasks' own."""
+    """data.vocabulary of the runs. Empty: the tasks' own."""
     inputs_length: int = 512
-    """As data.inputs_length of the runs."""
+    """data.inputs_length of the runs."""
     targets_length: int = 128
-    """As data.targets_length of the runs."""
+    """data.targets_length of the runs."""
     splits: tuple[str, ...] = ("train",)
     """Splits to write."""
     processes: int | None = None
-    """Processes that tokenize. None: one a core."""
+    """Number of processes that tokenize. None: one per core."""
     num_shards: int = 8
-    """Files of a cache."""
+    """Number of files of a cache."""
     rebuild: bool = False
-    """Write those that match, too."""
+    """Also rewrite caches that match."""
     beam: tuple[str, ...] | None = None
-    """Run on Apache Beam with these options, such as runner=FlinkRunner (the extra `beam`)."""
+    """Run on Apache Beam with these options, such as runner=FlinkRunner (needs the extra
+    `beam`)."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def cache(args: list[str]) -> None:
-    """Writes caches; says which were there, and what was dropped."""
+    """Writes caches; reports which ones already matched, and what was dropped."""
     options = parse(Cache, args, prog="t5jax cache", positional=True)
     check_options(options, 1, "inputs_length", "targets_length")
     if options.beam is not None and options.processes is not None:

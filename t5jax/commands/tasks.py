@@ -16,7 +16,7 @@ commands:
   show NAME        rendered examples, their tokens, lengths, what is cut and what is dropped
   check NAME|all   every split reads, every template renders, no targets are empty; doubles of train
 
-A NAME is a task's, or a variant's: gsm8k:worked (one template), gsm8k:5shot, gsm8k:worked:5shot.
+NAME is a task or a variant: gsm8k:worked (one template), gsm8k:5shot, gsm8k:worked:5shot.
 """
 
 
@@ -49,7 +49,7 @@ class List:
     """
 
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def list_(args: list[str]) -> None:
@@ -69,30 +69,31 @@ def list_(args: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Shows a task as the model sees it: examples, tokens, lengths, what is cut or dropped."""
+    """Shows a task as the model sees it: examples, tokens, lengths, what is truncated or
+    dropped."""
 
     name: str
-    """Task or variant."""
+    """The task or variant."""
     split: str = ""
-    """Split to read. Empty: train, or the first there is."""
+    """The split to read. Empty: train, or the first one."""
     num: int = 3
-    """Examples to print."""
+    """Number of examples to print."""
     num_examples: int | None = 10_000
-    """Examples to read for the numbers, the first ones. None: all."""
+    """Number of examples to read for statistics, from the start. None: all."""
     vocabulary: str = ""
-    """As data.vocabulary of a config. Empty: the task's own."""
+    """data.vocabulary of a run. Empty: the task's own."""
     inputs_length: int = 512
-    """As data.inputs_length of a config: longer inputs are cut."""
+    """data.inputs_length of a run; longer inputs are truncated."""
     targets_length: int = 128
-    """As data.targets_length of a config: longer targets are cut."""
+    """data.targets_length of a run; longer targets are truncated."""
     png: Path | None = None
-    """File to draw the histograms of lengths in."""
+    """A file for plots of the histograms of lengths."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def show(args: list[str]) -> None:
-    """Prints what a task's examples are."""
+    """Prints a task's examples and statistics."""
     options = parse(Show, args, prog="t5jax tasks show", positional=True)
     lengths = _lengths(options)
     check_options(options, 0, "num")
@@ -153,17 +154,17 @@ _PERCENTILES = (50, 90, 95, 99)
 
 
 def _pieces(tokenizer, ids: list[int]) -> Iterator[str]:
-    """Yields each token as its number and, in brackets, its text where it has any of its own."""
-    # GPT-2 has all three in one, which is then the eos.
+    """Yields each token as its id, followed by its text in brackets if it has any."""
+    # In GPT-2 all three are the same id, which is shown as eos.
     names = {tokenizer.unk_id: "<unk>", tokenizer.pad_id: "<pad>"} | {tokenizer.eos_id: "<eos>"}
     names |= {i: tokenizer.decode([i]) for i in tokenizer.sentinel_ids}
-    # Behind another one, since a text's first token loses the space with which a word begins.
+    # Decoded after another token, since the first token of a text loses its leading space.
     before = tokenizer.encode("e")[-1:]
     start = len(tokenizer.decode(before))
     for i in ids:
         text = names.get(i) or tokenizer.decode([*before, i])[start:]
         shown = text if text.isprintable() and "�" not in text else repr(text)
-        yield f"{i}[{shown}]" if text else str(i)  # In bytes, a part of a character has none.
+        yield f"{i}[{shown}]" if text else str(i)  # A single byte of a character has none.
 
 
 def _length_row(name: str, feature) -> list[str]:
@@ -182,13 +183,13 @@ def _share(share: float) -> str:
 
 
 def _histogram(feature) -> Iterator[str]:
-    """Yields a line for each bin of lengths: from, to, examples, and a bar."""
+    """Yields a line for each bin of lengths: from, to, number of examples, and a bar."""
     from t5jax.data.inspector import length_bins
 
     counts, edges = length_bins(feature.lengths)
     most, digits = max(counts), len(f"{edges[-1]:,}")
     lines = []
-    # Neighbours without examples are one line.
+    # Consecutive bins without examples share a line.
     for _, group in itertools.groupby(range(len(counts)), lambda i: i if counts[i] else -1):
         bins = list(group)
         count, low, high = counts[bins[0]], edges[bins[0]], edges[bins[-1] + 1] - 1
@@ -206,22 +207,22 @@ def _histogram(feature) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Reads every split of tasks, every row under every template; fails where any of them does.
+    """Reads every split of tasks, every row with every template; fails if any of them fails.
 
-    Targets must not be empty. Data that is not there is a failure too. Prompts and documents of
-    other splits that stand in train as well are counted, but for case and white space.
+    Empty targets and missing data are failures. Prompts and documents of other splits that also
+    occur in train are counted, ignoring case and white space.
     """
 
     name: str
-    """Task, variant or mixture, or "all"."""
+    """The task, variant or mixture, or "all"."""
     vocabulary: str = ""
-    """As data.vocabulary of a config. Empty: each task's own."""
+    """data.vocabulary of a run. Empty: each task's own."""
     inputs_length: int = 512
-    """As data.inputs_length of a config: few-shot prompts and objectives are fitted to it."""
+    """data.inputs_length of a run, for few-shot prompts and objectives."""
     targets_length: int = 512
-    """As data.targets_length of a config: tasks may drop or refuse longer targets."""
+    """data.targets_length of a run; tasks may drop or reject longer targets."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def check(args: list[str]) -> int:
@@ -257,7 +258,7 @@ def check(args: list[str]) -> int:
 
 
 def _print_table(columns: Sequence[str], rows, *, right: bool = False) -> None:
-    """Prints a table on standard output; every column but the first to the right if asked."""
+    """Prints a table on standard output; all columns but the first may be right-aligned."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -269,5 +270,5 @@ def _print_table(columns: Sequence[str], rows, *, right: bool = False) -> None:
         table.add_column(column, justify=justify, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    # A file or a pipe has no width of its own.
+    # A file or a pipe has no width.
     Console(width=None if sys.stdout.isatty() else 160).print(table)

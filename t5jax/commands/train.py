@@ -8,9 +8,9 @@ from t5jax.commands.parse import parse
 
 
 def train(args: list[str]) -> None:
-    """Trains what a config describes, with fields overridden: `--data.batch-size 64`.
+    """Trains a config, whose fields can be overridden: `--data.batch-size 64`.
 
-    A run that was stopped, however it was, goes on when the same command is given again.
+    If a run was stopped for any reason, the same command resumes it.
     """
     from t5jax.config import Config, to_json
 
@@ -23,13 +23,13 @@ def train(args: list[str]) -> None:
         args = args[1:]
     elif "--help" not in args and "-h" not in args:
         raise ValueError(
-            "train needs a CONFIG in front of its options: a Python file, a .json file that "
+            "train needs a CONFIG before its options: a Python file, a .json file that "
             f"--print-config wrote, or a name such as {known}"
         )
     description = (
         f"{inspect.cleandoc(train.__doc__)}\n\n--print-config prints the whole config as JSON "
         "instead. CONFIG is a Python file, a .json file that --print-config wrote, or one of: "
-        f"{known}. With CONFIG in front of --help, defaults are those of that config."
+        f"{known}. With CONFIG before --help, defaults are those of that config."
     )
     config = parse(Config, args, prog=prog, description=description, default=config)
     if print_config:
@@ -41,7 +41,7 @@ def train(args: list[str]) -> None:
 
 
 def _load_config(name_or_path: str):
-    """Returns the config of a file; an error inside of it names the line."""
+    """Returns the config of a file; errors in it name the line."""
     from t5jax import shipped
     from t5jax.config import from_json, load_config
 
@@ -56,7 +56,7 @@ def _load_config(name_or_path: str):
     path = str(shipped.find("configs", name_or_path))
     try:
         return load_config(name_or_path)
-    except Exception as error:  # Whatever a user's Python may raise.
+    except Exception as error:  # Any error in a user's code.
         frames = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
         if isinstance(error, SyntaxError):
             frames.append((error.filename, error.lineno))

@@ -1,4 +1,4 @@
-"""`t5jax vocab train`: a SentencePiece vocabulary of one's own."""
+"""`t5jax vocab train`: trains a SentencePiece vocabulary."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ USAGE = """\
 usage: t5jax vocab COMMAND ...
 
 commands:
-  train TASK|FILES... --output FILE   learn a SentencePiece vocabulary from a task or text files
+  train TASK|FILES... --output FILE   train a SentencePiece vocabulary on a task or text files
 """
 
 
@@ -22,31 +22,31 @@ def vocab(args: list[str]) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Learns a SentencePiece vocabulary as T5's is: pad 0, eos 1, unk 2, digits one by one.
+    """Trains a SentencePiece vocabulary like T5's: pad 0, eos 1, unk 2, digits split.
 
-    From one task or variant, its texts as the model sees them, or from text files: paths and globs,
-    compressed or not, local or gs://. The same texts give the same vocabulary. The sentinels of
-    span corruption come on top when it is used: `--data.vocabulary x.model`.
+    It is trained on one task or variant, with its texts as the model sees them, or on text files:
+    paths and globs, compressed or not, local or gs://. The result is deterministic. The sentinels
+    of span corruption are added when it is used: `--data.vocabulary x.model`.
     """
 
     texts: tuple[str, ...]
-    """A task, or files of text."""
+    """A task, or text files."""
     output: Path = Path("vocabulary.model")
     """The .model file to write."""
     size: int = 32_000
-    """Pieces, special ones among them."""
+    """Number of pieces, including special ones."""
     type: Literal["unigram", "bpe"] = "unigram"
-    """How pieces are found; unigram is T5's."""
+    """The algorithm; T5 uses unigram."""
     split: str = "train"
-    """Split of the task."""
+    """The split of the task."""
     max_lines: int = 1_000_000
-    """Lines to learn from, drawn at random where there are more; held in memory."""
+    """Maximum number of lines to train on, sampled at random; held in memory."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py and the shipped ones."""
+    """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def train(args: list[str]) -> None:
-    """Trains a vocabulary, checks it and says what it does."""
+    """Trains a vocabulary and reports how it tokenizes."""
     options = parse(Train, args, prog="t5jax vocab train", positional=True)
     if options.output.suffix != ".model":
         raise ValueError(f"--output is {options.output}; expected a file ending in .model")
@@ -61,8 +61,8 @@ def train(args: list[str]) -> None:
     path = train_sentencepiece(lines, options.size, options.output, model_type=options.type)
     tokenizer = load_tokenizer(path)
     score = measure(tokenizer, lines[:10_000])
-    print(f"{tokenizer}, learned from {len(lines):,} lines")
-    print(f"{score.characters_per_token:.2f} characters a token")
+    print(f"{tokenizer}, trained on {len(lines):,} lines")
+    print(f"{score.characters_per_token:.2f} characters per token")
     print(f"{score.unknown:.3%} of tokens are unknown")
-    print(f"{score.unchanged:.2%} of lines come back as they were, before NFKC and single spaces")
+    print(f"{score.unchanged:.2%} of lines are restored exactly, up to NFKC and white space")
     print(f"wrote {path}; use it with --data.vocabulary {path}", file=sys.stderr)

@@ -378,7 +378,7 @@ def test_a_vocabulary_from_a_task_knows_its_texts(kind, capsys, tmp_path):
     assert (status, err) == (0, f"wrote {path}; use it with --data.vocabulary {path}\n")
     assert "SentencePieceTokenizer(160 ids" in out
     assert "0.000% of tokens are unknown" in out
-    assert "100.00% of lines come back as they were" in out
+    assert "100.00% of lines are restored exactly" in out
     tokenizer = load_tokenizer(path)
     assert tokenizer.decode(tokenizer.encode("say bal DAL")) == "say bal DAL"
     first = path.read_bytes()
