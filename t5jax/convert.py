@@ -1,4 +1,4 @@
-"""A model in another format: exported to a Hugging Face folder, or imported as a run."""
+"""Conversion of models: export to a Hugging Face folder, import as a run."""
 
 import dataclasses
 from pathlib import Path
@@ -19,15 +19,15 @@ def export_model(
     overwrite: bool = False,
     encoder_only: bool = False,
 ) -> None:
-    """Writes a model, wherever it lies, as a Hugging Face folder.
+    """Writes a model as a Hugging Face folder.
 
     Args:
-      model: a hub name, a Hugging Face folder, a run or one of its checkpoints; or a found source.
-      output: folder to write.
-      dtype: of the weights in the files.
-      max_shard_bytes: largest file of weights, in bytes; with more than one, an index is written.
-      overwrite: replace a model that is there.
-      encoder_only: write the encoder of a T5 model alone, as transformers' T5EncoderModel reads it.
+      model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
+      output: the folder to write.
+      dtype: the dtype of the weights in the files.
+      max_shard_bytes: the largest size of a file of weights; several files get an index.
+      overwrite: replace an existing model.
+      encoder_only: only write the encoder of a T5, as for transformers' T5EncoderModel.
     Raises:
       ValueError: if the model cannot be read, or the output cannot be written.
     """
@@ -45,12 +45,14 @@ def export_model(
 
 
 def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) -> None:
-    """Writes a model, wherever it lies, as a run that holds its parameters as step 0.
+    """Writes a model as a run whose step 0 has its parameters.
 
     Args:
-      mesh: devices that the parameters are split over on their way.
+      model: a Hub name, a Hugging Face folder, a run or one of its checkpoints.
+      output: the run's folder.
+      mesh: the devices over which the parameters are sharded meanwhile.
     Raises:
-      ValueError: if the output is a run already, or cannot be written.
+      ValueError: if the output already is a run, or cannot be written.
     """
     if checkpoint.is_run(Path(output)):
         raise ValueError(f"{output} holds a run already; choose another folder")

@@ -1,8 +1,8 @@
-"""A trained model on the devices: it writes texts, embeds them, is measured and exported.
+"""A trained model on the devices: generates and embeds texts, can be evaluated and exported.
 
 model = t5jax.load("google/flan-t5-small")
 model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)
-t5jax.load("bert-base-uncased").embed(["One vector a text."])
+t5jax.load("bert-base-uncased").embed(["One vector per text."])
 t5jax.load("runs/numbers").evaluate(split="validation")
 t5jax.load("runs/numbers").export("exported")
 """
@@ -29,7 +29,7 @@ from t5jax.source import Source, find
 from t5jax.tokenizers import Tokenizer
 
 Pooling = Literal["mean", "first", "max", "pooler"]
-"""How one vector is made of a text's many."""
+"""How the vectors of a text's tokens are combined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,17 @@ class Pretrained:
 
     model: Architecture
     params: api.Params
-    """Those of a model with a decoder as `api.arrange_for_decoding` returns them."""
+    """The parameters; with a decoder, as returned by `api.arrange_for_decoding`."""
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     rules: AxisRules = AxisRules()
     prefix_lm: bool = False
-    """A decoder's prompt attends to itself in both directions, as with data.prefix_lm."""
+    """Use bidirectional attention in a decoder's prompt, as with data.prefix_lm."""
     source: Source | None = None
-    """Where it was loaded from. `evaluate` and `export` read the parameters again from there, as
-    those arranged for decoding may have lost precision."""
+    """Where it was loaded from. `evaluate` and `export` read the parameters again from there, since
+    those arranged for decoding may be less precise."""
     dtype: Dtype | None = None
-    """As given to `load`."""
+    """The dtype passed to `load`."""
 
     def generate(
         self, prompts: Sequence[str], *, max_tokens: int = 64, batch_size: int = 32
@@ -56,13 +56,13 @@ class Pretrained:
         """Returns the greedy answer to each prompt.
 
         Args:
-          prompts: texts. An encoder-decoder reads an end of sequence behind each; a decoder reads
-            its start token in front, and goes on with the text.
-          max_tokens: of each answer, at most.
-          batch_size: prompts decoded together. Rows and lengths are padded to powers of two, so
-            that few shapes are compiled.
+          prompts: texts. For an encoder-decoder, eos is appended; a decoder reads its start token
+            first, and continues the text.
+          max_tokens: the maximum length of an answer in tokens.
+          batch_size: the number of prompts per batch. Rows and lengths are padded to powers of two,
+            so that few shapes are compiled.
         Raises:
-          ValueError: for a model that writes no text, or that has no positions for so many tokens.
+          ValueError: if the model does not generate text, or has too few positions.
         """
         if self.model.kind == "encoder":
             raise ValueError(
@@ -86,18 +86,19 @@ class Pretrained:
     ) -> np.ndarray:
         """Returns a vector for each text, from the encoder's last layer: float32 [N, D].
 
-        A text is read as in training, with the tokens that begin and end it.
+        A text is encoded as in training, including the tokens that begin and end it.
 
         Args:
-          texts: of a model with an encoder.
-          pooling: "mean" or "max" over a text's tokens, the special ones among them; the "first"
-            token's vector; or "pooler", the layer over the first, where the head has one.
-          max_length: tokens of a text, at most: what is longer loses its end, but for the token
-            that ends it. None: nothing is cut.
-          batch_size: texts encoded together. Rows and lengths are padded to powers of two.
+          texts: N texts.
+          pooling: "mean" or "max" over a text's tokens including special ones; the vector of the
+            "first" token; or "pooler", the layer over the first token, if the head has one.
+          max_length: the maximum length of a text in tokens; longer ones are truncated before their
+            last token. None: no limit.
+          batch_size: the number of texts per batch. Rows and lengths are padded to powers of two.
         Raises:
-          ValueError: for a decoder, a model without what the pooling needs, or a text that it has
-            no positions for.
+          ValueError: if the model is decoder-only, has no pooler for pooling "pooler", or has too
+          few
+            positions for a text.
         """
         model = self.model
         if model.kind == "decoder":
@@ -134,12 +135,13 @@ class Pretrained:
         return np.concatenate(vectors)
 
     def evaluate(self, mixture: str = "", **options: Any) -> dict[str, dict]:
-        """Measures the model on a task or mixture, by default the one it was trained on.
+        """Evaluates the model on a task or mixture, by default the one it was trained on.
 
         Args:
-          mixture, options: as `evaluate.evaluate_model` takes them.
+          mixture: the name of the task or mixture.
+          **options: other arguments of `evaluate.evaluate_model`.
         Returns:
-          task to its scores, which are printed as well.
+          The scores of each task, which are also printed.
         """
         options = {"dtype": self.dtype, "mesh": self.mesh, "rules": self.rules} | options
         return evaluate_model(self._found(), mixture, **options)
@@ -148,7 +150,8 @@ class Pretrained:
         """Writes the model as a Hugging Face folder.
 
         Args:
-          output, options: as `convert.export_model` takes them.
+          output: the folder to write.
+          **options: other arguments of `convert.export_model`.
         """
         export_model(self._found(), output, **options)
 
@@ -161,7 +164,7 @@ class Pretrained:
         return self.source
 
     def _encode(self, text: str, max_length: int | None) -> list[int]:
-        """Returns what an encoder reads of a text."""
+        """Returns the tokens of a text for the encoder."""
         tokenizer = self.tokenizer
         ids = self.model.prompt([*tokenizer.encode(text), tokenizer.eos_id])
         if max_length is not None and len(ids) > max_length:
@@ -171,7 +174,7 @@ class Pretrained:
 
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))
 def _embed(model: Architecture, params: api.Params, batch: dict, pooling: Pooling) -> jax.Array:
-    """Returns float32 [B, D]; rows of padding alone have some value."""
+    """Returns float32 [B, D]; rows of padding have arbitrary values."""
     if pooling == "pooler":
         x_BD = api.hidden(model, params, batch)[:, 0]
     else:
@@ -183,7 +186,7 @@ def _embed(model: Architecture, params: api.Params, batch: dict, pooling: Poolin
             x_BD = jnp.max(jnp.where(is_token_BS1, x_BSD, -jnp.inf), axis=1)
         else:
             x_BD = jnp.mean(x_BSD, axis=1, where=is_token_BS1)
-    # Whole on every device, so that every host can read it.
+    # Replicated, so that every host can read it.
     return sharding.constrain(x_BD.astype(jnp.float32), None, None)
 
 
@@ -197,12 +200,13 @@ def load(
     """Loads a model and its tokenizer.
 
     Args:
-      name_or_path: a hub name, a Hugging Face folder, a run's folder, or one of its checkpoints.
-      dtype: to compute in and to hold parameters in, "float32" or "bfloat16". None: parameters in
-        float32, computing as the model was trained.
-      mesh: devices; fsdp and model split the parameters over them, data copies them.
+      name_or_path: a Hub name, a Hugging Face folder, a run's folder, or one of its checkpoints.
+      dtype: the dtype of computation and parameters, "float32" or "bfloat16". None: float32
+        parameters, computation as in training.
+      mesh: the devices; fsdp and model shard the parameters, data replicates them.
+      rules: how arrays are sharded over the mesh.
     Raises:
-      ValueError: if it cannot be found or read.
+      ValueError: if the model cannot be found or read.
     """
     source, mesh = find(name_or_path), sharding.make_mesh(mesh)
     model, params = source.read(dtype, mesh, rules)

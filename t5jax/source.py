@@ -1,4 +1,4 @@
-"""Where a model lies: a hub name, a Hugging Face folder, a run, or a checkpoint of one."""
+"""Finds and reads models: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from t5jax.tokenizers import Tokenizer, load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a model was found."""
+    """The location of a model."""
 
     path: Path
     """A Hugging Face folder, or one checkpoint of a run."""
     config: Config
-    """Of a run: what it was trained with. Of a Hugging Face folder: defaults around its model."""
+    """The config of the run; for a Hugging Face folder, its model with defaults."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -46,14 +46,15 @@ class Source:
         *,
         encoder_only: bool = False,
     ) -> tuple[Architecture, api.Params]:
-        """Reads the description and the parameters, as training has them.
+        """Reads the description and the parameters, in the form used in training.
 
         Args:
-          dtype: as in `load`.
-          mesh, rules: where the parameters go; by default they are copied to all devices.
-          encoder_only: read the encoder and nothing else.
+          dtype: as for `load`.
+          mesh: the mesh for the parameters; by default they are replicated on all devices.
+          rules: how they are sharded over the mesh.
+          encoder_only: only read the encoder.
         Raises:
-          ValueError: for encoder_only where there is no decoder, or no encoder, to tell apart.
+          ValueError: if encoder_only is set and the model has no separate encoder.
         """
         model = self.model
         if encoder_only:
@@ -76,12 +77,13 @@ class Source:
     def params(
         self, model: Architecture, shardings, new: Mapping[str, jax.Array] | None = None
     ) -> api.Params:
-        """Reads the parameters in `model.param_dtype`, leaf by leaf into their places.
+        """Reads the parameters in `model.param_dtype`, one leaf at a time.
 
         Args:
-          model: the source's network, or one that shares parameters with it: as `adopt` returns it.
-          shardings: of all parameters.
-          new: those that the source does not have (`missing`), path to value.
+          model: the source's network, or one that shares parameters with it, as returned by
+          `adopt`.
+          shardings: the shardings of all parameters.
+          new: the parameters that the source does not have (see `missing`), by path.
         """
         shapes, new = api.param_shapes(model), new or {}
         if model.has_params_of(self.model):
@@ -100,10 +102,10 @@ class Source:
         return flax.traverse_util.unflatten_dict({**read, **new}, sep="/")
 
     def missing(self, model: Architecture) -> list[str]:
-        """Returns the paths of a network's parameters that the source does not have: a new head's.
+        """Returns the paths of a network's parameters that the source lacks, such as a new head's.
 
         Args:
-          model: as `adopt` returns it.
+          model: as returned by `adopt`.
         """
         missing = api.new_params(model, self.model)
         if missing and not self.is_checkpoint:
@@ -117,10 +119,10 @@ def _flatten(tree) -> dict:
 
 
 def find(name_or_path: str) -> Source:
-    """Finds a model without reading its weights. Of a run, the best checkpoint is taken.
+    """Finds a model without reading its weights; for a run, its best checkpoint.
 
     Raises:
-      ValueError: if there is none under this name, or it is of a family that we do not know.
+      ValueError: if there is no such model, or its family is unknown.
     """
     path = Path(name_or_path).expanduser()
     if checkpoint.is_run(path):
@@ -138,31 +140,31 @@ def find(name_or_path: str) -> Source:
 
 
 def _tokenizers_eos_first(model: Architecture, folder: Path) -> Architecture:
-    """Returns the same with the tokenizer's eos as its eos_token_id.
+    """Returns the same description with the tokenizer's eos as eos_token_id.
 
-    config.json may name several ids that end a text, as chat models do, in any order; the
-    tokenizer's ends the texts that a run trains on.
+    config.json may have several ids that end a text, as for chat models, in any order; training
+    uses the tokenizer's.
     """
     if len(model.end_token_ids) == 1:
         return model
     try:
         return model.ended_by(load_tokenizer(folder).eos_id)
-    except ValueError:  # Weights alone; a run names its vocabulary.
+    except ValueError:  # There is no tokenizer; a run sets its vocabulary.
         return model
 
 
 def adopt(model: Architecture, source: Source, name: str) -> Architecture:
     """Returns the source's architecture with the run's own dtype, dropout, scan and remat.
 
-    Where a network comes under several heads, it has the one that the run asks for, whose
-    parameters may be new (`Source.missing`).
+    If a network can have several heads, it gets the run's, whose parameters may be new
+    (`Source.missing`).
 
     Raises:
-      ValueError: if the run asks for another architecture; fields left at their defaults do not.
+      ValueError: if the run sets another architecture; fields with their default values do not.
     """
     theirs, default = source.model.with_head_of(model), type(model)()
     if type(theirs) is not type(model):
-        # A config that says nothing of the architecture takes whatever it starts from.
+        # A config that does not set the architecture adopts the source's.
         if model != default.computed_as(model):
             raise ValueError(
                 f"model is a {type(model).__name__}, but {name} holds {theirs.family}, a "

@@ -1,4 +1,4 @@
-"""Decoding: from prompts to tokens, and to texts."""
+"""Decoding: from prompts to tokens and texts."""
 
 from t5jax.decoding.generator import Generator, padded_batches
 from t5jax.decoding.greedy import greedy
