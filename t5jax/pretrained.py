@@ -134,7 +134,7 @@ class Pretrained:
             vectors.append(jax.device_get(x_BD)[: len(chunk)])
         return np.concatenate(vectors)
 
-    def evaluate(self, mixture: str = "", **options: Any) -> dict[str, dict]:
+    def evaluate(self, mixture: str = "", **options: Any) -> dict[str, dict[str, Any]]:
         """Evaluates the model on a task or mixture, by default the one it was trained on.
 
         Args:
@@ -173,7 +173,9 @@ class Pretrained:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))
-def _embed(model: Architecture, params: api.Params, batch: dict, pooling: Pooling) -> jax.Array:
+def _embed(
+    model: Architecture, params: api.Params, batch: dict[str, jax.Array], pooling: Pooling
+) -> jax.Array:
     """Returns float32 [B, D]; rows of padding have arbitrary values."""
     if pooling == "pooler":
         x_BD = api.hidden(model, params, batch)[:, 0]

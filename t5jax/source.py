@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax.traverse_util
 import jax
@@ -75,7 +76,7 @@ class Source:
         return model, self.params(model, shardings)
 
     def params(
-        self, model: Architecture, shardings, new: Mapping[str, jax.Array] | None = None
+        self, model: Architecture, shardings: Any, new: Mapping[str, jax.Array] | None = None
     ) -> api.Params:
         """Reads the parameters in `model.param_dtype`, one leaf at a time.
 
@@ -114,7 +115,7 @@ class Source:
         return missing
 
 
-def _flatten(tree) -> dict:
+def _flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 

@@ -91,7 +91,7 @@ class _Array:
         name = self.array.dtype.name
         return re.sub(r"^(b?)float(\d+)$", lambda m: f"{m[1].upper()}F{m[2]}", name)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: Any) -> np.ndarray:
         if isinstance(self.array, np.ndarray):
             return self.array[index]
         try:

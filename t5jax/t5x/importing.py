@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from t5jax import checkpoint, sharding
 from t5jax.architectures import MlpActivation, T5Config
 from t5jax.config import AxisRules, Config, MeshConfig, OptimizerConfig
+from t5jax.hf.mapping import Tensors
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
 from t5jax.t5x import files, mapping
@@ -73,10 +74,9 @@ def import_t5x(
     tokenizer = load_tokenizer(vocabulary)
     description = _describe(tensors, model, mlp_activation, tokenizer)
     has_adafactor, step = mapping.has_adafactor(tensors), mapping.step(tensors)
-    goes_on = loss_tokens is not None
-    if goes_on and not loss_tokens > 0:
+    if loss_tokens is not None and not loss_tokens > 0:
         raise ValueError(f"--loss-tokens is {loss_tokens}; it must be above 0")
-    if goes_on and not has_adafactor:
+    if loss_tokens is not None and not has_adafactor:
         raise ValueError(
             f"--loss-tokens is {loss_tokens}, but {model} has no state of Adafactor's to go on "
             "with; leave it out, to import the parameters alone"
@@ -84,20 +84,21 @@ def import_t5x(
     run_dir = checkpoint.create_run_dir(output)
 
     # Momentum has a slot in the state; its decay is set by the run's config.
-    momentum = 0.9 if goes_on and mapping.has_momentum(tensors) else None
+    has_momentum = loss_tokens is not None and mapping.has_momentum(tensors)
+    momentum = 0.9 if has_momentum else None
     config = Config(model=description, optimizer=OptimizerConfig(b1=momentum), run_dir=output)
     tx = make_optimizer(config.optimizer, step, api.param_axes(description))
     shapes = train_state_shapes(description, tx)
     places = train_state_shardings(description, tx, sharding.make_mesh(mesh), AxisRules())
     params = mapping.load_params(tensors, description, model, places.params)
     lost: list[str] = []
-    if goes_on:
+    if loss_tokens is not None:
         opt_state, lost = mapping.load_opt_state(tensors, description, shapes, places, loss_tokens)
 
     tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
     checkpoint.write_config(run_dir, config)
     with checkpoint.Checkpoints(run_dir) as checkpoints:
-        if goes_on:
+        if loss_tokens is not None:
             state = TrainState(jnp.int32(step), params, opt_state)
             checkpoints.save(step, state, {"imported": True}, config)  # See train.LoopState.
         else:
@@ -105,7 +106,7 @@ def import_t5x(
     return [
         f"{model}: {_summary(description)}",
         f"parameters of step {step}: --init.model {output} starts from them",
-        *_on_adafactor(step, output, has_adafactor, goes_on, lost),
+        *_on_adafactor(step, output, has_adafactor, loss_tokens is not None, lost),
     ]
 
 
@@ -133,7 +134,7 @@ def _on_adafactor(
 
 
 def _describe(
-    tensors, model: str, activation: MlpActivation | None, tokenizer: Tokenizer
+    tensors: Tensors, model: str, activation: MlpActivation | None, tokenizer: Tokenizer
 ) -> T5Config:
     description = mapping.describe(tensors, model, activation)
     if tokenizer.vocab_size > description.vocab_size:

@@ -97,7 +97,9 @@ def _table(config: T5Config, layout: _Layout) -> list[_Param]:
     for stack, attentions in _ATTENTIONS.items():
         theirs_of_layer = layout.layer(stack).replace("layers_0", "layers_{layer}")
 
-        def add(ours: str, theirs: str, *axes: str, stack=stack, above=theirs_of_layer):
+        def add(
+            ours: str, theirs: str, *axes: str, stack: str = stack, above: str = theirs_of_layer
+        ) -> None:
             axes = (axes[0], "l", *axes[1:]) if layout.scanned else axes
             table.append(_Param(f"{stack}/layers/{ours}", f"{above}/{theirs}", axes))
 
@@ -228,7 +230,9 @@ def _activation(config: T5Config, where: str, asked: MlpActivation | None) -> Ml
 # --- Parameters and Adafactor's state -----------------------------------------------------------
 
 
-def load_params(tensors: Tensors, config: T5Config, where: str, shardings=None) -> api.Params:
+def load_params(
+    tensors: Tensors, config: T5Config, where: str, shardings: Any = None
+) -> api.Params:
     """Returns the parameters, in `config.param_dtype`.
 
     Args:
@@ -285,7 +289,7 @@ def load_opt_state(
     params = flax.traverse_util.flatten_dict(shapes.params, sep="/")
     num_updates, lost = step(tensors), []
 
-    def one(path, leaf, sharding):
+    def one(path: Any, leaf: Any, sharding: Any) -> jax.Array:
         slot = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)][-1]
         ours = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         if slot == "count":

@@ -82,7 +82,7 @@ def remove_control_characters(*fields: str) -> RowStep:
       ValueError: when rows are read, if a row does not have a field.
     """
 
-    def start():
+    def start() -> Callable[[str], str]:
         table = _Table(_is_text)
         return lambda text: text.replace("\r\n", "\n").replace("\r", "\n").translate(table)
 
@@ -103,14 +103,14 @@ def remove_special_characters(*fields: str, keep: str = ".,;:!?'\"()-") -> RowSt
       ValueError: when rows are read, if a row does not have a field.
     """
 
-    def start():
+    def start() -> Callable[[str], str]:
         table = _Table(lambda c: unicodedata.category(c)[0] in "LMN" or c.isspace() or c in keep)
         return lambda text: text.translate(table)
 
     return _changing(_call("remove_special_characters", fields, keep=keep), fields, start)
 
 
-class _Table(dict):
+class _Table(dict[int, int | None]):
     """A table for `str.translate`, filled on demand."""
 
     def __init__(self, keep: Callable[[str], bool]):
@@ -142,7 +142,7 @@ def drop_missing(*fields: str) -> RowStep:
     That is a field that is absent, None, NaN, blank text, or a list or dict of only these.
     """
 
-    def is_whole(row):
+    def is_whole(row: Row) -> bool:
         try:
             return not any(map(_says_nothing, _values(row, fields)))
         except ValueError:  # There is no such field.
@@ -163,10 +163,10 @@ def drop_duplicates(*fields: str) -> RowStep:
       ValueError: when rows are read, if a row does not have a field.
     """
 
-    def start():
+    def start() -> Callable[[Row], bool]:
         seen: set[bytes] = set()
 
-        def is_new(row):
+        def is_new(row: Row) -> bool:
             key = json.dumps(_values(row, fields), sort_keys=True, default=repr).encode()
             digest = hashlib.blake2b(key, digest_size=16).digest()
             if digest in seen:
@@ -214,13 +214,14 @@ def drop_near_duplicates(
             "least 1 and 16"
         )
 
-    def start():
+    def start() -> Callable[[Row], bool]:
         from datasketch import LeanMinHash, MinHash, MinHashLSH
 
         empty = MinHash(num_perm=num_perm)
-        index, kept = MinHashLSH(threshold=threshold, num_perm=num_perm), []
+        index = MinHashLSH(threshold=threshold, num_perm=num_perm)
+        kept: list[Any] = []
 
-        def is_new(row):
+        def is_new(row: Row) -> bool:
             text = " ".join(" ".join(_texts(_values(row, fields))).lower().split())
             runs = {text[i : i + shingle] for i in range(max(len(text) - shingle, 0) + 1)}
             minhash = empty.copy()
@@ -257,7 +258,7 @@ def length_between(
     bounds = _bounds("length_between", low, high)
     length = _length_in("length_between", unit)
 
-    def fits(row):
+    def fits(row: Row) -> bool:
         return all(low <= length(value) <= high for value in _values(row, fields))
 
     return _dropping(_call("length_between", fields, **bounds, unit=unit), lambda: fits)
@@ -287,7 +288,7 @@ def ratio_between(
     bounds = _bounds("ratio_between", low, high)
     length = _length_in("ratio_between", unit)
 
-    def fits(row):
+    def fits(row: Row) -> bool:
         over, under = (length(get_field(row, field)) for field in (numerator, denominator))
         return under > 0 and low <= over / under <= high
 
@@ -309,13 +310,15 @@ def _call(function: str, fields: tuple[str, ...], **options: Any) -> str:
     return f"{function}({', '.join([*fields, *(f'{k}={v!r}' for k, v in options.items())])})"
 
 
-def _changing(name: str, fields: tuple[str, ...], start: Callable) -> RowStep:
+def _changing(
+    name: str, fields: tuple[str, ...], start: Callable[[], Callable[[str], str]]
+) -> RowStep:
     """Returns a step that changes texts by the function that `start()` returns."""
 
-    def begin():
+    def begin() -> Callable[[Row], Row | None]:
         function = start()
 
-        def change(row):
+        def change(row: Row) -> Row:
             for field in fields:
                 if field not in row:
                     raise ValueError(f"{name}: {no_field(field, row)}")
@@ -326,10 +329,10 @@ def _changing(name: str, fields: tuple[str, ...], start: Callable) -> RowStep:
     return RowStep(name, begin)
 
 
-def _dropping(name: str, start: Callable) -> RowStep:
+def _dropping(name: str, start: Callable[[], Callable[[Row], bool]]) -> RowStep:
     """Returns a step that keeps the rows for which the function that `start()` returns is true."""
 
-    def begin():
+    def begin() -> Callable[[Row], Row | None]:
         keeps = start()
         return lambda row: row if keeps(row) else None
 

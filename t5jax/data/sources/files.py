@@ -1,6 +1,6 @@
-"""Files, wherever they are: found by name or glob, opened, uncompressed and read as lines of text.
+"""Finds files by name or glob, opens and decompresses them, and reads lines of text.
 
-Local paths and, through fsspec, everything behind a URL: gs://, s3://, hf://, https://, memory://.
+Local paths and, with fsspec, URLs: gs://, s3://, hf://, https://, memory://.
 No TensorFlow.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 from backports import zstd
 
 ANSWER_WITHIN = 15.0
-"""Seconds in which a store or a hub has to say what it has. Their own clients try for minutes."""
+"""Timeout of requests to a store or the Hub in seconds; their own clients retry for minutes."""
 
-_OPENERS: dict[str, Callable] = {
+_OPENERS: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -37,18 +37,18 @@ _DAMAGES = (OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 
 def find_files(patterns: Sequence[str]) -> list[str]:
-    """Returns the paths and URLs of files, each pattern's in the order of their names.
+    """Returns the paths and URLs of files, for each pattern in the order of their names.
 
     Args:
       patterns: paths or URLs; globs such as "data/**/train-*.jsonl.gz".
     Raises:
-      ValueError: for a pattern that no file has, or a store that does not answer.
+      ValueError: if no file matches a pattern, or a store does not respond.
     """
     return [path for pattern in patterns for path in _find(pattern)]
 
 
 def name_in_pattern(pattern: str) -> str:
-    """Returns a pattern without the folder in front: "train.jsonl", "*/train-*.jsonl.gz"."""
+    """Returns a pattern without its folder: "train.jsonl", "*/train-*.jsonl.gz"."""
     parts = pattern.split("/")
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return "/".join(parts[first:])
@@ -80,27 +80,28 @@ def _find_remote(url: str) -> list[str]:
     return sorted(map(filesystem.unstrip_protocol, filesystem.glob(path)))
 
 
-def _filesystem(url: str):
+def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
-    return fsspec.core.url_to_fs(url)
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return filesystem, path
 
 
 def answer(ask: Callable[[], Any], what: str) -> Any:
-    """Returns `ask()`, which asks a store or a hub for what it has.
+    """Returns `ask()`, which sends a request to a store or the Hub.
 
     Raises:
-      ValueError: naming `what`, if that fails or takes longer than ANSWER_WITHIN.
+      ValueError: with `what`, if that fails or takes longer than ANSWER_WITHIN.
     """
-    future: Future = Future()
+    future: Future[Any] = Future()
 
-    def work():
+    def work() -> None:
         try:
             future.set_result(ask())
         except BaseException as error:
             future.set_exception(error)
 
-    # A daemon: Python would wait at its exit for any other thread that goes on trying.
+    # A daemon thread, since Python would wait for others that still retry when it exits.
     threading.Thread(target=work, daemon=True).start()
     try:
         return future.result(ANSWER_WITHIN)
@@ -116,11 +117,11 @@ def answer(ask: Callable[[], Any], what: str) -> Any:
 
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[BinaryIO]:
-    """Opens a path or URL for reading, uncompressed where it ends in .gz, .bz2, .xz or .zst.
+    """Opens a path or URL for reading; decompresses files that end in .gz, .bz2, .xz or .zst.
 
     Raises:
-      ValueError: also from the `with` block, where reading fails: for a file that is gone,
-        forbidden, damaged, or compressed and cut short.
+      ValueError: also from within the `with` block, if a file is missing, not accessible, damaged
+        or incomplete.
     """
     try:
         opener = _OPENERS.get(os.path.splitext(path)[1], contextlib.nullcontext)
@@ -136,11 +137,11 @@ def open_file(path: str) -> Iterator[BinaryIO]:
     except Exception as error:
         if isinstance(error, ValueError) or "://" not in path:
             raise
-        # Of a store's client; each has its own.
+        # From a store's client; each has its own exceptions.
         raise ValueError(f"cannot read {path}: {error or type(error).__name__}") from error
 
 
-def _open(path: str):
+def _open(path: str) -> Any:
     if "://" not in path:
         return open(path, "rb")
     filesystem, name = _filesystem(path)
@@ -151,10 +152,10 @@ def _open(path: str):
 
 
 def read_lines(path: str, encoding: str) -> Iterator[str]:
-    """Yields the lines of a file with their ends; a byte order mark is left out.
+    """Yields the lines of a file with their line breaks, without a byte order mark.
 
-    Bytes that the encoding does not have come as lone surrogates, for `check_text` to find: so
-    they spoil their own line, and the lines after it can be read.
+    Invalid bytes become lone surrogates, which `check_text` detects, so that only their line is
+    affected and later ones can be read.
     """
     with open_file(path) as file:
         text = io.TextIOWrapper(file, _with_mark(encoding), errors="surrogateescape", newline="")
@@ -163,7 +164,7 @@ def read_lines(path: str, encoding: str) -> Iterator[str]:
 
 
 def check_encoding(encoding: str) -> str:
-    """Returns the encoding's name; raises ValueError for one that Python does not know."""
+    """Returns the name of an encoding. Raises ValueError if Python does not have it."""
     try:
         codecs.lookup(encoding)
     except LookupError:
@@ -178,7 +179,7 @@ def _with_mark(encoding: str) -> str:
 
 
 def check_text(text: str, encoding: str) -> str:
-    """Returns the text; raises ValueError where `read_lines` met bytes that are not in encoding."""
+    """Returns the text. Raises ValueError if `read_lines` found invalid bytes in it."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,7 +1,7 @@
-"""Formats of files: the rows of one file, for each format a function.
+"""Formats of files: for each format, a function that yields the rows of a file.
 
-What cannot be read as a row is yielded as a ValueError that says where, so that the source of the
-rows can raise it or leave it out; a file that cannot be read to its end is raised. No TensorFlow.
+Instead of a row that cannot be read, a ValueError with its position is yielded, so that the source
+can raise it or skip the row; if the rest of a file cannot be read, it is raised. No TensorFlow.
 """
 
 import csv
@@ -15,7 +15,7 @@ from t5jax.data.sources.source import Row
 
 
 def jsonl_rows(path: str, encoding: str) -> Iterator[Row | ValueError]:
-    """Yields one JSON object a line; blank lines are left out."""
+    """Yields the JSON object in each line; skips blank lines."""
     number = None
     for number, line in _numbered_text(path, encoding):
         try:
@@ -74,8 +74,8 @@ def json_rows(path: str, rows: str, encoding: str) -> Iterator[Row | ValueError]
     yield from _walk(value, rows.split(".") if rows else [], {}, path, "")
 
 
-def _walk(value: Any, fields: Sequence[str], outer: Row, path: str, place: str) -> Iterator:
-    """Yields rows below a value, which is a list of objects or one on the way to them."""
+def _walk(value: Any, fields: Sequence[str], outer: Row, path: str, place: str) -> Iterator[Any]:
+    """Yields the rows below a value, which is a list of objects or an object that contains them."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _walk_object(item, fields, outer, path, f"{place}[{number}]")
@@ -89,7 +89,9 @@ def _walk(value: Any, fields: Sequence[str], outer: Row, path: str, place: str) 
         )
 
 
-def _walk_object(item: Any, fields: Sequence[str], outer: Row, path: str, place: str) -> Iterator:
+def _walk_object(
+    item: Any, fields: Sequence[str], outer: Row, path: str, place: str
+) -> Iterator[Any]:
     if not isinstance(item, dict):
         yield ValueError(f"{path}: {place} is a JSON {type(item).__name__}; expected an object")
     elif not fields:
@@ -106,7 +108,7 @@ def csv_rows(
     path: str, delimiter: str, quotes: bool, columns: Sequence[str] | None, encoding: str
 ) -> Iterator[Row | ValueError]:
     """Yields the records of a table; see `t5jax.data.csv` and `tsv`."""
-    csv.field_size_limit(2**31 - 1)  # A document is longer than 128 KiB at times.
+    csv.field_size_limit(2**31 - 1)  # Documents may be longer than 128 KiB.
     quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
     reader = csv.reader(
         read_lines(path, encoding), delimiter=delimiter, quoting=quoting, strict=True
@@ -114,7 +116,7 @@ def csv_rows(
     header = list(columns or [])
     empty = True
     while True:
-        line = reader.line_num + 1  # Where the record begins; quoted, it may have several lines.
+        line = reader.line_num + 1  # The first line of the record; quoted ones may have several.
         try:
             record = next(reader, None)
             if record is None:
@@ -153,7 +155,7 @@ def _checked_header(names: list[str], path: str) -> list[str]:
 
 
 def parquet_rows(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
-    """Yields the rows of a Parquet file, of the columns alone that are named."""
+    """Yields the rows of a Parquet file with the given columns."""
     import pyarrow
     import pyarrow.parquet
 
@@ -173,7 +175,7 @@ def parquet_rows(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 def text_rows(path: str, by: str, encoding: str) -> Iterator[Row | ValueError]:
-    """Yields {"text": ...} of every line, paragraph or file; see `t5jax.data.text`."""
+    """Yields {"text": ...} for every line, paragraph or file; see `t5jax.data.text`."""
     number = None
     for number, text in _TEXT_PARTS[by](read_lines(path, encoding)):
         try:
@@ -207,15 +209,15 @@ TEXT_PARTS = tuple(_TEXT_PARTS)
 
 
 def plain(value: Any) -> Any:
-    """Returns a library's value as Python has it: bytes in UTF-8 as text, arrays as lists."""
+    """Converts a library's value to plain Python: UTF-8 bytes to text, arrays to lists."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return value  # An image, say.
+            return value  # Such as an image.
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
-    for convert in ("tolist", "to_list"):  # numpy's, and that of TensorFlow's ragged arrays.
+    for convert in ("tolist", "to_list"):  # Of NumPy, and of TensorFlow's ragged arrays.
         if hasattr(value, convert):
             value = getattr(value, convert)()
     if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ from t5jax.data.sources.formats import (
 )
 from t5jax.data.sources.source import Row, Source
 
-Files = str | os.PathLike | Sequence[str | os.PathLike]
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path, URL or glob, or a list of them: "train.jsonl", "gs://bucket/*.jsonl.gz"."""
 
 
@@ -44,7 +44,9 @@ class _FileRows:
         return find_files(self.patterns)
 
 
-def _file_source(splits: Mapping[str, Files], read: Callable) -> Source:
+def _file_source(
+    splits: Mapping[str, Files], read: Callable[[str], Iterator[Row | ValueError]]
+) -> Source:
     if not isinstance(splits, Mapping):
         raise ValueError(f'{splits!r:.60} names no split; expected {{"train": {splits!r:.60}}}')
     functions = {}
@@ -128,7 +130,13 @@ def tsv(
     return _table(splits, "\t", False, columns, encoding)
 
 
-def _table(splits, delimiter, quotes, columns, encoding) -> Source:
+def _table(
+    splits: Mapping[str, Files],
+    delimiter: str,
+    quotes: bool,
+    columns: Sequence[str] | None,
+    encoding: str,
+) -> Source:
     read = functools.partial(
         csv_rows,
         delimiter=delimiter,

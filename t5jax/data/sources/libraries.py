@@ -20,7 +20,7 @@ def tfds(
     name: str,
     splits: Mapping[str, str],
     *,
-    data_dir: str | os.PathLike | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
     download: bool = False,
 ) -> Source:
     """Returns a source of a dataset of TensorFlow Datasets.
@@ -71,7 +71,7 @@ def _tfds_rows(name: str, data_dir: str | None, download: bool, split: str) -> I
 
 
 def hf_dataset(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     splits: Mapping[str, str],
     name: str | None = None,
     **options: Any,
@@ -102,7 +102,7 @@ def hf_dataset(
     return Source({ours: functools.partial(read, split) for ours, split in splits.items()})
 
 
-def _hf_rows(path: str, name: str | None, options: Mapping, split: str) -> Iterator[Row]:
+def _hf_rows(path: str, name: str | None, options: Mapping[str, Any], split: str) -> Iterator[Row]:
     import datasets
 
     if _is_on_hub(path, options):  # Or nowhere.
@@ -119,12 +119,12 @@ def _hf_rows(path: str, name: str | None, options: Mapping, split: str) -> Itera
     yield from map(plain, rows)
 
 
-def _is_on_hub(path: str, options: Mapping) -> bool:
+def _is_on_hub(path: str, options: Mapping[str, Any]) -> bool:
     local = os.path.exists(path) or "data_files" in options or "data_dir" in options
     return not local and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path) is not None
 
 
-def _ask_hub(path: str, options: Mapping) -> None:
+def _ask_hub(path: str, options: Mapping[str, Any]) -> None:
     """Raises if the Hub does not have a dataset; `load_dataset` would retry for half a minute."""
     import huggingface_hub
 

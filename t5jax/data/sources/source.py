@@ -28,7 +28,7 @@ class Step(Protocol):
     def name(self) -> str:
         """The name under which dropped rows are counted."""
 
-    def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
+    def __call__(self, rows: Iterator[Row], dropped: Counter[str]) -> Iterator[Row]:
         """Yields the processed rows."""
 
 
@@ -41,7 +41,7 @@ class RowStep:
     """Returns, for each pass over a split, a function from a row to the processed row, or to None
     to drop it. The function may have state, which ends with the pass."""
 
-    def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
+    def __call__(self, rows: Iterator[Row], dropped: Counter[str]) -> Iterator[Row]:
         function = self.start()
         for row in rows:
             try:
@@ -107,7 +107,7 @@ class Source:
     skips_malformed: bool = False
     """Skip and count rows that cannot be read, instead of raising an error."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for split, function in self.functions.items():
             if not callable(function):
                 raise ValueError(
@@ -122,7 +122,7 @@ class Source:
         """Names of the splits."""
         return tuple(self.functions)
 
-    def rows(self, split: str, dropped: Counter | None = None) -> Iterator[Row]:
+    def rows(self, split: str, dropped: Counter[str] | None = None) -> Iterator[Row]:
         """Yields the rows of a split.
 
         Args:
@@ -135,7 +135,9 @@ class Source:
         """
         return (row for _, row in self.numbered(split, dropped))
 
-    def numbered(self, split: str, dropped: Counter | None = None) -> Iterator[tuple[int, Row]]:
+    def numbered(
+        self, split: str, dropped: Counter[str] | None = None
+    ) -> Iterator[tuple[int, Row]]:
         """Yields the same rows with their numbers in the split, counted from 0 before any step."""
         dropped = Counter() if dropped is None else dropped
         before = Counter(dropped)
@@ -208,7 +210,7 @@ class Source:
           name: the name under which dropped rows are counted.
         """
 
-        def start():
+        def start() -> Callable[[Row], Row | None]:
             return lambda row: row if function(row) else None
 
         return self.clean(RowStep(name or f"filter({_name_of(function)})", start))
@@ -221,7 +223,7 @@ class Source:
         """
         names = dict(names)
 
-        def rename(row):
+        def rename(row: Row) -> Row:
             for old in names.values():
                 if old not in row:
                     raise ValueError(f"rename({names}): {no_field(old, row)}")
@@ -242,7 +244,7 @@ class Source:
         """
         fields = dict(fields)
 
-        def select(row):
+        def select(row: Row) -> Row:
             return {name: get_field(row, path) for name, path in fields.items()}
 
         return self.clean(RowStep(f"select({fields})", lambda: select))
@@ -286,7 +288,12 @@ class Source:
 class _Reading:
     """One pass over the unprocessed rows of a split: numbers them and records if reading failed."""
 
-    def __init__(self, split: str, function: Callable, dropped: Counter | None):
+    def __init__(
+        self,
+        split: str,
+        function: Callable[[], Iterable[Row | ValueError]],
+        dropped: Counter[str] | None,
+    ):
         self._split, self._function, self._dropped = split, function, dropped
         self.number = -1
         self.failed = False
@@ -311,7 +318,7 @@ class _Reading:
             raise
 
 
-def _no_rows(split: str, num_read: int, dropped: Counter) -> str:
+def _no_rows(split: str, num_read: int, dropped: Counter[str]) -> str:
     if not num_read:
         return f"split {split!r} has no rows"
     counts = ", ".join(f"{name} dropped {n}" for name, n in dropped.items())
@@ -340,5 +347,5 @@ class _Part:
         return self.function.paths() if hasattr(self.function, "paths") else []
 
 
-def _name_of(function: Callable) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+def _name_of(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
