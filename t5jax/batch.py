@@ -1,7 +1,8 @@
-"""Batch features: one vocabulary of names from the data to the loss (SeqIO's standard names).
+"""The features of a batch: the same names from the data to the loss (SeqIO's standard names).
 
 A batch is a dict of int32 arrays [B, S] or [B, T]; loss weights are float32. Packed rows hold
-several examples; segment ids number them from 1, and 0 is padding. Positions count from 0 in each.
+several examples, numbered from 1 in the segment ids, where 0 is padding. Positions count from 0 in
+each example.
 """
 
 import dataclasses
@@ -33,21 +34,22 @@ Kind = Literal["encoder_decoder", "decoder", "prefix_lm", "encoder"]
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """Shape of a batch: rows, tokens of each side, packed or not, and for which kind of model."""
+    """The shape of a batch: rows, lengths, packing, and the kind of model."""
 
     batch_size: int
     inputs_length: int
     targets_length: int
     pack: bool = False
     kind: Kind = "encoder_decoder"
-    """decoder: rows hold inputs and targets, inputs_length + targets_length tokens, each predicted
-    from those before it; the loss is that of the targets. An inputs_length of 0 means targets
-    alone. prefix_lm: the same, and inputs see one another. encoder: rows of inputs_length, targets
-    where their inputs stand."""
+    """decoder: rows contain inputs and targets, inputs_length + targets_length tokens, each
+    predicted from the previous ones, with a loss on the targets; inputs_length is 0 if there are
+    only targets.
+    prefix_lm: the same with bidirectional attention among inputs. encoder: rows of inputs_length,
+    in which targets are aligned with inputs."""
 
     @property
     def decoder_length(self) -> int:
-        """Tokens of a decoder's row."""
+        """The length of a decoder's row in tokens."""
         alone = self.kind in ("decoder", "prefix_lm")
         return self.inputs_length + self.targets_length if alone else self.targets_length
 
@@ -106,7 +108,7 @@ def train_spec(config: Config, *, has_inputs: bool = True) -> BatchSpec:
     """Returns the shape of the batches that a run trains on.
 
     Args:
-      has_inputs: whether the examples of its tasks have inputs, or targets alone.
+      has_inputs: whether the examples of its tasks have inputs in addition to targets.
     """
     data, kind = config.data, config.model.kind
     if kind != "decoder":
@@ -121,7 +123,7 @@ def train_spec(config: Config, *, has_inputs: bool = True) -> BatchSpec:
 
 
 def validate_batch(batch: Batch, spec: BatchSpec) -> None:
-    """Raises ValueError where a batch has not the features, shapes and dtypes of its spec."""
+    """Raises ValueError if a batch does not have the features, shapes and dtypes of its spec."""
     features = spec.features()
     if set(batch) != set(features):
         missing, extra = sorted(set(features) - set(batch)), sorted(set(batch) - set(features))
@@ -136,9 +138,9 @@ def validate_batch(batch: Batch, spec: BatchSpec) -> None:
 
 
 def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
-    """Returns decoder inputs for targets [..., T]: one position later, `start_id` in front.
+    """Returns decoder inputs for targets [..., T]: shifted by one, with `start_id` first.
 
-    For unpacked rows only; in a packed row every segment starts anew.
+    For unpacked rows only; in a packed row every segment has a start token.
     """
     inputs = np.roll(targets, 1, axis=-1)
     inputs[..., 0] = start_id
@@ -148,7 +150,7 @@ def shift_right(targets: np.ndarray, start_id: int) -> np.ndarray:
 def pad_ids(
     rows: Sequence[Sequence[int]], batch_size: int, length: int, pad_id: int = 0
 ) -> np.ndarray:
-    """Returns lists of token ids as int32 [batch_size, length], cut or padded."""
+    """Returns lists of token ids as int32 [batch_size, length], truncated or padded."""
     tokens = np.full((batch_size, length), pad_id, np.int32)
     for i, row in enumerate(rows):
         row = row[:length]
@@ -159,11 +161,11 @@ def pad_ids(
 def prompt_batch(
     prompts: Sequence[Sequence[int]], kind: Kind, batch_size: int, length: int
 ) -> Batch:
-    """Returns what a model reads before it writes; rows beyond the prompts are padding.
+    """Returns the batch of prompts for `prefill`; rows beyond the prompts are padding.
 
     Args:
-      prompts: tokens of each, at most `length`; a decoder's begin with its start token.
-      kind: of the model.
+      prompts: the tokens of each, at most `length`; a decoder's begin with its start token.
+      kind: the kind of the model.
     """
     if kind not in ("decoder", "prefix_lm"):
         return {ENCODER_INPUT_TOKENS: pad_ids(prompts, batch_size, length)}
@@ -179,8 +181,8 @@ def prompt_batch(
 
 
 def pad_rows(batch: Batch, batch_size: int) -> Batch:
-    """Returns the batch with rows of zeros behind it; their loss weights are 0, so they count
-    nowhere."""
+    """Returns the batch padded with rows of zeros, which have no effect since their loss weights
+    are 0."""
     rows = len(next(iter(batch.values())))
     if rows > batch_size:
         raise ValueError(f"a batch of {rows} rows cannot be padded to {batch_size}")

@@ -1,7 +1,7 @@
-"""The whole surface of a model, as functions of a description and parameters.
+"""The interface of a model: functions of a description and parameters.
 
-The step, decoding, serving, planning and the tests use nothing else of `t5jax/models/`, and no
-Flax module leaves it. `model` is a frozen description (`t5jax.architectures`); parameters are a
+The step, decoding, conversion and the tests use nothing else of `t5jax/models/`, and no Flax module
+leaves it. `model` is a frozen description (`t5jax.architectures`); parameters are a
 plain nested dict whose paths are API.
 
 B batch, N rows of a cache, S source length, P prompt length, T target length, D model, V vocab.
@@ -22,9 +22,9 @@ from t5jax.models.cache import Cache
 Params = dict[str, Any]
 
 
-# What a family's module defines: Network, with the methods `hidden`, `unembed` and `logits`
-# (and `encode`, where it has an encoder); unembed_params; head_params, where the head is to choose;
-# and where it has a decoder, cache_layers, prefill and decode_step.
+# A family's module defines Network, with the methods `hidden`, `unembed` and `logits` (and
+# `encode`, if it has an encoder); unembed_params; head_params, if there are several heads; and if
+# it has a decoder, cache_layers, prefill and decode_step.
 def _module(model: Architecture):
     return FAMILIES[model.family].load_network()
 
@@ -34,12 +34,12 @@ def _network(model: Architecture, *, train: bool = False) -> nn.Module:
 
 
 def _without_dropout(model: Architecture) -> Architecture:
-    # Outside of training a network without dropout is the same network.
+    # Except in training, dropout has no effect.
     return dataclasses.replace(model, dropout_rate=0.0)
 
 
 def _tokens(model: Architecture) -> dict[str, jax.Array]:
-    """Returns a batch from which Flax learns the shapes of parameters."""
+    """Returns a batch from which Flax infers the shapes of parameters."""
     tokens = jax.numpy.zeros((1, 8), "int32")
     batch = {}
     if model.kind != "decoder":
@@ -55,17 +55,17 @@ def _init(model: Architecture, key):
 
 
 def init_params(model: Architecture, key: jax.Array) -> Params:
-    """Returns random parameters, dtype `model.param_dtype`; jit it to create them sharded."""
+    """Returns random parameters of dtype `model.param_dtype`; jit it to create them sharded."""
     return nn.meta.unbox(_init(model, key))
 
 
 def param_shapes(model: Architecture) -> Params:
-    """Returns the tree of parameters as ShapeDtypeStructs; computes nothing."""
+    """Returns the tree of parameters as ShapeDtypeStructs, without computing them."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def param_axes(model: Architecture) -> dict:
-    """Returns the same tree, whose leaves are tuples of logical axis names."""
+    """Returns the same tree with tuples of logical axes as leaves."""
     boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
     return jax.tree.map(
         lambda box: tuple(box.names),
@@ -77,13 +77,13 @@ def param_axes(model: Architecture) -> dict:
 def logits(
     model: Architecture, params: Params, batch: Mapping, *, dropout_rng: jax.Array | None = None
 ) -> jax.Array:
-    """Returns float32 logits [B, T, V] of the decoder's targets, or those of an encoder alone.
+    """Returns float32 logits [B, T, V] of the decoder, or of an encoder-only network.
 
     Args:
       batch: features of `t5jax.batch`; targets and loss weights are not needed.
-      dropout_rng: a key to train with dropout, or None for none.
+      dropout_rng: a key to train with dropout, or None for no dropout.
     Raises:
-      ValueError: for a network without an output, as `Architecture.check_head` does.
+      ValueError: if the network has no output, as `Architecture.check_head`.
     """
     model.check_head()
     return _apply(model, params, dropout_rng, batch, method="logits")
@@ -97,7 +97,7 @@ def hidden(
 
 
 def unembed(model: Architecture, params: Params, x_BTD: jax.Array) -> jax.Array:
-    """Returns float32 logits [..., V]; `params` may hold `unembed_params` alone."""
+    """Returns float32 logits [..., V]; `params` may be only the `unembed_params`."""
     model.check_head()
     return _network(model).apply({"params": params}, x_BTD, method="unembed")
 
@@ -108,14 +108,14 @@ def unembed_params(model: Architecture, params: Params) -> Params:
 
 
 def encode(model: Architecture, params: Params, batch: Mapping) -> jax.Array:
-    """Returns the encoder's output [B, S, D], in `model.dtype`; 0 at padding is not promised."""
+    """Returns the encoder's output [B, S, D] in `model.dtype`; not necessarily 0 at padding."""
     return _apply(model, params, None, batch, method="encode")
 
 
 def new_params(model: Architecture, source: Architecture) -> list[str]:
-    """Returns the paths of the parameters that `source` does not have: a head's, another than its.
+    """Returns the paths of the parameters that `source` lacks: those of another head.
 
-    Both are of one architecture but for the head.
+    Both have the same architecture except for the head.
     """
     if not hasattr(_module(model), "head_params"):
         return []
@@ -130,17 +130,17 @@ def new_params(model: Architecture, source: Architecture) -> list[str]:
 
 
 def arrange_for_decoding(model: Architecture, params: Params) -> Params:
-    """Returns the parameters as a loop over tokens reads them fastest.
+    """Returns the parameters in the layout that is fastest for decoding.
 
-    Matrices have the dtype they are computed in; quantized ones stay as they are. Each layer of the
-    decoder has arrays of its own, since slices of a stack would be copied at every token. Do it
-    once, outside of the loop; parameters that are arranged already come back unchanged.
+    Matrices are cast to the dtype of the computation, except for quantized ones. The layers of the
+    decoder are separate arrays, since slices of a stack would be copied at every token. Do this
+    once, outside the loop over tokens; parameters in this layout are returned unchanged.
     """
     dtype = jax.numpy.dtype(model.dtype)
 
     def cast(path, x):
         names = [getattr(key, "key", None) for key in path]
-        # The relative bias is added to float32 scores; so are norms and biases computed.
+        # The relative bias is added to float32 scores; norms and biases are also float32.
         is_matrix = names[-1] in ("kernel", "embedding") and "relative_bias" not in names
         return x.astype(dtype) if is_matrix else x
 
@@ -154,12 +154,13 @@ def arrange_for_decoding(model: Architecture, params: Params) -> Params:
 
 
 def init_cache(model: Architecture, slots: int, source_length: int, max_length: int) -> Cache:
-    """Returns room for rows that are being decoded, none of which is there yet.
+    """Returns an empty cache.
 
     Args:
-      slots: N, rows.
-      source_length: tokens of an encoder's longest input, or of a decoder's longest prompt.
-      max_length: tokens to write for each.
+      model: the description.
+      slots: the number of rows, N.
+      source_length: the maximum length of an encoder's input or a decoder's prompt in tokens.
+      max_length: the maximum number of tokens to generate.
     """
     layers, dtype = _module(model).cache_layers(model), model.dtype
     if model.kind == "decoder":
@@ -171,21 +172,22 @@ def prefill(model: Architecture, params: Params, batch: Mapping) -> tuple[jax.Ar
     """Reads the inputs.
 
     Args:
-      params: as `arrange_for_decoding` returns them.
-      batch: for an encoder-decoder, encoder_input_tokens [B, S], of which the decoder reads nothing
-        but its start token. For a decoder, decoder_input_tokens [B, P]: the start token and the
-        prompt; where shorter rows are padded, behind, decoder_segment_ids [B, P], 0 there.
+      model: the description.
+      params: as returned by `arrange_for_decoding`.
+      batch: for an encoder-decoder, encoder_input_tokens [B, S]; the decoder reads its start token.
+        For a decoder, decoder_input_tokens [B, P], the start token and the prompt; if shorter rows
+        are padded at the end, also decoder_segment_ids [B, P], 0 at padding.
     Returns:
-      float32 logits [B, V] of the first token to write, and rows to `insert` into a cache.
+      Float32 logits [B, V] of the first token to generate, and rows to `insert` into a cache.
     """
     return _module(model).prefill(_without_dropout(model), params, batch)
 
 
 def insert(model: Architecture, cache: Cache, rows: Cache, slots_B: jax.Array) -> Cache:
-    """Returns the cache with `rows`, as prefill returns them, in the slots int32 [B].
+    """Returns the cache with `rows`, as returned by `prefill`, in the slots int32 [B].
 
     Raises:
-      ValueError: for rows that are longer than the cache has room for.
+      ValueError: if rows are longer than the cache.
     """
     return caches.insert(_module(model).cache_layers(model), cache, rows, slots_B)
 
@@ -198,13 +200,15 @@ def take(cache: Cache, slots_N: jax.Array) -> Cache:
 def decode_step(
     model: Architecture, params: Params, cache: Cache, tokens_N: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Reads one token a row, each where its row stands.
+    """Reads one token per row, at the position of its row.
 
     Args:
-      params: as `arrange_for_decoding` returns them.
-      tokens_N: int32 [N]. The token of a slot that is free may be any.
+      model: the description.
+      params: as returned by `arrange_for_decoding`.
+      cache: the cache.
+      tokens_N: int32 [N]; arbitrary for unused slots.
     Returns:
-      float32 logits [N, V] of the tokens after them, and the cache.
+      Float32 logits [N, V] of the next tokens, and the cache.
     """
     return _module(model).decode_step(_without_dropout(model), params, cache, tokens_N)
 

@@ -1,6 +1,6 @@
-"""Attention: one function for every network, and a description of what its queries may see.
+"""Attention: one function for all networks, and a description of its mask.
 
-Also T5's relative-position bias, and rotary positions.
+Also T5's relative position bias, and rotary embeddings.
 
 B batch, T query length, S key length, H heads, G heads of keys and values, R = H / G, K head dim,
 N buckets.
@@ -15,36 +15,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Finite, so that a row without any key gives a uniform softmax instead of NaN.
+# Finite, so that the softmax of a row without keys is uniform instead of NaN.
 MASKED = -1e9
 
 
 class AttentionMask(flax.struct.PyTreeNode):
-    """What each query may see of the keys. `attention` alone turns it into an array.
+    """Which keys each query attends to. Only `attention` turns this into an array.
 
-    A field that is set hides keys, except for `prefix_BT`, which makes exceptions from `causal`.
-    Queries and keys are counted from the first token of the same row.
+    A field that is set masks keys, except for `prefix_BT`, which makes exceptions from `causal`.
+    Positions of queries and keys count from the first token of the row.
     """
 
     causal: bool = flax.struct.field(pytree_node=False, default=False)
-    """No key after the query."""
+    """No keys after the query."""
     prefix_BT: jax.Array | None = None
-    """causal: tokens, bool, that see each other in both directions."""
+    """causal: bool, tokens that attend to each other in both directions."""
     window: jax.Array | int | None = None
-    """Only keys fewer than so many tokens away, in either direction; int32 []."""
+    """Only keys less than this many tokens away, in both directions; int32 []."""
     query_segments_BT: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
-    """Only keys of the query's own segment, int32. Set both."""
+    """Only keys of the query's segment, int32. Set both fields."""
     is_token_BS: jax.Array | None = None
-    """Only keys that are tokens, bool: not padding, nor places of a cache that hold nothing."""
+    """Only keys that are tokens, bool: neither padding nor empty entries of a cache."""
 
     @classmethod
     def within(cls, segments_BT, **fields) -> "AttentionMask":
-        """Returns the mask of rows that attend to themselves, each segment to itself alone."""
+        """Returns the mask of self-attention within segments."""
         return cls(query_segments_BT=segments_BT, key_segments_BS=segments_BT, **fields)
 
     def dense(self, num_queries: int, num_keys: int) -> jax.Array:
-        """Returns bool [B or 1, 1, T or 1, S or 1]: true where the query may see the key."""
+        """Returns bool [B or 1, 1, T or 1, S or 1], true where the query attends to the key."""
         query_T1, key_1S = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)[None]
         masks = [jnp.ones((1, 1, 1, 1), bool)]
         if self.causal:
@@ -77,20 +77,21 @@ def attention(
 ):
     """Returns softmax(cap(scale q k) + bias) v.
 
-    H / G heads of queries share one head of keys and values. T5 leaves the scale at 1, as it folds
-    1/sqrt(K) into the query's initialiser.
+    H / G query heads share one head of keys and values. T5 has a scale of 1, since 1/sqrt(K) is
+    folded into the initializer of queries.
 
     Args:
       q_BTHK: queries.
-      k, v: keys and values of the queries' dtype, which the result has: [B, S, G, K], or with
-        `cached` [B, G, S, K], as `cache.Cache` keeps them.
-      mask: what each query may see.
+      k: keys [B, S, G, K], or if `cached`, [B, G, S, K] as in `cache.Cache`; in the dtype of the
+        queries, which is that of the result.
+      v: values, likewise.
+      mask: which keys each query attends to.
       bias: float32 [B or 1, H, T, S], or None.
-      scale: factor of the scores.
-      softcap: as in the function of that name, or None.
+      scale: the factor of the scores.
+      softcap: the cap of the function `softcap`, or None.
       dropout: applied to the probabilities [B, G, R, T, S], or None.
-      cached: which axes k and v have. A cache has heads in front, so that each of a few queries
-        reads memory in order.
+      cached: the layout of k and v. In a cache, heads precede tokens, so that a few queries read
+        memory contiguously.
     Returns:
       [B, T, H, K]. Scores and softmax are float32.
     Source: Vaswani et al. 2017 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245) for the
@@ -118,7 +119,7 @@ def attention(
 
 
 def soft_cap(x, cap: float):
-    """Returns cap * tanh(x / cap): `x` where it is small, and never more than the cap."""
+    """Returns cap * tanh(x / cap): about `x` if it is small, and never more than the cap."""
     return cap * jnp.tanh(x / cap)
 
 
@@ -132,13 +133,13 @@ def rope_frequencies(
     high_factor: float | None = None,
     original_length: int | None = None,
 ) -> np.ndarray:
-    """Returns by how much each pair of a head turns from one position to the next.
+    """Returns the angle between consecutive positions for each pair of entries of a head.
 
     Args:
-      theta: base of the wavelengths, which grow from 2 pi to nearly 2 pi theta tokens.
-      scaling: "linear" divides all frequencies by `factor`; "llama3" those whose wavelength is
-        above original_length / low_factor, leaves those below original_length / high_factor as
-        they are, and mixes the two in between.
+      theta: the base of the wavelengths, which range from 2 pi to nearly 2 pi theta tokens.
+      scaling: "linear" divides all frequencies by `factor`; "llama3" only those with wavelengths
+        above original_length / low_factor, keeps those below original_length / high_factor, and
+        interpolates in between.
     Returns:
       float32 [K / 2], in radians.
     Source: Su et al. 2021 (arXiv:2104.09864), section 3.4; Chen et al. 2023 (arXiv:2306.15595) for
@@ -148,7 +149,7 @@ def rope_frequencies(
     if scaling == "linear":
         frequencies /= factor
     elif scaling == "llama3":
-        # How often a pair turns within the original length decides how much of it is kept.
+        # The number of rotations within the original length determines the interpolation.
         turns = original_length * frequencies / (2 * np.pi)
         kept = np.clip((turns - low_factor) / (high_factor - low_factor), 0, 1)
         frequencies *= kept + (1 - kept) / factor
@@ -156,19 +157,20 @@ def rope_frequencies(
 
 
 def rope_table(positions_BT, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns cosine and sine of each pair's angle at each position, float32 [B, T, K / 2]."""
+    """Returns the cosine and sine of the angle of each pair and position, float32 [B, T, K / 2]."""
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTHK, table) -> jax.Array:
-    """Returns queries or keys turned by their positions; computed in float32.
+    """Applies rotary embeddings to queries or keys, in float32.
 
-    Pair i of a head are its entries i and i + K / 2, as in Hugging Face's checkpoints; in Meta's
-    they are neighbours.
+    Pair i of a head consists of its entries i and i + K / 2, as in Hugging Face's checkpoints; in
+    Meta's they are adjacent.
 
     Args:
-      table: as `rope_table` returns it, or None to leave them as they are.
+      x_BTHK: queries or keys.
+      table: as returned by `rope_table`, or None to return them unchanged.
     """
     if table is None:
         return x_BTHK
@@ -181,13 +183,13 @@ def rotate(x_BTHK, table) -> jax.Array:
 def relative_position_bucket(
     distance, *, num_buckets: int, max_distance: int, bidirectional: bool
 ) -> jax.Array:
-    """Returns the bucket of each distance: one a token nearby, logarithmic ranges further away.
+    """Returns the bucket of each distance: single tokens nearby, logarithmic ranges further away.
 
     Args:
       distance: int32 [...], key position minus query position, in tokens.
-      num_buckets: buckets in all; bidirectional gives half of them to each direction.
-      max_distance: from here on, tokens, everything shares the last bucket.
-      bidirectional: False puts every key after the query into bucket 0.
+      num_buckets: the total number of buckets, if bidirectional half of them for each direction.
+      max_distance: larger distances, in tokens, share the last bucket.
+      bidirectional: if False, all keys after the query are in bucket 0.
     Returns:
       int32 [...] in [0, num_buckets).
     Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1; the formula is that of their code,
@@ -201,8 +203,8 @@ def relative_position_bucket(
     else:
         distance = jnp.maximum(-distance, 0)
     exact = num_buckets // 2
-    # Float32 and this order of operations, as in the checkpoints' own code: at a boundary another
-    # order would round to the next bucket.
+    # Float32 and this order of operations, as in the original code: at a boundary another order
+    # could round to a different bucket.
     log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
     log_range = math.log(max_distance / exact)
     far = exact + (log_ratio / log_range * (num_buckets - exact)).astype(jnp.int32)
@@ -216,7 +218,7 @@ def relative_position_bias(
     """Returns the bias of each distance, float32 [H, R].
 
     Args:
-      table_HN: learned, one row a head and one column a bucket.
+      table_HN: learned, one row per head and one column per bucket.
       distance_R: int32, key position minus query position, in tokens.
     """
     bucket_R = relative_position_bucket(
@@ -225,25 +227,25 @@ def relative_position_bias(
         max_distance=max_distance,
         bidirectional=bidirectional,
     )
-    # A product with one-hots instead of a gather: its gradient is a product too, not a scatter.
+    # A product with one-hot vectors instead of a gather: its gradient is a product, not a scatter.
     one_hot_RN = jax.nn.one_hot(bucket_R, table_HN.shape[1], dtype=jnp.float32)
     return jnp.einsum("HN,RN->HR", table_HN.astype(jnp.float32), one_hot_RN)
 
 
 def spread_over_diagonals(bias_HR, num_queries: int) -> jax.Array:
-    """Returns [1, H, T, S], whose entry at query t and key s is that of the distance s - t.
+    """Returns [1, H, T, S], in which the entry of query t and key s is that of distance s - t.
 
-    Both run over one sequence from its first token. In a packed row that serves as well: inside
-    one segment indices differ as positions do.
+    Both count from the first token of a sequence. This also works in packed rows, since within a
+    segment indices differ by the same amount as positions.
 
     Args:
-      bias_HR: distances 1 - T to S - 1, in this order, so that R = T + S - 1.
+      bias_HR: the bias of distances 1 - T to S - 1, in this order, so that R = T + S - 1.
       num_queries: T.
     """
     num_heads, num_distances = bias_HR.shape
     num_keys = num_distances - num_queries + 1
-    # Row t is the vector moved t to the right: a vector one longer than the rows that it is cut
-    # into. Its gradient is a sum, where that of a gather would scatter into a few addresses.
+    # Row t is the vector shifted by t: repeat a vector that is one longer than the rows into which
+    # it is reshaped. Its gradient is a sum; that of a gather would be a scatter to few addresses.
     bias_HR = jnp.pad(bias_HR, ((0, 0), (0, 1)))
     rows_HTR = jnp.broadcast_to(bias_HR[:, None], (num_heads, num_queries, num_distances + 1))
     flat = rows_HTR.reshape(num_heads, -1)[:, : num_queries * num_distances]

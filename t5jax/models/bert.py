@@ -1,9 +1,9 @@
-"""BERT: an encoder with its norms behind the branches, and the heads on it.
+"""BERT: an encoder with post-norm layers, and its heads.
 
-Devlin et al. 2019 (arXiv:1810.04805), as the released checkpoints have it. Departures: every token
-is of the first kind of text (segment A), as no task here has pairs; dropout draws one mask for all
-positions of a row (`layers.Dropout`); classification of texts pools at every position, so that a
-packed row has the class of each of its texts, where only a text's first position is asked.
+Devlin et al. 2019 (arXiv:1810.04805), and the released checkpoints. Differences: all tokens have
+the first token type (segment A), as there are no tasks with pairs of texts; dropout draws one mask
+for all positions of a row (`layers.Dropout`); sequence classification pools at every position, so
+that packed rows work, although only the first position of each text is used.
 
 B batch, S length, D model, H heads, K head dim, V vocab or classes.
 """
@@ -37,12 +37,12 @@ def _linear(cfg: BertConfig, inputs, outputs):
 
 
 def _dense(cfg: BertConfig):
-    """Returns a map of the residual stream to itself."""
+    """Returns a linear map from the residual stream to itself."""
     return _linear(cfg, {"embed": cfg.d_model}, {"activation_embed": cfg.d_model})
 
 
 class Attention(nn.Module):
-    """Self-attention in which every token of a text sees every other."""
+    """Bidirectional self-attention."""
 
     config: BertConfig
 
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """What stands between the encoder's output and the matrix over the vocabulary, and its bias."""
+    """The layers between the encoder's output and the output matrix, and its bias."""
 
     config: BertConfig
 
@@ -136,7 +136,7 @@ class Network(nn.Module):
         if cfg.head in ("sequence_classification", "pooler"):
             self.pooler = _dense(cfg)
         if cfg.classifies:
-            # Classes are few, and need not divide by anything: no logical axis.
+            # There are few classes, which the mesh need not divide: no logical axis.
             self.classifier = Unembedding(
                 cfg, width, cfg.num_outputs, stddev, use_bias=True, axis=None
             )
@@ -163,7 +163,7 @@ class Network(nn.Module):
         return self.encoder(constrain(x_BSD, "batch", "length", "activation_embed"), mask)
 
     def hidden(self, batch):
-        """Returns what `unembed` reads [B, S, D]: the last layer's output, or pooled."""
+        """Returns the input of `unembed` [B, S, D]: the last layer's output, possibly pooled."""
         cfg = self.config
         x_BSD = self.encode(batch)
         if cfg.head in ("sequence_classification", "pooler"):
@@ -192,7 +192,7 @@ def unembed_params(cfg: BertConfig) -> tuple[str, ...]:
 
 
 def head_params(cfg: BertConfig) -> dict[str, tuple]:
-    """Returns the names of the head's parameters, each with what it must share to be the same."""
+    """Returns the names of the head's parameters, with what must match for them to be the same."""
     names = {
         "masked_lm": ("masked_lm",) if cfg.tie_word_embeddings else ("masked_lm", "lm_head"),
         "sequence_classification": ("pooler", "classifier"),

@@ -1,9 +1,9 @@
-"""The cache of a decoder: keys and values of N rows, each at a position of its own.
+"""The cache of a decoder: keys and values of N rows, each with its own position.
 
-Every array has the rows in front, so that rows join, leave and change places one by one
-(`insert`, `take`), and a step writes each row's token where that row stands (`extend`).
+Rows are the first axis of every array, so that rows can be inserted, removed and reordered
+(`insert`, `take`), and a step writes the token of each row at the position of that row (`extend`).
 
-N rows of the cache, B rows that join it, G heads of keys and values, K head dim, S tokens.
+N rows of the cache, B rows to insert, G heads of keys and values, K head dim, S tokens.
 """
 
 from typing import NamedTuple
@@ -17,38 +17,38 @@ from t5jax.sharding import constrain
 
 
 class LayerShape(NamedTuple):
-    """What one layer keeps of each token."""
+    """The shape of one layer's keys and values."""
 
     num_heads: int
     head_dim: int
     window: int | None = None
-    """Of a local layer: it keeps so many tokens, the newest in the place of the oldest."""
+    """In a local layer only this many tokens are kept; new ones replace the oldest."""
     heads_axis: str = "kv_heads"
-    """Logical axis of the heads."""
+    """The logical axis of the heads."""
 
 
 class Cache(flax.struct.PyTreeNode):
-    """What decoding remembers: argument and result of a step.
+    """The state of decoding, an argument and result of each step.
 
-    Keys and values are one array a layer. Token i of a row stands at place i, or in a local layer
-    at place i % window.
+    There is one array of keys and of values per layer. Token i of a row is at index i, in a local
+    layer at index i % window.
     """
 
-    positions: jax.Array  # int32 [N]: tokens that the decoder has read of each row.
+    positions: jax.Array  # int32 [N]: the number of tokens that the decoder has read.
     keys: tuple[jax.Array, ...]  # [N, G, S, K]
     values: tuple[jax.Array, ...]  # [N, G, S, K]
-    # Of the encoder's output, where there is one: they stay as they are.
+    # Those of the encoder's output, if there is one; they do not change.
     cross_keys: tuple[jax.Array, ...] = ()  # [N, G, S, K]
     cross_values: tuple[jax.Array, ...] = ()  # [N, G, S, K]
     is_source: jax.Array | None = None  # bool [N, S]: where the encoder has a token.
 
     @property
     def cross_mask(self) -> AttentionMask:
-        """What a row's tokens see of the encoding."""
+        """The mask of cross-attention."""
         return AttentionMask(is_token_BS=self.is_source)
 
     def stepped(self, kept) -> "Cache":
-        """Returns the cache after a step: `kept` has each layer's keys and values."""
+        """Returns the cache after a step; `kept` are the keys and values of each layer."""
         keys, values = zip(*kept, strict=True)
         return self.replace(positions=self.positions + 1, keys=keys, values=values)
 
@@ -60,13 +60,14 @@ def empty(
     source_length: int | None,
     dtype,
 ) -> Cache:
-    """Returns room for `num_rows` rows that hold nothing yet.
+    """Returns an empty cache for `num_rows` rows.
 
     Args:
-      layers: shape of each layer of the decoder.
-      length: tokens that the decoder reads of a row, at most.
-      source_length: tokens of an encoder's longest input; None where there is no encoder.
-      dtype: of keys and values.
+      layers: the shape of each layer of the decoder.
+      num_rows: the number of rows, N.
+      length: the maximum number of tokens that the decoder reads.
+      source_length: the maximum length of an encoder's input in tokens; None without an encoder.
+      dtype: the dtype of keys and values.
     """
 
     def room(shape: LayerShape, size: int) -> jax.Array:
@@ -83,37 +84,38 @@ def empty(
 
 
 def of_encoding(layers: tuple[LayerShape, ...], cross, is_source) -> Cache:
-    """Returns rows with an encoding and room for the decoder's start token, which is still unread.
+    """Returns rows with an encoding and room for the decoder's start token.
 
     Args:
-      layers: as `empty` takes them.
-      cross: of each layer, keys and values [B, S, G, K] of the encoding.
-      is_source: bool [B, S], where the encoder has a token.
+      layers: as for `empty`.
+      cross: the keys and values [B, S, G, K] of the encoding for each layer.
+      is_source: bool [B, S], the encoder's tokens.
     """
     cross = [[jnp.swapaxes(x, 1, 2) for x in keys_values] for keys_values in cross]
-    # Else the compiler moves the transposition into the loop over tokens.
+    # Otherwise the compiler moves the transpose into the loop over tokens.
     cross_keys, cross_values = jax.lax.optimization_barrier(tuple(zip(*cross, strict=True)))
     rows = empty(layers, len(is_source), 1, None, cross_keys[0].dtype)
     return rows.replace(cross_keys=cross_keys, cross_values=cross_values, is_source=is_source)
 
 
 def insert(layers: tuple[LayerShape, ...], cache: Cache, rows: Cache, slots_B) -> Cache:
-    """Returns the cache with other rows in some of its places.
+    """Returns the cache with new rows in some of its slots.
 
     Args:
-      layers: as `empty` takes them.
-      rows: what prefill returns: a cache in which token i stands at place i in every layer, and
-        places behind a row's last token may hold anything.
-      slots_B: int32, which places of the cache the rows take.
+      layers: as for `empty`.
+      cache: the cache.
+      rows: the result of prefill: a cache in which token i is at index i in every layer, with
+        arbitrary entries after a row's last token.
+      slots_B: int32, the slots for the rows.
     Raises:
-      ValueError: for rows with more tokens than the cache has room for.
+      ValueError: if the rows have more tokens than the cache has room for.
     """
 
     def put(kept, new):
         return kept.at[slots_B].set(new)
 
     def put_behind(kept, new, axis, what):
-        """Pads what is shorter than the cache; a step hides or writes the places behind it."""
+        """Pads rows to the length of the cache; a step masks or overwrites the padding."""
         spare = kept.shape[axis] - new.shape[axis]
         if spare < 0:
             raise ValueError(
@@ -150,17 +152,19 @@ def insert(layers: tuple[LayerShape, ...], cache: Cache, rows: Cache, slots_B) -
 
 
 def take(cache: Cache, slots_N) -> Cache:
-    """Returns a cache whose row n is row `slots_N[n]`: rows that stay, or change places."""
+    """Returns a cache whose row n is row `slots_N[n]` of this one."""
     return jax.tree.map(lambda x: x[slots_N], cache)
 
 
 def extend(keys, values, k_NGK, v_NGK, positions_N) -> tuple[jax.Array, jax.Array, AttentionMask]:
-    """Returns one layer's keys and values with one more token a row, and what that token sees.
+    """Returns one layer's keys and values with one more token per row, and the token's mask.
 
     Args:
-      keys, values: [N, G, S, K].
-      k_NGK, v_NGK: of the token.
-      positions_N: int32, where it stands in its row.
+      keys: [N, G, S, K].
+      values: [N, G, S, K].
+      k_NGK: the token's key.
+      v_NGK: the token's value.
+      positions_N: int32, the token's position in its row.
     """
     size = keys.shape[2]
     places_N = positions_N % size
@@ -172,16 +176,16 @@ def extend(keys, values, k_NGK, v_NGK, positions_N) -> tuple[jax.Array, jax.Arra
             )
         )(kept, new_NGK, places_N)
 
-    # Written first and read then: the other way round, the compiler copies the cache.
+    # Written before it is read; in the opposite order the compiler would copy the cache.
     is_token_NS = _held(positions_N, size) >= 0
     return write(keys, k_NGK), write(values, v_NGK), AttentionMask(is_token_BS=is_token_NS)
 
 
 def _held(positions_N, size: int) -> jax.Array:
-    """Returns which token stands at each place once a row's last is at `positions_N`.
+    """Returns which token is at each index if a row's last one is at `positions_N`.
 
     Returns:
-      int32 [N, S]; negative where there is none yet.
+      int32 [N, S]; negative if there is none yet.
     """
     positions_N1 = positions_N[:, None]
     return positions_N1 - (positions_N1 - jnp.arange(size)[None]) % size

@@ -1,7 +1,7 @@
-"""Decoder-only networks: GPT-2, Llama, Qwen 3, Gemma 2 and 3, and their single step.
+"""Decoder-only networks of all families, and a decoding step.
 
-The papers are those that `GPTConfig` names. What sets them apart are its fields: where positions
-enter, which norm and where, how many heads share keys, which layers look how far, what is capped.
+The families' files in `t5jax/architectures/` name the papers. The networks differ in the fields of
+`GPTConfig`: position embeddings, norms and their place, grouped heads, local layers, soft caps.
 
 B batch, N rows of a cache, T length, P length of a prompt, S tokens that are kept, D model,
 H heads, G heads of keys and values, K head dim, V vocab.
@@ -43,15 +43,15 @@ _EVERYTHING = np.iinfo(np.int32).max
 
 
 class Reach(flax.struct.PyTreeNode):
-    """What tokens see and where they are, for global layers and, where they differ, local ones."""
+    """The masks and rotary embeddings of global layers and, if they differ, of local ones."""
 
     mask: AttentionMask
-    window: int | None  # Of local layers.
-    rope: Any  # As `rope_table` returns it, or None.
+    window: int | None  # The window of local layers.
+    rope: Any  # As returned by `rope_table`, or None.
     local_rope: Any
 
     def of(self, is_local):
-        """Returns mask and rotation of one layer; `is_local` may be traced."""
+        """Returns the mask and rotary embedding of one layer; `is_local` may be traced."""
         mask, rope = self.mask, self.rope
         if self.window is not None:
             mask = mask.replace(window=jnp.where(is_local, self.window, _EVERYTHING))
@@ -67,12 +67,12 @@ def _norm(cfg: GPTConfig, name=None):
 
 
 def _out_stddev(cfg: GPTConfig) -> float:
-    # GPT-2, section 2.3: each of the 2 L branches adds to the residual stream's variance.
+    # GPT-2, section 2.3: each of the 2 L branches adds to the variance of the residual stream.
     return cfg.initializer_range * (2 * cfg.num_layers) ** -0.5
 
 
 class Attention(nn.Module):
-    """Self-attention in which several heads of queries share one of keys and values."""
+    """Self-attention with grouped heads."""
 
     config: GPTConfig
 
@@ -110,11 +110,11 @@ class Attention(nn.Module):
         return self.out(h_BTHK), (k_BTGK, v_BTGK)
 
     def step(self, x_N1D, rope, positions_N, kept):
-        """Returns [N, 1, D] of one token a row, and `kept` with its key and value.
+        """Returns [N, 1, D] for one token per row, and `kept` with its key and value.
 
         Args:
-          positions_N: int32, where the token stands in its row.
-          kept: keys and values [N, G, S, K] of this layer.
+          positions_N: int32, the token's position in its row.
+          kept: the keys and values [N, G, S, K] of this layer.
         """
         q_N1HK, k_N1GK, v_N1GK = self.project(x_N1D, rope)
         *kept, mask = caches.extend(*kept, k_N1GK[:, 0], v_N1GK[:, 0], positions_N)
@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each a branch of the residual stream."""
+    """Attention and MLP, with residual connections."""
 
     config: GPTConfig
 
@@ -147,7 +147,7 @@ class Layer(nn.Module):
         return self.read(x_BTD, is_local, reach)[0], None
 
     def read(self, x_BTD, is_local, reach: Reach):
-        """Returns [B, T, D], and attention's keys and values."""
+        """Returns [B, T, D], and the keys and values."""
         h_BTD = self.pre_attention_norm(x_BTD)
         h_BTD, keys_values = self.attention(h_BTD, *reach.of(is_local))
         x_BTD = self._add_attention(x_BTD, h_BTD)
@@ -156,7 +156,7 @@ class Layer(nn.Module):
         return constrain(x_BTD, "batch", "length", "activation_embed"), keys_values
 
     def step(self, x_N1D, *step):
-        """The same for one token a row, with the further arguments of `Attention.step`."""
+        """The same for one token per row, with the additional arguments of `Attention.step`."""
         h_N1D, kept = self.attention.step(self.pre_attention_norm(x_N1D), *step)
         return self._add_mlp(self._add_attention(x_N1D, h_N1D)), kept
 
@@ -169,7 +169,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers, and the norm behind them."""
+    """All layers and the final norm."""
 
     config: GPTConfig
 
@@ -202,11 +202,11 @@ class Network(nn.Module):
             self.lm_head = Unembedding(cfg, cfg.d_model, cfg.vocab_size, stddev)
 
     def embed(self, tokens, positions):
-        """Returns [..., D] for tokens [...] at positions that have as many dimensions."""
+        """Returns [..., D] for tokens [...] at positions with the same number of dimensions."""
         cfg = self.config
         x = self.token_embedder(tokens)
         if cfg.scale_embedding:
-            x *= jnp.asarray(cfg.d_model**0.5, cfg.dtype)  # Rounded, as Gemma was trained.
+            x *= jnp.asarray(cfg.d_model**0.5, cfg.dtype)  # Rounded, as in the training of Gemma.
         if cfg.position == "learned":
             x += self.position_embedder(positions)
         return x
@@ -231,7 +231,7 @@ class Network(nn.Module):
 
 
 def _positions(cfg: GPTConfig, batch) -> jax.Array:
-    """Returns int32 [B or 1, T]: where each token stands in its text."""
+    """Returns int32 [B or 1, T], the position of each token in its text."""
     if features.DECODER_POSITIONS in batch:
         return batch[features.DECODER_POSITIONS]
     length = batch[features.DECODER_INPUT_TOKENS].shape[1]
@@ -244,7 +244,7 @@ def _positions(cfg: GPTConfig, batch) -> jax.Array:
 
 
 def _reach(cfg: GPTConfig, batch) -> Reach:
-    """Returns what each token of a batch sees, and how its query and key are turned."""
+    """Returns the masks and rotary embeddings of a batch."""
     mask = AttentionMask(causal=True)
     if features.DECODER_SEGMENT_IDS in batch:
         mask = AttentionMask.within(batch[features.DECODER_SEGMENT_IDS], causal=True)
@@ -254,7 +254,7 @@ def _reach(cfg: GPTConfig, batch) -> Reach:
 
 
 def _ropes(cfg: GPTConfig, positions_BT):
-    """Returns the rotations of global layers, and of local ones where they are others."""
+    """Returns the rotary embeddings of global layers, and of local ones if they differ."""
     if cfg.position != "rope":
         return None, None
     frequencies = rope_frequencies(
@@ -282,7 +282,7 @@ def unembed_params(cfg: GPTConfig) -> tuple[str, ...]:
 
 
 def cache_layers(cfg: GPTConfig) -> tuple[LayerShape, ...]:
-    """Returns what each layer keeps."""
+    """Returns the shape of each layer's cache."""
     return tuple(
         LayerShape(cfg.num_kv_heads, cfg.head_dim, cfg.sliding_window if is_local else None)
         for is_local in cfg.local_layers
@@ -290,7 +290,7 @@ def cache_layers(cfg: GPTConfig) -> tuple[LayerShape, ...]:
 
 
 def prefill(cfg: GPTConfig, params, batch) -> tuple[jax.Array, Cache]:
-    """Reads the prompts, whose padding is behind them."""
+    """Reads the prompts, which are padded at the end."""
     tokens_BP = batch[features.DECODER_INPUT_TOKENS]
     lengths_B = jnp.full(len(tokens_BP), tokens_BP.shape[1], jnp.int32)
     if features.DECODER_SEGMENT_IDS in batch:
@@ -305,7 +305,7 @@ def prefill(cfg: GPTConfig, params, batch) -> tuple[jax.Array, Cache]:
         )
         kept.append([jnp.swapaxes(x, 1, 2) for x in keys_values])
     keys, values = zip(*kept, strict=True)
-    last_B = jnp.maximum(lengths_B - 1, 0)  # A row of padding alone has no last token.
+    last_B = jnp.maximum(lengths_B - 1, 0)  # A row of padding has no last token.
     x_B1D = jnp.take_along_axis(x_BPD, last_B[:, None, None], axis=1)
     return _logits(cfg, params, x_B1D), Cache(positions=lengths_B, keys=keys, values=values)
 

@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 
 def normal(stddev: float, axes: Sequence[str]):
-    """Returns an initialiser N(0, stddev^2) whose parameter carries logical axes."""
+    """Returns an initializer N(0, stddev^2) of a parameter with logical axes."""
     return nn.with_logical_partitioning(nn.initializers.normal(stddev), tuple(axes))
 
 
@@ -33,9 +33,9 @@ def normal(stddev: float, axes: Sequence[str]):
 def _product(equation: str, x, kernel):
     """Returns `jnp.einsum(equation, x, kernel)`, "...A,AB->...B"; its gradient likewise.
 
-    The kernel's gradient is written with the input first. As JAX transposes it, with the input
-    second, XLA on CPU transposes the other operand together with what it is computed from: a
-    T5 1.1 small's step took 1.2 times as long.
+    In the kernel's gradient the input is the first operand. In JAX's own gradient it is the second,
+    and XLA on CPU transposes the other operand together with its computation: a training step of
+    T5 1.1 small took 1.2 times as long.
     """
     return jnp.einsum(equation, x, kernel)
 
@@ -59,8 +59,8 @@ _product.defvjp(_product_forward, _product_backward)
 class Linear(nn.Module):
     """A matrix `kernel` from the last dimensions of its input to those of its output.
 
-    Both sides map a logical axis to its size, as in {"heads": H, "head_dim": K}; the kernel has
-    all of them, in this order.
+    Both map logical axes to sizes, as in {"heads": H, "head_dim": K}; the kernel has all of them,
+    in this order.
     """
 
     config: Architecture
@@ -71,7 +71,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Takes [..., *inputs] and returns [..., *outputs], in the dtype of the description."""
+        """Takes [..., *inputs] and returns [..., *outputs], in the description's dtype."""
         dtype, param_dtype = self.config.dtype, self.config.param_dtype
         axes, shape = (*self.inputs, *self.outputs), (*self.inputs.values(), *self.outputs.values())
         kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
@@ -87,15 +87,15 @@ class Linear(nn.Module):
 
 
 def float32_for(x, param):
-    """Returns a parameter of the last dimensions of `x`, float32, to be broadcast with it."""
+    """Returns a parameter of the last dimensions of `x` as float32 that broadcasts with it."""
     return jnp.expand_dims(param.astype(jnp.float32), range(x.ndim - param.ndim))
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale, without mean or bias (arXiv:1910.07467).
 
-    Statistics are float32 whatever the dtype. With `plus_one` it is 1 + scale that is multiplied
-    by, and scale begins at 0 (Gemma).
+    Statistics are always float32. With `plus_one` the factor is 1 + scale, and scale is initialized
+    to 0 (Gemma).
     """
 
     config: Architecture
@@ -144,7 +144,7 @@ class LayerNorm(nn.Module):
 def _lookup(table_VD, tokens_BT):
     """Returns rows of a table [B, T, D]; its gradient is summed in float32.
 
-    In bfloat16 the sum over the occurrences of one token would stand still after the 256th.
+    In bfloat16 the sum over the occurrences of a token would not change after the 256th.
     """
     return jnp.take(table_VD, tokens_BT, axis=0)
 
@@ -164,7 +164,7 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Embedding(nn.Module):
-    """A table of vectors; `attend` uses the same table as an output matrix."""
+    """An embedding table; `attend` uses it as an output matrix."""
 
     config: Architecture
     num_embeddings: int
@@ -191,7 +191,7 @@ class Embedding(nn.Module):
 
 
 class Unembedding(nn.Module):
-    """An output matrix of its own; float32 logits [..., V]."""
+    """A separate output matrix; returns float32 logits [..., V]."""
 
     config: Architecture
     features: int
@@ -216,10 +216,10 @@ class Unembedding(nn.Module):
 
 
 def Dropout(rate: float) -> nn.Module:
-    """Returns T5's dropout: one mask for all positions of a row, the second-last dimension.
+    """Returns T5's dropout: one mask for all positions of a row (the second-to-last dimension).
 
-    A rate of 0 is the identity and needs no rng. Source: T5X, which draws a [B, 1, D] mask; it is
-    cheap to draw, and every position of a row misses the same units.
+    With a rate of 0 it is the identity and needs no rng. Source: T5X, which draws a mask [B, 1, D];
+    this is cheap, and all positions of a row drop the same units.
     """
     return nn.Dropout(rate, broadcast_dims=(-2,), deterministic=False)
 
@@ -228,9 +228,9 @@ class MLP(nn.Module):
     """activation(x wi) wo, or gated: (activation(x wi_0) * x wi_1) wo (arXiv:2002.05202)."""
 
     config: Architecture
-    """Its d_model and d_ff are the widths."""
+    """Its d_model and d_ff are used."""
     activation: str
-    """A key of ACTIVATIONS, behind "gated-" where it is gated."""
+    """A key of ACTIVATIONS, with the prefix "gated-" if it is gated."""
     wi_stddev: float
     wo_stddev: float
     dropout_rate: float = 0.0
@@ -259,15 +259,14 @@ def stack(layer: type[nn.Module], config, length: int, in_axes=nn.broadcast) -> 
 
     Args:
       layer: takes the residual stream and further arguments; returns the stream and None.
-      config: a description, of which `remat` and `scan_layers` are read.
-      in_axes: of the further arguments: 0 for those that have an entry for each layer.
+      config: a description, of which `remat` and `scan_layers` are used.
+      in_axes: for each further argument, 0 if it has an entry for each layer.
     """
     if config.remat != "none":
         policy = None
         if config.remat == "minimal":
             policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-        # Inside a scan nothing can be merged across a layer's boundary, so CSE need not be
-        # prevented.
+        # In a scan nothing can be merged across layers, so CSE need not be prevented.
         layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
     return nn.scan(
         layer,

@@ -1,8 +1,8 @@
-"""The T5 family: encoder, decoder, and the decoder's single step.
+"""The T5 family: encoder, decoder, and a decoding step.
 
-Raffel et al. 2020 (arXiv:1910.10683), section 2.1, and the variants that `T5Config` names. Where
-the paper and the released checkpoints differ, the checkpoints are followed: attention is not
-scaled, norms have neither mean nor bias, nothing has a bias term.
+Raffel et al. 2020 (arXiv:1910.10683), section 2.1, and the variants that `T5Config` names. If the
+paper and the released checkpoints differ, this follows the checkpoints: attention is not scaled,
+norms have neither mean nor bias, and there are no bias terms.
 
 B batch, S source length, T target length, D model, H heads, K head dim, N buckets, V vocab,
 L layers.
@@ -51,14 +51,14 @@ def _mlp(cfg: T5Config, name=None):
 
 
 class RelativeBias(nn.Module):
-    """The learned bias of one stack, or in UMT5 of one layer."""
+    """The relative position bias of a stack, or in UMT5 of a layer."""
 
     config: T5Config
     bidirectional: bool
 
     @nn.compact
     def __call__(self, distance_R):
-        """Returns float32 [H, R] for int32 distances, key position minus query position."""
+        """Returns float32 [H, R] for int32 distances, the key position minus the query position."""
         cfg = self.config
         init = normal(cfg.initializer_factor * cfg.d_model**-0.5, ("heads", "buckets"))
         shape = (cfg.num_heads, cfg.relative_attention_num_buckets)
@@ -71,14 +71,14 @@ class RelativeBias(nn.Module):
         )
 
     def matrix(self, length: int):
-        """Returns float32 [1, H, T, T], for a sequence that attends to itself."""
+        """Returns float32 [1, H, T, T], for self-attention."""
         return spread_over_diagonals(self(jnp.arange(1 - length, length)), length)
 
     def rows(self, positions_N, length: int):
-        """Returns float32 [N, H, 1, S]: for one query a row, and keys from the first of its row.
+        """Returns float32 [N, H, 1, S], for one query per row and keys from the start of its row.
 
         Args:
-          positions_N: int32, where the query stands in its row.
+          positions_N: int32, the query's position in its row.
           length: S.
         """
         bias_HR = self(jnp.arange(1 - length, length))
@@ -91,9 +91,9 @@ class RelativeBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; queries from one sequence, keys and values from another or the same.
+    """Multi-head self- or cross-attention.
 
-    The pieces are methods, so that decoding can keep keys and values between steps.
+    The parts are separate methods, so that decoding can cache keys and values.
     """
 
     config: T5Config
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return self.key(x_BSD), self.value(x_BSD)
 
     def read_cache(self, x_N1D, keys_NHSK, values_NHSK, mask: AttentionMask, bias_NH1S=None):
-        """Returns [N, 1, D]: what one token a row sees of keys and values that were kept."""
+        """Returns [N, 1, D], for one token per row and cached keys and values."""
         q_N1HK = self.query(x_N1D)
         h_N1HK = attention(q_N1HK, keys_NHSK, values_NHSK, mask, bias=bias_NH1S, cached=True)
         return self.out(h_N1HK)
@@ -190,14 +190,17 @@ class DecoderLayer(nn.Module):
         return self.cross_attention.keys_values(encoded_BSD)
 
     def step(self, x_N1D, positions_N, kept, cross_kept, cross_mask, bias_NH1S):
-        """The same for one token a row.
+        """The same for one token per row.
 
         Args:
-          x_N1D, positions_N: the token, and where it stands in its row.
-          kept, cross_kept: keys and values [N, H, S, K] of this layer.
-          cross_mask, bias_NH1S: what the token sees of the encoding; the bias of its row.
+          x_N1D: the token.
+          positions_N: its position in its row.
+          kept: the keys and values [N, H, S, K] of this layer's self-attention.
+          cross_kept: those of its cross-attention.
+          cross_mask: the mask of cross-attention.
+          bias_NH1S: the position bias.
         Returns:
-          [N, 1, D], and `kept` with the token among them.
+          [N, 1, D], and `kept` with the token's key and value.
         """
         h_N1D = self.pre_self_attention_norm(x_N1D)
         k_N1HK, v_N1HK = self.self_attention.keys_values(h_N1D)
@@ -212,7 +215,7 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens' embeddings [B, S, D] to the encoding [B, S, D]."""
+    """Maps embeddings [B, S, D] to the encoding [B, S, D]."""
 
     config: T5Config
 
@@ -222,7 +225,7 @@ class Encoder(nn.Module):
         dropout = Dropout(cfg.dropout_rate)
         bias_1HSS = None
         if not cfg.per_layer_relative_bias:
-            # Once a stack, outside the scan.
+            # Once per stack, outside the scan.
             bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
             bias_1HSS = bias.matrix(x_BSD.shape[1])
         Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
@@ -231,7 +234,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the targets read so far, embedded, and the encoding to the output [B, T, D]."""
+    """Maps embeddings of the decoder's inputs and the encoding to the output [B, T, D]."""
 
     config: T5Config
 
@@ -267,7 +270,7 @@ class Network(nn.Module):
             return
         self.decoder = Decoder(cfg)
         if not cfg.tie_word_embeddings:
-            # N(0, 1), as Hugging Face has it, is far too large to train from.
+            # N(0, 1), as in Hugging Face, is far too large for training.
             stddev = cfg.initializer_factor * cfg.d_model**-0.5
             self.lm_head = Unembedding(cfg, cfg.d_model, cfg.vocab_size, stddev)
 
@@ -281,13 +284,14 @@ class Network(nn.Module):
         return self.encoder(x_BSD, mask)
 
     def hidden(self, batch):
-        """Returns the decoder's output [B, T, D], ready for `unembed`; an encoder's, its own."""
+        """Returns the decoder's output [B, T, D] for `unembed`; of an encoder-only network, its
+        own."""
         encoded_BSD = self.encode(batch)
         if self.config.kind == "encoder":
             return encoded_BSD
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
-        # Padding among the decoder's inputs cannot be told from its start token, and need not be:
-        # it comes last, where only padding sees it.
+        # Padding of the decoder's inputs may have the same id as its start token. It need not be
+        # masked: it comes last, so that only padding attends to it.
         mask = AttentionMask(causal=True)
         cross_mask = AttentionMask(is_token_BS=_is_token(self.config, batch))
         if features.DECODER_SEGMENT_IDS in batch:
@@ -314,7 +318,7 @@ class Network(nn.Module):
         return self.token_embedder(tokens)
 
     def finish(self, x):
-        """Returns float32 logits of the decoder's normed output."""
+        """Returns float32 logits of the decoder's normalized output."""
         return self.unembed(self._scale(x))
 
     def _scale(self, x_BTD):
@@ -323,7 +327,7 @@ class Network(nn.Module):
 
 
 def _is_token(cfg: T5Config, batch):
-    """Returns where the encoder has a token, bool [B, S]."""
+    """Returns bool [B, S], the encoder's tokens."""
     return batch[features.ENCODER_INPUT_TOKENS] != cfg.pad_token_id
 
 
@@ -338,7 +342,7 @@ def unembed_params(cfg: T5Config) -> tuple[str, ...]:
 
 
 def cache_layers(cfg: T5Config) -> tuple[LayerShape, ...]:
-    """Returns what each layer keeps."""
+    """Returns the shape of each layer's cache."""
     shape = LayerShape(cfg.num_heads, cfg.d_kv, heads_axis="heads")
     return (shape,) * cfg.num_decoder_layers
 

@@ -1,8 +1,8 @@
-"""T5Gemma: an encoder and a decoder of Gemma 2's layers, and the decoder's single step.
+"""T5Gemma: an encoder and a decoder of Gemma 2's layers, and a decoding step.
 
 Zhang et al. 2025 (arXiv:2504.06225). The layers are those of `t5jax/models/gpt.py`. The encoder's
-see in both directions; the decoder's have cross-attention between self-attention and MLP, which
-knows no positions, but has the groups, the scale and the cap of all the other attention.
+are bidirectional; the decoder's have cross-attention between self-attention and MLP, without
+position embeddings but with the same groups, scale and cap as self-attention.
 
 B batch, S source length, T target length, D model, H heads, G heads of keys and values, K head dim,
 V vocab.
@@ -29,9 +29,9 @@ from t5jax.sharding import constrain
 
 
 class DecoderReach(gpt.Reach):
-    """What the decoder's tokens see, the encoding among it."""
+    """The masks of the decoder, and the encoding."""
 
-    encoded: jax.Array  # [B, S, D], of the encoder's width.
+    encoded: jax.Array  # [B, S, D], with the encoder's width.
     cross_mask: AttentionMask
 
 
@@ -40,7 +40,7 @@ def _norm(cfg: GPTConfig):
 
 
 class CrossAttention(nn.Module):
-    """Queries of the decoder's width, keys and values of the encoding's."""
+    """Attention with queries from the decoder, and keys and values from the encoding."""
 
     config: GPTConfig
     encoder_d_model: int
@@ -72,13 +72,13 @@ class CrossAttention(nn.Module):
         return self.key(encoded_BSD), self.value(encoded_BSD)
 
     def step(self, x_N1D, keys_NGSK, values_NGSK, mask: AttentionMask):
-        """Returns [N, 1, D]: what one token a row sees of keys and values that were kept."""
+        """Returns [N, 1, D], for one token per row and cached keys and values."""
         q_N1HK = self.query(x_N1D)
         return self.out(attention(q_N1HK, keys_NGSK, values_NGSK, mask, **self.scores, cached=True))
 
 
 class DecoderLayer(gpt.Layer):
-    """Gemma 2's layer, with cross-attention as a third branch between the two."""
+    """Gemma 2's layer, with cross-attention between self-attention and MLP."""
 
     encoder_d_model: int
 
@@ -103,11 +103,11 @@ class DecoderLayer(gpt.Layer):
         return self.cross_attention.keys_values(encoded_BSD)
 
     def step(self, x_N1D, cross_kept, *step):
-        """The same for one token a row.
+        """The same for one token per row.
 
         Args:
           cross_kept: the last arguments of `CrossAttention.step`.
-          step: those of `gpt.Attention.step`, whose keys and values are returned.
+          step: the arguments of `gpt.Attention.step`, whose keys and values are returned.
         """
         h_N1D, kept = self.attention.step(self.pre_attention_norm(x_N1D), *step)
         x_N1D = self._add_attention(x_N1D, h_N1D)
@@ -120,7 +120,7 @@ class DecoderLayer(gpt.Layer):
 
 
 class Decoder(nn.Module):
-    """All layers of the decoder, and the norm behind them."""
+    """All layers of the decoder and the final norm."""
 
     config: T5GemmaConfig
 
@@ -145,7 +145,7 @@ class Network(nn.Module):
         stddev = cfg.initializer_range
         self.encoder_embedder = Embedding(cfg, cfg.vocab_size, cfg.d_model, stddev)
         self.decoder_embedder = Embedding(cfg, cfg.vocab_size, cfg.decoder_d_model, stddev)
-        self.encoder = gpt.Decoder(cfg.encoder)  # Its mask makes it an encoder.
+        self.encoder = gpt.Decoder(cfg.encoder)  # With the mask of an encoder.
         self.decoder = Decoder(cfg)
         self.dropout = Dropout(cfg.dropout_rate)
         if not cfg.tie_word_embeddings:
@@ -159,8 +159,8 @@ class Network(nn.Module):
         if features.ENCODER_SEGMENT_IDS in batch:
             mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
         positions_BS = _positions(batch, features.ENCODER_POSITIONS, tokens_BS)
-        # One more than in the decoder, as in transformers 5; version 4 and Google's own code have
-        # as many.
+        # One more than in the decoder, as in transformers 5; in version 4 and Google's own code
+        # there are as many.
         window = cfg.encoder.sliding_window and cfg.encoder.sliding_window + 1
         reach = gpt.Reach(mask, window, _rope(cfg.encoder, positions_BS), None)
         x_BSD = self.dropout(_scaled(self.encoder_embedder, tokens_BS))
@@ -168,10 +168,10 @@ class Network(nn.Module):
         return self.dropout(self.encoder(x_BSD, reach))
 
     def hidden(self, batch):
-        """Returns the decoder's output [B, T, D], ready for `unembed`."""
+        """Returns the decoder's output [B, T, D] for `unembed`."""
         cfg, encoded_BSD = self.config, self.encode(batch)
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
-        # Padding among the decoder's inputs comes last, where only padding sees it.
+        # Padding of the decoder's inputs comes last, so that only padding attends to it.
         mask = AttentionMask(causal=True)
         cross_mask = AttentionMask(is_token_BS=_is_token(cfg, batch))
         if features.DECODER_SEGMENT_IDS in batch:
@@ -211,17 +211,17 @@ class Network(nn.Module):
 
 
 def _scaled(embedder: Embedding, tokens):
-    """Returns embeddings times D^0.5, which is rounded as Gemma was trained."""
+    """Returns embeddings times D^0.5, rounded as in the training of Gemma."""
     return embedder(tokens) * jnp.asarray(embedder.features**0.5, embedder.config.dtype)
 
 
 def _is_token(cfg: T5GemmaConfig, batch):
-    """Returns where the encoder has a token, bool [B, S]."""
+    """Returns bool [B, S], the encoder's tokens."""
     return batch[features.ENCODER_INPUT_TOKENS] != cfg.pad_token_id
 
 
 def _positions(batch, name: str, tokens):
-    """Returns int32 [B or 1, length]: where each token stands in its text."""
+    """Returns int32 [B or 1, length], the position of each token in its text."""
     return batch[name] if name in batch else jnp.arange(tokens.shape[1])[None]
 
 
@@ -238,7 +238,7 @@ def unembed_params(cfg: T5GemmaConfig) -> tuple[str, ...]:
 
 
 def cache_layers(cfg: T5GemmaConfig) -> tuple[LayerShape, ...]:
-    """Returns what each layer of the decoder keeps."""
+    """Returns the shape of each layer's cache."""
     return gpt.cache_layers(cfg.decoder)
 
 
