@@ -32,6 +32,8 @@ def load_tasks(task_files: Sequence[str] = ()) -> None:
 def _import_tasks(path: Path) -> None:
     before = {registry: set(registry.names()) for registry in _REGISTRIES}
     spec = importlib.util.spec_from_file_location(f"t5jax_task_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Dataclasses and pickle look up modules there.
     try:

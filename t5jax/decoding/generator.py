@@ -1,4 +1,4 @@
-"""From prompts to texts: token ids in padded batches, greedy decoding, and tokens back to text."""
+"""From prompts to texts: padded batches of token ids, greedy decoding, and detokenization."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ from t5jax.tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Generator:
-    """Writes the greedy answer to each prompt, on the devices of a mesh."""
+    """Generates the greedy answer to each prompt on the devices of a mesh."""
 
     model: Architecture
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
     rules: AxisRules = AxisRules()
     prefix_lm: bool = False
-    """A decoder's prompt attends to itself in both directions, as with data.prefix_lm."""
+    """Use bidirectional attention in a decoder's prompt, as with data.prefix_lm."""
 
     @property
     def kind(self) -> features.Kind:
@@ -41,11 +41,12 @@ class Generator:
         """Returns the answers, in the order of the inputs.
 
         Args:
-          params: of the model, arranged for decoding or not.
-          inputs: token ids of each prompt with eos, as an example's inputs have them. What the
-            model reads of them is up to its family (`Architecture.prompt`).
-          max_tokens: of each answer, at most.
-          batch_size: prompts decoded together, at most; on a mesh, rounded up to what divides it.
+          params: the parameters of the model, arranged for decoding or not.
+          inputs: the token ids of each prompt with eos, like the inputs of an example;
+            `Architecture.prompt` converts them for the model.
+          max_tokens: the maximum length of an answer in tokens.
+          batch_size: the maximum number of prompts per batch, rounded up to a multiple of the
+            devices that share it.
         Raises:
           ValueError: for a prompt after which a decoder has no positions for so many tokens.
         """
@@ -80,15 +81,15 @@ class Generator:
 def padded_batches(
     ids: Sequence[Sequence[int]], batch_size: int, parts: int
 ) -> Iterator[tuple[Sequence[Sequence[int]], int, int]]:
-    """Yields the sequences in batches, each with the rows and the length to pad it to.
+    """Yields the sequences in batches, each with the number of rows and the length to pad it to.
 
-    Each shape is compiled once, so there are few: all batches have the same number of rows, and
-    lengths are powers of two, at least 16.
+    To compile few shapes, all batches have the same number of rows, and lengths are powers of two,
+    at least 16.
 
     Args:
-      ids: token ids of each sequence.
-      batch_size: rows of a batch, at most.
-      parts: devices that split the rows, which are rounded up to a multiple.
+      ids: the token ids of each sequence.
+      batch_size: the maximum number of rows.
+      parts: the number of devices that share the rows, which are rounded up to a multiple.
     """
     rows = min(batch_size, _power_of_two(len(ids)))
     rows = -(-rows // parts) * parts

@@ -9,6 +9,7 @@ with the epoch, rows are planned from lengths alone, and a process only reads it
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Batches:
         self._window_size = WINDOW if spec.pack else _UNPACKED_WINDOW
         self._go(0, 0, 0)
 
-    def __iter__(self):
+    def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
@@ -74,7 +75,7 @@ class Batches:
             array.flags.writeable = False
         return batch
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {
             "example": self._start,
             "row": self._row,
@@ -82,20 +83,20 @@ class Batches:
             "fingerprint": dict(self._fingerprint),
         }
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         check_fingerprint(state["fingerprint"], self._fingerprint)
         self._go(state["example"], state["row"], state["batches"])
 
     def _go(self, start: int, row: int, num_batches: int) -> None:
-        # Of the window that is read: its first example, and its next row.
+        # The first example and the next row of the current window.
         self._start, self._row, self._num_batches = start, row, num_batches
         self._window: _Window | None = None
-        # Of streamed examples: where the window after this one begins.
+        # Streamed examples, at the start of the next window.
         self._stream: Iterator[Example] | None = None
 
-    def _take(self, num_rows: int) -> list:
+    def _take(self, num_rows: int) -> list[tuple["_Window", list[int]]]:
         """Returns the next rows, each as (window, indices of its examples in the window)."""
-        taken = []
+        taken: list[tuple[_Window, list[int]]] = []
         while len(taken) < num_rows:
             if self._window is None:
                 self._window = self._load(self._start)
@@ -106,7 +107,7 @@ class Batches:
                 self._start, self._row, self._window = self._window.stop, 0, None
         return taken
 
-    def _read(self, rows: list) -> list[list[Example]]:
+    def _read(self, rows: list[tuple["_Window", list[int]]]) -> list[list[Example]]:
         """Reads the examples of rows, in one call per window."""
         read = []
         for window, group in itertools.groupby(rows, key=lambda taken: taken[0]):
@@ -117,26 +118,27 @@ class Batches:
 
     def _load(self, start: int) -> "_Window":
         stop = start + self._window_size
-        if isinstance(self._examples, RandomAccessExamples):
+        source = self._examples
+        if isinstance(source, RandomAccessExamples):
             if self.spec.pack:  # Unpacked rows stay in order.
-                stop = self._examples.window(start, self._window_size)
-            lengths = self._examples.lengths(start, stop)
+                stop = source.window(start, self._window_size)
+            lengths = source.lengths(start, stop)
 
-            def get(numbers):
-                return self._examples.get([start + k for k in numbers])
+            def get(numbers: list[int]) -> list[Example]:
+                return source.get([start + k for k in numbers])
         else:
             if self._stream is None:
-                self._stream = self._examples.read(start)
+                self._stream = source.read(start)
             examples = list(itertools.islice(self._stream, self._window_size))
             lengths = {f: np.array([len(e[f]) for e in examples]) for f in examples[0]}
 
-            def get(numbers):
+            def get(numbers: list[int]) -> list[Example]:
                 return [examples[k] for k in numbers]
 
         return _Window(self._plan(start, lengths), get, stop)
 
     def _plan(self, start: int, lengths: dict[str, np.ndarray]) -> list[list[int]]:
-        """Returns the rows of a window, as numbers of its examples."""
+        """Returns the rows of a window, as indices of its examples."""
         sizes, capacity = self._converter.sizes(lengths), self._converter.capacity
         for side, (name, limit) in enumerate(capacity.items()):
             if sizes[:, side].max() > limit:
@@ -147,33 +149,33 @@ class Batches:
         if not self.spec.pack:
             return [[k] for k in range(len(sizes))]
         rows = pack(sizes, list(capacity.values()))
-        # Packing leaves rows in the order of their largest example.
+        # Packed rows are in the order of their largest examples.
         order = np.random.default_rng([self._seed, start]).permutation(len(rows))
         return [rows[i] for i in order]
 
 
 class _Window:
-    """Some examples, the rows they make, and the number of the first example behind them."""
+    """Examples, their rows, and the number of the first example after them."""
 
     def __init__(self, rows: list[list[int]], get: Callable[[list[int]], list[Example]], stop: int):
         self.rows, self.get, self.stop = rows, get, stop
 
 
 class ChangingBatches:
-    """Batches that come from another iterator from a step on: data.mixture_changes."""
+    """Batches from iterators that change at given steps: data.mixture_changes."""
 
     def __init__(self, stages: Sequence[tuple[int, Callable[[], BatchIterator]]]):
-        """Makes the first iterator, and each further one when its turn has come.
+        """Creates the first iterator; later ones are created when they are needed.
 
         Args:
-          stages: number of the first batch, 0 for the first stage and rising, and the function
-            that makes the stage's iterator.
+          stages: for each stage the number of its first batch, which is 0 for the first one and
+            increases, and the function that creates its iterator.
         """
         self._stages = list(stages)
         self._go(0, 0)
         self.spec = self._iterator.spec
 
-    def __iter__(self):
+    def __iter__(self) -> "ChangingBatches":
         return self
 
     def __next__(self) -> Batch:
@@ -184,7 +186,7 @@ class ChangingBatches:
         self._num_batches += 1
         return batch
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         state = self._iterator.state()
         changes = {"data.mixture_changes": self._changes(self._num_batches)}
         return state | {
@@ -192,7 +194,7 @@ class ChangingBatches:
             "fingerprint": state["fingerprint"] | changes,
         }
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         num_batches = state["batches"]
         changes = self._changes(num_batches)
         check_fingerprint(state["fingerprint"], {"data.mixture_changes": changes})
@@ -204,12 +206,12 @@ class ChangingBatches:
         self._iterator = self._stages[stage][1]()
 
     def _changes(self, num_batches: int) -> list[int]:
-        """Returns the changes that lie before the last of so many batches."""
+        """Returns the changes before the last of `num_batches` batches."""
         return [first for first, _ in self._stages[1:] if first < num_batches]
 
 
-def check_fingerprint(saved: dict, now: dict) -> None:
-    """Raises ValueError, naming what differs, where a position is of other batches than ours."""
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError, naming the difference, if a position is that of other batches."""
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(

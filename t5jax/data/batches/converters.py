@@ -7,7 +7,7 @@ there is no eos between them.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -85,12 +85,12 @@ class _EncoderDecoder:
             "data.targets_length": spec.targets_length,
         }
 
-    def sizes(self, lengths):
+    def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         targets = lengths["targets"]
         inputs = lengths.get("inputs", np.ones_like(targets))
         return np.stack([inputs + len(self._inputs_start), targets], axis=1)
 
-    def __call__(self, rows):
+    def __call__(self, rows: Rows) -> Batch:
         inputs = [[self._inputs(e) for e in row] for row in rows]
         targets = [[e["targets"] for e in row] for row in rows]
         encoder = _Layout(inputs, self._spec.inputs_length)
@@ -118,11 +118,11 @@ class _Decoder:
             side = f"data.inputs_length + {side}"
         self.capacity = {side: spec.decoder_length}
 
-    def sizes(self, lengths):
-        # With the inputs' eos: whether there is one cannot be told from lengths.
-        return sum(lengths[name] for name in self.features)[:, None]
+    def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
+        # Including an eos of the inputs, since lengths do not show whether there is one.
+        return np.sum([lengths[name] for name in self.features], axis=0)[:, None]
 
-    def __call__(self, rows):
+    def __call__(self, rows: Rows) -> Batch:
         length = self._spec.decoder_length
         if not self._spec.inputs_length:
             decoder = _Layout([[e["targets"] for e in row] for row in rows], length)
@@ -138,8 +138,7 @@ class _Decoder:
         is_target = decoder.offsets >= num_inputs
         batch[features.DECODER_LOSS_WEIGHTS] = decoder.put(is_target, np.float32)
         if self._spec.kind == "prefix_lm":
-            # One position more than there are inputs: it reads the last of them, and the input
-            # before it is the start. T5's own rule, and SeqIO's.
+            # One position more than there are inputs, because of the start token, as in T5 and SeqIO.
             batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
         return batch
 
@@ -153,10 +152,10 @@ class _Encoder:
         self._spec = spec
         self.capacity = {"data.inputs_length": spec.inputs_length}
 
-    def sizes(self, lengths):
+    def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         return lengths["inputs"][:, None]
 
-    def __call__(self, rows):
+    def __call__(self, rows: Rows) -> Batch:
         encoder = _Layout([[e["inputs"] for e in row] for row in rows], self._spec.inputs_length)
         targets = np.concatenate([e["targets"] for row in rows for e in row])
         return _encoder_features(encoder, self._spec.pack, targets, targets != 0)
@@ -175,10 +174,10 @@ class _Classifier:
         self._per_word, self._num_labels = per_word, num_labels
         self.capacity = {"data.inputs_length": spec.inputs_length}
 
-    def sizes(self, lengths):
+    def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         return lengths["inputs"][:, None] + 1
 
-    def __call__(self, rows):
+    def __call__(self, rows: Rows) -> Batch:
         inputs = [[np.concatenate([self._start, e["inputs"]]) for e in row] for row in rows]
         encoder = _Layout(inputs, self._spec.inputs_length)
         examples = [e for row in rows for e in row]
@@ -202,7 +201,9 @@ class _Classifier:
         )
 
 
-def _encoder_features(encoder: "_Layout", pack: bool, targets, is_asked) -> Batch:
+def _encoder_features(
+    encoder: "_Layout", pack: bool, targets: np.ndarray, is_asked: np.ndarray
+) -> Batch:
     batch = {
         features.ENCODER_INPUT_TOKENS: encoder.tokens,
         features.ENCODER_TARGET_TOKENS: encoder.put(np.where(is_asked, targets, 0)),
@@ -253,7 +254,7 @@ class _Layout:
         """Index of each part's first token in the flat array."""
         self.tokens = self.put(np.concatenate(parts))
 
-    def put(self, values, dtype=np.int32) -> np.ndarray:
+    def put(self, values: Any, dtype: Any = np.int32) -> np.ndarray:
         """Returns [rows, length] with a value for every token and 0 elsewhere."""
         array = np.zeros(self._shape, dtype)
         array.ravel()[self._index] = values
@@ -277,14 +278,14 @@ def pack(sizes: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
 
     Args:
       sizes: int [n, sides], the lengths of each example, at most the capacity.
-      capacity: what a row holds on each side.
+      capacity: the length of a row on each side.
     Returns:
-      Example numbers by row, rising in each; every example is in one row.
+      The numbers of the examples in each row, in order; every example is in one row.
     """
     num_examples, sides = sizes.shape
     # Contiguous for each side, so that all rows are compared with an example at once.
     free = np.empty((sides, num_examples), np.int64)
-    rows = []
+    rows: list[list[int]] = []
     largest_first = np.argsort(-(sizes / np.asarray(capacity)).sum(axis=1), kind="stable")
     for number, example in zip(largest_first.tolist(), sizes[largest_first], strict=True):
         fits = free[0, : len(rows)] >= example[0]

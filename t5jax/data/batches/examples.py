@@ -57,10 +57,10 @@ class BatchIterator(Protocol):
     def __next__(self) -> Batch:
         """Returns the next batch: read-only NumPy arrays, as described by `spec.features()`."""
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """Returns the position as JSON values: the batches read, and what they depend on."""
 
-    def restore(self, state: dict) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Restores the position of a state; the next batch is the one that followed it.
 
         Raises:
