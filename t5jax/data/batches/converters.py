@@ -138,7 +138,7 @@ class _Decoder:
         is_target = decoder.offsets >= num_inputs
         batch[features.DECODER_LOSS_WEIGHTS] = decoder.put(is_target, np.float32)
         if self._spec.kind == "prefix_lm":
-            # One position more than there are inputs, because of the start token, as in T5 and SeqIO.
+            # One more position than inputs, because of the start token, as in T5 and SeqIO.
             batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
         return batch
 
