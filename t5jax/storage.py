@@ -1,4 +1,4 @@
-"""Files and folders that another process sees whole or not at all. Light: no heavy imports."""
+"""Files and folders that are written atomically. No heavy imports."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Returns the folder of files that can be made again: $T5JAX_CACHE, or ~/.cache/t5jax."""
+    """Returns the folder of files that can be recreated: $T5JAX_CACHE, or ~/.cache/t5jax."""
     return Path(os.environ.get("T5JAX_CACHE") or "~/.cache/t5jax").expanduser()
 
 
 def write_file(path: Path, content: bytes) -> Path:
-    """Writes a file, and its folder where that is missing, in place of one that may be there.
+    """Writes or replaces a file; creates its folder if necessary.
 
-    After a crash there is the old file or the new one.
+    After a crash there is either the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path)
@@ -32,9 +32,9 @@ def write_file(path: Path, content: bytes) -> Path:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new folder to write into, which takes the place of `folder` when the block ends.
+    """Yields a new folder to write into, which replaces `folder` at the end of the block.
 
-    If the block raises, `folder` stays as it was, and nothing is left behind.
+    If the block raises, `folder` is unchanged and the new one is removed.
     """
     partial, replaced = _beside(folder), _beside(folder)
     partial.mkdir(parents=True)
@@ -56,9 +56,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what `new_folder` has left of a process of this machine that was killed.
+    """Removes what a killed process on this machine left of `new_folder`.
 
-    For whoever knows that no other process is writing this folder now.
+    No other process may be writing this folder.
     """
     for left_behind in folder.parent.glob(f"{_prefix(folder)}*"):
         shutil.rmtree(left_behind, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""What a cache depends on, as plain JSON values that can be compared later. No TensorFlow.
+"""Describes what a cache depends on as JSON values that can be compared later. No TensorFlow.
 
-Code is described by what it says, not by where it stands or which Python runs it: a function is
-its syntax tree, its defaults, its closure, and what it names of its own module and of others that
-are no installed packages. So a changed helper counts, and a changed comment, annotation or
-docstring does not. Installed packages are described by name. Of t5jax's own functions the tree
-alone counts, without the names of its modules, so that they may move. Files count by their contents
-and their order, not by the folder they are in: hosts that keep them in different places share a
-cache.
+Code is described by its content, not by its location or the version of Python: a function is
+described by its syntax tree, defaults and closure, and what it uses from its own module and from
+others that are not installed packages. So a change of a helper matters, but not one of a comment,
+an annotation or a docstring. Installed packages are described by name. Of t5jax's own functions
+only the syntax tree matters, without the names of t5jax's modules, so that they may move. Files are
+identified by their contents and order, not by their folder, so that hosts that store them in
+different places can share a cache.
 """
 
 import ast
@@ -33,32 +33,32 @@ _CONSTANTS = (type(None), bool, int, float, str)
 _CONTAINERS = (Mapping, list, tuple, set, frozenset)
 
 DESCRIBED_AS = "described as"
-"""In the metadata of a dataclass's field: a function of its value, for what is described."""
+"""Key of a function in the metadata of a dataclass field, which returns the value to describe."""
 
 
 # --- Python objects -----------------------------------------------------------------------------
 
 
 def describe(value: Any) -> Any:
-    """Returns JSON values that are equal for values that do the same.
+    """Returns JSON values that are equal for values with the same behaviour.
 
-    Functions, partials, dataclasses, containers and plain objects are walked; of anything else the
-    type alone counts. Containers that a function finds in its module are taken for constants where
-    their name is in capitals, and for variables, which are left out, where it is not.
+    Functions, partials, dataclasses, containers and plain objects are traversed; of other values
+    only the type matters. Containers in a function's module are constants if their names are in
+    capitals; otherwise they are variables, which are ignored.
     """
     return _Walk().describe(value)
 
 
 def digest(value: Any) -> str:
-    """Returns a short hash of what `describe` gives."""
+    """Returns a short hash of the result of `describe`."""
     return hashlib.sha256(repr(describe(value)).encode()).hexdigest()[:16]
 
 
 class _Walk:
-    """One description: what was met before is a reference, so that cycles end."""
+    """One description, with references for values that occurred before, so that cycles end."""
 
     def __init__(self):
-        self._met: dict[int, tuple[int, Any]] = {}  # The value too, so that its id stays its own.
+        self._met: dict[int, tuple[int, Any]] = {}  # Also the value, so that its id is not reused.
 
     def describe(self, value: Any) -> Any:
         if isinstance(value, _CONSTANTS):
@@ -68,7 +68,7 @@ class _Walk:
         if isinstance(value, (bytes, np.ndarray, np.generic)):
             content = value if isinstance(value, bytes) else np.asarray(value).tobytes()
             return [type(value).__name__, hashlib.sha256(content).hexdigest()[:16]]
-        if isinstance(value, (tuple, frozenset)):  # Equal ones may be one object, or not.
+        if isinstance(value, (tuple, frozenset)):  # Equal ones may or may not be one object.
             return self._walk(value)
         if id(value) in self._met:
             return f"see {self._met[id(value)][0]}"
@@ -92,7 +92,7 @@ class _Walk:
             return self._function(value)
         if isinstance(value, type):
             return self._class(value)
-        if callable(getattr(value, "__wrapped__", None)):  # functools.cache, for one.
+        if callable(getattr(value, "__wrapped__", None)):  # Such as functools.cache.
             return self.describe(value.__wrapped__)
         if callable(value) and hasattr(value, "__qualname__"):  # A built-in function.
             return f"{value.__module__}.{value.__qualname__}"
@@ -123,7 +123,7 @@ class _Walk:
 
     def _class(self, cls: type) -> Any:
         found = {key: _inner(value) for key, value in vars(cls).items()}
-        if dataclasses.is_dataclass(cls):  # Some of its methods say no more than its fields do.
+        if dataclasses.is_dataclass(cls):  # Some of its methods are generated from its fields.
             found = {key: value for key, value in found.items() if not key.startswith("__")}
         methods = {key: value for key, value in found.items() if inspect.isfunction(value)}
         if any(map(_is_library, methods.values())) or _is_installed(cls):
@@ -139,13 +139,13 @@ class _Walk:
 
 
 def _name(value: Any) -> str:
-    """Returns what a function or class is called; the module counts for those of packages alone."""
+    """Returns the name of a function or class, for installed packages with the module."""
     is_library = _is_library(value) if inspect.isfunction(value) else _is_installed(value)
     return f"{value.__module__}.{value.__qualname__}" if is_library else value.__qualname__
 
 
 def _inner(value: Any) -> Any:
-    """Returns the function within a method of a class, whatever it is decorated as."""
+    """Returns the function of a method, without decorators."""
     if isinstance(value, property):
         return value.fget
     if isinstance(value, functools.cached_property):
@@ -162,7 +162,7 @@ def _is_filled(cell) -> bool:
 
 
 def _counts(name: str, value: Any) -> bool:
-    """Whether a name of a module says something about what the functions that use it do."""
+    """Whether a name of a module affects the functions that use it."""
     if isinstance(value, types.ModuleType):
         return False
     if isinstance(value, (Mapping, list, set)):
@@ -171,7 +171,8 @@ def _counts(name: str, value: Any) -> bool:
 
 
 def _named(function: types.FunctionType, tree: ast.AST | None) -> list[tuple[str, Any]]:
-    """Returns what a function names of its module ("helper") and of modules ("other.helper")."""
+    """Returns the names that a function uses from its module ("helper") and others
+    ("other.helper")."""
     known = function.__globals__
     names = _names(function.__code__) & known.keys()
     if tree is None:
@@ -194,14 +195,14 @@ def _names(code: types.CodeType) -> set[str]:
 
 # --- Syntax trees -------------------------------------------------------------------------------
 
-# What of a node says nothing about what it does, or which not every version of Python has.
+# Fields of nodes that do not affect behaviour, or do not exist in every version of Python.
 _UNTOLD = ("annotation", "ctx", "kind", "returns", "type_comment", "type_params")
 
 
 def _tree_of(code: types.CodeType, module: Mapping[str, Any]) -> ast.AST | None:
     """Returns the definition of a function.
 
-    None where its source is not to be had, or has been changed since it was loaded.
+    None if its source is not available, or has changed since it was loaded.
     """
     linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, dict(module))
@@ -223,24 +224,24 @@ def _trees(file: str, source: str) -> dict[types.CodeType, ast.AST]:
             line = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             places.setdefault((node.name, line), []).append(node)
     trees, codes = {}, [compiled]
-    for code in codes:  # Which grows.
+    for code in codes:  # The list grows.
         codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
         found = places.get((code.co_name, code.co_firstlineno), [])
         if len(found) > 1:
             found = [node for node in found if _is_around(node, code)]
-        if found:  # Lambdas within lambdas come behind those around them.
+        if found:  # Nested lambdas come after the enclosing ones.
             trees[code] = found[-1]
     return trees
 
 
 def _is_around(node: Any, code: types.CodeType) -> bool:
-    """Whether a lambda's body holds all positions of a code; several may stand in one line."""
+    """Whether all positions of a code are in a lambda's body; a line may have several lambdas."""
     if not isinstance(node, ast.Lambda):
         return False
     start = node.body.lineno, node.body.col_offset
     end = node.body.end_lineno, node.body.end_col_offset
     places = [place for place in code.co_positions() if None not in place and place[3] > 0]
-    if not places:  # A constant alone, whose place is not kept by every version.
+    if not places:  # Only a constant, whose position not every version of Python keeps.
         constant = compile(ast.Expression(node.body), "", "eval", dont_inherit=True)
         return repr(constant.co_consts) == repr(code.co_consts[-1:])
     return all(
@@ -249,7 +250,7 @@ def _is_around(node: Any, code: types.CodeType) -> bool:
 
 
 def _parts(tree: Any) -> Iterable[ast.AST]:
-    """Yields the nodes that count, without decorators and defaults, which have done their work."""
+    """Yields the nodes of a definition, without decorators and defaults, which were evaluated."""
     arguments = ast.arguments(
         **{name: getattr(tree.args, name) for name in tree.args._fields}
         | {"defaults": [], "kw_defaults": []}
@@ -268,7 +269,7 @@ def _hash_tree(tree: Any, modules: set[str]) -> str:
 
     Args:
       tree: a function or lambda.
-      modules: names of t5jax's own modules in it, which are left out.
+      modules: names of t5jax's own modules in it, which are ignored.
     """
 
     def tell(node):
@@ -283,7 +284,7 @@ def _hash_tree(tree: Any, modules: set[str]) -> str:
             for name, value in ast.iter_fields(node)
             if name not in _UNTOLD and (isinstance(node, ast.Constant) or value not in (None, []))
         }
-        if isinstance(node, ast.JoinedStr):  # 3.12 closes the format of a field with an empty text.
+        if isinstance(node, ast.JoinedStr):  # 3.12 adds an empty text to the format of a field.
             fields["values"] = [x for x in node.values if getattr(x, "value", None) != ""]
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "t5jax":
             del fields["module"]
@@ -299,7 +300,7 @@ def _hash_tree(tree: Any, modules: set[str]) -> str:
 
 
 def _is_text(node: Any) -> bool:
-    """Whether a statement is a text alone: a docstring."""
+    """Whether a statement is a string, such as a docstring."""
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
@@ -308,14 +309,14 @@ def _is_text(node: Any) -> bool:
 
 
 def _hash_code(code: types.CodeType) -> str:
-    """Returns the hash of what Python runs, for functions whose source is not to be had."""
+    """Returns the hash of the bytecode, for functions without available source."""
 
     def tell(code):
         yield repr((code.co_code, code.co_names, code.co_varnames, code.co_freevars)).encode()
         for const in code.co_consts:
             if isinstance(const, types.CodeType):
                 yield from tell(const)
-            else:  # The order of a frozenset differs from process to process.
+            else:  # The order of a frozenset differs between processes.
                 const = sorted(const, key=repr) if isinstance(const, frozenset) else const
                 yield repr(const).encode()
 
@@ -337,12 +338,12 @@ def _is_library(function: types.FunctionType) -> bool:
 
 
 def _is_installed(value: Any) -> bool:
-    """Whether a class or module is that of an installed package, or Python's own."""
+    """Whether a class or module belongs to an installed package or the standard library."""
     module = value if isinstance(value, types.ModuleType) else sys.modules.get(value.__module__)
     if _is_ours(value):
         return False
     file = getattr(module, "__file__", None)
-    # Without a file: built in, unless it was made here (a notebook's, an exec's).
+    # Without a file it is built in, unless it was created at run time (in a notebook, by exec).
     return _is_in_package(file) if file else getattr(module, "__name__", "") in _BUILT_IN
 
 
@@ -354,7 +355,7 @@ def _is_in_package(file: str) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    """Whether a function, class or module is t5jax's."""
+    """Whether a function, class or module belongs to t5jax."""
     name = value.__name__ if isinstance(value, types.ModuleType) else value.__module__
     return (name or "").split(".")[0] == "t5jax"
 
@@ -367,13 +368,13 @@ def _is_module_of_ours(value: Any) -> bool:
 
 
 def stamp_files(paths: Iterable[str]) -> list[dict]:
-    """Returns what tells files from changed ones: of each its path, size, time and content's hash.
+    """Returns stamps that detect changes of files: path, size, time and a hash of the content.
 
-    Files on this machine are read whole; of those behind a URL the file system says what it has
-    (an ETag, say).
+    Local files are read completely; for URLs the file system's information is used, such as an
+    ETag.
 
     Raises:
-      ValueError: for a file that is missing.
+      ValueError: if a file is missing.
     """
     return [_stamp(path, with_content=True) for path in dict.fromkeys(paths)]
 
@@ -381,8 +382,8 @@ def stamp_files(paths: Iterable[str]) -> list[dict]:
 def changed_file(stamps: Sequence[Mapping], paths: Iterable[str]) -> str | None:
     """Returns what differs from the stamps, or None.
 
-    A file is read only where it has the stamp's size, but another time or path: a copy is no
-    change. A file that cannot be reached now counts as unchanged, so that a cache does without its
+    A file is only read if it has the stamp's size, but another time or path; a copy is not a
+    change. A file that is not accessible counts as unchanged, so that a cache works without its
     sources.
     """
     paths = list(dict.fromkeys(paths)) or [stamp["path"] for stamp in stamps]
@@ -414,7 +415,7 @@ def _stamp(path: str, with_content: bool = False) -> dict:
             filesystem, name = fsspec.core.url_to_fs(path)
             return {"path": path, "key": str(filesystem.ukey(name))}
         stat = os.stat(path)
-        # Whole: a relative path is another file elsewhere.
+        # Absolute, since a relative path depends on the working directory.
         stamp: dict[str, Any] = {"path": os.path.abspath(path)}
         stamp |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if with_content:

@@ -1,4 +1,4 @@
-"""Trains SentencePiece vocabularies, and measures what a vocabulary does to texts."""
+"""Trains SentencePiece vocabularies, and measures how a vocabulary tokenizes texts."""
 
 import dataclasses
 import hashlib
@@ -22,20 +22,21 @@ def train_sentencepiece(
     *,
     model_type: str = "unigram",
 ) -> Path:
-    """Trains a SentencePiece model as T5's are: pad 0, eos 1, unk 2, no bos, digits one by one.
+    """Trains a SentencePiece model like T5's: pad 0, eos 1, unk 2, no bos, digits split.
 
-    The same lines and settings give the same model.
+    The result is deterministic.
 
     Args:
-      lines: texts to learn from; held in memory.
-      vocab_size: pieces, special ones among them. The sentinels come on top when it is loaded.
+      lines: the texts to train on; held in memory.
+      vocab_size: the number of pieces, including special ones; sentinels are added when the model
+        is loaded.
       path: the .model file to write. None: a file in `cache_dir()` named by a hash of the lines
-        and settings; where it exists, nothing is trained.
-      model_type: "unigram", as T5's, "bpe", "char" or "word".
+        and settings, which is reused if it exists.
+      model_type: "unigram", as for T5, "bpe", "char" or "word".
     Returns:
       The path of the .model file.
     Raises:
-      ValueError: where the lines do not give a vocabulary of this size.
+      ValueError: if a vocabulary of this size cannot be trained on the lines.
     """
     lines = list(lines)
     settings: dict[str, Any] = {
@@ -68,9 +69,9 @@ def train_sentencepiece(
 
 
 def sample(lines: Iterable[str], size: int) -> list[str]:
-    """Returns the lines, or where there are more, `size` of them drawn at random, always the same.
+    """Returns the lines, or a random but deterministic sample of `size` of them.
 
-    Every line is as likely as any other (reservoir sampling), and no more are held in memory.
+    All lines are equally likely (reservoir sampling), and no more are held in memory.
     """
     rng, chosen = random.Random(0), []
     for number, line in enumerate(lines):
@@ -83,17 +84,17 @@ def sample(lines: Iterable[str], size: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a vocabulary does to texts."""
+    """How a vocabulary tokenizes texts."""
 
     characters_per_token: float
     unknown: float
-    """Share of tokens that stand for what the vocabulary lacks."""
+    """Fraction of tokens that are unknown."""
     unchanged: float
-    """Share of texts that are the same after encoding and decoding."""
+    """Fraction of texts that are the same after encoding and decoding."""
 
 
 def measure(tokenizer: Tokenizer, texts: Sequence[str]) -> Measure:
-    """Returns what a vocabulary does to texts, of which there is at least one."""
+    """Measures how a vocabulary tokenizes texts, of which there must be at least one."""
     ids = [tokenizer.encode(text) for text in texts]
     num_tokens = max(sum(map(len, ids)), 1)
     same = sum(tokenizer.decode(row) == text for row, text in zip(ids, texts, strict=True))

@@ -92,7 +92,7 @@ class CachedExamples:
             yield from self.get(range(first, first + 256))
 
     def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Returns the length of each feature, int32 [stop - start]; no record is read."""
+        """Returns the length of each feature, int32 [stop - start], without reading records."""
         numbers = np.arange(start, stop)
         parts, epochs, rows = self._find(numbers)
         found: dict[str, np.ndarray] = {}
@@ -159,7 +159,7 @@ class CachedExamples:
         ]
 
     def _find(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns part, epoch and row of examples, each int64 [n]."""
+        """Returns the part, epoch and row of examples, each int64 [n]."""
         if not len(numbers):
             return (np.zeros(0, np.int64),) * 3
         blocks = numbers // _BLOCK
@@ -170,7 +170,7 @@ class CachedExamples:
         return found[0], found[1], found[2]
 
     def _find_block(self, block: int) -> np.ndarray:
-        """Returns part, epoch and row of the examples of a block: int64 [3, _BLOCK]."""
+        """Returns the part, epoch and row of the examples of a block, int64 [3, _BLOCK]."""
         parts, positions = mix(np.arange(block * _BLOCK, (block + 1) * _BLOCK), self._weights)
         sizes = np.array([len(part.task) for part in self._parts])[parts]
         epochs, places = positions // sizes, positions % sizes
@@ -181,7 +181,7 @@ class CachedExamples:
         return np.stack([parts, epochs, rows])
 
     def _shuffled(self, i: int, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Returns the rows at some places of a part's order in an epoch."""
+        """Returns the rows at the given places in a part's order in an epoch."""
         size = len(self._parts[i].task)
         if size <= _SMALL:
             return self._orders(i, epoch)[places]
@@ -197,23 +197,23 @@ class CachedExamples:
 
 
 def mix(numbers: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns from which part each example of a mixture is, and its position among that part's.
+    """Returns the part of each example of a mixture, and its position among the part's examples.
 
-    The first part takes its share of all numbers, evenly spread; the second its share of what is
-    left, and so on. So every part's positions are 0, 1, 2, ..., none left out.
+    The first part gets its share of all numbers, evenly spaced; the second its share of the
+    remaining ones, and so on. So the positions of every part are 0, 1, 2, ... without gaps.
 
     Args:
-      numbers: int64 [n], examples of the mixture, each below 2^39.
-      weights: above 0; their sum is about 2^24.
+      numbers: int64 [n], the examples of the mixture, each below 2^39.
+      weights: greater than 0; their sum is about 2^24.
     Returns:
-      parts and positions, each int64 [n].
+      Parts and positions, each int64 [n].
     """
     parts = np.full(len(numbers), len(weights) - 1)
     positions = np.empty(len(numbers), np.int64)
     left, rest = np.asarray(numbers, np.int64), sum(weights)
     open_ = np.ones(len(numbers), bool)
     for i, weight in enumerate(weights):
-        # How many of the first k, and of the first k + 1, are for the parts behind this one.
+        # How many of the first k, and of the first k + 1, belong to later parts.
         before, after = (k * (rest - weight) // rest for k in (left, left + 1))
         taken = open_ & (before == after)
         parts[taken] = i
@@ -243,8 +243,8 @@ def open_cached(
 ) -> CachedExamples:
     """Returns the cached examples of a registered task or mixture.
 
-    Whether caches match their tasks is not looked at here, but by `cache_tasks` of
-    `t5jax.data.cache.store`.
+    Whether caches match their tasks is checked by `cache_tasks` of `t5jax.data.cache.store`, not
+    here.
 
     Args:
       mixture: a SeqIO task or mixture; tasks that lack the split are left out.
