@@ -18,7 +18,7 @@ from t5jax.data.batches.batches import Batches, ChangingBatches
 from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet, Examples
 from t5jax.data.bridge.tf import read, seqio
-from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, RunVocabulary, as_tokenizer, building_for
 from t5jax.data.objectives.task import CorpusSource
 from t5jax.data.prompts.task import SOURCE_FEATURE, TRAIN_SPLIT, PromptedSource
 from t5jax.data.registry import check_mixture
@@ -218,7 +218,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
     lengths = example_lengths(spec, ExampleFormat.of(config.model))
     _check_objective(task, config.model, tokenizer, lengths)
-    with run_vocabulary(tokenizer, LabelTokenizer.of(config.model)):
+    with building_for(Run(tokenizer, LabelTokenizer.of(config.model))):
         # The seed of objectives is fixed, so that all evaluations use the same examples.
         dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1, seed=0)
     limit = -1 if config.eval.num_examples is None else config.eval.num_examples

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from t5jax.data.batches.examples import Example
 from t5jax.data.bridge.tf import read, tf
-from t5jax.data.bridge.vocabulary import run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, building_for
 from t5jax.data.prompts.task import TRAIN_SPLIT
 from t5jax.data.registry import check_mixture
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
@@ -51,7 +51,7 @@ class StreamedExamples:
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
     def _dataset(self) -> tf.data.Dataset:
-        with run_vocabulary(self._tokenizer, self._labels):
+        with building_for(Run(self._tokenizer, self._labels)):
             dataset = self._mixture.get_dataset(
                 self._lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from t5jax.data.bridge.tf import read, seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, RunVocabulary, as_tokenizer, building_for
 from t5jax.data.objectives.objectives import example_rng
 from t5jax.data.objectives.task import CorpusSource
 from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
@@ -128,7 +128,7 @@ def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
         return task.get_dataset(sequence_length, split, shuffle=False, seed=0)
 
     tokenizer = next(iter(tokenizers.values()))
-    with run_vocabulary(tokenizer):
+    with building_for(Run(tokenizer)):
         try:
             found = dataset(None)
         except (KeyError, TypeError, ValueError, AttributeError):

@@ -18,10 +18,11 @@ from t5jax.config import Config, DataConfig, EvalConfig, InitConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import (
+    Run,
     RunVocabulary,
     TokenizerVocabulary,
     as_tokenizer,
-    run_vocabulary,
+    building_for,
 )
 from t5jax.data.prompts.task import prompted_task
 from t5jax.data.sources.source import Source
@@ -379,7 +380,7 @@ def test_missing_and_clashing_vocabularies_are_errors():
         pipeline.tokenizer_for(make_config("open"))
     with pytest.raises(ValueError, match=r"the run has no vocabulary; set data.vocabulary"):
         RunVocabulary().encode("text")
-    with run_vocabulary(BYTES):
+    with building_for(Run(BYTES)):
         assert RunVocabulary().encode("a") == [100]
     add_task("odd", vocabulary=3)
     with pytest.raises(ValueError, match="a vocabulary is 3; expected a tokenizer"):

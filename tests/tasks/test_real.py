@@ -10,7 +10,7 @@ import pytest
 from t5jax.config import Config, DataConfig, EvalConfig, load_config
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.bridge.vocabulary import run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, building_for
 from t5jax.data.prompts.task import register_variant
 from t5jax.metrics import compute
 from t5jax.models import api  # noqa: F401  JAX before TensorFlow's threads.
@@ -200,7 +200,7 @@ def test_xquad_is_measured_by_em_and_f1(load):
         eval_set, scores = perfect(name, "test")
         assert scores == {"em": 100.0, "f1": 100.0}
         assert all(isinstance(example.targets, list) for example in eval_set.examples)
-        with run_vocabulary(ByteTokenizer()):
+        with building_for(Run(ByteTokenizer())):
             assert {"train", "all"} <= set(seqio.TaskRegistry.get(name).splits)
 
 

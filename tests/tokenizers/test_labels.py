@@ -11,7 +11,7 @@ from t5jax.architectures import BertConfig
 from t5jax.batch import BatchSpec, ExampleFormat, validate_batch
 from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.bridge.tf import read, seqio
-from t5jax.data.bridge.vocabulary import RunVocabulary, run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.store import cache_tasks
 from t5jax.data.prompts.task import prompted_task
@@ -318,7 +318,7 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
 def test_metrics_compare_with_the_labels_of_words(word_piece):
     _, labels = CASES["entities"]
     task = seqio.TaskRegistry.get("entities")
-    with run_vocabulary(word_piece, labels):
+    with building_for(Run(word_piece, labels)):
         dataset = task.get_dataset(None, "validation", shuffle=False)
     found = [
         task.postprocess_fn("", example=row, is_target=True)
@@ -353,7 +353,7 @@ def test_a_row_with_another_label_is_named(word_piece):
 def test_outside_of_a_classifier_targets_are_texts():
     vocabulary = RunVocabulary("bytes").of_targets()
     assert vocabulary.encode("bad") == ByteTokenizer().encode("bad")
-    with run_vocabulary(ByteTokenizer(), LabelTokenizer(MOODS)):
+    with building_for(Run(ByteTokenizer(), LabelTokenizer(MOODS))):
         assert vocabulary.encode("bad") == [0]
         assert vocabulary.eos_id == 3
         assert RunVocabulary("bytes").encode("bad") == ByteTokenizer().encode("bad")

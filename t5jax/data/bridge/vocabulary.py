@@ -8,7 +8,9 @@ classes.
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,43 @@ from t5jax.tokenizers import (
     load_tokenizer,
 )
 
-_run: contextvars.ContextVar[tuple[Tokenizer | None, LabelTokenizer | None]] = (
-    contextvars.ContextVar("run", default=(None, None))
-)
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the run for which datasets are built tells its tasks and their sources."""
+
+    tokenizer: Tokenizer | None = None
+    """None: each task uses its own."""
+    labels: LabelTokenizer | None = None
+    """The labels of the targets, if the run's model is a classifier."""
+    lengths: Mapping[str, int] | None = None
+    """Tokens of each feature, with eos; `RunTask` sets them."""
+
+
+_run: contextvars.ContextVar[Run] = contextvars.ContextVar("run", default=Run())  # noqa: B039
+
+
+def current_run() -> Run:
+    """Returns the run for which datasets are being built."""
+    return _run.get()
 
 
 @contextlib.contextmanager
-def run_vocabulary(tokenizer: Tokenizer, labels: LabelTokenizer | None = None):
-    """Sets the tokenizer of every `RunVocabulary` while datasets are built inside.
-
-    Args:
-      tokenizer: the run's tokenizer.
-      labels: the labels of its targets, if its model is a classifier.
-    """
-    token = _run.set((tokenizer, labels))
+def building_for(run: Run):
+    """Sets the current run while datasets are built inside."""
+    token = _run.set(run)
     try:
         yield
     finally:
         _run.reset(token)
 
 
-def run_labels() -> LabelTokenizer | None:
-    """Returns the classes of the run for which datasets are being built, if it has any."""
-    return _run.get()[1]
+class RunTask(seqio.Task):
+    """A task that tells its source the lengths for which it is read."""
+
+    def get_dataset(self, sequence_length=None, *args, **kwargs):
+        with building_for(dataclasses.replace(current_run(), lengths=sequence_length)):
+            return super().get_dataset(sequence_length, *args, **kwargs)
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -130,7 +146,7 @@ class RunVocabulary(TokenizerVocabulary):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        tokenizer = _run.get()[0] or self.default
+        tokenizer = current_run().tokenizer or self.default
         if tokenizer is None:
             raise ValueError(
                 "the run has no vocabulary; set data.vocabulary or init.model, or give the task "
@@ -156,7 +172,7 @@ class _TargetsVocabulary(RunVocabulary):
 
     @property
     def tokenizer(self) -> Any:
-        return run_labels() or self._run.tokenizer
+        return current_run().labels or self._run.tokenizer
 
     @property
     def default(self) -> Tokenizer | None:

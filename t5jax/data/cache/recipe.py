@@ -196,7 +196,7 @@ def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
     SeqIO reads it with all cores, so more processes would not help.
     """
     from t5jax.data.bridge.tf import read, seqio
-    from t5jax.data.bridge.vocabulary import run_vocabulary
+    from t5jax.data.bridge.vocabulary import Run, building_for
 
     last_steps = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
     before, after = list(task.preprocessors), []
@@ -220,7 +220,7 @@ def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
     def rows(seed):
         dataset = task.source.get_dataset(split=split, shuffle=False)
         arguments = {"output_features": task.output_features, "sequence_length": lengths}
-        with run_vocabulary(tokenizer), seqio.utils.map_seed_manager(seed):
+        with building_for(Run(tokenizer)), seqio.utils.map_seed_manager(seed):
             for step in before:
                 dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
         found = dataset.as_numpy_iterator()

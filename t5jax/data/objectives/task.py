@@ -15,7 +15,7 @@ import numpy as np
 
 from t5jax.data.batches.examples import Example
 from t5jax.data.bridge.tf import from_generator, seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary
+from t5jax.data.bridge.vocabulary import RunTask, RunVocabulary, current_run
 from t5jax.data.objectives.objectives import Objective, cut, example_rng
 from t5jax.data.prompts.task import SHUFFLE_BUFFER
 from t5jax.data.sources.source import Row, Source, get_field
@@ -58,7 +58,7 @@ def text_task(
         preprocessors=[seqio.CacheDatasetPlaceholder(), ObjectiveStep(objective)],
         metric_fns=list(metrics),
         shuffle_buffer_size=None,  # The source shuffles.
-        task_cls=_TextTask,
+        task_cls=RunTask,
     )
 
 
@@ -74,12 +74,10 @@ class CorpusSource(seqio.DataSource):
         field: str,
         objective: Objective,
         vocabulary: RunVocabulary,
-        tokens_length: int | None = None,
     ):
-        """Creates the source; `tokens_length`, in tokens, is for `get_dataset`."""
         super().__init__(splits=source.splits, performs_internal_shuffling=True)
         self.task, self.source, self.field, self.objective = task, source, field, objective
-        self._vocabulary, self._tokens_length = vocabulary, tokens_length
+        self._vocabulary = vocabulary
 
     def examples(self, split: str, dropped: Counter | None = None) -> Iterator[dict[str, str]]:
         """Yields {"targets": document} for every row.
@@ -112,20 +110,6 @@ class CorpusSource(seqio.DataSource):
         documents = (tokenizer.encode(e["targets"]) for e in self.examples(split, dropped))
         return cut(documents, tokenizer.eos_id, length)
 
-    def for_lengths(self, lengths: Mapping[str, int] | None) -> "CorpusSource":
-        """Returns the source that SeqIO reads for these lengths of features."""
-        missing = set(self.objective.features) - set(lengths or {})
-        if missing:
-            raise ValueError(
-                f"task {self.task!r} is read without a length of {', '.join(sorted(missing))}; "
-                "the objective needs them to cut the text, so give SeqIO a sequence_length"
-            )
-        args = _bind_args(self._vocabulary.tokenizer, lengths)
-        length = self.objective.tokens_length(*args)
-        return CorpusSource(
-            self.task, self.source, self.field, self.objective, self._vocabulary, length
-        )
-
     # The interface of SeqIO.
 
     def list_shards(self, split):
@@ -133,7 +117,15 @@ class CorpusSource(seqio.DataSource):
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
         # There is one shard, so SeqIO never requests a part of it.
-        tokenizer, length = self._vocabulary.tokenizer, self._tokens_length
+        lengths = current_run().lengths or {}
+        missing = set(self.objective.features) - set(lengths)
+        if missing:
+            raise ValueError(
+                f"task {self.task!r} is read without a length of {', '.join(sorted(missing))}; "
+                "the objective needs them to cut the text, so give SeqIO a sequence_length"
+            )
+        tokenizer = self._vocabulary.tokenizer
+        length = self.objective.tokens_length(*_bind_args(tokenizer, lengths))
         dataset = from_generator(
             lambda: ({"targets": piece} for piece in self.pieces(split, tokenizer, length)),
             {"targets": tf.TensorSpec([None], tf.int32)},
@@ -163,14 +155,6 @@ class ObjectiveStep:
             return {n: tf.ensure_shape(x, [None]) for n, x in zip(names, arrays, strict=True)}
 
         return step(dataset)
-
-
-class _TextTask(seqio.Task):
-    """A task that tells its source the lengths, so that it can split the text."""
-
-    def get_dataset(self, sequence_length=None, *args, **kwargs):
-        task = self.replace(source=self.source.for_lengths(sequence_length))
-        return task.get_dataset(sequence_length, *args, **kwargs)
 
 
 def _bind_args(tokenizer: Tokenizer, lengths: Mapping[str, int]) -> tuple[Tokenizer, int, int]:

@@ -16,7 +16,6 @@ Every task has variants, which are registered on demand: "en_fr:plain" has one t
 "en_fr:5shot" puts five solved training rows before each prompt, "en_fr:plain:5shot" does both.
 """
 
-import contextvars
 import dataclasses
 import itertools
 import json
@@ -27,7 +26,7 @@ from typing import Any, Literal, get_args
 
 from t5jax.checks import check_choice, did_you_mean
 from t5jax.data.bridge.tf import from_generator, seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary, run_labels
+from t5jax.data.bridge.vocabulary import RunTask, RunVocabulary, current_run
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
 from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
 from t5jax.data.sources.source import Row, Source, get_field
@@ -148,7 +147,7 @@ def _register(task: _Definition) -> seqio.Task:
         postprocess_fn=_postprocess_fn(task.postprocess),
         metric_fns=list(task.metrics),
         shuffle_buffer_size=None,  # The source shuffles.
-        task_cls=_PromptedTask,
+        task_cls=RunTask,
     )
 
 
@@ -393,13 +392,13 @@ class PromptedSource(seqio.DataSource):
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
         # There is one shard, so SeqIO never requests a part of it.
-        lengths, labels = _lengths.get(), run_labels()
-        needed = self._needs_tokenizer or labels is not None
+        run = current_run()
+        needed = self._needs_tokenizer or run.labels is not None
         tokenizer = self.definition.vocabulary.tokenizer if needed else None
         text = tf.TensorSpec([None], tf.string)
         dataset = from_generator(
             lambda: _in_chunks(
-                self.examples(split, tokenizer=tokenizer, labels=labels, lengths=lengths)
+                self.examples(split, tokenizer=tokenizer, labels=run.labels, lengths=run.lengths)
             ),
             dict.fromkeys(("inputs", "targets", SOURCE_FEATURE, REFERENCES_FEATURE), text),
         ).unbatch()
@@ -411,23 +410,6 @@ class PromptedSource(seqio.DataSource):
     def _needs_tokenizer(self) -> bool:
         by_template = any(template.needs_tokenizer for template in self.templates)
         return by_template or self.shots > 0 or self.too_long != "cut"
-
-
-# The lengths that a data set is being made for.
-_lengths: contextvars.ContextVar[Mapping[str, int] | None] = contextvars.ContextVar(
-    "_lengths", default=None
-)
-
-
-class _PromptedTask(seqio.Task):
-    """A task whose source knows the lengths it is read for, to fit exemplars to them."""
-
-    def get_dataset(self, sequence_length=None, *args, **kwargs):
-        token = _lengths.set(sequence_length)
-        try:
-            return super().get_dataset(sequence_length, *args, **kwargs)
-        finally:
-            _lengths.reset(token)
 
 
 def _in_chunks(examples: Iterator[dict[str, str]]) -> Iterator[dict[str, list[str]]]:

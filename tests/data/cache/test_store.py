@@ -16,7 +16,7 @@ from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary, run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.cache.store import cache_tasks
@@ -65,7 +65,7 @@ def leftovers(folder) -> list[str]:
 
 
 def streamed(task, split="train", lengths=LENGTHS) -> list[tuple]:
-    with run_vocabulary(BYTES):
+    with building_for(Run(BYTES)):
         dataset = task.get_dataset(lengths, split, shuffle=False)
     return [
         tuple(tuple(e[f].tolist()) for f in task.output_features)

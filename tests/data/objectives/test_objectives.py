@@ -248,6 +248,8 @@ def test_a_random_token_of_masked_lm_is_any_but_padding():
         example = bound(np.full(100, 4, np.int32), example_rng(0, index))
         drawn |= set(example["inputs"][example["targets"] != 0].tolist())
     assert drawn == {1, 2, 3, 4}
+    bound = MaskedLM(0.5).bind(Words(vocab_size=6), 102, 102)  # The last id too.
+    assert any(5 in bound(np.full(100, 4, np.int32), example_rng(0, i))["inputs"] for i in range(9))
 
 
 @pytest.mark.parametrize(("n", "num_predicted"), [(1, 1), (3, 1), (10, 2), (16, 2), (17, 3)])

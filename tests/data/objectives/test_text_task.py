@@ -9,7 +9,7 @@ from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.bridge.vocabulary import run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, building_for
 from t5jax.data.objectives.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
 from t5jax.data.objectives.task import CorpusSource, text_task
 from t5jax.data.sources.source import Source
@@ -184,7 +184,7 @@ def test_a_name_that_is_taken_is_refused():
 
 def test_the_vocabulary_is_the_runs():
     add_task(CausalLM(), vocabulary=None)
-    with run_vocabulary(BYTES):
+    with building_for(Run(BYTES)):
         assert [i for e in read_examples("texts") for i in e["targets"]] == stream()
     with pytest.raises(ValueError, match="the run has no vocabulary"):
         read_examples("texts")

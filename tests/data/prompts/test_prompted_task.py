@@ -5,7 +5,7 @@ import pytest
 
 from t5jax import metrics
 from t5jax.data.bridge.tf import read, seqio
-from t5jax.data.bridge.vocabulary import run_vocabulary
+from t5jax.data.bridge.vocabulary import Run, building_for
 from t5jax.data.prompts.chat import ChatTemplate
 from t5jax.data.prompts.task import prompted_task, register_variant, variants
 from t5jax.data.prompts.templates import JinjaTemplate, Template
@@ -24,7 +24,7 @@ def make_task(rows, templates=TEMPLATES, **settings):
 
 
 def examples(task, split, lengths=None):
-    with run_vocabulary(ByteTokenizer()):
+    with building_for(Run(ByteTokenizer())):
         dataset = task.get_dataset(lengths, split, shuffle=False)
     return read(lambda: list(dataset.as_numpy_iterator()))
 
