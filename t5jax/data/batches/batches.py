@@ -215,6 +215,6 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"the data cannot go on where it was: {name} was {saved.get(name)!r} and is "
-                f"{value!r} now; set it back, or begin a new run_dir"
+                f"the position in the data cannot be restored: {name} was {saved.get(name)!r} and "
+                f"is {value!r} now; set it back, or use a new run_dir"
             )

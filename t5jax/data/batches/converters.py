@@ -196,8 +196,8 @@ class _Classifier:
         expected = f"{len(inputs)}, one a piece" if self._per_word else "a class"
         raise ValueError(
             f"the targets of an example are {targets[:9].tolist()} ({len(targets)} ids); expected "
-            f"{expected}{'' if self._per_word else f' below {self._num_labels}'}, with what ends "
-            "them, as t5jax.data.prompted_task gives them for a model with labels"
+            f"{expected}{'' if self._per_word else f' below {self._num_labels}'}, with eos, "
+            "as t5jax.data.prompted_task produces them for a model with labels"
         )
 
 

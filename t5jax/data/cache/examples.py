@@ -70,7 +70,7 @@ class CachedExamples:
                     "left out"
                 )
             if not len(part.task):
-                raise ValueError(f"the cache {part.task.path} has no examples; write it anew")
+                raise ValueError(f"the cache {part.task.path} has no examples; rewrite it")
         self._parts, self._lengths, self._seed = list(parts), dict(lengths), seed
         total = sum(part.rate for part in parts)
         self._weights = [max(round(part.rate / total * _WEIGHTS), 1) for part in parts]
