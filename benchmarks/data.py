@@ -1,9 +1,9 @@
-"""Input tokens a second, packed: t5jax streaming and cached, beside SeqIO in the same run.
+"""Input throughput with packing: t5jax, streamed and cached, compared with SeqIO in one run.
 
-The same rows (GSM8K's questions and SciTLDR's abstracts with their answers) in one TSV file, the
-same vocabulary and lengths. SeqIO reads it with TensorFlow's operations, its own shuffling,
-converter and packing; then from its own cache of tokenized TFRecords. The contestants take turns,
-on one core and on two; the table gives medians. Tokens are those of the batch without padding.
+Both read the same rows (GSM8K's questions and SciTLDR's abstracts with their answers) from one TSV
+file, with the same vocabulary and lengths. SeqIO uses TensorFlow operations and its own shuffling,
+converter and packing; then its own cache of tokenized TFRecords. The contestants alternate, on one
+core and on two; the table shows medians, in tokens without padding per second.
 
     T5JAX_DATA=data/tasks python benchmarks/data.py --vocabulary data/vocab/t5_spiece.model
 """
@@ -72,7 +72,7 @@ def write_rows(data: Path, output: Path) -> None:
 
 
 def run_on(cores: int, folder: str) -> dict:
-    """Measures in a process of its own, which has these cores and no more from its beginning."""
+    """Measures in a separate process, which is restricted to these cores from its start."""
     available = sorted(os.sched_getaffinity(0))
     if cores > len(available):
         raise SystemExit(f"there are {len(available)} cores; --cores has {cores}")
@@ -86,7 +86,7 @@ def run_on(cores: int, folder: str) -> dict:
 
 
 def measure(args) -> dict:
-    """Returns contestant to the tokens a second and the fill of each side, one value a turn."""
+    """Returns each contestant's tokens per second and the fill of each side, one value per turn."""
     contestants = make_contestants(args, Path(args.measure))
     results = {name: [] for name in contestants}
     for _ in range(args.repeats):
@@ -191,7 +191,7 @@ def make_contestants(args, folder: Path) -> dict:
 
 
 def write_seqio_cache(task, folder: Path, num_shards: int = 8) -> None:
-    """Writes what SeqIO's cache_tasks does, which needs Beam."""
+    """Writes the same as SeqIO's cache_tasks, which needs Beam."""
     from t5jax.data.bridge.tf import tf
 
     folder = folder / task.name

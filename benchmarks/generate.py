@@ -1,6 +1,6 @@
-"""Greedy generation with T5 1.1 small, beside transformers on torch in the same run.
+"""Greedy generation with T5 1.1 small, compared with transformers on torch in one run.
 
-64 tokens in, 64 out, random weights; no row may end early. The table gives medians. Needs the
+64 input and 64 output tokens, random weights; no row ends early. The table shows medians. Needs the
 `torch` extra.
 
     python benchmarks/generate.py [--batch-sizes 1 8 32] [--repeats 5] [--dtype bfloat16]

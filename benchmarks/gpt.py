@@ -1,8 +1,8 @@
-"""A letter-by-letter GPT trained on one book, beside a plain torch model of the same size.
+"""A character-level GPT trained on one book, compared with a torch model of the same size.
 
-Same text, batches, sizes, initial distribution and optimizer (AdamW at a constant rate), in
-turns in one run. The table gives the loss on the last tenth of the book and the speed. Needs the
-`torch` extra.
+Same text, batches, sizes, initial distribution and optimizer (AdamW with a constant learning rate),
+alternating in one run. The table shows the loss on the last tenth of the book and the speed. Needs
+the `torch` extra.
 
     python benchmarks/gpt.py BOOK.md [--steps 400]
 """
@@ -46,7 +46,7 @@ MODEL = GPTConfig(
 
 
 class Book:
-    """Bytes to learn from, and the last tenth to be measured on."""
+    """Bytes to train on, and the last tenth to evaluate on."""
 
     def __init__(self, path: str):
         text = np.frombuffer(Path(path).read_bytes(), np.uint8).astype(np.int32)

@@ -1,6 +1,6 @@
-"""One optimizer step of T5 1.1 small, beside transformers on torch in the same run.
+"""One training step of T5 1.1 small, compared with transformers on torch in one run.
 
-Same size, batch, dropout rate and optimizer (AdamW), random weights and tokens; the table gives
+Same size, batch, dropout rate and optimizer (AdamW), random weights and tokens; the table shows
 medians and ratios to the first row. Needs the `torch` extra.
 
     python benchmarks/train_step.py [--steps 5] [--dtype bfloat16] [--no-compile]

@@ -1,7 +1,7 @@
-"""Contestants of a benchmark, each in a process of its own, taking turns.
+"""Contestants of a benchmark, which run alternately in separate processes.
 
-Turns, so that whatever else the machine does falls on all of them; processes, because the thread
-pools of two frameworks in one process wait for work on the same cores.
+They alternate so that other load affects all of them equally. They are separate processes because
+the thread pools of two frameworks in one process would compete for the same cores.
 """
 
 import multiprocessing
