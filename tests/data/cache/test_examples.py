@@ -177,6 +177,12 @@ def test_shares_are_exact_at_every_length(tmp_path):
             assert sorted(own[start : start + 30]) == list(range(first, first + 30))
 
 
+def test_a_tiny_share_is_not_rounded_to_none(tmp_path):
+    parts = [part(tmp_path, 5), part(tmp_path, 5, rate=1e-12, name="b")]
+    tasks = CachedExamples(parts, LENGTHS, 0).fingerprint["cached tasks"]
+    assert {name: weight for name, (*_, weight) in tasks.items()} == {"a": 1 << 24, "b": 1}
+
+
 def test_mixing_by_hand():
     # One in four for the first: the last of each four, as floor(3k / 4) stands still there.
     parts, positions = mix(np.arange(8), [1, 3])

@@ -47,6 +47,13 @@ def test_training_has_every_template_and_other_splits_take_turns():
     assert asked == ["Ask: q0", "1. q1?", "Ask: q2", "3. q3?", "Ask: q4"]
 
 
+def test_rows_that_cleaning_drops_take_no_turn():
+    rows = Source({"validation": lambda: ROWS}).filter(lambda row: row["q"] != "q1", "not q1")
+    task = prompted_task("prompted", rows, TEMPLATES, metrics=[])
+    asked = [inputs for inputs, _ in prompts(task, "validation")]
+    assert asked == ["Ask: q0", "2. q2?", "Ask: q3", "4. q4?"]
+
+
 def test_tokens_are_those_of_the_tokenizer_with_eos():
     example = examples(make_task([{"q": "é <extra_id_0>", "a": "a"}], TEMPLATES[:1]), "validation")[
         0
@@ -344,7 +351,10 @@ def test_a_fingerprint_changes_with_what_the_texts_depend_on():
     assert fingerprint() == (zero, few)
     assert zero != few
     assert fingerprint(seed=1) == (zero, few | {"seed": 1})
-    for setting in ({"templates": TEMPLATES}, {"references": "a"}, {"empty": "drop"}):
+    settings = [{"templates": TEMPLATES}, {"references": "a"}, {"empty": "drop"}]
+    settings += [{"too_long": "drop"}, {"too_long": "error"}]
+    assert fingerprint(**settings[-2]) != fingerprint(**settings[-1])
+    for setting in settings:
         assert zero not in fingerprint(**setting)
 
 
