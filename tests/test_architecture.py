@@ -46,6 +46,7 @@ DATA_ORDER = [
     {"prompts"},
     {"sources"},
     {"batches", "bridge", "fingerprint"},
+    {"run"},
 ]
 # Leaves: what they import is as light as they need it, who imports them does so in functions.
 LEAVES = "t5jax.data"

@@ -47,6 +47,7 @@ def cache(args: list[str]) -> None:
         raise ValueError("--processes is for this machine, and --beam for a cluster; leave one out")
     from t5jax.data.cache.store import cache_tasks
     from t5jax.data.registry import load_tasks
+    from t5jax.data.run import Run
     from t5jax.data.texts import common_tokenizer
     from t5jax.tokenizers import load_tokenizer
 
@@ -57,11 +58,11 @@ def cache(args: list[str]) -> None:
         from t5jax.data.cache.beam import make_writer
 
         write = make_writer([f"--{option}" for option in options.beam], options.task_files)
+    lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
     reports = cache_tasks(
         options.mixture,
         options.folder,
-        common_tokenizer(options.mixture, vocabulary),
-        {"inputs": options.inputs_length, "targets": options.targets_length},
+        Run(common_tokenizer(options.mixture, vocabulary), lengths=lengths),
         splits=options.splits,
         processes=options.processes,
         num_shards=options.num_shards,

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from t5jax.checks import check_choice
-from t5jax.data.bridge.tf import read, seqio
+from t5jax.data.bridge.task import check_new
+from t5jax.data.bridge.tf import elements, seqio
 from t5jax.data.fingerprint import digest, stamp_files
 from t5jax.data.prompts.task import TRAIN_SPLIT, register_variant
 from t5jax.storage import cache_dir, write_file
@@ -52,9 +53,7 @@ def mixture(
       ValueError: if the name is taken, there are no tasks, a task occurs twice, or a rate, cap or
         temperature is not greater than 0. When it is read, if a task does not exist.
     """
-    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
-        if name in registry.names():
-            raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
+    check_new(name)
     if isinstance(tasks, str) or not tasks:
         raise ValueError(
             f"mixture {name!r} is of {tasks!r}; expected tasks, such as "
@@ -172,7 +171,7 @@ def _count(task: seqio.Task, split: str) -> int:
         count = task.num_input_examples(split)
         if count is None:
             dataset = task.source.get_dataset(split, shuffle=False)
-            count = read(lambda: sum(1 for _ in dataset.as_numpy_iterator()))
+            count = sum(1 for _ in elements(dataset))
         return count
     files = rows.files(split)
     if not files:

@@ -17,11 +17,12 @@ from t5jax.config import Config
 from t5jax.data.batches.batches import Batches, ChangingBatches
 from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet, Examples
-from t5jax.data.bridge.tf import read, seqio
-from t5jax.data.bridge.vocabulary import Run, RunVocabulary, as_tokenizer, building_for
-from t5jax.data.objectives.task import CorpusSource
-from t5jax.data.prompts.task import SOURCE_FEATURE, TRAIN_SPLIT, PromptedSource
+from t5jax.data.bridge.task import PythonTask
+from t5jax.data.bridge.tf import elements, seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, building_for
+from t5jax.data.prompts.task import SOURCE_FEATURE, TRAIN_SPLIT
 from t5jax.data.registry import check_mixture
+from t5jax.data.run import Run
 from t5jax.data.streamed import StreamedExamples
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
@@ -119,25 +120,22 @@ def train_iterator(
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
     spec = train_spec(config, has_inputs=_have_inputs(mixtures))
     form = ExampleFormat.of(config.model)
-    lengths = example_lengths(spec, form)
-    labels = LabelTokenizer.of(config.model)
+    run = Run(tokenizer, LabelTokenizer.of(config.model), example_lengths(spec, form))
     for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
-            _check_objective(task, config.model, tokenizer, lengths)
+            _check_objective(task, config.model, run)
         if config.data.cache:
             from t5jax.data.cache.store import cache_tasks
 
-            cache_tasks(name, config.data.cache, tokenizer, lengths, labels=labels)
+            cache_tasks(name, config.data.cache, run)
 
     def make_stage(name: str, seed: int) -> BatchIterator:
         if config.data.cache:
             from t5jax.data.cache.examples import open_cached
 
-            examples: Examples = open_cached(
-                name, config.data.cache, tokenizer, lengths, seed, labels=labels
-            )
+            examples: Examples = open_cached(name, config.data.cache, run, seed)
         else:
-            examples = StreamedExamples(name, tokenizer, lengths, seed, labels)
+            examples = StreamedExamples(name, run, seed)
         return Batches(examples, make_converter(spec, form), spec, seed, rows)
 
     return ChangingBatches(
@@ -165,11 +163,9 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
     return all(having.values())
 
 
-def _check_objective(
-    task: seqio.Task, model: Architecture, tokenizer: Tokenizer, lengths: dict[str, int]
-) -> None:
+def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
     """Raises ValueError if a task does not suit the model's head."""
-    if not isinstance(task.source, (CorpusSource, PromptedSource)):
+    if not isinstance(task, PythonTask):
         return  # SeqIO's own tasks cannot be checked.
     objective = getattr(task.source, "objective", None)
     hides_tokens = objective is not None and objective.encoder_only
@@ -179,15 +175,13 @@ def _check_objective(
             f"task {task.name} ({objective or 'inputs and targets'}) is for {needed}, and not for "
             f"{model.family} with a {model.head} head; choose another task or another model"
         )
-    if objective is None:
-        return
-    if model.kind == "encoder" and not hides_tokens:
+    if model.kind == "encoder" and objective is not None and not hides_tokens:
         raise ValueError(
             f"task {task.name} has the objective {objective}, which is for a model with a decoder; "
             "choose another task or another model"
         )
     try:
-        objective.bind(tokenizer, *lengths.values())
+        task.source.finish(run)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
 
@@ -217,12 +211,13 @@ def eval_sets(
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
     lengths = example_lengths(spec, ExampleFormat.of(config.model))
-    _check_objective(task, config.model, tokenizer, lengths)
-    with building_for(Run(tokenizer, LabelTokenizer.of(config.model))):
+    run = Run(tokenizer, LabelTokenizer.of(config.model), lengths)
+    _check_objective(task, config.model, run)
+    with building_for(run):
         # The seed of objectives is fixed, so that all evaluations use the same examples.
         dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1, seed=0)
     limit = -1 if config.eval.num_examples is None else config.eval.num_examples
-    rows = read(lambda: list(dataset.take(limit).as_numpy_iterator()))
+    rows = list(elements(dataset.take(limit)))
     if not rows:
         raise ValueError(f"task {task.name} has no examples in its split {split!r}")
     if len(task.metric_fns) > len(task.predict_metric_fns):

@@ -1,61 +1,63 @@
-"""Training examples straight from SeqIO, without a cache."""
+"""Training examples as a stream, without a cache, in SeqIO's order.
 
-import weakref
+The tasks of t5jax are read in Python, those of SeqIO's own through SeqIO.
+"""
+
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+
 from t5jax.data.batches.examples import Example
-from t5jax.data.bridge.tf import read, tf
-from t5jax.data.bridge.vocabulary import Run, building_for
+from t5jax.data.bridge.task import PythonTask
+from t5jax.data.bridge.tf import elements, seqio, tf
+from t5jax.data.bridge.vocabulary import building_for
 from t5jax.data.prompts.task import TRAIN_SPLIT
 from t5jax.data.registry import check_mixture
-from t5jax.tokenizers import LabelTokenizer, Tokenizer
+from t5jax.data.run import Run
 
 
 class StreamedExamples:
-    """`Examples` straight from SeqIO, in the order of its own shuffling and mixing."""
+    """`Examples` of a task or mixture, shuffled and mixed as SeqIO does."""
 
-    def __init__(
-        self,
-        mixture: str,
-        tokenizer: Tokenizer,
-        lengths: dict[str, int],
-        seed: int,
-        labels: LabelTokenizer | None = None,
-    ):
-        """Reads nothing yet; `labels` are those of a run whose model is a classifier."""
-        self._mixture, self._tokenizer = check_mixture(mixture), tokenizer
-        self._lengths, self._seed, self._labels = lengths, seed, labels
-        self.fingerprint = {
-            "data.mixture": mixture,
-            "data.cache": None,
-            "vocabulary": repr(tokenizer),
-        }
-        if labels is not None:
-            self.fingerprint["model.labels"] = repr(labels)
+    def __init__(self, mixture: str, run: Run, seed: int):
+        self._mixture, self._run, self._seed = check_mixture(mixture), run, seed
+        self.fingerprint = {"data.mixture": mixture, "data.cache": None} | run.fingerprint
 
     def read(self, start: int) -> Iterator[Example]:
-        """Yields the examples from number `start` on; those before it are made and skipped.
+        """Yields the examples from number `start` on.
+
+        To get there, a task of t5jax makes those of two epochs at most, one of SeqIO's own all.
 
         Raises:
           ValueError: for no examples, and for what a task cannot read.
         """
-        dataset = self._dataset().skip(start).prefetch(tf.data.AUTOTUNE)
-        opened = [dataset.as_numpy_iterator()]
-        # At the latest when Python exits: it would wait forever for threads that read on.
-        close = weakref.finalize(self, opened.clear)
-        try:
-            while (example := read(lambda: next(opened[0], None))) is not None:
-                yield example
-        finally:
-            close()
+        tasks = [t for t in seqio.get_subtasks(self._mixture) if TRAIN_SPLIT in t.splits]
+        choices = self._choices(tasks)
+        skipped = Counter(itertools.islice(choices, start))
+        streams = [self._stream(task, skipped[i]) for i, task in enumerate(tasks)]
+        for i in choices:
+            if (example := next(streams[i], None)) is None:
+                break
+            yield example
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
-    def _dataset(self) -> tf.data.Dataset:
-        with building_for(Run(self._tokenizer, self._labels)):
-            dataset = self._mixture.get_dataset(
-                self._lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
+    def _choices(self, tasks: list[seqio.Task]) -> Iterator[int]:
+        """Yields for each example the number of the task that it comes from."""
+        if not isinstance(self._mixture, seqio.Mixture):
+            return itertools.repeat(0)
+        numbers = [tf.data.Dataset.from_tensors(np.int64(i)).repeat() for i in range(len(tasks))]
+        rates = [self._mixture.get_rate(task) for task in tasks]
+        drawn = elements(self._mixture._sample_fn(numbers, rates, self._seed).batch(1024))
+        return itertools.chain.from_iterable(numbers.tolist() for numbers in drawn)
+
+    def _stream(self, task: seqio.Task, start: int) -> Iterator[Example]:
+        if isinstance(task, PythonTask):
+            return task.read(TRAIN_SPLIT, self._run, self._seed, start)
+        with building_for(self._run):
+            dataset = task.get_dataset(
+                self._run.lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
             )
-        features = list(self._mixture.output_features)
-        options = tf.data.Options()
-        options.deterministic = True
-        return dataset.map(lambda e: {name: e[name] for name in features}).with_options(options)
+        dataset = dataset.map(lambda e: {name: e[name] for name in task.output_features})
+        return elements(dataset.skip(start).prefetch(tf.data.AUTOTUNE))

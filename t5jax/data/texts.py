@@ -9,15 +9,16 @@ import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from t5jax.data.bridge.tf import read, seqio, tf
-from t5jax.data.bridge.vocabulary import Run, RunVocabulary, as_tokenizer, building_for
-from t5jax.data.objectives.objectives import example_rng
+from t5jax.data.bridge.tf import elements, seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, building_for
 from t5jax.data.objectives.task import CorpusSource
-from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
+from t5jax.data.prompts.task import TRAIN_SPLIT
 from t5jax.data.registry import check_mixture
+from t5jax.data.run import Run
 from t5jax.data.sources.kinds import text
 from t5jax.tokenizers import Tokenizer
 
@@ -51,12 +52,15 @@ def read_examples(
     Raises:
       ValueError: if the task cannot read a row.
     """
-    if isinstance(task.source, PromptedSource):
-        yield from _prompted(task, split, tokenizers["inputs"], lengths, dropped)
-    elif isinstance(task.source, CorpusSource):
-        yield from _corpus(task, split, tokenizers["targets"], lengths, dropped)
-    else:
-        yield from _foreign(task, split, tokenizers, lengths)
+    read = _own if hasattr(task.source, "encoded") else _foreign
+    for row in read(task, split, tokenizers, lengths, dropped):
+        ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
+        texts = {}
+        for name, feature_ids in ids.items():
+            text = row.get(f"{name}_pretokenized")
+            is_text = isinstance(text, bytes)
+            texts[name] = text.decode() if is_text else _decode(tokenizers[name], feature_ids)
+        yield TextExample(texts, ids)
 
 
 def feature_tokenizers(
@@ -107,23 +111,14 @@ def task_lengths(task: seqio.Task, lengths: Mapping[str, int]) -> Mapping[str, i
     return lengths
 
 
-def _prompted(task, split, tokenizer, lengths, dropped) -> Iterator[TextExample]:
-    for example in task.source.examples(split, dropped, tokenizer=tokenizer, lengths=lengths):
-        texts = {name: example[name] for name in task.output_features}
-        ids = {name: [*tokenizer.encode(x), tokenizer.eos_id] for name, x in texts.items()}
-        yield TextExample(texts, ids)
+def _own(task, split, tokenizers, lengths, dropped) -> Iterator[Mapping[str, Any]]:
+    run = Run(tokenizers["targets"], lengths=task_lengths(task, lengths))
+    finish = task.source.finish(run)
+    for number, encoded in enumerate(task.source.encoded(split, run, dropped)):
+        yield finish(encoded, 0, number)
 
 
-def _corpus(task, split, tokenizer, lengths, dropped) -> Iterator[TextExample]:
-    lengths = task_lengths(task, lengths)
-    bound = task.source.objective.bind(tokenizer, lengths["inputs"], lengths["targets"])
-    pieces = task.source.pieces(split, tokenizer, bound.tokens_length, dropped)
-    for number, piece in enumerate(pieces):
-        ids = {name: x.tolist() for name, x in bound(piece, example_rng(0, number)).items()}
-        yield TextExample({name: _decode(tokenizer, x) for name, x in ids.items()}, ids)
-
-
-def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
+def _foreign(task, split, tokenizers, lengths, dropped) -> Iterator[Mapping[str, Any]]:
     def dataset(sequence_length):
         return task.get_dataset(sequence_length, split, shuffle=False, seed=0)
 
@@ -133,17 +128,7 @@ def _foreign(task, split, tokenizers, lengths) -> Iterator[TextExample]:
             found = dataset(None)
         except (KeyError, TypeError, ValueError, AttributeError):
             found = dataset(lengths)  # Preprocessors that split the text need the lengths.
-    iterator = found.as_numpy_iterator()
-    while (row := read(lambda: next(iterator, None))) is not None:
-        ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
-        texts = {}
-        for name, feature_ids in ids.items():
-            rendered = row.get(f"{name}_pretokenized")
-            if isinstance(rendered, bytes):
-                texts[name] = rendered.decode()
-            else:
-                texts[name] = _decode(tokenizers[name], feature_ids)
-        yield TextExample(texts, ids)
+    return elements(found)
 
 
 def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -188,14 +173,13 @@ def read_texts(task: seqio.Task, split: str) -> Iterator[str]:
     Raises:
       ValueError: if the task cannot read a row, or never has texts.
     """
-    if isinstance(task.source, (PromptedSource, CorpusSource)):
+    if hasattr(task.source, "examples"):
         for example in task.source.examples(split):
             yield from (example[name] for name in task.output_features if name in example)
         return
     dataset = _before_tokens(task, split)
     names = [name for name in task.output_features if name in dataset.element_spec]
-    iterator = dataset.as_numpy_iterator()
-    while (row := read(lambda: next(iterator, None))) is not None:
+    for row in elements(dataset):
         yield from (row[name].decode() for name in names)
 
 

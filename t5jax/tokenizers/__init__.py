@@ -16,10 +16,9 @@ from t5jax.tokenizers.common import Tokenizer
 from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from t5jax.tokenizers.labels import LabelTokenizer
 from t5jax.tokenizers.load import load_tokenizer
-from t5jax.tokenizers.sentence_piece import SPACED_SENTINEL, SentencePieceTokenizer
+from t5jax.tokenizers.sentence_piece import SentencePieceTokenizer
 
 __all__ = [
-    "SPACED_SENTINEL",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
     "LabelTokenizer",

@@ -41,6 +41,9 @@ class ByteTokenizer:
                 ids.extend(byte + self._FIRST_BYTE for byte in f"<extra_id_{part}>".encode())
         return ids
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text, without unknown tokens and bytes that are not valid UTF-8."""
         data = bytearray()

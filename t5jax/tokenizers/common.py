@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without eos. "<extra_id_0>" becomes the id of the sentinel."""
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of several texts, on all cores where the library has threads."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids before the first eos. Padding is skipped, ids beyond the
         vocabulary are unknown tokens, and sentinels are kept as text."""

@@ -96,6 +96,9 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [x.ids for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(clean_ids(self, ids), skip_special_tokens=False)
 

@@ -47,6 +47,9 @@ class LabelTokenizer:
         found = text.split() if self.per_word else [text.strip()]
         return [self._id(label) for label in found]
 
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def _id(self, label: str) -> int:
         if label not in self._ids:
             hint = did_you_mean(label, self.labels)

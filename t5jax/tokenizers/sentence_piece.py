@@ -20,8 +20,7 @@ from t5jax.tokenizers.common import (
     write_files,
 )
 
-SPACED_SENTINEL = re.compile(r" *(<extra_id_\d+>)")
-"""Sentinels with the spaces before them; RE2 reads this pattern too."""
+_SPACED_SENTINEL = re.compile(r" *(<extra_id_\d+>)")
 
 
 class SentencePieceTokenizer:
@@ -93,8 +92,11 @@ class SentencePieceTokenizer:
         return f"SentencePieceTokenizer({self.vocab_size} ids, sha256 {digest})"
 
     def encode(self, text: str) -> list[int]:
-        # Sentinels are pieces that begin a word, so they need a space in front.
-        ids: list[int] = self._processor.encode(SPACED_SENTINEL.sub(r" \1", text))
+        ids: list[int] = self._processor.encode(_spaced(text))
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self._processor.encode([_spaced(text) for text in texts])
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,6 +117,11 @@ class SentencePieceTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {"spiece.model": model, "tokenizer_config.json": json_bytes(config)}
+
+
+def _spaced(text: str) -> str:
+    # A sentinel is a piece only where a word begins, so it is made to begin one.
+    return _SPACED_SENTINEL.sub(r" \1", text) if "<extra_id_" in text else text
 
 
 def _check_special_ids(tokenizer: Tokenizer, name: str) -> None:

@@ -18,13 +18,13 @@ from t5jax.config import Config, DataConfig, EvalConfig, InitConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import (
-    Run,
     RunVocabulary,
     TokenizerVocabulary,
     as_tokenizer,
     building_for,
 )
 from t5jax.data.prompts.task import prompted_task
+from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.tokenizers import (
     ByteTokenizer,
@@ -336,6 +336,7 @@ def test_ids_in_tensorflow_are_those_in_python(tmp_path):
         for text in ("the cat", "é <extra_id_0> cat<extra_id_1>\n x", "", "<extra_id_7>ing"):
             ids = tokenizer.encode(text)
             assert vocabulary.encode_tf(tf.constant(text)).numpy().tolist() == ids
+            assert tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
             decoded = vocabulary.decode_tf(tf.constant([[*ids, 1]], tf.int32)).numpy()
             assert [d.decode() for d in decoded] == [tokenizer.decode(ids)]
 

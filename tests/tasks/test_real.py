@@ -10,8 +10,9 @@ import pytest
 from t5jax.config import Config, DataConfig, EvalConfig, load_config
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.bridge.vocabulary import Run, building_for
+from t5jax.data.bridge.vocabulary import building_for
 from t5jax.data.prompts.task import register_variant
+from t5jax.data.run import Run
 from t5jax.metrics import compute
 from t5jax.models import api  # noqa: F401  JAX before TensorFlow's threads.
 from t5jax.monitor.log import read_metrics
@@ -127,7 +128,7 @@ def test_gsm8k_has_few_shot_variants_that_fit(load):
     train = examples("gsm8k:number", "train")
     numbers = {e["inputs"] for e in train}
     counts = set()
-    few = examples("gsm8k:number:8shot", "test", tokenizer=tokenizer, lengths=lengths)
+    few = examples("gsm8k:number:8shot", "test", run=Run(tokenizer, lengths=lengths))
     zero = examples("gsm8k:number", "test")
     for example, plain in itertools.islice(zip(few, zero, strict=True), 300):
         assert len(tokenizer.encode(example["inputs"])) < 2000

@@ -10,11 +10,12 @@ import pytest
 from t5jax.architectures import BertConfig
 from t5jax.batch import BatchSpec, ExampleFormat, validate_batch
 from t5jax.data.batches.converters import example_lengths, make_converter
-from t5jax.data.bridge.tf import read, seqio
-from t5jax.data.bridge.vocabulary import Run, RunVocabulary, building_for
+from t5jax.data.bridge.tf import elements, seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.store import cache_tasks
 from t5jax.data.prompts.task import prompted_task
+from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.data.streamed import StreamedExamples
 from t5jax.metrics import accuracy
@@ -291,15 +292,16 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     expected = expected_examples(task, word_piece, lengths)
     assert len(expected) > 5
     assert max(len(inputs) for inputs, _ in expected) == 8  # Some are cut.
-    streamed = StreamedExamples(task, word_piece, lengths, 0, labels)
+    run = Run(word_piece, labels, lengths)
+    streamed = StreamedExamples(task, run, 0)
     stream = streamed.read(0)
     assert as_set(next(stream) for _ in range(12)) == expected
     stream.close()
     assert streamed.fingerprint["model.labels"] == repr(labels)
 
-    (report,) = cache_tasks(task, tmp_path, word_piece, lengths, labels=labels, processes=1)
+    (report,) = cache_tasks(task, tmp_path, run, processes=1)
     assert report.num_examples == 12
-    cached = open_cached(task, tmp_path, word_piece, lengths, 0, labels=labels)
+    cached = open_cached(task, tmp_path, run, 0)
     examples = cached.get(range(12))
     assert as_set(examples) == expected
     assert cached.fingerprint["model.labels"] == repr(labels)
@@ -311,7 +313,7 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
 
     # Other classes, or none, are other caches.
     for other in (LabelTokenizer((*labels.labels, "other"), labels.per_word), None):
-        (report,) = cache_tasks(task, tmp_path, word_piece, lengths, labels=other, processes=1)
+        (report,) = cache_tasks(task, tmp_path, run._replace(labels=other), processes=1)
         assert report.reason == "model.labels has changed"
 
 
@@ -320,10 +322,7 @@ def test_metrics_compare_with_the_labels_of_words(word_piece):
     task = seqio.TaskRegistry.get("entities")
     with building_for(Run(word_piece, labels)):
         dataset = task.get_dataset(None, "validation", shuffle=False)
-    found = [
-        task.postprocess_fn("", example=row, is_target=True)
-        for row in read(lambda: list(dataset.as_numpy_iterator()))
-    ]
+    found = [task.postprocess_fn("", example=row, is_target=True) for row in elements(dataset)]
     assert found == [row["entities"] for row in rows("validation")]
 
 
@@ -331,7 +330,7 @@ def test_targets_that_are_too_long_are_counted_in_pieces(word_piece):
     _, labels = CASES["entities"]
     source = seqio.TaskRegistry.get("short_entities").source
     lengths, dropped = {"inputs": 6, "targets": 6}, Counter()
-    kept = source.examples("train", dropped, tokenizer=word_piece, labels=labels, lengths=lengths)
+    kept = source.examples("train", dropped, Run(word_piece, labels, lengths))
     texts = [row["text"] for row in rows("train")]
     short = [text for text in texts if len(word_piece.encode(text)) < 6]
     assert [e["inputs"] for e in kept] == short
@@ -341,23 +340,13 @@ def test_targets_that_are_too_long_are_counted_in_pieces(word_piece):
 
 def test_a_row_with_another_label_is_named(word_piece):
     labels = LabelTokenizer(("bad", "good"))
-    examples = StreamedExamples("moods", word_piece, {"inputs": 8, "targets": 2}, 0, labels)
+    examples = StreamedExamples("moods", Run(word_piece, labels, {"inputs": 8, "targets": 2}), 0)
     message = (
         r"task 'moods': split 'train', row \d+, template .*: 'so so' is not a class of the model; "
         "model.labels has 'bad', 'good'"
     )
     with pytest.raises(ValueError, match=message):
         list(examples.read(0))
-
-
-def test_outside_of_a_classifier_targets_are_texts():
-    vocabulary = RunVocabulary("bytes").of_targets()
-    assert vocabulary.encode("bad") == ByteTokenizer().encode("bad")
-    with building_for(Run(ByteTokenizer(), LabelTokenizer(MOODS))):
-        assert vocabulary.encode("bad") == [0]
-        assert vocabulary.eos_id == 3
-        assert RunVocabulary("bytes").encode("bad") == ByteTokenizer().encode("bad")
-    assert vocabulary.encode("bad") == ByteTokenizer().encode("bad")
 
 
 def test_a_task_that_is_no_prompted_one_has_no_classes_to_cache(tmp_path):
@@ -368,6 +357,4 @@ def test_a_task_that_is_no_prompted_one_has_no_classes_to_cache(tmp_path):
         preprocessors=[],
     )
     with pytest.raises(ValueError, match="task foreign_moods is no prompted task, which a classif"):
-        cache_tasks(
-            "foreign_moods", tmp_path, ByteTokenizer(), {"targets": 4}, labels=CASES["moods"][1]
-        )
+        cache_tasks("foreign_moods", tmp_path, Run(ByteTokenizer(), CASES["moods"][1]))

@@ -7,7 +7,8 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -39,7 +40,7 @@ with _quietly():
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
 
-__all__ = ["from_generator", "read", "seqio", "tf"]
+__all__ = ["elements", "from_generator", "seqio", "tf"]
 
 # An exception cannot pass through TensorFlow, but a number in a message can.
 _errors: list[Exception] = []
@@ -47,7 +48,7 @@ _ERROR_KEY = "t5jax source error {}!"
 
 
 def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.data.Dataset:
-    """Returns a dataset of what `generate()` yields; `read` raises its errors."""
+    """Returns a dataset of what `generate()` yields; `elements` raises its errors."""
 
     def remembering_errors():
         try:
@@ -59,16 +60,23 @@ def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.
     return tf.data.Dataset.from_generator(remembering_errors, output_signature=signature)
 
 
-def read(function: Callable[[], Any]) -> Any:
-    """Returns `function()`, which reads a dataset.
+def elements(dataset: tf.data.Dataset) -> Iterator[Any]:
+    """Yields the elements of a dataset as NumPy arrays.
 
     Exceptions of a generator of `from_generator` are raised unchanged, not wrapped by TensorFlow.
     """
+    opened, of_tensorflow = [dataset.as_numpy_iterator()], tf.errors.OpError
+    # At the latest when Python exits: it would wait forever for threads that read on.
+    close = weakref.finalize(dataset, opened.clear)
     try:
-        return function()
-    except tf.errors.OpError as error:
+        while (element := next(opened[0], None)) is not None:
+            yield element
+        return
+    except of_tensorflow as error:  # A local name: others may be gone when Python exits.
         found = re.search(_ERROR_KEY.format(r"(\d+)"), str(error))
         if found is None:
             raise
+    finally:
+        close()
     # Not within `except`: the wrapper's traceback would keep the dataset alive and reading.
     raise _errors[int(found[1])]

@@ -8,43 +8,22 @@ classes.
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from t5jax.data.bridge.tf import seqio, tf
+from t5jax.data.run import Run
 from t5jax.tokenizers import (
-    SPACED_SENTINEL,
     ByteTokenizer,
-    LabelTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the run for which datasets are built tells its tasks and their sources."""
-
-    tokenizer: Tokenizer | None = None
-    """None: each task uses its own."""
-    labels: LabelTokenizer | None = None
-    """The labels of the targets, if the run's model is a classifier."""
-    lengths: Mapping[str, int] | None = None
-    """Tokens of each feature, with eos; `RunTask` sets them."""
-
-
-_run: contextvars.ContextVar[Run] = contextvars.ContextVar("run", default=Run())  # noqa: B039
-
-
-def current_run() -> Run:
-    """Returns the run for which datasets are being built."""
-    return _run.get()
+_run: contextvars.ContextVar[Run | None] = contextvars.ContextVar("run", default=None)
 
 
 @contextlib.contextmanager
@@ -55,14 +34,6 @@ def building_for(run: Run):
         yield
     finally:
         _run.reset(token)
-
-
-class RunTask(seqio.Task):
-    """A task that tells its source the lengths for which it is read."""
-
-    def get_dataset(self, sequence_length=None, *args, **kwargs):
-        with building_for(dataclasses.replace(current_run(), lengths=sequence_length)):
-            return super().get_dataset(sequence_length, *args, **kwargs)
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -104,12 +75,6 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     def _encode_tf(self, s):
         tokenizer = self.tokenizer
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            import tensorflow_text
-
-            # SentencePiece in TensorFlow runs on all cores, outside of Python.
-            native = tensorflow_text.SentencepieceTokenizer(model=tokenizer.model_bytes)
-            return native.tokenize(tf.strings.regex_replace(s, SPACED_SENTINEL.pattern, r" \1"))
 
         def encode(text):
             text = text if isinstance(text, bytes) else text.item()  # The latter outside graphs.
@@ -145,38 +110,25 @@ class RunVocabulary(TokenizerVocabulary):
         self._default = default
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        tokenizer = current_run().tokenizer or self.default
-        if tokenizer is None:
+    def run(self) -> Run:
+        """The run that data sets are being built for; its lengths are open."""
+        if run := _run.get():
+            return run
+        if self.default is None:
             raise ValueError(
                 "the run has no vocabulary; set data.vocabulary or init.model, or give the task "
                 "its own (prompted_task(..., vocabulary=...))"
             )
-        return tokenizer
+        return Run(self.default)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.run.tokenizer
 
     @functools.cached_property
     def default(self) -> Tokenizer | None:
         """The task's own tokenizer."""
         return None if self._default is None else as_tokenizer(self._default)
-
-    def of_targets(self) -> "RunVocabulary":
-        """Returns the vocabulary of targets, which are classes if the run's model is a
-        classifier."""
-        return _TargetsVocabulary(self)
-
-
-class _TargetsVocabulary(RunVocabulary):
-    def __init__(self, run: RunVocabulary):
-        seqio.Vocabulary.__init__(self)
-        self._run = run
-
-    @property
-    def tokenizer(self) -> Any:
-        return current_run().labels or self._run.tokenizer
-
-    @property
-    def default(self) -> Tokenizer | None:
-        return self._run.default
 
 
 def as_tokenizer(source: Any) -> Tokenizer:

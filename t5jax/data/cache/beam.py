@@ -1,6 +1,6 @@
 """Writes the shards of a cache with Apache Beam, on a cluster (needs the extra `beam`).
 
-    cache_tasks("my_mixture", folder, tokenizer, lengths, write=make_writer(["--runner=..."]))
+    cache_tasks("my_mixture", folder, run, write=make_writer(["--runner=..."]))
 
 One worker reads the rows of a task, all workers tokenize, and each shard is written by one of them.
 The shards are byte for byte those that one machine writes. Workers need t5jax, the task files and
@@ -56,9 +56,7 @@ def _write(
     from apache_beam.metrics import MetricsFilter
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    encoder = recipe.encoder
-    vocabulary = (encoder.tokenizer, encoder.labels)
-    read = (recipe.task, recipe.split, recipe.lengths, vocabulary, task_files)
+    read = (recipe.task, recipe.split, recipe.run, task_files)
     pipeline = beam.Pipeline(options=PipelineOptions(options))
     _ = (
         pipeline
@@ -88,10 +86,10 @@ def _read(what):
 
     from t5jax.data import registry
 
-    name, split, lengths, (tokenizer, labels), task_files = what
+    name, split, run, task_files = what
     registry.load_tasks(task_files)
     dropped = Counter()
-    recipe = recipe_of(registry.check_mixture(name), split, tokenizer, lengths, labels)
+    recipe = recipe_of(registry.check_mixture(name), split, run)
     yield from enumerate(recipe.chunks(dropped))
     for step, count in dropped.items():
         Metrics.counter(_DROPPED, step).inc(count)

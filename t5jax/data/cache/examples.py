@@ -17,7 +17,7 @@ import numpy as np
 from t5jax.data.batches.examples import Example
 from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.objectives.objectives import BoundObjective, example_rng
-from t5jax.tokenizers import LabelTokenizer, Tokenizer
+from t5jax.data.run import Run
 
 _BLOCK = 1024  # Examples that are looked up together.
 _SMALL = 1 << 16  # Up to this size the order of an epoch is a permutation in memory.
@@ -235,11 +235,9 @@ def _cut(tokens: np.ndarray, limit: int, eos_id: int | None) -> np.ndarray:
 def open_cached(
     mixture: str,
     folder: str | Path,
-    tokenizer: Tokenizer,
-    lengths: Mapping[str, int],
+    run: Run,
     seed: int,
     split: str = "train",
-    labels: LabelTokenizer | None = None,
 ) -> CachedExamples:
     """Returns the cached examples of a registered task or mixture.
 
@@ -249,11 +247,9 @@ def open_cached(
     Args:
       mixture: a SeqIO task or mixture; tasks that lack the split are left out.
       folder: of the caches.
-      tokenizer: of the run.
-      lengths: tokens of "inputs" and "targets" with eos.
+      run: with both lengths.
       seed: of the order of examples and of objectives.
       split: to read.
-      labels: of the run, whose model is a classifier.
     Raises:
       ValueError: where a task has no cache, or a damaged one.
     """
@@ -261,22 +257,15 @@ def open_cached(
 
     found = seqio.get_mixture_or_task(mixture)
     tasks = [task for task in seqio.get_subtasks(found) if split in task.splits]
-    parts, fingerprint = (
-        [],
-        {
-            "data.mixture": mixture,
-            "data.cache": "in use",  # Wherever it lies.
-            "vocabulary": repr(tokenizer),
-        },
-    )
-    if labels is not None:
-        fingerprint["model.labels"] = repr(labels)
+    parts = []
+    # Wherever the cache lies.
+    fingerprint = {"data.mixture": mixture, "data.cache": "in use"} | run.fingerprint
     for task in tasks:
         objective = getattr(task.source, "objective", None)
         if objective is not None:
             fingerprint[f"objective of {task.name}"] = repr(objective)
-            objective = objective.bind(tokenizer, lengths.get("inputs", 0), lengths["targets"])
+            objective = task.source.bind(run)
         rate = found.get_rate(task) if isinstance(found, seqio.Mixture) else 1.0
         cached = CachedTask(split_folder(folder, task.name, split))
         parts.append(Part(task.name, cached, rate, objective))
-    return CachedExamples(parts, lengths, seed, fingerprint)
+    return CachedExamples(parts, run.lengths, seed, fingerprint)

@@ -6,7 +6,6 @@ if the task does: a corpus is split into pieces that fill a row, exemplars have 
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import inspect
 import itertools
@@ -19,6 +18,7 @@ import numpy as np
 
 from t5jax.data.fingerprint import describe
 from t5jax.data.objectives.objectives import cut
+from t5jax.data.run import Run
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 FORMAT = 2
@@ -38,8 +38,7 @@ class Recipe:
 
     task: str
     split: str
-    lengths: Mapping[str, int]
-    """The lengths of the run, with eos."""
+    run: Run
     chunks: Callable[[Counter], Iterator[list]]
     """Takes a counter of dropped rows and yields chunks of inputs of `encoder`."""
     encoder: "Encoder"
@@ -108,13 +107,7 @@ class Encoder:
         return np.array(ids if eos_id is None else [*ids, eos_id], np.int32)
 
 
-def recipe_of(
-    task,
-    split: str,
-    tokenizer: Tokenizer,
-    lengths: Mapping[str, int],
-    labels: LabelTokenizer | None = None,
-) -> Recipe:
+def recipe_of(task, split: str, run: Run) -> Recipe:
     """Returns how a SeqIO task is cached.
 
     Raises:
@@ -123,31 +116,31 @@ def recipe_of(
     """
     fingerprint = {
         "the format of caches": FORMAT,
-        "the vocabulary": repr(tokenizer),
-        "the tokenizers' version": _version_of(tokenizer),
+        "the vocabulary": repr(run.tokenizer),
+        "the tokenizers' version": _version_of(run.tokenizer),
     }
-    if labels is not None:
+    if run.labels is not None:
         if not hasattr(task.source, "templates"):
             raise ValueError(
                 f"task {task.name} is no prompted task, which a classifier's targets come from; "
                 "register it with t5jax.data.prompted_task"
             )
-        fingerprint["model.labels"] = repr(labels)
+        fingerprint["model.labels"] = repr(run.labels)
     source = task.source
     if hasattr(source, "objective"):
         make = _corpus_recipe
     elif hasattr(source, "templates"):
-        make = functools.partial(_prompted_recipe, labels=labels)
+        make = _prompted_recipe
     else:
         make = _foreign_recipe
-    recipe = make(task, split, tokenizer, lengths)
+    recipe = make(task, split, run)
     fingerprint |= recipe.fingerprint
     # In the form that JSON returns: tuples as lists.
     return dataclasses.replace(recipe, fingerprint=json.loads(json.dumps(fingerprint)))
 
 
-def _prompted_recipe(task, split, tokenizer, lengths, labels) -> Recipe:
-    source = task.source
+def _prompted_recipe(task, split, run) -> Recipe:
+    source, (tokenizer, labels, lengths) = task.source, run
     fingerprint = {
         "its templates or how they are read": source.fingerprint(tokenizer),
         "the code of its rows": describe(source.source),
@@ -160,28 +153,28 @@ def _prompted_recipe(task, split, tokenizer, lengths, labels) -> Recipe:
         fingerprint["data.targets_length"] = lengths["targets"]
 
     def chunks(dropped):
-        texts = source.examples(split, dropped, tokenizer=tokenizer, labels=labels, lengths=lengths)
+        texts = source.examples(split, dropped, run)
         return _in_chunks(({f: text[f] for f in features} for text in texts), CHUNK)
 
     features = ("inputs", "targets")
     eos_ids = {"inputs": tokenizer.eos_id, "targets": (labels or tokenizer).eos_id}
     encoder = Encoder(features, eos_ids, tokenizer, labels)
-    return Recipe(task.name, split, lengths, chunks, encoder, fingerprint, files)
+    return Recipe(task.name, split, run, chunks, encoder, fingerprint, files)
 
 
-def _corpus_recipe(task, split, tokenizer, lengths) -> Recipe:
+def _corpus_recipe(task, split, run) -> Recipe:
     source = task.source
-    sides = lengths.get("inputs", 0), lengths["targets"]  # Decoder-only rows have no inputs.
-    length = source.objective.tokens_length(tokenizer, *sides)
+    sides = run.lengths.get("inputs", 0), run.lengths["targets"]  # A decoder has no inputs.
+    length = source.objective.tokens_length(run.tokenizer, *sides)
     fingerprint = {
         "the tokens of a piece": length,
         "the code of its rows": describe([source.source, source.field]),
     }
-    encoder = Encoder(("targets",), {"targets": None}, tokenizer, piece_length=length)
+    encoder = Encoder(("targets",), {"targets": None}, run.tokenizer, piece_length=length)
     return Recipe(
         task.name,
         split,
-        lengths,
+        run,
         lambda dropped: _in_chunks(source.examples(split, dropped), DOCUMENTS),
         encoder,
         fingerprint,
@@ -189,15 +182,16 @@ def _corpus_recipe(task, split, tokenizer, lengths) -> Recipe:
     )
 
 
-def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
+def _foreign_recipe(task, split, run) -> Recipe:
     """Returns the recipe of SeqIO's own task: its steps before CacheDatasetPlaceholder or a last
     eos.
 
     SeqIO reads it with all cores, so more processes would not help.
     """
-    from t5jax.data.bridge.tf import read, seqio
-    from t5jax.data.bridge.vocabulary import Run, building_for
+    from t5jax.data.bridge.tf import elements, seqio
+    from t5jax.data.bridge.vocabulary import building_for
 
+    tokenizer, _, lengths = run
     last_steps = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
     before, after = list(task.preprocessors), []
     places = [isinstance(step, seqio.CacheDatasetPlaceholder) for step in before]
@@ -220,11 +214,10 @@ def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
     def rows(seed):
         dataset = task.source.get_dataset(split=split, shuffle=False)
         arguments = {"output_features": task.output_features, "sequence_length": lengths}
-        with building_for(Run(tokenizer)), seqio.utils.map_seed_manager(seed):
+        with building_for(run), seqio.utils.map_seed_manager(seed):
             for step in before:
                 dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
-        found = dataset.as_numpy_iterator()
-        while chunk := read(lambda: list(itertools.islice(found, CHUNK))):
+        for chunk in _in_chunks(elements(dataset), CHUNK):
             try:
                 yield [{f: _with_eos(row, f, eos_ids, appends) for f in features} for row in chunk]
             except ValueError as error:
@@ -254,7 +247,7 @@ def _foreign_recipe(task, split, tokenizer, lengths) -> Recipe:
     if isinstance(task.source, seqio.FileDataSource):
         files = list(task.source.list_shards(split))
     encoder = Encoder(features, eos_ids, tokenizer, tokenized=True)
-    return Recipe(task.name, split, lengths, chunks, encoder, fingerprint, files)
+    return Recipe(task.name, split, run, chunks, encoder, fingerprint, files)
 
 
 def _with_eos(row, feature: str, eos_ids: Mapping, appends: bool) -> np.ndarray:

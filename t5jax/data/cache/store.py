@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_fo
 from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
 from t5jax.data.fingerprint import changed_file, stamp_files
+from t5jax.data.run import Run
 from t5jax.storage import new_folder, remove_partial, sync
-from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +52,12 @@ class CacheReport:
 def cache_tasks(
     mixture: str,
     folder: str | Path,
-    tokenizer: Tokenizer,
-    lengths: Mapping[str, int],
+    run: Run,
     *,
     splits: Sequence[str] = ("train",),
     processes: int | None = None,
     num_shards: int = NUM_SHARDS,
     rebuild: bool = False,
-    labels: LabelTokenizer | None = None,
     write: Callable[[Recipe, Path, int, Counter], list[Shard]] | None = None,
 ) -> list[CacheReport]:
     """Writes the caches of a task, or of a mixture's tasks, that are missing or do not match.
@@ -70,15 +68,13 @@ def cache_tasks(
     Args:
       mixture: a registered SeqIO task or mixture.
       folder: the folder of all caches, on a file system; it is created if necessary.
-      tokenizer: the run's tokenizer.
-      lengths: the lengths of "inputs" and "targets" in tokens with eos. Only some caches depend on
-        them: a corpus is split into pieces, exemplars and targets that are not cut have to fit.
+      run: the run, with both lengths. Only some caches depend on them: a corpus is split into
+        pieces, exemplars and targets that are not cut have to fit.
       splits: the splits to write; tasks that lack one are skipped.
       processes: the number of processes that tokenize, by default one per core; 1 uses only this
         process.
       num_shards: the maximum number of files of a cache.
       rebuild: also rewrite caches that match.
-      labels: the labels of a run whose model is a classifier.
       write: the function that writes the shards, such as `t5jax.data.cache.beam.make_writer()`; by
         default, processes on this machine do.
     Raises:
@@ -106,7 +102,7 @@ def cache_tasks(
     reports = []
     for task, split in itertools.product(tasks, splits):
         if split in task.splits:
-            recipe = recipe_of(task, split, tokenizer, lengths, labels)
+            recipe = recipe_of(task, split, run)
             path = split_folder(folder, task.name, split)
             with _lock(path):
                 reports.append(_cache(recipe, path, num_shards, rebuild, write))

@@ -22,21 +22,21 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
 
 from t5jax.checks import check_choice, did_you_mean
-from t5jax.data.bridge.tf import from_generator, seqio, tf
-from t5jax.data.bridge.vocabulary import RunTask, RunVocabulary, current_run
+from t5jax.data.bridge.task import TEXT, TOKENS, add_task
+from t5jax.data.bridge.tf import seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
 from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
+from t5jax.data.run import Run
 from t5jax.data.sources.source import Row, Source, get_field
-from t5jax.tokenizers import LabelTokenizer, Tokenizer
+from t5jax.tokenizers import Tokenizer
 
 TRAIN_SPLIT = "train"
-
-SHUFFLE_BUFFER = 10_000
-"""Size of the buffer in which training shuffles examples. A longer source that is sorted (by class,
-say) should be shuffled on disk first."""
 
 # The texts of an example, in addition to the SeqIO features "inputs" and "targets".
 SOURCE_FEATURE = "prompt_source"
@@ -45,7 +45,7 @@ REFERENCES_FEATURE = "prompt_references"
 TooLong = Literal["cut", "drop", "error"]
 Empty = Literal["error", "drop"]
 
-_CHUNK = 256  # Rows that are passed from Python to TensorFlow at a time.
+_CHUNK = 256  # Examples that are tokenized at once.
 
 
 def prompted_task(
@@ -133,21 +133,12 @@ class _Definition:
 
 
 def _register(task: _Definition) -> seqio.Task:
-    if task.name in seqio.TaskRegistry.names() or task.name in seqio.MixtureRegistry.names():
-        raise ValueError(f"there is a task or mixture {task.name!r} already; choose another name")
-    vocabularies = {"inputs": task.vocabulary, "targets": task.vocabulary.of_targets()}
-    return seqio.TaskRegistry.add(
+    return add_task(
         task.name,
-        source=PromptedSource(task),
-        output_features={
-            name: seqio.Feature(vocabulary, add_eos=True)
-            for name, vocabulary in vocabularies.items()
-        },
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        PromptedSource(task),
+        task.vocabulary,
         postprocess_fn=_postprocess_fn(task.postprocess),
         metric_fns=list(task.metrics),
-        shuffle_buffer_size=None,  # The source shuffles.
-        task_cls=RunTask,
     )
 
 
@@ -216,15 +207,16 @@ def _base_of(name: str) -> tuple[_Definition | None, list[str]]:
 # --- Reading ------------------------------------------------------------------------------------
 
 
-class PromptedSource(seqio.DataSource):
+class PromptedSource:
     """The rendered rows of a task. `examples` reads them without TensorFlow."""
 
-    supports_arbitrary_sharding = False
+    features: ClassVar = dict.fromkeys(("inputs", "targets"), TOKENS) | dict.fromkeys(
+        ("inputs_pretokenized", "targets_pretokenized", SOURCE_FEATURE, REFERENCES_FEATURE), TEXT
+    )
 
     def __init__(self, definition: _Definition):
-        super().__init__(splits=definition.source.splits, performs_internal_shuffling=True)
         self.definition = definition
-        self.source = definition.source
+        self.source, self.splits = definition.source, definition.source.splits
         """The rows."""
         self.templates = definition.templates
         self.shots = definition.shots
@@ -250,22 +242,15 @@ class PromptedSource(seqio.DataSource):
         self,
         split: str,
         dropped: Counter | None = None,
-        *,
-        tokenizer: Tokenizer | None = None,
-        labels: LabelTokenizer | None = None,
-        lengths: Mapping[str, int] | None = None,
-        shard: tuple[int, int] = (0, 1),
+        run: Run | None = None,
     ) -> Iterator[dict[str, str]]:
         """Yields the rendered texts of a split, the same ones in the same order each time.
 
         Args:
           split: the name of the split.
           dropped: counts dropped rows, by reason.
-          tokenizer: the run's tokenizer, which counts tokens and may have a chat template.
-          labels: the labels of a run whose model is a classifier; requires a tokenizer.
-          lengths: the maximum lengths of "inputs" and "targets" in tokens with eos. Without these
-            and a tokenizer, all exemplars are kept and no target is too long.
-          shard: (i, n) renders row i and every n-th one after it, counted after cleaning.
+          run: the run, whose tokenizer counts tokens and may have a chat template. Without it or
+            its lengths, all exemplars are kept and no target is too long.
         Returns:
           Dicts of the prompt ("inputs"), the answer ("targets"), the values in the prompt
           (SOURCE_FEATURE), and the correct answers as JSON (REFERENCES_FEATURE), empty if they are
@@ -275,17 +260,15 @@ class PromptedSource(seqio.DataSource):
         """
         dropped = Counter() if dropped is None else dropped
         try:
-            yield from self._examples(split, dropped, tokenizer, labels, lengths, shard)
+            yield from self._examples(split, dropped, run)
         except ValueError as error:
             raise ValueError(f"task {self.definition.name!r}: {error}") from None
 
-    def _examples(self, split, dropped, tokenizer, labels, lengths, shard):
-        lengths = lengths if tokenizer is not None and lengths else {}
+    def _examples(self, split, dropped, run):
+        tokenizer, labels, lengths = run or (None, None, {})
         is_train = split == TRAIN_SPLIT
         renderers = self._renderers(split, tokenizer, lengths.get("inputs"))
         for place, (number, row) in enumerate(self.source.numbered(split, dropped)):
-            if place % shard[1] != shard[0]:
-                continue
             first = 0 if is_train else place % len(renderers)
             for template, render in renderers[first:] + renderers[:first]:
                 try:
@@ -385,36 +368,23 @@ class PromptedSource(seqio.DataSource):
             )
         return json.dumps(list(value))
 
-    # The interface of SeqIO.
+    def encoded(
+        self, split: str, run: Run, dropped: Counter | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split in order, as tokens and texts."""
+        examples: Iterator[dict[str, Any]] = self.examples(split, dropped, run)
+        sides = {"inputs": run.tokenizer, "targets": run.labels or run.tokenizer}
+        while chunk := list(itertools.islice(examples, _CHUNK)):
+            for side, tokenizer in sides.items():
+                rows = tokenizer.encode_batch([example[side] for example in chunk])
+                for example, ids in zip(chunk, rows, strict=True):
+                    example[f"{side}_pretokenized"] = example[side].encode()
+                    example[side] = np.array([*ids, tokenizer.eos_id], np.int32)
+            yield from chunk
 
-    def list_shards(self, split):
-        return [split]
-
-    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
-        # There is one shard, so SeqIO never requests a part of it.
-        run = current_run()
-        needed = self._needs_tokenizer or run.labels is not None
-        tokenizer = self.definition.vocabulary.tokenizer if needed else None
-        text = tf.TensorSpec([None], tf.string)
-        dataset = from_generator(
-            lambda: _in_chunks(
-                self.examples(split, tokenizer=tokenizer, labels=run.labels, lengths=run.lengths)
-            ),
-            dict.fromkeys(("inputs", "targets", SOURCE_FEATURE, REFERENCES_FEATURE), text),
-        ).unbatch()
-        # Shuffled here, since texts fill the buffer faster than tokens, and before SeqIO repeats
-        # the data, so that each epoch has every example once.
-        return dataset.shuffle(SHUFFLE_BUFFER, seed=seed) if shuffle else dataset
-
-    @property
-    def _needs_tokenizer(self) -> bool:
-        by_template = any(template.needs_tokenizer for template in self.templates)
-        return by_template or self.shots > 0 or self.too_long != "cut"
-
-
-def _in_chunks(examples: Iterator[dict[str, str]]) -> Iterator[dict[str, list[str]]]:
-    while chunk := list(itertools.islice(examples, _CHUNK)):
-        yield {name: [example[name] for example in chunk] for name in chunk[0]}
+    def finish(self, run: Run) -> Callable[..., dict[str, Any]]:
+        """Returns a function that returns examples unchanged: nothing about them is random."""
+        return lambda example, *seeds: example
 
 
 def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:

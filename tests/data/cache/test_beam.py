@@ -6,6 +6,7 @@ import pytest
 
 from t5jax.data.cache.beam import make_writer
 from t5jax.data.cache.store import cache_tasks
+from t5jax.data.run import Run
 from t5jax.tokenizers import ByteTokenizer
 
 TASK = """
@@ -42,10 +43,11 @@ def test_beam_writes_what_processes_write(tmp_path):
     registry.load_tasks([str(file)])
     runner = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     kinds = {"here": {"processes": 1}, "beam": {"write": make_writer([runner], [str(file)])}}
+    run = Run(ByteTokenizer(), lengths=LENGTHS)
     for name, num_dropped in {"beamed": 200, "beamed_text": 0}.items():
         found = {}
         for kind, options in kinds.items():
-            (report,) = cache_tasks(name, tmp_path / kind, ByteTokenizer(), LENGTHS, **options)
+            (report,) = cache_tasks(name, tmp_path / kind, run, **options)
             files = {p.name: p.read_bytes() for p in report.path.iterdir()}
             found[kind] = files, report.dropped
             assert sum(report.dropped.values()) == num_dropped

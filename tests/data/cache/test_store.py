@@ -16,13 +16,14 @@ from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio, tf
-from t5jax.data.bridge.vocabulary import Run, RunVocabulary, building_for
+from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.cache.store import cache_tasks
 from t5jax.data.objectives.objectives import SpanCorruption
 from t5jax.data.objectives.task import text_task
 from t5jax.data.prompts.task import prompted_task
+from t5jax.data.run import Run
 from t5jax.data.sources.cleaning import drop_duplicates
 from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
@@ -48,7 +49,8 @@ def add_task(name="asked", rows=ROWS, templates=(("{q}?", "{a}"),), source=None,
 
 
 def cache(folder, mixture="asked", lengths=LENGTHS, processes=1, tokenizer=BYTES, **options):
-    return cache_tasks(mixture, folder, tokenizer, lengths, processes=processes, **options)
+    run = Run(tokenizer, lengths=lengths)
+    return cache_tasks(mixture, folder, run, processes=processes, **options)
 
 
 def reasons(folder, **options) -> list[str]:
@@ -74,7 +76,7 @@ def streamed(task, split="train", lengths=LENGTHS) -> list[tuple]:
 
 
 def read(folder, mixture="asked", num=None, lengths=LENGTHS, split="train") -> list[tuple]:
-    examples = open_cached(mixture, folder, BYTES, lengths, 0, split)
+    examples = open_cached(mixture, folder, Run(BYTES, lengths=lengths), 0, split)
     num = num or len(CachedTask(split_folder(folder, mixture, split)))
     return [tuple(tuple(x.tolist()) for x in e.values()) for e in examples.get(range(num))]
 
@@ -117,7 +119,7 @@ def test_a_corpus_is_cut_into_pieces_that_fill_a_row(tmp_path):
     whole = [[*ids, 1] for d in documents if (ids := BYTES.encode(d["text"]))]
     assert tokens.tolist() == [i for ids in whole for i in ids]
     assert set(cached_task.lengths[:-1, 0]) == {report.num_tokens // (report.num_examples - 1)}
-    examples = open_cached("asked", tmp_path, BYTES, LENGTHS, 0)
+    examples = open_cached("asked", tmp_path, Run(BYTES, lengths=LENGTHS), 0)
     lengths = examples.lengths(0, 50)
     assert lengths["inputs"].max() == 24
     for k, example in enumerate(examples.get(range(50))):
@@ -349,6 +351,7 @@ import time
 from t5jax.data import pipeline, registry
 from t5jax.data.cache.store import cache_tasks
 from t5jax.data.prompts.task import prompted_task
+from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.tokenizers import ByteTokenizer
 
@@ -364,7 +367,8 @@ def rows():
 prompted_task("asked", Source({"train": rows}), [("{q}", "{a}")], metrics=[], vocabulary="bytes")
 LIMIT
 try:
-    cache_tasks("asked", sys.argv[1], ByteTokenizer(), {"inputs": 24, "targets": 12}, processes=1)
+    run = Run(ByteTokenizer(), lengths={"inputs": 24, "targets": 12})
+    cache_tasks("asked", sys.argv[1], run, processes=1)
 except ValueError as error:
     print("ValueError:", error)
 """
@@ -387,7 +391,7 @@ def test_what_a_killed_writer_leaves_is_never_read(tmp_path):
     assert len(leftovers(tmp_path)) == 1
     add_task()
     with pytest.raises(ValueError, match="there is no cache"):
-        open_cached("asked", tmp_path, BYTES, LENGTHS, 0)
+        open_cached("asked", tmp_path, Run(BYTES, lengths=LENGTHS), 0)
     assert reasons(tmp_path) == ["it is not there"]
     assert leftovers(tmp_path) == []
     assert len(read(tmp_path)) == 600
@@ -441,7 +445,7 @@ def test_two_writers_take_turns(tmp_path):
 def test_who_reads_a_cache_reads_on_while_it_is_written_anew(tmp_path):
     add_task()
     cache(tmp_path)
-    examples = open_cached("asked", tmp_path, BYTES, LENGTHS, 0)
+    examples = open_cached("asked", tmp_path, Run(BYTES, lengths=LENGTHS), 0)
     before = [e["inputs"].tolist() for e in examples.get(range(600))]
     add_task(templates=[("Other: {q}", "{a}")])
     assert reasons(tmp_path) != [""]

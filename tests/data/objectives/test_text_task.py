@@ -9,9 +9,10 @@ from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.bridge.vocabulary import Run, building_for
-from t5jax.data.objectives.objectives import CausalLM, MaskedLM, PrefixLM, SpanCorruption, ul2
+from t5jax.data.bridge.vocabulary import building_for
+from t5jax.data.objectives.objectives import CausalLM, MaskedLM, SpanCorruption, ul2
 from t5jax.data.objectives.task import CorpusSource, text_task
+from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.tokenizers import ByteTokenizer
 
@@ -122,11 +123,12 @@ def test_every_evaluation_asks_the_same():
 
 
 def test_the_source_gives_documents_and_pieces_without_tensorflow():
-    source = add_task(PrefixLM(), field="book.text", rows=[{"book": {"text": "abc"}}] * 3).source
+    source = add_task(CausalLM(), field="book.text", rows=[{"book": {"text": "abc"}}] * 3).source
     assert isinstance(source, CorpusSource)
     dropped = Counter()
     assert list(source.examples("train", dropped)) == [{"targets": "abc"}] * 3
-    pieces = [piece.tolist() for piece in source.pieces("train", BYTES, 5)]
+    run = Run(BYTES, lengths={"targets": 5})
+    pieces = [piece.tolist() for piece in source.encoded("train", run)]
     a, b, c = BYTES.encode("abc")
     assert pieces == [[a, b, c, 1, a], [b, c, 1, a, b], [c, 1]]
 
