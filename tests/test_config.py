@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from conformance.cases import random_batch
+from conformance.families import LLAMA
+from conformance.families import T5 as SMALL
+from conformance.families import T5_EVEN as EVEN
 from golden import assert_golden
-from small import EVEN, SMALL, random_batch
-from small_gpt import LLAMA
 from t5jax import sharding
 from t5jax.architectures import SIZES, T5Config, published
 from t5jax.batch import BatchSpec, pad_ids, pad_rows, shift_right, train_spec, validate_batch

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-import small
-import small_bert
 import t5jax
-from small import VARIANTS, random_params
+from conformance.cases import random_params
+from conformance.families import BERT, GPT2, VARIANTS
 from t5jax import checkpoint, sharding
-from t5jax.architectures import BertConfig, published
+from t5jax.architectures import BertConfig
 from t5jax.cli import main
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.hf import io
@@ -53,60 +52,6 @@ def assert_same(a, b):
 # --- T5's encoder -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", T5)
-def test_an_encoder_alone_encodes_as_the_whole_model_does(variant):
-    whole = T5[variant]
-    alone = whole.encoder_alone()
-    assert (alone.kind, alone.num_outputs) == ("encoder", 0)
-    params = random_params(whole)
-    part = encoder_part(params)
-    assert jax.tree.structure(part) == jax.tree.structure(api.param_shapes(alone))
-    encoded = api.encode(alone, part, BATCH)
-    assert np.asarray(encoded).std() > 0.3
-    np.testing.assert_array_equal(encoded, api.encode(whole, params, BATCH))
-    np.testing.assert_array_equal(api.hidden(alone, part, BATCH), encoded)
-    assert api.param_axes(alone) == encoder_part(api.param_axes(whole))
-
-
-@pytest.mark.parametrize("field", ["tie_word_embeddings", "scale_decoder_outputs"])
-def test_an_encoder_alone_has_no_output_to_speak_of(field):
-    message = f"model.{field} is True, but with model.num_decoder_layers 0 there is no output mat"
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(small.SMALL, num_decoder_layers=0, **{field: True})
-
-
-def test_full_size_encoders_lower():
-    for model in (
-        published("t5_1_1_xxl", num_decoder_layers=0, dtype="bfloat16"),
-        published("umt5_xxl", num_decoder_layers=0, dtype="bfloat16"),
-        published("t5_11b").encoder_alone(),
-    ):
-        shapes = api.param_shapes(model)
-        batch = {"encoder_input_tokens": jax.ShapeDtypeStruct((8, 512), "int32")}
-        lowered = jax.jit(api.encode, static_argnums=0).lower(model, shapes, batch)
-        assert "stablehlo.while" in lowered.as_text()
-    # As diffusion models have it: 4.76 billion.
-    model = published("t5_1_1_xxl", num_decoder_layers=0)
-    assert sum(x.size for x in jax.tree.leaves(api.param_shapes(model))) == 4_762_310_656
-
-
-@pytest.mark.parametrize("variant", T5)
-def test_a_folder_of_an_encoder_is_exact(variant, tmp_path):
-    model = T5[variant].encoder_alone()
-    params = encoder_part(random_params(T5[variant]))
-    io.save_params(tmp_path / "out", model, params)
-    raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    kind = "UMT5EncoderModel" if variant == "umt5" else "T5EncoderModel"
-    assert raw["architectures"] == [kind]
-    assert not (tmp_path / "out" / "generation_config.json").exists()
-    assert io.read_config(tmp_path / "out") == model
-    assert_same(io.load_params(tmp_path / "out", model), params)
-    # Many folders have the whole model's config.json.
-    raw |= {"is_encoder_decoder": True, "num_decoder_layers": 2, "scale_decoder_outputs": True}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(raw))
-    assert io.read_config(tmp_path / "out") == model
-
-
 @pytest.mark.parametrize("variant", ["t5_1_0", "umt5"])
 def test_export_of_the_encoder_alone(variant, tmp_path):
     model = dataclasses.replace(T5[variant], **BYTES)
@@ -137,8 +82,8 @@ def folders(tmp_path_factory):
     """A folder of BERT under each head, and of each a run."""
     path, found = tmp_path_factory.mktemp("bert"), {}
     for name in ("masked_lm", "sequence_classification"):
-        model = small_bert.VARIANTS[name]
-        params = small_bert.random_params(model)
+        model = VARIANTS[f"bert_{name}"]
+        params = random_params(model)
         io.save_params(path / name, model, params)
         run_dir = checkpoint.create_run_dir(path / f"{name}_run")
         with checkpoint.Checkpoints(run_dir) as checkpoints:
@@ -182,7 +127,7 @@ def test_the_pooler_that_lies_beside_a_masked_lm_is_taken(folders, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     source = find(str(tmp_path))
-    assert source.model == small_bert.SMALL
+    assert source.model == BERT
     _, started_from, seed = started(source)
     assert_same(started_from["pooler"], classifier["pooler"])
     assert_same(started_from["encoder"], params["encoder"])
@@ -194,7 +139,7 @@ def test_a_classifier_keeps_what_is_its_own(place, folders):
     found = folders["sequence_classification"]
     source = find(str(found[place]))
     model, params, _ = started(source, BertConfig())
-    assert model.labels == small_bert.TEXT_LABELS
+    assert model.labels == VARIANTS["bert_sequence_classification"].labels
     assert_same(params, found[2])
     # Other classes: the pooler stays, the classifier is new.
     model, params, seed = started(source)
@@ -236,11 +181,11 @@ def models(tmp_path_factory):
     io.save_params(path / "t5_encoder", t5.encoder_alone(), encoder_part(random_params(t5)),
                    tokenizer=ByteTokenizer())  # fmt: skip
     (path / "vocab.txt").write_text("\n".join(PIECES))
-    bert = small_bert.VARIANTS["pooler"]
+    bert = VARIANTS["bert_pooler"]
     io.save_params(
         path / "bert",
         bert,
-        small_bert.random_params(bert),
+        random_params(bert),
         tokenizer=load_tokenizer(path / "vocab.txt"),
     )
     return {name: str(path / name) for name in ("t5", "t5_encoder", "bert")}
@@ -331,8 +276,6 @@ def test_embeddings_that_there_are_not(name, options, message, models):
 
 
 def test_a_decoder_has_none(models):
-    from small_gpt import GPT2
-
     model = Pretrained(GPT2, {}, ByteTokenizer(), sharding.make_mesh())
     with pytest.raises(ValueError, match="gpt2 is a decoder alone and has no encoder; embed with"):
         model.embed(["a"])
@@ -376,34 +319,6 @@ def transformers():
     found.utils.logging.disable_progress_bar()
     found.utils.logging.set_verbosity_error()
     return found
-
-
-@pytest.mark.hf
-@pytest.mark.parametrize("variant", T5)
-def test_an_exported_encoder_computes_the_same_there(variant, transformers, tmp_path):
-    import torch
-
-    model = T5[variant]
-    params = random_params(model)
-    io.save_params(tmp_path / "whole", model, params)
-    description, part = find(str(tmp_path / "whole")).read(encoder_only=True)
-    io.save_params(tmp_path / "alone", description, part, max_shard_bytes=5000)
-    kind = getattr(transformers, "UMT5EncoderModel" if variant == "umt5" else "T5EncoderModel")
-    theirs, info = kind.from_pretrained(tmp_path / "alone", output_loading_info=True)
-    assert {what: list(keys) for what, keys in info.items() if keys} == {}
-    ids = torch.tensor(TOKENS).long()
-    with torch.no_grad():
-        expected = theirs.eval()(input_ids=ids, attention_mask=(ids != 0).long())
-    real = TOKENS != 0
-    ours = np.asarray(api.encode(description, part, BATCH))[real]
-    expected = expected.last_hidden_state.numpy()[real]
-    assert expected.std() > 0.3
-    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)
-    # And the other way round.
-    theirs.save_pretrained(tmp_path / "back")
-    config = io.read_config(tmp_path / "back")
-    assert config == dataclasses.replace(description, dropout_rate=config.dropout_rate)
-    assert_same(io.load_params(tmp_path / "back", config), part)
 
 
 @pytest.mark.hf

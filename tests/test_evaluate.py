@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tiny
-from small import SMALL, random_params
+from conformance.cases import random_params
+from conformance.families import T5 as SMALL
 from t5jax import evaluate, sharding
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model

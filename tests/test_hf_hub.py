@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from small import SMALL, random_params
+from conformance.cases import random_params
+from conformance.families import T5 as SMALL
 from t5jax.hf import io
 from t5jax.hf.hub import _needed, resolve
 

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from small import EVEN, SMALL, VARIANTS, assert_trees_close, random_batch, random_params
+from conformance.cases import assert_trees_close, random_batch, random_params
+from conformance.families import T5 as SMALL
+from conformance.families import T5_EVEN as EVEN
+from conformance.families import VARIANTS
 from t5jax import batch as features
 from t5jax import losses, sharding
 from t5jax.config import LossConfig, MeshConfig

@@ -8,7 +8,8 @@ import pytest
 
 import t5jax
 import tiny
-from small import SMALL, random_params
+from conformance.cases import random_params
+from conformance.families import T5 as SMALL
 from t5jax import pretrained, sharding
 from t5jax.config import MeshConfig
 from t5jax.convert import export_model

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from small import EVEN, VARIANTS, assert_trees_close, random_batch
+from conformance.cases import assert_trees_close, random_batch
+from conformance.families import T5_EVEN as EVEN
+from conformance.families import VARIANTS
 from t5jax import sharding
 from t5jax.architectures import published
 from t5jax.batch import BatchSpec

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from small import SMALL, random_params
+from conformance.cases import random_params
+from conformance.families import T5 as SMALL
 from t5jax.architectures import T5Config
 from t5jax.config import Config
 from t5jax.hf import io as hf_io

@@ -5,15 +5,20 @@ T5 is in test_train.py, whose properties of the loop are not shown again here.
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-import small_gpt
 import tiny
+from conformance.cases import random_params
+from conformance.families import GPT2, LLAMA, T5GEMMA
 from t5jax import pretrained
 from t5jax.architectures import BertConfig, GPTConfig
+from t5jax.config import InitConfig, load_config
+from t5jax.convert import export_model
 from t5jax.evaluate import evaluate_model
 from t5jax.hf import io as hf_io
+from t5jax.models import api
 from t5jax.monitor import log
 from t5jax.source import find
 from t5jax.tokenizers import ByteTokenizer
@@ -27,8 +32,8 @@ BYTES = {"vocab_size": 384, "pad_token_id": 0, "eos_token_id": 1, "decoder_start
 GPT = {
     name: dataclasses.replace(model, scan_layers=False, **BYTES)
     for name, model in {
-        "gpt2": small_gpt.GPT2,
-        "llama": small_gpt.LLAMA,
+        "gpt2": GPT2,
+        "llama": LLAMA,
     }.items()
 }
 BERT = BertConfig(
@@ -182,9 +187,52 @@ def test_a_text_longer_than_the_learned_positions(tmp_path):
 def test_the_tokenizers_eos_is_the_one_to_train_with(tmp_path):
     # As Llama 3's chat models: several ids end a text, and the tokenizer's is not the first.
     model = dataclasses.replace(GPT["llama"], eos_token_id=5, more_eos_token_ids=(1, 7))
-    hf_io.save_params(
-        tmp_path / "hf", model, small_gpt.random_params(model), tokenizer=ByteTokenizer()
-    )
+    hf_io.save_params(tmp_path / "hf", model, random_params(model), tokenizer=ByteTokenizer())
     found = find(str(tmp_path / "hf")).model
     assert (found.eos_token_id, found.more_eos_token_ids) == (1, (5, 7))
     assert found.answer([9, 8, 7, 6, 1]) == [9, 8]
+
+
+def test_t5gemma_is_fine_tuned_from_a_folder(tmp_path):
+    model = dataclasses.replace(T5GEMMA, vocab_size=384, d_model=24, decoder_d_model=16)
+    params = jax.jit(api.init_params, static_argnums=0)(model, jax.random.key(0))
+    hf_io.save_params(tmp_path / "source", model, params, tokenizer=ByteTokenizer())
+    config = load_config("t5gemma_finetune")
+    run_dir = tmp_path / "run"
+
+    def section(name, **fields):
+        return {name: dataclasses.replace(getattr(config, name), **fields)}
+
+    config = dataclasses.replace(
+        config,
+        run_dir=str(run_dir),
+        init=InitConfig(model=str(tmp_path / "source")),
+        **section(
+            "data",
+            mixture="capitals",
+            task_files=(tiny.TASK_FILE,),
+            inputs_length=16,
+            targets_length=8,
+            batch_size=8,
+            pack=True,
+        ),
+        **section("optimizer", learning_rate=1e-2, warmup_steps=5),
+        **section("train", steps=30, log_every=10),
+        **section("eval", every=0, patience=None),
+        **section("checkpoint", every=30),
+    )
+    train(config)
+    losses = [line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line]
+    assert losses[0] > 4
+    assert losses[-1] < losses[0] - 1
+    tuned = pretrained.load(str(run_dir))
+    trained = dataclasses.replace(model, dropout_rate=0.1, scan_layers=False)
+    assert tuned.model == trained
+    assert len(tuned.generate(["capitals: abc", "capitals: d"], max_tokens=5)) == 2
+    # And it goes back to a folder as it is.
+    export_model(str(run_dir), str(tmp_path / "tuned"))
+    again = hf_io.load_params(tmp_path / "tuned", model)
+    np.testing.assert_array_equal(
+        again["decoder"]["layers"]["cross_attention"]["key"]["kernel"][1],
+        tuned.params["decoder"]["layers"][1]["cross_attention"]["key"]["kernel"],
+    )

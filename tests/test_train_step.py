@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from small import EVEN, SMALL, assert_trees_close, random_batch, random_params
+from conformance.cases import assert_trees_close, random_batch, random_params
+from conformance.families import T5 as SMALL
+from conformance.families import T5_EVEN as EVEN
 from t5jax import batch as features
 from t5jax import sharding
 from t5jax.config import AxisRules, LossConfig, MeshConfig, OptimizerConfig

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-import small_gpt
-from small import SMALL, random_params
+from conformance.cases import random_params
+from conformance.families import GPT2, LLAMA, change
+from conformance.families import T5 as SMALL
 from t5jax import sharding
 from t5jax.config import MeshConfig
 from t5jax.decoding import Generator, padded_batches
@@ -50,9 +51,9 @@ def test_answers_do_not_depend_on_batches_or_devices(mesh):
 
 
 def test_learned_positions_end():
-    model = small_gpt.change(small_gpt.GPT2, vocab_size=384)
+    model = change(GPT2, vocab_size=384)
     assert model.max_positions == 64
-    params = small_gpt.random_params(model)
+    params = random_params(model)
     generate = Generator(model, ByteTokenizer(), sharding.make_mesh(MeshConfig(data=-1)))
     ids = [7] * 59  # 60 with the start token; the last of 5 tokens is not read.
     assert len(generate(params, [ids, [8]], max_tokens=5, batch_size=2)) == 2
@@ -61,6 +62,6 @@ def test_learned_positions_end():
     ):
         generate(params, [[8], ids], max_tokens=6, batch_size=2)
     # Rotations go on.
-    llama = small_gpt.change(small_gpt.LLAMA, vocab_size=384)
+    llama = change(LLAMA, vocab_size=384)
     generate = dataclasses.replace(generate, model=llama)
-    assert generate(small_gpt.random_params(llama), [ids], max_tokens=9, batch_size=1)
+    assert generate(random_params(llama), [ids], max_tokens=9, batch_size=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def assert_golden(name: str, text: str) -> None:
@@ -36,7 +36,7 @@ def assert_golden_curve(name: str, curve: dict[str, list[float]], *, rtol: float
 
 def _golden(name: str, text: str) -> str:
     """Returns what tests/golden/<name> holds, after writing `text` to it where that is asked."""
-    path = _FOLDER / name
+    path = FOLDER / name
     if os.environ.get("T5JAX_UPDATE_GOLDEN"):
         path.write_text(text)
     assert path.is_file(), f"{path} is missing; {__doc__}"

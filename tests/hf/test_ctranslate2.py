@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-import small_gpt
-from small import SMALL, random_params
+from conformance.cases import random_examples, random_params
+from conformance.families import GPT2, LLAMA, QWEN3, VARIANTS, change
+from conformance.families import T5 as SMALL
 from t5jax import batch as features
 from t5jax import decoding
 from t5jax.hf import io
@@ -31,14 +32,12 @@ T5 = {
     "1.1, tied": dataclasses.replace(SMALL, tie_word_embeddings=True),
 }
 GPT = {
-    "gpt2": small_gpt.GPT2,
-    "gpt2_untied": small_gpt.VARIANTS["gpt2_untied"],
+    "gpt2": GPT2,
+    "gpt2_untied": VARIANTS["gpt2_untied"],
     # Its Llama has heads of d_model / num_heads, and does not stretch what llama3 stretches.
-    "llama": small_gpt.change(small_gpt.LLAMA, head_dim=4),
-    "llama_biased": small_gpt.change(
-        small_gpt.VARIANTS["llama_biased"], d_model=20, head_dim=4, rope_theta=300.0
-    ),
-    "qwen3": small_gpt.QWEN3,
+    "llama": change(LLAMA, head_dim=4),
+    "llama_biased": change(VARIANTS["llama_biased"], d_model=20, head_dim=4, rope_theta=300.0),
+    "qwen3": QWEN3,
 }
 LOGITS = jax.jit(api.logits, static_argnums=0)
 
@@ -122,11 +121,12 @@ def test_t5(variant, tmp_path):
 @pytest.mark.parametrize("variant", GPT)
 def test_gpt(variant, tmp_path):
     config = GPT[variant]
-    params = small_gpt.random_params(config, seed=1)
+    params = random_params(config, seed=1)
     generator = ctranslate2.Generator(convert(tmp_path, config, params), device="cpu")
 
     # Of one length: behind padding CTranslate2 counts positions from the padding on.
-    prompts = [text.tolist() for text in small_gpt.random_texts(config, lengths=(6, 6, 6))]
+    examples = random_examples(config, ((0, 6),) * 3)
+    prompts = [example[features.DECODER_INPUT_TOKENS].tolist() for example in examples]
     batch = features.prompt_batch(prompts, "decoder", 3, 6)
     tokens = np.asarray(decoding.greedy(config, params, batch, STEPS))
     whole = {features.DECODER_INPUT_TOKENS: np.concatenate([prompts, tokens], axis=1)[:, :-1]}

@@ -17,8 +17,10 @@ import pytest
 import tensorstore
 from flax import serialization
 
-import small
 from command_line import fails, run
+from conformance.cases import assert_trees_close, random_batch
+from conformance.cases import random_params as random_params_of
+from conformance.families import T5, T5_EVEN
 from t5jax import checkpoint, sharding
 from t5jax.architectures import T5Config, published
 from t5jax.config import AxisRules, Config, LossConfig, MeshConfig, OptimizerConfig
@@ -48,7 +50,7 @@ needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not here")
 
 # T5X's own networks have 128 as the largest distance.
 SMALL = dataclasses.replace(
-    small.SMALL, vocab_size=384, relative_attention_max_distance=128, dropout_rate=0.1
+    T5, vocab_size=384, relative_attention_max_distance=128, dropout_rate=0.1
 )
 T5_1_0 = dataclasses.replace(
     SMALL, mlp_activation="relu", tie_word_embeddings=True, scale_decoder_outputs=True
@@ -61,7 +63,7 @@ WIDE = dataclasses.replace(
 )
 
 
-random_params = functools.cache(small.random_params)
+random_params = functools.cache(random_params_of)
 # What `t5jax import` is told of most checkpoints here.
 GIVEN = {"vocabulary": "bytes", "mlp_activation": "gated-gelu"}
 
@@ -243,7 +245,7 @@ def test_bfloat16_is_widened_exactly(form, tmp_path):
 
 @pytest.mark.usefixtures("eight_devices")
 def test_slices_go_straight_to_their_devices(tmp_path):
-    config = dataclasses.replace(small.EVEN, per_layer_relative_bias=True)
+    config = dataclasses.replace(T5_EVEN, per_layer_relative_bias=True)
     config = dataclasses.replace(config, relative_attention_max_distance=128, dropout_rate=0.1)
     params = random_params(config)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, model=2))
@@ -507,7 +509,7 @@ def test_whole_statistics_become_the_factors_they_would_have_been(layout, tmp_pa
         notes = import_t5x(str(path), str(out), **GIVEN, loss_tokens=1)
         assert "goes on" in notes[-1]
         imported[name] = restore(out)[2].opt_state
-    small.assert_trees_close(imported["whole"], imported["factored"], atol=0, rtol=1e-5)
+    assert_trees_close(imported["whole"], imported["factored"], atol=0, rtol=1e-5)
 
 
 def test_statistics_that_do_not_fit_begin_anew_and_are_named(tmp_path):
@@ -857,7 +859,7 @@ def test_a_real_checkpoint_computes_as_transformers_does(tmp_path):
     export_model(out, str(tmp_path / "hf"), dtype="float32", max_shard_bytes=10**9, overwrite=False)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     model, params = find(out).read()
-    batch = small.random_batch(model, rows=3, source=21, target=11)
+    batch = random_batch(model, rows=3, source=21, target=11)
     inputs = torch.tensor(batch["encoder_input_tokens"]).long()
     targets = torch.tensor(batch["decoder_target_tokens"]).long()
     with torch.no_grad():

@@ -1,32 +1,30 @@
-"""Folders of decoder-only models: exact round trips, files as others wrote them, broken ones."""
+"""config.json and tensors as others wrote them: published, older, or not implemented."""
 
+import dataclasses
 import json
+import warnings
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from small_gpt import GEMMA3, GPT2, LLAMA, QWEN3, VARIANTS, change, random_params
-from t5jax.architectures import SIZES, GPTConfig, published
-from t5jax.config import AxisRules, MeshConfig
-from t5jax.hf import files, io
-from t5jax.hf.mapping import Part, Rearrange
-from t5jax.models import api
-from t5jax.sharding import make_mesh, param_shardings
+from conformance.cases import assert_same, random_params
+from conformance.families import (
+    BERT,
+    GEMMA3,
+    GPT2,
+    LLAMA,
+    QWEN3,
+    T5,
+    T5GEMMA,
+    VARIANTS,
+    change,
+)
+from t5jax.architectures import published
+from t5jax.hf import io, t5, t5gemma
+from t5jax.tokenizers import load_tokenizer
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
 pytestmark = pytest.mark.filterwarnings("ignore:a Llama whose heads")
-
-
-def assert_same(got, expected):
-    """Same leaves, dtypes and bits."""
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
-    ):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def saved(folder, config):
@@ -49,128 +47,122 @@ def edit_tensors(folder, change):
     safetensors.numpy.save_file(change(tensors), folder / "model.safetensors")
 
 
-# --- Round trips --------------------------------------------------------------------------------
+# --- T5 -------------------------------------------------------------------------------------------
 
 
-@every_variant
-def test_round_trip_is_exact(variant, tmp_path, recwarn):
-    config = VARIANTS[variant]
+def test_duplicates_of_a_tied_embedding(tmp_path):
+    config = VARIANTS["t5_1_0"]
     folder, params = saved(tmp_path, config)
+    names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+
+    def duplicate(tensors):
+        tensors |= {name: tensors["shared.weight"] for name in names}
+        tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.ones(
+            (3, 8), "float32"
+        )
+        return tensors
+
+    edit_tensors(folder, duplicate)
     assert io.read_config(folder) == config
     assert_same(io.load_params(folder, config), params)
-    assert not [w for w in recwarn if "keys that are not known" in str(w.message)]
+
+    def without(tensors):
+        return {name: x for name, x in tensors.items() if name not in ("shared.weight", names[0])}
+
+    # Some files keep the embedding under one of its other names alone.
+    edit_tensors(folder, without)
+    assert io.read_config(folder) == config
+    assert_same(io.load_params(folder, config), params)
+
+    edit_tensors(folder, lambda t: t | {names[1]: t[names[1]] + 1})
+    with pytest.raises(ValueError, match=r"duplicate, with other values: lm_head\.weight differs"):
+        io.load_params(folder, config)
 
 
-@pytest.mark.parametrize("variant", ["gpt2", "llama_biased"])
-def test_round_trip_is_exact_when_sharded(variant, tmp_path):
-    even = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 4, "num_kv_heads": 4}
-    config = change(VARIANTS[variant], **even, head_dim=4)
-    mesh = make_mesh(MeshConfig(2, 2, 2))
-    for rules in (AxisRules(), AxisRules(head_dim="model", heads=None, kv_heads=None)):
-        shapes = api.param_shapes(config)
-        shardings = param_shardings(api.param_axes(config), shapes, mesh, rules)
-        params = random_params(config)
-        sharded = jax.device_put(params, shardings)
-        io.save_params(tmp_path / "out", config, sharded, max_shard_bytes=3000, overwrite=True)
-        loaded = io.load_params(tmp_path / "out", config, shardings)
-        assert_same(loaded, params)
-        same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), loaded, shardings)
-        assert all(jax.tree.leaves(same))
+def test_a_head_of_its_own_is_found_though_the_config_says_tied(tmp_path):
+    folder, params = saved(tmp_path, T5)
+    # What transformers 5 writes for T5 1.1, mT5 and UMT5.
+    edit_config(folder, tie_word_embeddings=True, scale_decoder_outputs=False)
+    assert io.read_config(folder) == T5
+    assert_same(io.load_params(folder, io.read_config(folder)), params)
 
 
-def test_a_host_reads_of_a_fused_tensor_only_its_slices(tmp_path, monkeypatch):
-    config = change(GPT2, vocab_size=64, d_model=16, d_ff=32, num_heads=4, num_kv_heads=4)
-    folder, params = saved(tmp_path, config)
-    shapes, mesh = api.param_shapes(config), make_mesh(MeshConfig(model=4))
-    shardings = param_shardings(api.param_axes(config), shapes, mesh, AxisRules())
-    read = []
-    original = files._SafeTensor.__getitem__
-
-    def spy(self, index):
-        x = original(self, index)
-        read.append(x.nbytes)
-        return x
-
-    monkeypatch.setattr(files._SafeTensor, "__getitem__", spy)
-    assert_same(io.load_params(folder, config, shardings), params)
-    assert sum(read) == sum(x.size * 4 for x in jax.tree.leaves(shapes))
-
-
-def test_bfloat16_round_trips(tmp_path):
-    config = change(GPT2, param_dtype="bfloat16")
-    params = random_params(config)
-    io.save_params(tmp_path / "out", config, params, dtype="bfloat16")
-    assert_same(io.load_params(tmp_path / "out", config), params)
-
-
-def test_names_and_layouts_are_theirs(tmp_path):
-    """The mapping in numbers, on tensors picked by hand."""
-    folder, ours = saved(tmp_path / "gpt2", GPT2)
-    theirs = safetensors.numpy.load_file(folder / "model.safetensors")
-    attention = ours["decoder"]["layers"]["attention"]
-    for place, part in enumerate(("query", "key", "value")):
-        span = slice(12 * place, 12 * place + 12)
-        np.testing.assert_array_equal(
-            theirs["transformer.h.1.attn.c_attn.weight"][:, span],
-            attention[part]["kernel"][1].reshape(12, 12),
-        )
-        np.testing.assert_array_equal(
-            theirs["transformer.h.1.attn.c_attn.bias"][span], attention[part]["bias"][1].reshape(12)
-        )
-    np.testing.assert_array_equal(
-        theirs["transformer.h.0.attn.c_proj.weight"], attention["out"]["kernel"][0].reshape(12, 12)
-    )
-    assert theirs["transformer.h.0.mlp.c_fc.weight"].shape == (12, 20)
-    assert "lm_head.weight" not in theirs
-
-    folder, ours = saved(tmp_path / "gemma3", GEMMA3)
-    theirs = safetensors.numpy.load_file(folder / "model.safetensors")
-    layers = ours["decoder"]["layers"]
-    for name, leaf in (
-        ("post_attention_layernorm", layers["post_attention_norm"]["scale"]),
-        ("pre_feedforward_layernorm", layers["pre_mlp_norm"]["scale"]),
-        ("self_attn.q_norm", layers["attention"]["query_norm"]["scale"]),
-    ):
-        np.testing.assert_array_equal(theirs[f"model.layers.2.{name}.weight"], leaf[2])
-    np.testing.assert_array_equal(
-        theirs["model.layers.3.self_attn.q_proj.weight"],
-        layers["attention"]["query"]["kernel"][3].reshape(12, 18).T,
-    )
-    np.testing.assert_array_equal(
-        theirs["model.layers.0.mlp.gate_proj.weight"], layers["mlp"]["wi_0"]["kernel"][0].T
-    )
-
-
-def test_parts_of_a_tensor_are_read_in_any_slice():
-    rng = np.random.default_rng(0)
-    theirs = rng.standard_normal((5, 3 * 12))
-    for place in range(3):
-        view = Part(Rearrange("d (h k) -> d h k"), axis=1, place=place, count=3)
-        ours = theirs[:, 12 * place : 12 * place + 12].reshape(5, 3, 4)
-        assert view.their_shape((5, 3, 4)) == theirs.shape
-        np.testing.assert_array_equal(view.to_theirs(ours), ours.reshape(5, 12))
-        for _ in range(20):
-            ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in (5, 3, 4)]
-            index = tuple(slice(int(a), int(b)) for a, b in ends)
-            np.testing.assert_array_equal(view.read(theirs, index, (5, 3, 4)), ours[index])
-
-
-@pytest.mark.parametrize("size", [n for n, m in SIZES.items() if isinstance(m, GPTConfig)])
-def test_every_published_size_has_a_row_for_each_leaf(size):
-    config = published(size)
-    shapes = io._flatten(api.param_shapes(config))
-    rows = io._table(config).rows(config)
-    assert sorted(row.ours for row in rows) == sorted(shapes)
-    count = sum(np.prod(shape.shape, dtype=int) for shape in shapes.values())
-    theirs = {
-        name: shape
-        for row in rows
-        for name, shape in row.their_shapes(shapes[row.ours].shape).items()
+def test_config_json_of_transformers_4():
+    # T5 1.0: the newer keys are absent, the head is tied and so its input is scaled.
+    raw = {
+        "architectures": ["T5WithLMHeadModel"],
+        "d_ff": 2048,
+        "d_kv": 64,
+        "d_model": 512,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": "t5",
+        "n_positions": 512,
+        "num_heads": 8,
+        "num_layers": 6,
+        "output_past": True,
+        "pad_token_id": 0,
+        "relative_attention_num_buckets": 32,
+        "task_specific_params": {"summarization": {"prefix": "summarize: "}},
+        "vocab_size": 32128,
     }
-    assert sum(np.prod(shape, dtype=int) for shape in theirs.values()) == count
+    assert t5.read_config(raw, {}) == published("t5_small")
+    # T5 1.1 and FLAN: an untied head says that nothing is scaled.
+    newer = raw | {
+        "d_ff": 1024,
+        "num_heads": 6,
+        "num_layers": 8,
+        "num_decoder_layers": None,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "eos_token_id": [1],
+    }
+    assert t5.read_config(newer, {}) == published("flan_t5_small")
+    synonym = {key: value for key, value in newer.items() if key != "d_model"} | {"hidden_size": 16}
+    assert t5.read_config(synonym, {}).d_model == 16
+    # mT5 and UMT5 are never scaled.
+    for model_type, size in (("mt5", "mt5_small"), ("umt5", "umt5_small")):
+        multilingual = {
+            "model_type": model_type,
+            "vocab_size": published(size).vocab_size,
+            "tie_word_embeddings": False,
+        }
+        assert t5.read_config(multilingual, {}) == published(size)
+        tied = t5.read_config(multilingual | {"tie_word_embeddings": True}, {})
+        assert (tied.tie_word_embeddings, tied.scale_decoder_outputs) == (True, False)
 
 
-# --- config.json as published -------------------------------------------------------------------
+def test_a_scaled_head_of_its_own_warns(tmp_path):
+    config = dataclasses.replace(T5, scale_decoder_outputs=True)
+    with pytest.warns(UserWarning, match="transformers 4 and CTranslate2 do not scale"):
+        io.save_params(tmp_path / "out", config, random_params(config))
+    assert io.read_config(tmp_path / "out") == config
+
+
+@pytest.mark.parametrize("variant", ["t5_1_0", "umt5"])
+def test_an_encoder_in_a_folder_with_the_whole_models_config(variant, tmp_path):
+    whole = VARIANTS[variant]
+    model = whole.encoder_alone()
+    folder, params = saved(tmp_path, model)
+    edit_config(folder, is_encoder_decoder=True, num_decoder_layers=2, scale_decoder_outputs=True)
+    assert io.read_config(folder) == model
+    assert_same(io.load_params(folder, model), params)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_tied_head_is_right_for_readers_that_scale_what_is_tied(scaled):
+    """transformers 4 and CTranslate2 do; they know no scale_decoder_outputs."""
+    model = change(T5, tie_word_embeddings=True, scale_decoder_outputs=scaled)
+    assert t5.write_config(model)["tie_word_embeddings"] is scaled
+    (embedding,) = (row for row in t5.rows(model) if row.ours == "token_embedder/embedding")
+    assert embedding.copies == (() if scaled else ("lm_head.weight",))
+
+
+# --- Decoders alone -------------------------------------------------------------------------------
 
 # Of transformers 4, but for what only generation reads.
 _LLAMA = {
@@ -427,9 +419,6 @@ def test_special_tokens(tmp_path):
     assert io.read_config(folder) == config
 
 
-# --- Checkpoints as others wrote them -----------------------------------------------------------
-
-
 def test_gpt2_without_a_prefix_and_with_buffers(tmp_path):
     folder, params = saved(tmp_path, GPT2)
 
@@ -503,12 +492,152 @@ def test_the_text_model_of_a_gemma_with_images(style, tmp_path):
     assert_same(io.load_params(folder, config), params)
 
 
-# --- What is refused ----------------------------------------------------------------------------
+def test_dropout_rates_that_differ_are_told(tmp_path):
+    folder, _ = saved(tmp_path, GPT2)
+    edit_config(folder, attn_pdrop=0.3)
+    with pytest.warns(UserWarning, match=r"attn_pdrop differ \(0\.0, 0\.0, 0\.3\)"):
+        assert io.read_config(folder) == GPT2
+
+
+# --- T5Gemma --------------------------------------------------------------------------------------
+
+
+def version_4(config) -> dict:
+    """config.json as version 4 of transformers wrote it."""
+    raw = t5gemma.write_config(config)
+    for key in ("attention_dropout", "bos_token_id", "vocab_size"):
+        del raw[key]
+    raw["classifier_dropout_rate"] = 0.0
+    for side in ("encoder", "decoder"):
+        del raw[side]["rope_parameters"], raw[side]["rope_scaling"]
+        raw[side]["torch_dtype"] = "bfloat16"
+    return raw
+
+
+def test_version_4():
+    config = dataclasses.replace(T5GEMMA, dropout_rate=0.1)
+    raw = version_4(config)
+    assert raw["encoder"]["rope_theta"] == 100.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert t5gemma.read_config(raw, {}) == config
+    # A chat model has a second end, which stands outside alone.
+    raw["eos_token_id"] = [1, 7]
+    chat = dataclasses.replace(config, more_eos_token_ids=(7,))
+    assert t5gemma.read_config(raw, {}) == chat
+    assert t5gemma.read_config(t5gemma.write_config(chat), {}) == chat
+
+
+# --- BERT -----------------------------------------------------------------------------------------
+
+
+def test_the_first_files_with_both_heads_gamma_and_beta(tmp_path):
+    folder, params = saved(tmp_path, BERT)
+
+    def as_published(tensors):
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        for old, new in ((".weight", ".gamma"), (".bias", ".beta")):
+            tensors = {
+                n.replace(f"LayerNorm{old}", f"LayerNorm{new}"): x for n, x in tensors.items()
+            }
+        square, two = np.ones((21, 21), "float32"), np.ones((2, 21), "float32")
+        return tensors | {
+            "bert.embeddings.position_ids": np.arange(29)[None],
+            "bert.pooler.dense.weight": square,
+            "bert.pooler.dense.bias": square[0],
+            "cls.seq_relationship.weight": two,
+            "cls.seq_relationship.bias": two[:, 0],
+            "cls.predictions.decoder.weight": words,
+        }
+
+    edit_tensors(folder, as_published)
+    edit_config(folder, architectures=["BertForPreTraining"])
+    assert io.read_config(folder) == BERT
+    assert_same(io.load_params(folder, BERT), params)
+    # Where a name stands for two tensors, neither is dropped.
+    norm = "bert.embeddings.LayerNorm"
+    edit_tensors(folder, lambda t: t | {f"{norm}.weight": np.ones(21, "float32")})
+    with pytest.raises(ValueError, match=rf"unexpected: {norm}\.gamma \[21\]"):
+        io.load_params(folder, BERT)
+    name = "cls.predictions.decoder.weight"
+    edit_tensors(folder, lambda t: t | {name: t[name] + 1})
+    with pytest.raises(ValueError, match=f"{name} differs from bert.embeddings.word_embeddings"):
+        io.load_params(folder, BERT)
+
+
+def test_a_bare_encoder_has_no_prefix(tmp_path):
+    model = VARIANTS["bert_pooler"]
+    folder, params = saved(tmp_path, model)
+    edit_tensors(folder, lambda t: {name.removeprefix("bert."): x for name, x in t.items()})
+    assert io.read_config(folder) == model
+    assert_same(io.load_params(folder, model), params)
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "pooler", "none"])
+def test_without_architectures_the_weights_tell(head, tmp_path):
+    folder, _ = saved(tmp_path, VARIANTS[f"bert_{head}"])
+    edit_config(folder, architectures=...)
+    assert io.read_config(folder).head == head
+
+
+def test_ids_of_cls_and_sep_come_from_the_tokenizer_where_config_has_none(tmp_path):
+    folder, _ = saved(tmp_path, BERT)
+    edit_config(folder, bos_token_id=..., eos_token_id=None)
+    with pytest.raises(ValueError, match="model.cls_token_id is 101; it must be in"):
+        io.read_config(folder, load_tokenizer)  # There is none.
+    words = ["[PAD]", "[UNK]", "[MASK]", "a", "[SEP]", "[CLS]"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    config = io.read_config(folder, load_tokenizer)
+    assert (config.cls_token_id, config.eos_token_id, config.pad_token_id) == (5, 4, 0)
+
+
+def test_labels_without_names(tmp_path):
+    folder, _ = saved(tmp_path, VARIANTS["bert_sequence_classification"])
+    edit_config(folder, id2label=..., label2id=..., num_labels=3)
+    assert io.read_config(folder).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_dropouts_of_bert_that_differ_are_said(tmp_path):
+    folder, _ = saved(tmp_path, BERT)
+    edit_config(folder, hidden_dropout_prob=0.1)
+    with pytest.warns(UserWarning, match=r"differ \(0.1, 0.0\); training uses the first"):
+        assert io.read_config(folder).dropout_rate == 0.1
+    edit_config(folder, attention_probs_dropout_prob=0.1, directionality="bidi")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        io.read_config(folder)
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+TEXTS = VARIANTS["bert_sequence_classification"]
 
 
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
+        (T5, {"architectures": ["T5Model"]}, r"\['T5Model'\]; expected one of T5For"),
+        (T5, {"feed_forward_proj": "gelu"}, r"feed_forward_proj is 'gelu'.*gated-gelu"),
+        (T5, {"dense_act_fn": "gelu"}, r"dense_act_fn is 'gelu'.*expected 'gelu_new'"),
+        (T5, {"is_gated_act": False}, r"is_gated_act is False.*expected True"),
+        (T5, {"is_encoder_decoder": False}, r"is_encoder_decoder is False.*expected True"),
+        (T5, {"is_decoder": True}, r"is_decoder is True.*expected False"),
+        (T5, {"tie_encoder_decoder": True}, r"tie_encoder_decoder is True.*expected False"),
+        (
+            T5,
+            {"quantization_config": {"bits": 8}},
+            r"quantization_config is .* plain float weights",
+        ),
+        (T5, {"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]; expected a value of type int"),
+        (T5, {"d_model": "8"}, r"d_model is '8'; expected a value of type int"),
+        (T5, {"d_model": 8.0}, r"d_model is 8\.0; expected a value of type int"),
+        (
+            T5,
+            {"tie_word_embeddings": 1},
+            r"tie_word_embeddings is 1; expected a value of type bool",
+        ),
+        (T5, {"num_decoder_layers": 0}, r"num_decoder_layers is 0"),
+        (T5, {"relative_attention_num_buckets": 6}, r"relative_attention_num_buckets is 6"),
         (GPT2, {"model_type": "gpt_neox"}, r"'gpt_neox'; expected one of .*gpt2, llama, .*qwen3"),
         (GPT2, {"architectures": ["GPT2DoubleHeadsModel"]}, r"expected one of GPT2LMHeadModel"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, r"inverse_layer_idx is True.*False"),
@@ -570,6 +699,64 @@ def test_the_text_model_of_a_gemma_with_images(style, tmp_path):
             {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 7.0}}},
             r"rope_parameters differ between layers",
         ),
+        (
+            TEXTS,
+            {"position_embedding_type": "relative_key"},
+            "is 'relative_key', which is not impleme",
+        ),
+        (
+            TEXTS,
+            {"hidden_act": "silu"},
+            "hidden_act is 'silu', which is not implemented; expected one of",
+        ),
+        (
+            TEXTS,
+            {"is_decoder": True},
+            "is_decoder is True, which is not implemented; expected False",
+        ),
+        (
+            TEXTS,
+            {"add_cross_attention": True},
+            "add_cross_attention is True, which is not implemented",
+        ),
+        (
+            TEXTS,
+            {"quantization_config": {"a": 1}},
+            "quantization_config is .*; expected plain float",
+        ),
+        (
+            TEXTS,
+            {"problem_type": "regression"},
+            "problem_type is 'regression', which is not implemented",
+        ),
+        (
+            TEXTS,
+            {"problem_type": "multi_label_classification"},
+            "problem_type is 'multi_label_class",
+        ),
+        (TEXTS, {"id2label": {"0": "a"}}, r"model.labels are \('a',\); .* needs two or more"),
+        (
+            TEXTS,
+            {"id2label": {"0": "a", "2": "b"}},
+            "id2label is .*; expected a name for each of the",
+        ),
+        (TEXTS, {"id2label": {"0": "a", "1": "a"}}, "model.labels has 'a' twice"),
+        (
+            TEXTS,
+            {"num_attention_heads": 4},
+            "model.d_model 21 is not divisible by model.num_heads 4",
+        ),
+        (TEXTS, {"hidden_size": "21"}, "hidden_size is '21'; expected a value of type int"),
+        (
+            TEXTS,
+            {"architectures": ["BertForQuestionAnswering"]},
+            "architectures is .*; expected one of B",
+        ),
+        (
+            TEXTS,
+            {"architectures": ...},
+            "the weights hold a classifier: of texts or of words",
+        ),
     ],
 )
 def test_config_that_is_not_implemented(config, changes, message, tmp_path):
@@ -579,36 +766,39 @@ def test_config_that_is_not_implemented(config, changes, message, tmp_path):
         io.read_config(folder)
 
 
-def test_dropout_rates_that_differ_are_told(tmp_path):
-    folder, _ = saved(tmp_path, GPT2)
-    edit_config(folder, attn_pdrop=0.3)
-    with pytest.warns(UserWarning, match=r"attn_pdrop differ \(0\.0, 0\.0, 0\.3\)"):
-        assert io.read_config(folder) == GPT2
-
-
-def test_every_problem_is_listed_once(tmp_path):
-    folder, _ = saved(tmp_path, GPT2)
-
-    def change(tensors):
-        for layer in (0, 1):
-            del tensors[f"transformer.h.{layer}.attn.c_attn.weight"]
-        tensors["transformer.h.1.attn.c_attn.bias"] = np.zeros(12, "float32")
-        tensors["transformer.h.0.crossattention.q_attn.weight"] = np.zeros((2, 2), "float32")
-        return tensors
-
-    edit_tensors(folder, change)
-    with pytest.raises(ValueError, match="does not hold the model that was described") as error:
-        io.load_params(folder, GPT2)
-    for part in (
-        "tensors missing: transformer.h.{0-1}.attn.c_attn.weight [12, 36];",
-        "tensors unexpected: transformer.h.{0}.crossattention.q_attn.weight [2, 2];",
-        "of another shape: transformer.h.{1}.attn.c_attn.bias [12], expected [36]",
-    ):
-        assert part in str(error.value)
-
-
-def test_an_untied_head_that_is_missing(tmp_path):
-    folder, _ = saved(tmp_path, LLAMA)
-    edit_tensors(folder, lambda t: {name: x for name, x in t.items() if "lm_head" not in name})
-    with pytest.raises(ValueError, match=r"tensors missing: lm_head.weight \[61, 12\]"):
-        io.load_params(folder, LLAMA)
+@pytest.mark.parametrize(
+    ("where", "changes", "message"),
+    [
+        ("", {"is_encoder_decoder": False}, "is_encoder_decoder is False, which is not"),
+        ("", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ("", {"encoder": None}, "encoder is None; expected an object"),
+        ("", {"dropout_rate": "0.1"}, "dropout_rate is '0.1'; expected a value of type float"),
+        ("", {"decoder_start_token_id": 0}, "bos_token_id is 2 in one place and 0 in another"),
+        ("", {"pad_token_id": 3}, "pad_token_id is 0 in one place and 3 in another"),
+        ("encoder", {"hidden_activation": "relu"}, "encoder: .*hidden_activation is 'relu'"),
+        ("decoder", {"attention_bias": True}, "decoder: .*attention_bias is True, which is not"),
+        ("encoder", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (
+            "decoder",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "decoder: .*rope_parameters is of type 'yarn'",
+        ),
+        (
+            "decoder",
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "decoder: .*rope_scaling is 'linear', which is not implemented",
+        ),
+        ("decoder", {"vocab_size": 99}, "vocab_size is 61 in encoder and 99 in decoder"),
+        ("decoder", {"sliding_window": 9}, "sliding_window is 3 in encoder and 9 in decoder"),
+        ("decoder", {"attn_logit_softcapping": None}, "attn_logit_softcapping is 50.0 in encoder"),
+        ("encoder", {"query_pre_attn_scalar": 6}, "query_pre_attn_scalar is 6 in encoder and 10"),
+        ("encoder", {"layer_types": ["full_attention"] * 3}, "layer_types are"),
+        ("encoder", {"layer_types": ["chunked_attention"] * 3}, "encoder: .*chunked_attention"),
+    ],
+    ids=str,
+)
+def test_config_of_t5gemma_that_is_not_implemented(where, changes, message):
+    raw = t5gemma.write_config(T5GEMMA)
+    raw = raw | {where: raw[where] | changes} if where else raw | changes
+    with pytest.raises(ValueError, match=message):
+        t5gemma.read_config(raw, {})
