@@ -1,4 +1,4 @@
-"""What a run has chosen that its tasks' examples depend on."""
+"""The settings of a run on which the examples of its tasks depend."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 
 class Run(NamedTuple):
-    """What examples depend on beside their rows."""
+    """What examples depend on, other than their rows."""
 
     tokenizer: Tokenizer
     labels: LabelTokenizer | None = None
-    """Of the targets, where the model is a classifier."""
+    """The labels of targets, if the model is a classifier."""
     lengths: Mapping[str, int] = {}
-    """Tokens that "inputs" and "targets" may have, with eos; any number where it is not said."""
+    """The maximum lengths of "inputs" and "targets" in tokens with eos; unlimited if missing."""
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What it is beside the lengths, as JSON values."""
+        """The settings other than the lengths, as JSON values."""
         labels = {"model.labels": repr(self.labels)} if self.labels else {}
         return {"vocabulary": repr(self.tokenizer)} | labels

@@ -1,6 +1,6 @@
 """Training examples as a stream, without a cache, in SeqIO's order.
 
-The tasks of t5jax are read in Python, those of SeqIO's own through SeqIO.
+t5jax's tasks are read in Python, SeqIO's own tasks through SeqIO.
 """
 
 import itertools
@@ -28,10 +28,10 @@ class StreamedExamples:
     def read(self, start: int) -> Iterator[Example]:
         """Yields the examples from number `start` on.
 
-        To get there, a task of t5jax makes those of two epochs at most, one of SeqIO's own all.
+        To get there, t5jax's tasks generate at most two epochs of examples, SeqIO's own tasks all.
 
         Raises:
-          ValueError: for no examples, and for what a task cannot read.
+          ValueError: if there are no examples, or a task cannot read a row.
         """
         tasks = [t for t in seqio.get_subtasks(self._mixture) if TRAIN_SPLIT in t.splits]
         choices = self._choices(tasks)
@@ -44,7 +44,7 @@ class StreamedExamples:
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
     def _choices(self, tasks: list[seqio.Task]) -> Iterator[int]:
-        """Yields for each example the number of the task that it comes from."""
+        """Yields the index of each example's task."""
         if not isinstance(self._mixture, seqio.Mixture):
             return itertools.repeat(0)
         numbers = [tf.data.Dataset.from_tensors(np.int64(i)).repeat() for i in range(len(tasks))]

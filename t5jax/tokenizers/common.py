@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         """Returns the ids of a text, without eos. "<extra_id_0>" becomes the id of the sentinel."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of several texts, on all cores where the library has threads."""
+        """Returns the ids of several texts, using all cores if the library has threads."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the ids before the first eos. Padding is skipped, ids beyond the
