@@ -89,7 +89,7 @@ def attention(
       bias: float32 [B or 1, H, T, S], or None.
       scale: the factor of the scores.
       softcap: the cap of the function `softcap`, or None.
-      dropout: applied to the probabilities [B, G, R, T, S], or None.
+      dropout: applied to the probabilities, [B, H, T, S] or [B, G, R, T, S], or None.
       cached: the layout of k and v. In a cache, heads precede tokens, so that a few queries read
         memory contiguously.
     Returns:
@@ -98,24 +98,26 @@ def attention(
       groups; the cap is Gemma 2's.
     """
     kept = "BGSK" if cached else "BSGK"
-    num_groups, num_keys = k.shape[kept.index("G")], k.shape[kept.index("S")]
-    batch_size, num_queries, _, head_dim = q_BTHK.shape
-    q_BTGRK = q_BTHK.reshape(batch_size, num_queries, num_groups, -1, head_dim)
-    scores_BGRTS = jnp.einsum(
-        f"BTGRK,{kept}->BGRTS", q_BTGRK, k, preferred_element_type=jnp.float32
-    )
+    num_heads, num_groups = q_BTHK.shape[2], k.shape[kept.index("G")]
+    # Without an axis of size 1 where no heads are shared: with it, XLA on CPU lays out the scores
+    # in a way that makes a T5 1.1 small's step 7 % slower.
+    group, shape = "G", (num_groups,)
+    if num_groups != num_heads:
+        group, shape = "GR", (num_groups, num_heads // num_groups)
+    q = q_BTHK.reshape(*q_BTHK.shape[:2], *shape, q_BTHK.shape[3])
+    scores = jnp.einsum(f"BT{group}K,{kept}->B{group}TS", q, k, preferred_element_type=jnp.float32)
     if scale != 1.0:
-        scores_BGRTS *= scale
+        scores *= scale
     if softcap is not None:
-        scores_BGRTS = soft_cap(scores_BGRTS, softcap)
+        scores = soft_cap(scores, softcap)
     if bias is not None:
-        scores_BGRTS += bias.reshape(len(bias), num_groups, -1, num_queries, num_keys)
-    mask_B11TS = mask.dense(num_queries, num_keys)[:, None]
-    scores_BGRTS = jnp.where(mask_B11TS, scores_BGRTS, MASKED)
-    probs_BGRTS = jax.nn.softmax(scores_BGRTS, axis=-1).astype(v.dtype)
+        scores += bias.reshape(len(bias), *shape, *scores.shape[-2:])
+    seen_B1TS = mask.dense(*scores.shape[-2:])
+    seen = seen_B1TS if group == "G" else seen_B1TS[:, None]
+    probs = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     if dropout is not None:
-        probs_BGRTS = dropout(probs_BGRTS)
-    return jnp.einsum(f"BGRTS,{kept}->BTGRK", probs_BGRTS, v).reshape(q_BTHK.shape)
+        probs = dropout(probs)
+    return jnp.einsum(f"B{group}TS,{kept}->BT{group}K", probs, v).reshape(q_BTHK.shape)
 
 
 def soft_cap(x, cap: float):
