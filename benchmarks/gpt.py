@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from t5jax import batch as features
+from t5jax import sharding
 from t5jax.architectures import GPTConfig
-from t5jax.config import LossConfig, OptimizerConfig
+from t5jax.config import Config, DataConfig, LossConfig, OptimizerConfig
 from t5jax.losses import batch_loss
 from t5jax.models import api
-from t5jax.optimizers import make_optimizer
-from t5jax.train_state import create_train_state
-from t5jax.train_step import make_train_step
+from t5jax.program import program
 from turns import take_turns
 
 ROWS, LENGTH, RATE, STEPS_A_TURN = 32, 128, 1e-3, 20
@@ -65,17 +64,21 @@ class Book:
 class T5jax:
     def __init__(self, book: str):
         self._book = Book(book)
-        tx = make_optimizer(
-            OptimizerConfig(name="adamw", learning_rate=RATE), 1000, api.param_axes(MODEL)
+        config = Config(
+            model=MODEL,
+            data=DataConfig(batch_size=ROWS),
+            optimizer=OptimizerConfig(name="adamw", learning_rate=RATE),
+            loss=LossConfig(z_loss=0.0),
         )
-        loss = LossConfig(z_loss=0.0)
-        self._state = jax.jit(lambda key: create_train_state(MODEL, tx, key))(jax.random.key(0))
-        self._step = jax.jit(make_train_step(MODEL, tx, loss), donate_argnums=0)
-        self._loss = jax.jit(lambda params, batch: batch_loss(MODEL, params, batch, loss)[1])
+        self._run = program(config, sharding.make_mesh())
+        with self._run.use():
+            self._state = self._run.create(jax.random.key(0))
+        self._loss = jax.jit(lambda params, batch: batch_loss(MODEL, params, batch, config.loss)[1])
 
     def __call__(self):
-        for _ in range(STEPS_A_TURN):
-            self._state, metrics = self._step(self._state, _batch(self._book.rows()))
+        with self._run.use():
+            for _ in range(STEPS_A_TURN):
+                self._state, metrics = self._run.step(self._state, _batch(self._book.rows()))
         metrics["loss"].block_until_ready()
 
     def result(self) -> float:

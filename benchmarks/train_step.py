@@ -15,13 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from t5jax import batch as features
+from t5jax import sharding
 from t5jax.architectures import T5Config, published
-from t5jax.config import LossConfig, OptimizerConfig
+from t5jax.config import Config, DataConfig, LossConfig, OptimizerConfig
 from t5jax.hf.t5 import write_config
-from t5jax.models import api
-from t5jax.optimizers import make_optimizer
-from t5jax.train_state import create_train_state
-from t5jax.train_step import make_train_step
+from t5jax.program import program
 from turns import median_seconds
 
 BATCH, SOURCE, TARGET = 8, 256, 64
@@ -41,14 +39,21 @@ def random_batch(model: T5Config) -> dict:
 
 def t5jax_step(model: T5Config):
     """Returns a function that does one step and waits for it."""
-    tx = make_optimizer(OptimizerConfig(name="adamw"), 1000, api.param_axes(model))
-    state = jax.jit(lambda key: create_train_state(model, tx, key))(jax.random.key(0))
-    step = jax.jit(make_train_step(model, tx, LossConfig(z_loss=0.0)), donate_argnums=0)
+    config = Config(
+        model=model,
+        data=DataConfig(batch_size=BATCH),
+        optimizer=OptimizerConfig(name="adamw"),
+        loss=LossConfig(z_loss=0.0),
+    )
+    training = program(config, sharding.make_mesh())
     batch = random_batch(model)
+    with training.use():
+        state = training.create(jax.random.key(0))
 
     def run():
         nonlocal state
-        state, metrics = step(state, batch)
+        with training.use():
+            state, metrics = training.step(state, batch)
         return float(metrics["loss"]) / (BATCH * TARGET)
 
     return run

@@ -166,17 +166,34 @@ def best_checkpoint(run_dir: Path) -> Path:
     Raises:
       ValueError: if the run has none.
     """
-    losses = {}
-    for path in _checkpoints(run_dir):
-        metrics = path / "metrics" / "metrics"
-        loss = json.loads(metrics.read_text())["loss"] if metrics.is_file() else None
-        # Without a loss a checkpoint comes behind all that have one; then the last one wins.
-        losses[path] = (loss is not None, -(loss or 0.0), int(path.name))
+    losses = {path: _validation_loss(path) for path in _checkpoints(run_dir)}
     if not losses:
         raise ValueError(
             f"{run_dir} has no finished checkpoint yet; wait for the first, or choose another run"
         )
-    return max(losses, key=losses.get)
+    # Without a loss a checkpoint comes after all that have one. Among equals the last one wins.
+    return min(losses, key=lambda path: (losses[path], -int(path.name)))
+
+
+def best_loss(run_dir: str | Path) -> float:
+    """Returns the lowest validation loss of a run, nats a target token: its best checkpoint's.
+
+    Raises:
+      ValueError: if the run has no checkpoint, or none that was evaluated.
+    """
+    loss = _validation_loss(best_checkpoint(Path(run_dir)))
+    if loss == math.inf:
+        raise ValueError(
+            f"{run_dir} has no validation loss; train with eval.every above 0, or measure it with "
+            f"`t5jax eval {run_dir}`"
+        )
+    return loss
+
+
+def _validation_loss(checkpoint: Path) -> float:
+    """Returns the loss that a checkpoint was saved with; infinity where it has none."""
+    metrics = checkpoint / "metrics" / "metrics"
+    return json.loads(metrics.read_text())["loss"] if metrics.is_file() else math.inf
 
 
 # --- Reading without training --------------------------------------------------------------------
@@ -271,4 +288,4 @@ def _fixed_fields(config: Config) -> dict[str, list[str]]:
     The data's iterator checks what it depends on by itself.
     """
     model = [f.name for f in dataclasses.fields(config.model) if f.name not in _FREE_MODEL_FIELDS]
-    return {"model": model, "init": ["model"], "optimizer": ["name"], "train": ["seed"]}
+    return {"model": model, "init": ["model"], "optimizer": ["name", "freeze"], "train": ["seed"]}

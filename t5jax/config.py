@@ -11,13 +11,15 @@ import json
 import math
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
 
 from t5jax import shipped
 from t5jax.architectures import DEFAULT, FAMILIES, Architecture
 from t5jax.checks import check_at_least, check_choice, check_positive, did_you_mean
 
 Optimizer = Literal["adafactor", "adamw", "adamw_scaled"]
+Section = TypeVar("Section")
 Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear"]
 
 
@@ -127,6 +129,9 @@ class OptimizerConfig:
     """adafactor: exponent of the second moment's decay, 1 - step^-decay_rate. None: 0.8."""
     clip_threshold: float | None = None
     """adafactor: clip a parameter's update to this RMS, before the learning rate. None: 1.0."""
+    freeze: tuple[str, ...] = ()
+    """Parameters to leave as they are: patterns that match their paths, such as encoder/* or
+    */embedding."""
 
     def __post_init__(self) -> None:
         check_choice(self.name, typing.get_args(Optimizer), "optimizer.name")
@@ -388,6 +393,46 @@ def from_json(text: str, cls: type[Any] = Config) -> Any:
     return _from_plain(json.loads(text), cls, "")
 
 
+def override(config: Section, changes: Mapping[str, Any]) -> Section:
+    """Returns a config, or a section of one, with some fields replaced.
+
+    Args:
+      config: the config or section; it stays as it is.
+      changes: field to value; a dot leads into a section: {"optimizer.learning_rate": 1e-3}.
+    Raises:
+      ValueError: as in `from_json`, and if a section refuses the new values.
+    """
+    changed: Section = _override(config, changes, "")
+    return changed
+
+
+def _override(section: Any, changes: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(type(section))
+    values: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for field, value in changes.items():
+        name, dot, rest = field.partition(".")
+        _check_field(name, hints, path)
+        if dot:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            values[name] = _from_plain(value, hints[name], f"{path}{name}.")
+    for name, below in inner.items():
+        value = values.get(name, getattr(section, name))
+        if not dataclasses.is_dataclass(value):
+            raise ValueError(
+                f"config field {path}{name} is {value!r} and has no field {next(iter(below))!r}"
+            )
+        values[name] = _override(value, below, f"{path}{name}.")
+    return dataclasses.replace(section, **values)
+
+
+def _check_field(name: str, known: Iterable[str], path: str) -> None:
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"config field {path}{name} does not exist; {hint}".rstrip("; "))
+
+
 class _WrongType(ValueError):
     """A value has none of the types of its field."""
 
@@ -401,9 +446,7 @@ def _from_plain(value: Any, kind: Any, path: str) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name in value:
-            if name not in hints:
-                hint = did_you_mean(name, hints)
-                raise ValueError(f"config field {path}{name} does not exist; {hint}".rstrip("; "))
+            _check_field(name, hints, path)
         return kind(**{n: _from_plain(v, hints[n], f"{path}{n}.") for n, v in value.items()})
     if origin in (typing.Union, types.UnionType):
         for arg in args:
@@ -417,8 +460,8 @@ def _from_plain(value: Any, kind: Any, path: str) -> Any:
         return value  # The section checks it.
     elif kind is float and type(value) is int:
         return float(value)
-    elif type(value) is kind:  # Not isinstance: True is an int.
-        return value
+    elif type(value) is kind or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
+        return value  # Not isinstance for plain values: True is an int.
     expected = kind.__name__ if isinstance(kind, type) and not args else kind
     raise _WrongType(
         f"config field {path.rstrip('.') or '(the whole)'} is {value!r}; expected {expected}"

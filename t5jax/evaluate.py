@@ -18,7 +18,7 @@ import numpy as np
 from t5jax import batch as features
 from t5jax import metrics, sharding
 from t5jax.architectures import Architecture, Dtype
-from t5jax.config import AxisRules, EvalConfig, LossConfig, MeshConfig
+from t5jax.config import AxisRules, LossConfig, MeshConfig, override
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
 from t5jax.decoding import Generator
@@ -214,22 +214,20 @@ def evaluate_model(
     mixture = mixture or trained.mixture
     if not mixture:
         raise ValueError(f"{source.path} does not say what it was trained on; give --mixture NAME")
-    lengths: dict = {
-        "inputs_length": trained.inputs_length if inputs_length is None else inputs_length,
-        "targets_length": trained.targets_length if max_tokens is None else max_tokens,
-    }
     task_files = (*trained.task_files, *task_files)
-    config = dataclasses.replace(
+    config = override(
         source.config,
-        data=dataclasses.replace(
-            trained,
-            mixture=mixture,
+        {
+            "data.mixture": mixture,
             # A mixture that was asked for is measured alone.
-            mixture_changes=trained.mixture_changes if mixture == trained.mixture else (),
-            task_files=task_files,
-            **lengths,
-        ),
-        eval=EvalConfig(split=split, batch_size=batch_size, num_examples=num_examples),
+            "data.mixture_changes": trained.mixture_changes if mixture == trained.mixture else (),
+            "data.task_files": task_files,
+            "data.inputs_length": trained.inputs_length if inputs_length is None else inputs_length,
+            "data.targets_length": trained.targets_length if max_tokens is None else max_tokens,
+            "eval.split": split,
+            "eval.batch_size": batch_size,
+            "eval.num_examples": num_examples,
+        },
     )
     registry.load_tasks(task_files)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
@@ -245,7 +243,7 @@ def evaluate_model(
             mesh,
             rules,
             batch_size=batch_size,
-            max_tokens=lengths["targets_length"],
+            max_tokens=config.data.targets_length,
             prefix_lm=trained.prefix_lm,
         )
         for eval_set in progress.track(eval_sets, f"evaluating on {split}"):

@@ -24,10 +24,8 @@ from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables
-from t5jax.optimizers import make_optimizer, make_schedule
+from t5jax.program import program
 from t5jax.source import Source, adopt, find
-from t5jax.train_state import create_train_state, train_state_shapes, train_state_shardings
-from t5jax.train_step import make_train_step
 
 # Schedules that depend on train.steps.
 FALLING = {"cosine", "linear"}
@@ -49,13 +47,8 @@ def train(config: Config) -> Path:
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
-    # --- What is trained, and on what ---
+    # --- Where the run stands, and what its model comes from ---
     run_dir = checkpoint.create_run_dir(config.run_dir)
-    mesh = sharding.make_mesh(config.mesh)
-    rules = config.axes
-    sharding.check_batch_size(config.data.batch_size, mesh, rules)
-    _check_microbatches(config, mesh)
-
     last = checkpoint.latest_checkpoint(run_dir)
     loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source = None
@@ -64,8 +57,6 @@ def train(config: Config) -> Path:
         name = str(last or config.init.model)
         source = find(name)
         config = dataclasses.replace(config, model=adopt(config.model, source, name))
-    model = config.model
-    model.check_head()
     if last:
         saved = checkpoint.read_config(last)
         checkpoint.check_same_run(saved, config, begun=bool(loop.iterator))
@@ -73,15 +64,14 @@ def train(config: Config) -> Path:
             say(f"nothing to do in {run_dir}: {reason}")
             return _finish(run_dir, loop, config)
 
-    # --- Optimizer: what cannot work is said before a cache is written ---
-    tx = make_optimizer(config.optimizer, config.train.steps, api.param_axes(model))
-    schedule = jax.jit(make_schedule(config.optimizer, config.train.steps))
+    # --- The program: what cannot work is said before a cache is written ---
+    run = program(config, sharding.make_mesh(config.mesh))
 
     # --- Data ---
     say("reading tasks")
     registry.load_tasks(config.data.task_files)
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
-    rows = sharding.process_rows(config.data.batch_size, mesh, rules)
+    rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
     if loop.iterator:
         iterator.restore(loop.iterator)
@@ -89,73 +79,48 @@ def train(config: Config) -> Path:
     if config.eval.every:
         eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)
         evaluator = Evaluator(
-            model,
+            run.model,
             tokenizer,
-            mesh,
-            rules,
+            run.mesh,
+            run.rules,
             batch_size=config.eval.batch_size,
             max_tokens=config.eval.max_tokens or config.data.targets_length,
             generate=config.eval.generate,
             prefix_lm=config.data.prefix_lm,
         )
 
-    # --- The step, and what it needs on the devices ---
-    shardings = train_state_shardings(model, tx, mesh, rules)
-    train_step = jax.jit(
-        make_train_step(
-            model,
-            tx,
-            config.loss,
-            seed=config.train.seed,
-            microbatches=config.train.microbatches,
-        ),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
-
-    with (
-        sharding.use_mesh(mesh, rules),
-        Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints,
-    ):
+    with run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
         # --- Resume, or begin ---
         start = int(last.name) if last else 0
         if last:
             say(f"going on from step {start} of {run_dir}")
-            schedules = {saved.optimizer.schedule, config.optimizer.schedule}
-            if saved.train.steps != config.train.steps and schedules <= FALLING:
-                say(
-                    f"the {config.optimizer.schedule} schedule falls until step "
-                    f"{config.train.steps} from here on; so far it fell until {saved.train.steps}"
-                )
-            state = checkpoints.restore(last, train_state_shapes(model, tx), shardings)
+            _say_how_the_rate_falls(saved, config)
+            state = checkpoints.restore(last, run.shapes, run.shardings)
         else:
-            key = jax.random.key(config.train.seed)
-            create = jax.jit(
-                lambda key: create_train_state(model, tx, key), out_shardings=shardings
-            )
-            state = create(key)
+            state = run.create(jax.random.key(config.train.seed))
             if source:
                 say(f"parameters from {source.path}")
-                new = _new_params(source, model, state.params)
+                new = _new_params(source, run.model, state.params)
                 state = state.replace(params=None)  # Never two copies on the devices.
-                state = state.replace(params=source.params(model, shardings.params, new))
+                params = source.params(run.model, run.shardings.params, new)
+                state = state.replace(params=params)
         log.truncate_metrics(run_dir, start)
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{num_params:,} parameters on {describe_mesh(mesh)}")
+        say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}")
 
         # --- Train ---
         throughput = progress.Throughput()
         bar = progress.ProgressBar(config.train.steps, start)
         with bar, contextlib.closing(log.make_writer(run_dir)) as writer:
-            reports = Reports(config, writer, bar, throughput, schedule, loop.sums)
-            batches = Prefetch(iterator, mesh, rules)
+            reports = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
+            batches = Prefetch(iterator, run.mesh, run.rules)
             for step in itertools.count(start + 1):
                 batch, num_tokens, position = next(batches)
                 # Nothing in here reads from the devices without saying so.
                 with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, batch)
+                    state, metrics = run.step(state, batch)
                 batches.fetch()  # While the devices work on the step.
                 reports.add(step, metrics, num_tokens)
 
@@ -190,9 +155,20 @@ def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Ar
     return {name: flat[name] for name in missing}
 
 
+def _say_how_the_rate_falls(saved: Config, config: Config) -> None:
+    """Says where a schedule that falls until train.steps does not go on as it began."""
+    schedules = {saved.optimizer.schedule, config.optimizer.schedule}
+    if saved.train.steps != config.train.steps and schedules <= FALLING:
+        say(
+            f"the {config.optimizer.schedule} schedule falls until step {config.train.steps} from "
+            f"here on; so far it fell until {saved.train.steps}"
+        )
+
+
 def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
     if loop.best_step:
-        say(f"best {config.eval.split} loss {loop.best_loss:.4f} at step {loop.best_step}")
+        loss, best = checkpoint.best_loss(run_dir), checkpoint.best_checkpoint(run_dir)
+        say(f"best {config.eval.split} loss {loss:.4f} at step {best.name}")
     plot.plot_losses(run_dir, run_dir / "loss.png")
     say(f"done: {run_dir} (loss.png shows the losses)")
     return run_dir
@@ -345,12 +321,6 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
             writer.write_texts(step, {f"{split}/{task}/samples": tables.samples_markdown(*columns)})
     writer.write_scalars(step, scalars)
     writer.flush()
-
-
-def _check_microbatches(config: Config, mesh) -> None:
-    size = config.data.batch_size // config.train.microbatches
-    name = f"data.batch_size / train.microbatches = {config.data.batch_size} / "
-    sharding.check_batch_size(size, mesh, config.axes, f"{name}{config.train.microbatches} =")
 
 
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:

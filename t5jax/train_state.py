@@ -1,8 +1,15 @@
-"""What training carries from step to step."""
+"""What training carries from step to step, and which of its parameters it changes.
 
+Frozen parameters are named by their paths. They stand among the others in `TrainState.params`, but
+have no gradient and no part in the optimizer's state.
+"""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.struct
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5jax import sharding
 from t5jax.architectures import Architecture
+from t5jax.checks import did_you_mean
 from t5jax.config import AxisRules
 from t5jax.models import api
 
@@ -23,29 +31,96 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_train_state(
-    model: Architecture, tx: optax.GradientTransformation, key: jax.Array
+    model: Architecture,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    frozen: frozenset[str] = frozenset(),
 ) -> TrainState:
-    """Returns the state at step 0 with random parameters; jit it with `train_state_shardings`."""
+    """Returns the state at step 0 with random parameters; jit it with `train_state_shardings`.
+
+    Args:
+      tx: of the trainable parameters.
+      frozen: paths of the others.
+    """
     params = api.init_params(model, key)
-    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params))
+    trainable, _ = split(params, frozen)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trainable))
 
 
-def train_state_shapes(model: Architecture, tx: optax.GradientTransformation) -> TrainState:
+def train_state_shapes(
+    model: Architecture, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
+) -> TrainState:
     """Returns the state as ShapeDtypeStructs; computes nothing."""
-    return jax.eval_shape(lambda: create_train_state(model, tx, jax.random.key(0)))
+    return jax.eval_shape(lambda: create_train_state(model, tx, jax.random.key(0), frozen))
 
 
 def train_state_shardings(
-    model: Architecture, tx: optax.GradientTransformation, mesh: Mesh, rules: AxisRules
+    model: Architecture,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: AxisRules,
+    frozen: frozenset[str] = frozenset(),
 ) -> TrainState:
     """Returns the NamedSharding of every leaf of the state.
 
     Raises:
       ValueError: where the mesh does not divide a parameter evenly.
     """
-    shapes = train_state_shapes(model, tx)
+    shapes = train_state_shapes(model, tx, frozen)
     params = sharding.param_shardings(api.param_axes(model), shapes.params, mesh, rules)
     opt_state = sharding.state_shardings(
         shapes.opt_state, sharding.zip_shapes(shapes.params, params), mesh
     )
     return TrainState(NamedSharding(mesh, PartitionSpec()), params, opt_state)
+
+
+# --- Trainable and frozen -----------------------------------------------------------------------
+
+
+def frozen_params(params: api.Params, patterns: Iterable[str]) -> frozenset[str]:
+    """Returns the paths of the parameters that patterns match: "encoder/*", say.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStructs.
+      patterns: as of a shell, over paths; "*" matches "/" too.
+    Raises:
+      ValueError: for a pattern that matches nothing, and where nothing is left to train.
+    """
+    paths = list(_flatten(params))
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matched = {path for path in paths if fnmatchcase(path, pattern)}
+        if not matched:
+            hint = did_you_mean(pattern, paths)
+            raise ValueError(
+                f"optimizer.freeze has {pattern!r}, which matches no parameter; {hint}there are "
+                f"{', '.join(paths)}"
+            )
+        frozen |= matched
+    if len(frozen) == len(paths):
+        raise ValueError(
+            f"optimizer.freeze {', '.join(map(repr, patterns))} matches all {len(paths)} "
+            "parameters, so there is nothing to train; leave a pattern out"
+        )
+    return frozenset(frozen)
+
+
+def split(tree, frozen: frozenset[str]) -> tuple[dict, dict]:
+    """Returns the trainable and the frozen part of a tree like the parameters'."""
+    if not frozen:
+        return tree, {}
+    flat = _flatten(tree)
+    parts = ({p: x for p, x in flat.items() if (p in frozen) == part} for part in (False, True))
+    trainable, kept = (flax.traverse_util.unflatten_dict(part, sep="/") for part in parts)
+    return trainable, kept
+
+
+def merge(trainable: dict, frozen: dict) -> dict:
+    """Returns the tree that `split` took apart."""
+    if not frozen:
+        return trainable
+    return flax.traverse_util.unflatten_dict(_flatten(trainable) | _flatten(frozen), sep="/")
+
+
+def _flatten(tree) -> dict:
+    return flax.traverse_util.flatten_dict(tree, sep="/")

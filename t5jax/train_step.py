@@ -10,7 +10,7 @@ from t5jax.architectures import Architecture
 from t5jax.config import LossConfig
 from t5jax.losses import batch_loss
 from t5jax.sharding import constrain
-from t5jax.train_state import TrainState
+from t5jax.train_state import TrainState, merge, split
 
 Metrics = dict[str, jax.Array]
 
@@ -22,6 +22,7 @@ def make_train_step(
     *,
     seed: int = 0,
     microbatches: int = 1,
+    frozen: frozenset[str] = frozenset(),
 ) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
     """Returns the step; jit it with the state donated.
 
@@ -29,30 +30,34 @@ def make_train_step(
     global norm of the mean gradient before clipping.
 
     Args:
-      tx: as `optimizers.make_optimizer` returns it.
+      tx: of the trainable parameters, as `optimizers.make_optimizer` returns it.
       seed: of dropout; the rng of a step is fold_in(key(seed), step), so that a run that was
         interrupted goes on with the numbers it would have had.
       microbatches: parts of the batch to compute one after the other.
+      frozen: paths of the parameters that stay as they are.
     """
-
-    def gradient(params, batch, rng):
-        return jax.grad(lambda p: batch_loss(model, p, batch, loss, dropout_rng=rng), has_aux=True)(
-            params
-        )
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, kept = split(state.params, frozen)
+
+        def gradient(params, batch, rng):
+            def loss_of(params):
+                return batch_loss(model, merge(params, kept), batch, loss, dropout_rng=rng)
+
+            return jax.grad(loss_of, has_aux=True)(params)
+
         if microbatches == 1:
-            grads, sums = gradient(state.params, batch, rng)
+            grads, sums = gradient(params, batch, rng)
         else:
-            grads, sums = _accumulate(gradient, state.params, batch, rng, microbatches)
+            grads, sums = _accumulate(gradient, params, batch, rng, microbatches)
         # At least one: a batch of padding alone changes nothing instead of giving NaN.
         scale = 1 / jnp.maximum(sums["tokens"], 1)
         grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
         metrics = sums | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = merge(optax.apply_updates(params, updates), kept)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

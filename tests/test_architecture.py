@@ -23,7 +23,7 @@ ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
     {"t5jax.train"},
-    {"t5jax.pretrained"},
+    {"t5jax.pretrained", "t5jax.program"},
     {"t5jax.evaluate", "t5jax.convert"},
     {"t5jax.source"},
     {"t5jax.t5x"},
@@ -261,25 +261,16 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
         from t5jax import checkpoint, sharding
         from t5jax.architectures import T5Config
         from t5jax.batch import pad_ids, shift_right
-        from t5jax.config import Config, LossConfig, OptimizerConfig
+        from t5jax.config import Config, DataConfig
         from t5jax.convert import export_model
-        from t5jax.models import api
-        from t5jax.optimizers import make_optimizer
+        from t5jax.program import program
         from t5jax.tokenizers import ByteTokenizer
-        from t5jax.train_state import (
-            create_train_state,
-            train_state_shapes,
-            train_state_shardings,
-        )
-        from t5jax.train_step import make_train_step
 
         run_dir = Path(sys.argv[1])
         model = T5Config(vocab_size=384, d_model=16, d_kv=4, d_ff=32, num_heads=4,
                          num_encoder_layers=1, num_decoder_layers=1, scan_layers=False)
-        config = Config(model=model, run_dir=str(run_dir))
-        tx = make_optimizer(OptimizerConfig(), 10, api.param_axes(model))
-        mesh = sharding.make_mesh()
-        shardings = train_state_shardings(model, tx, mesh, config.axes)
+        config = Config(model=model, run_dir=str(run_dir), data=DataConfig(batch_size=2))
+        run = program(config, sharding.make_mesh())
         targets = pad_ids([[5, 6, 1], [7, 1]], 2, 4)
         batch = {
             "encoder_input_tokens": pad_ids([[3, 4, 1], [9, 1]], 2, 4),
@@ -287,22 +278,17 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
             "decoder_target_tokens": targets,
             "decoder_loss_weights": (targets != 0).astype("float32"),
         }
-        with sharding.use_mesh(mesh, config.axes):
-            state = jax.jit(
-                lambda: create_train_state(model, tx, jax.random.key(0)), out_shardings=shardings
-            )()
-            state, metrics = jax.jit(make_train_step(model, tx, LossConfig()))(state, batch)
+        with run.use():
+            state, metrics = run.step(run.create(jax.random.key(0)), batch)
             assert float(metrics["tokens"]) == 5
             with checkpoint.Checkpoints(run_dir) as checkpoints:
                 checkpoints.save(1, state, {"batches": 1}, config)
             ByteTokenizer().save(run_dir / "tokenizer")
             last = checkpoint.latest_checkpoint(run_dir)
             with checkpoint.Checkpoints(run_dir) as checkpoints:
-                shapes = train_state_shapes(model, tx)
-                restored = checkpoints.restore(last, shapes, shardings)
+                restored = checkpoints.restore(last, run.shapes, run.shardings)
             jax.tree.map(np.testing.assert_array_equal, restored, state)
-        options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-        export_model(str(run_dir), str(run_dir / "hf"), **options)
+        export_model(str(run_dir), str(run_dir / "hf"))
         ours = t5jax.load(str(run_dir)).generate(["abc"], max_tokens=4)
         theirs = t5jax.load(str(run_dir / "hf")).generate(["abc"], max_tokens=4)
         assert ours == theirs

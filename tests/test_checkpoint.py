@@ -12,7 +12,7 @@ import pytest
 
 from t5jax import checkpoint
 from t5jax.architectures import T5Config
-from t5jax.checkpoint import Checkpoints, best_checkpoint, latest_checkpoint
+from t5jax.checkpoint import Checkpoints, best_checkpoint, best_loss, latest_checkpoint
 from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
 from t5jax.train_state import TrainState
 
@@ -123,6 +123,11 @@ def test_the_best_checkpoint_has_the_lowest_loss(losses, best, tmp_path):
     assert steps(tmp_path) == list(losses)
     assert best_checkpoint(tmp_path).name == str(best)
     assert latest_checkpoint(tmp_path).name == str(max(losses))
+    if losses[best] is None:
+        with pytest.raises(ValueError, match="has no validation loss; train with eval.every"):
+            best_loss(tmp_path)
+    else:
+        assert best_loss(tmp_path) == losses[best]
 
 
 def test_half_written_checkpoints_are_not_seen(tmp_path):

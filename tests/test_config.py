@@ -31,6 +31,7 @@ from t5jax.config import (
     TrainConfig,
     from_json,
     load_config,
+    override,
     to_json,
 )
 from t5jax.losses import cross_entropy
@@ -177,6 +178,50 @@ def test_a_model_of_no_known_family():
     plain["model"]["family"] = "lama"
     with pytest.raises(ValueError, match=r"model\.family is 'lama'; .*did you mean llama\?"):
         from_json(json.dumps(plain))
+
+
+def test_override_changes_fields_and_nothing_else():
+    changes = {
+        "run_dir": "y",
+        "optimizer.learning_rate": 1,  # A whole number where a float belongs.
+        "optimizer.b2": 0.95,
+        "data.task_files": ["c.py"],
+        "mesh.fsdp": 2,
+        "model": LLAMA,
+        "model.dropout_rate": 0.25,
+        "eval": EvalConfig(every=3),
+    }
+    config = override(FULL, changes)
+    assert (config.run_dir, config.data.task_files, config.mesh.fsdp) == ("y", ("c.py",), 2)
+    assert (config.optimizer.learning_rate, config.optimizer.b2) == (1.0, 0.95)
+    assert type(config.optimizer.learning_rate) is float
+    assert config.model == dataclasses.replace(LLAMA, dropout_rate=0.25)
+    assert config.eval == EvalConfig(every=3)
+    assert config.optimizer.schedule == FULL.optimizer.schedule
+    assert (config.train, config.axes, config.data.seed) == (FULL.train, FULL.axes, 3)
+    assert override(FULL, {}) == FULL
+    assert override(DataConfig(), {"pack": True}) == DataConfig(pack=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optimizer.learning_rat": 1e-3},
+            r"optimizer\.learning_rat does not exist; did you mean l",
+        ),
+        ({"optimiser.name": "adamw"}, r"field optimiser does not exist; did you mean optimizer\?"),
+        ({"data.batch_size": "8"}, r"data\.batch_size is '8'; expected int"),
+        ({"data.batch_size": True}, r"data\.batch_size is True; expected int"),
+        ({"data.batch_size": 0}, r"data\.batch_size is 0; it must be at least 1"),
+        ({"run_dir.x": "y"}, r"run_dir is 'runs/x' and has no field 'x'"),
+        ({"optimizer": "adamw"}, r"field optimizer is 'adamw'; expected OptimizerConfig"),
+        ({"train.microbatches": 3}, r"batch_size 128 is not divisible by train.microbatches 3"),
+    ],
+)
+def test_override_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        override(FULL, changes)
 
 
 def test_prefix_lm_is_for_decoders():

@@ -1,0 +1,94 @@
+"""The program of a run: what a config computes on a mesh, before anything is on the devices.
+
+run = program(config, sharding.make_mesh(config.mesh))
+with run.use():
+    state = run.create(jax.random.key(config.train.seed))
+    state, metrics = run.step(state, batch)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import jax
+import optax
+
+from t5jax import sharding
+from t5jax.architectures import Architecture
+from t5jax.config import AxisRules, Config
+from t5jax.models import api
+from t5jax.optimizers import make_optimizer, make_schedule
+from t5jax.train_state import (
+    TrainState,
+    create_train_state,
+    frozen_params,
+    split,
+    train_state_shapes,
+    train_state_shardings,
+)
+from t5jax.train_step import Metrics, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Compiled where it is first called; `step.lower(shapes, batch)` needs no arrays at all."""
+
+    model: Architecture
+    mesh: jax.sharding.Mesh
+    rules: AxisRules
+    shapes: TrainState
+    """ShapeDtypeStructs of the state."""
+    shardings: TrainState
+    """NamedShardings of the state."""
+    schedule: optax.Schedule
+    """Learning rate, from the number of updates already made."""
+    create: Callable[[jax.Array], TrainState]
+    """The state at step 0, with random parameters from a key."""
+    step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
+    """One training step; the state that goes in is donated."""
+
+    def use(self) -> AbstractContextManager:
+        """Sets the mesh and the rules for everything that is called inside."""
+        return sharding.use_mesh(self.mesh, self.rules)
+
+
+def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
+    """Returns the program of a run.
+
+    Args:
+      config: of the run; its data, evaluation and checkpoints play no part, but for the batch size.
+      mesh: devices.
+    Raises:
+      ValueError: if the mesh does not divide the batch, a microbatch or a parameter; if the model
+        has no output to train; if optimizer.freeze or the schedule does not fit the run.
+    """
+    model, rules, batch_size = config.model, config.axes, config.data.batch_size
+    parts = config.train.microbatches
+    sharding.check_batch_size(batch_size, mesh, rules)
+    sharding.check_batch_size(
+        batch_size // parts,
+        mesh,
+        rules,
+        f"data.batch_size / train.microbatches = {batch_size} / {parts} =",
+    )
+    model.check_head()
+
+    frozen = frozen_params(api.param_shapes(model), config.optimizer.freeze)
+    trained_axes, _ = split(api.param_axes(model), frozen)
+    tx = make_optimizer(config.optimizer, config.train.steps, trained_axes)
+    shardings = train_state_shardings(model, tx, mesh, rules, frozen)
+    step = make_train_step(
+        model, tx, config.loss, seed=config.train.seed, microbatches=parts, frozen=frozen
+    )
+    return Program(
+        model,
+        mesh,
+        rules,
+        shapes=train_state_shapes(model, tx, frozen),
+        shardings=shardings,
+        schedule=jax.jit(make_schedule(config.optimizer, config.train.steps)),
+        create=jax.jit(
+            lambda key: create_train_state(model, tx, key, frozen), out_shardings=shardings
+        ),
+        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+    )
