@@ -58,13 +58,13 @@ quickstart: install  ## train a small T5 for some minutes, evaluate, export and 
 	$(BIN)/t5jax train quickstart
 	$(BIN)/t5jax eval runs/quickstart --split test
 	$(BIN)/t5jax export runs/quickstart runs/quickstart/export --overwrite
-	$(BIN)/t5jax infer --model runs/quickstart/export --prompt \
+	$(BIN)/t5jax infer runs/quickstart/export --prompt \
 	  "Translate English to French: two hundred and forty-one" \
 	  "How is 1984 spelled?" \
 	  "Which number is seven thousand and eleven?"
 	@echo
 	@echo 'Next, a prompt of your own:'
-	@echo "  $(BIN)/t5jax infer --model runs/quickstart/export --prompt 'How do you say ninety in German?'"
+	@echo "  $(BIN)/t5jax infer runs/quickstart/export --prompt 'How do you say ninety in German?'"
 
 .PHONY: install-torch
 install-torch: install $(TORCH_INSTALLED)

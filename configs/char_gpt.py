@@ -1,7 +1,7 @@
 """A character-level GPT of two novels, from scratch, on two CPU cores.
 
     T5JAX_DATA=... t5jax train char_gpt
-    t5jax infer --model runs/char_gpt --prompt "It is a truth universally" --max-tokens 90
+    t5jax infer runs/char_gpt --prompt "It is a truth universally" --max-tokens 90
 
 tasks/novels.py says where the books are found. The tokens are bytes, so no vocabulary has to be
 trained. Hardware: any; 600 steps take seven minutes on 2 CPU cores. Expected result: the validation

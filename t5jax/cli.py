@@ -17,8 +17,8 @@ T5, GPT and BERT in JAX, from a prompted task to a trained, evaluated, exported 
 models:
   train CONFIG [--section.field VALUE ...]   train; goes on by itself where the run stopped
   eval MODEL                                 a task's metrics, loss and perplexity
-  infer --model MODEL --prompt TEXT          answers to prompts
-  embed --model MODEL --text TEXT            vectors of texts, of BERT or a T5's encoder
+  infer MODEL --prompt TEXT                  answers to prompts
+  embed MODEL --text TEXT                    vectors of texts, of BERT or a T5's encoder
   export MODEL OUTPUT                        write a Hugging Face folder
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
 

@@ -460,7 +460,9 @@ def _from_plain(value: Any, kind: Any, path: str) -> Any:
         return value  # The section checks it.
     elif kind is float and type(value) is int:
         return float(value)
-    elif type(value) is kind or (dataclasses.is_dataclass(kind) and isinstance(value, kind)):
+    elif type(value) is kind or (
+        isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, kind)
+    ):
         return value  # Not isinstance for plain values: True is an int.
     expected = kind.__name__ if isinstance(kind, type) and not args else kind
     raise _WrongType(

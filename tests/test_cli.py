@@ -87,8 +87,8 @@ def test_help_has_the_defaults_of_a_config(capsys):
     ("command", "expected"),
     [
         ("eval", ["MODEL", "--mixture STR", "--json {None}|PATH", "(default: test)"]),
-        ("infer", ["--model STR", "--prompt", "--max-tokens INT", "(default: 64)"]),
-        ("embed", ["--model STR", "--text", "--pooling {mean,first,max,pooler}", "--output"]),
+        ("infer", ["MODEL", "--prompt", "--max-tokens INT", "(default: 64)"]),
+        ("embed", ["MODEL", "--text", "--pooling {mean,first,max,pooler}", "--output"]),
         ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite", "--encoder-only"]),
         ("import", ["MODEL OUTPUT"]),
     ],
@@ -117,10 +117,34 @@ def test_print_config_is_read_back_and_is_a_config(config, capsys):
 def test_answers_alone_go_to_stdout(exported, capsys):
     prompts = ["capitals: ab", "capitals: c"]
     options = ["--max-tokens", "4"]
-    status, out, err = run(capsys, "infer", "--model", exported, "--prompt", *prompts, *options)
+    status, out, err = run(capsys, "infer", exported, "--prompt", *prompts, *options)
     assert status == 0
     assert err == ""
     assert len(out.splitlines()) == 2
+    for model in (["--model", exported], [f"--model={exported}"]):
+        assert run(capsys, "infer", "--prompt", *prompts, *options, *model) == (0, out, "")
+
+
+@pytest.mark.parametrize("command", ["eval", "infer", "embed"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["x", "--model", "y"], "there are 2 models, y and x; give one, either as MODEL or as --m"),
+        (["--model=x", "--model", "y"], "there are 2 models, x and y"),
+        (["--batch-size", "1", "--model"], "--model has no value; give a model"),
+        (["--model", "--batch-size", "1"], "--model has no value; give a model"),
+    ],
+)
+def test_one_model_in_one_of_two_ways(command, args, message, capsys):
+    assert message in fails(capsys, command, *args)
+
+
+@pytest.mark.parametrize("command", ["eval", "infer", "embed"])
+def test_no_model(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command])
+    assert exit_.value.code == 2
+    assert "MODEL" in capsys.readouterr().err
 
 
 def test_export_and_import_say_what_they_wrote(exported, tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_a_block_that_would_be_missed_is_refused(page, message):
         ("t5jax train quickstart --print-config", "t5jax train quickstart --print-config"),
         ("t5jax train --help", "t5jax train --help"),
         ("t5jax eval runs/a", "t5jax eval runs/a --num-examples 4"),
-        ("t5jax infer --model runs/a --prompt b", "t5jax infer --model runs/a --prompt b"),
+        ("t5jax infer runs/a --prompt b", "t5jax infer runs/a --prompt b"),
     ],
 )
 def test_what_is_run_instead_of_a_command(command, instead):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from t5jax.commands.parse import check_options, fields, parse
+from t5jax.commands.parse import check_options, fields, model_first, parse
 from t5jax.config import MeshConfig
 
 # --- eval ---------------------------------------------------------------------------------------
@@ -17,7 +17,8 @@ class Eval:
     """Measures a model on tasks: their own metrics beside two baselines, loss and perplexity."""
 
     model: str
-    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
+    MODEL."""
     mixture: str = ""
     """SeqIO task or mixture. Empty: the one that the run was trained on."""
     split: str = "test"
@@ -43,7 +44,7 @@ class Eval:
 
 
 def evaluate(args: list[str]) -> None:
-    options = parse(Eval, args, prog="t5jax eval", positional=True)
+    options = parse(Eval, model_first(args), prog="t5jax eval", positional=True)
     from t5jax.evaluate import evaluate_model
 
     evaluate_model(**fields(options))
@@ -60,7 +61,8 @@ class Infer:
     """
 
     model: str
-    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
+    MODEL."""
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     max_tokens: int = 64
@@ -74,7 +76,7 @@ class Infer:
 
 
 def infer(args: list[str]) -> None:
-    options = parse(Infer, args, prog="t5jax infer")
+    options = parse(Infer, model_first(args), prog="t5jax infer", positional=True)
     check_options(options, 1, "max_tokens", "batch_size")
     prompts = _given_or_lines(options.prompt, "prompt")
 
@@ -111,7 +113,8 @@ class Embed:
     """
 
     model: str
-    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
+    MODEL."""
     text: tuple[str, ...] = ()
     """One or more texts."""
     output: Path | None = None
@@ -130,7 +133,7 @@ class Embed:
 
 
 def embed(args: list[str]) -> None:
-    options = parse(Embed, args, prog="t5jax embed")
+    options = parse(Embed, model_first(args), prog="t5jax embed", positional=True)
     check_options(options, 1, "batch_size")
     output = options.output
     if output and (output.suffix != ".npy" or not output.parent.is_dir()):

@@ -43,6 +43,34 @@ def parse(
     )
 
 
+def model_first(args: Sequence[str]) -> list[str]:
+    """Returns the arguments with MODEL in front, where it was given as `--model MODEL`.
+
+    Raises:
+      ValueError: if a model is given in both ways, or twice, or is missing behind --model.
+    """
+    models, rest = [], []
+    words = iter(args)
+    for word in words:
+        if word == "--model":
+            models.append(next(words, ""))
+        elif word.startswith("--model="):
+            models.append(word.removeprefix("--model="))
+        else:
+            rest.append(word)
+    if not models:
+        return rest
+    if any(not model or model.startswith("--") for model in models):
+        raise ValueError("--model has no value; give a model, either as MODEL or as --model MODEL")
+    given = [*models, *(word for word in rest[:1] if not word.startswith("-"))]
+    if len(given) > 1:
+        raise ValueError(
+            f"there are {len(given)} models, {' and '.join(given)}; give one, either as MODEL or "
+            "as --model MODEL"
+        )
+    return [*models, *rest]
+
+
 def fields(options) -> dict:
     """Returns a dataclass's fields as arguments, without copying what they hold."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
