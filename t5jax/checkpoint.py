@@ -1,12 +1,12 @@
-"""Checkpoints of a run, by Orbax: the state, where the loop and its data were, and the config.
+"""Checkpoints of a run, by Orbax: the train state, the loop's state with its data, the config.
 
     run_dir/
       t5jax_config.json      the config as last started
       tokenizer/             files that Hugging Face loads too
       checkpoints/STEP/      state, loop, config, metrics; complete or absent
 
-A save returns when the state is copied to the host, and is written while training goes on; what a
-kill leaves half-written is never taken for a checkpoint.
+A save returns when the state is copied to the host, and is written while training continues; an
+incomplete one, left by a killed process, is never taken for a checkpoint.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ CHECKPOINTS_DIR = "checkpoints"
 # Orbax reports every step of a save, and warns of each checkpoint without a validation loss.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-# Changing these leaves a network's parameters and what they compute, up to rounding, as they are.
+# These do not change a network's parameters and what they compute, up to rounding.
 _FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate")
 
 
@@ -71,14 +71,13 @@ class Checkpoints:
         """Begins to save; an error of the save before this one is raised here.
 
         Args:
-          loop: plain values that the loop goes on from, the data's position among them.
-          loss: validation loss, by which the best checkpoint is chosen; one that is not finite
-            counts as none.
+          loop: the state of the loop as plain values, including the position in the data.
+          loss: the validation loss, which selects the best checkpoint; ignored if not finite.
         """
         self._save(step, _as_dict(state), loop, config, loss)
 
     def save_params(self, params, config: Config) -> None:
-        """Saves parameters alone, as step 0: something to start from, not to go on with."""
+        """Saves only parameters, as step 0, for other runs to start from."""
         self._save(0, {"params": params}, {}, config, None)
 
     def _save(self, step, state: dict, loop: dict, config: Config, loss: float | None) -> None:
@@ -125,7 +124,7 @@ def _abstract(shapes, shardings):
 
 @contextlib.contextmanager
 def _damage(checkpoint: Path):
-    """Inside, whatever is raised means that the checkpoint is not as it was written."""
+    """Errors inside mean that the checkpoint is damaged."""
     try:
         yield
     except Exception as error:
@@ -232,7 +231,7 @@ def load_params(checkpoint: Path, shapes, shardings):
 
 
 def create_run_dir(run_dir: str | Path) -> Path:
-    """Returns a run's folder, made if need be.
+    """Returns a run's folder; creates it if necessary.
 
     Raises:
       ValueError: if it cannot be written.

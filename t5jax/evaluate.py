@@ -1,6 +1,6 @@
-"""What a model is worth: loss, perplexity and a task's own metrics, beside two baselines.
+"""Evaluation: loss, perplexity and a task's own metrics, with two baselines.
 
-Every example counts exactly once: the last, short batch is filled with rows of weight 0.
+Every example counts exactly once: the last batch is padded with rows of weight 0.
 """
 
 import dataclasses
@@ -29,21 +29,22 @@ from t5jax.source import Source, find
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 Predict = Callable[[api.Params, Sequence[Sequence[int]]], list[str]]
-"""From parameters and the token ids of each example's inputs to a text for each example."""
+"""A function of parameters and the token ids of inputs that returns a text for each example."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of one task."""
+    """The results of one task."""
 
     scores: dict[str, float]
-    """loss (nats a target token), perplexity, token_accuracy (percent), and the task's metrics."""
+    """loss (nats per target token), perplexity, token_accuracy (percent), and the task's
+    metrics."""
     sums: dict[str, float]
-    """nll and tokens, from which losses of several tasks are added."""
+    """nll and tokens, to combine the losses of several tasks."""
     baselines: dict[str, dict[str, float]]
     """The task's metrics for copying the source, and for the most frequent target."""
     predictions: list[str]
-    """Generated texts, in the order of the examples; empty where nothing was generated."""
+    """Generated texts, in the order of the examples; empty if nothing was generated."""
 
 
 class Evaluator:
@@ -62,15 +63,21 @@ class Evaluator:
         prefix_lm: bool = False,
         predict: Predict | None = None,
     ):
-        """Args:
-        batch_size: rows at a time.
-        max_tokens: tokens to generate for each example, at most.
-        generate: False computes the loss alone.
-        prefix_lm: a decoder's inputs attend to one another, as with data.prefix_lm.
-        predict: what writes the texts. None: greedy decoding. A classifier's labels are read
-          off its logits in any case.
+        """Compiles nothing yet.
+
+        Args:
+          model: the description of the model.
+          tokenizer: its tokenizer.
+          mesh: the devices.
+          rules: how arrays are sharded over them.
+          batch_size: the number of rows per batch.
+          max_tokens: the maximum number of tokens to generate for each example.
+          generate: if False, only compute the loss.
+          prefix_lm: use bidirectional attention among a decoder's inputs, as with data.prefix_lm.
+          predict: generates the texts. None: greedy decoding. The labels of a classifier are always
+            those with the largest logits.
         Raises:
-          ValueError: if the mesh does not divide the batch.
+          ValueError: if the mesh does not divide the batch evenly.
         """
         sharding.check_batch_size(batch_size, mesh, rules, "eval.batch_size")
         self._model, self._mesh, self._rules = model, mesh, rules
@@ -80,7 +87,7 @@ class Evaluator:
         self._predict = predict or functools.partial(
             generator, max_tokens=max_tokens, batch_size=batch_size
         )
-        # Cross-entropy alone: a perplexity is not to depend on how the model was trained.
+        # Only cross-entropy, since perplexity must not depend on the training loss.
         plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
         self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
         self._labels = LabelTokenizer.of(model)
@@ -89,7 +96,7 @@ class Evaluator:
         )
 
     def evaluate(self, params: api.Params, eval_set: EvalSet) -> Result:
-        """Measures one task."""
+        """Evaluates one task."""
         examples = eval_set.examples
         sums = self._sum_losses(params, eval_set)
         loss = sums["nll"] / sums["tokens"]
@@ -136,7 +143,7 @@ class Evaluator:
             yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:
-        """Returns the likeliest label of each text, or of each of its words."""
+        """Returns the most probable label of each text, or of each of its words."""
         texts = []
         for batch in self._batches(eval_set):
             asked_BS = batch[features.ENCODER_LOSS_WEIGHTS] > 0
@@ -153,12 +160,12 @@ class Evaluator:
 
 
 def mean_loss(results: Sequence[Result]) -> float:
-    """Returns the mean loss over all target tokens of several tasks, nats."""
+    """Returns the mean loss over all target tokens of several tasks, in nats."""
     return sum(r.sums["nll"] for r in results) / sum(r.sums["tokens"] for r in results)
 
 
 def as_table(results: dict[str, tuple[EvalSet, Result]]) -> dict[str, dict]:
-    """Returns results as plain values, as `monitor.tables` and JSON files have them."""
+    """Returns results as plain values, for `monitor.tables` and JSON files."""
     return {
         task: {
             "num_examples": len(eval_set.examples),
@@ -185,23 +192,24 @@ def evaluate_model(
     num_samples: int = 0,
     json: Path | None = None,
 ) -> dict[str, dict]:
-    """Measures a model, wherever it lies, prints the table, and returns it as plain values.
+    """Evaluates a model, prints a table of the results, and returns them as plain values.
 
     Args:
-      model: a hub name, a Hugging Face folder, a run or one of its checkpoints; or a found source.
-      mixture: task or mixture. Empty: the one that the run was trained on.
-      split: of the task.
-      task_files: Python files that register tasks, beside ./tasks/*.py, the shipped ones and the
-        run's.
-      batch_size: rows at a time.
-      num_examples: of each task, at most. None: all.
-      inputs_length: tokens of an input; longer ones are cut. None: as in the run, or 512.
-      max_tokens: tokens of a target, and to generate. None: as in the run, or 128.
-      dtype: to compute in and to hold parameters in. None: as the model was trained.
-      mesh: devices.
-      rules: what splits arrays over them. None: as in the run.
-      num_samples: predictions to print for each task.
-      json: file to write the scores to, beside the table.
+      model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
+      mixture: the task or mixture. Empty: the one that the run was trained on.
+      split: the split of the task.
+      task_files: Python files that register tasks, in addition to ./tasks/*.py, the shipped ones
+        and the run's.
+      batch_size: the number of rows per batch.
+      num_examples: the maximum number of examples of each task. None: all.
+      inputs_length: the maximum length of inputs in tokens; longer ones are truncated. None: as in
+        the run, or 512.
+      max_tokens: the maximum length of targets and answers in tokens. None: as in the run, or 128.
+      dtype: the dtype of computation and parameters. None: as in training.
+      mesh: the devices.
+      rules: how arrays are sharded over them. None: as in the run.
+      num_samples: the number of predictions to print for each task.
+      json: a file for the scores, in addition to the table.
     Raises:
       ValueError: if the model or the task cannot be found or read.
     """
@@ -219,7 +227,7 @@ def evaluate_model(
         source.config,
         {
             "data.mixture": mixture,
-            # A mixture that was asked for is measured alone.
+            # A mixture that is given replaces those of the run.
             "data.mixture_changes": trained.mixture_changes if mixture == trained.mixture else (),
             "data.task_files": task_files,
             "data.inputs_length": trained.inputs_length if inputs_length is None else inputs_length,

@@ -1,8 +1,8 @@
-"""The training loop, read from top to bottom.
+"""The training loop, which can be read from top to bottom.
 
-Parameters come, in this order, from the last checkpoint in `run_dir`, from `init.model`, or from
-the seed. A run that was stopped, however it was, goes on by itself when it is started again, and
-ends in the same bits.
+Parameters are taken from the last checkpoint in `run_dir`, otherwise from `init.model`, otherwise
+they are initialized from the seed. A run that was stopped for any reason resumes when it is started
+again, with bitwise the same result.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ class NonFiniteLoss(ValueError):
 
 
 def train(config: Config) -> Path:
-    """Trains until `train.steps`, or until the validation loss stops falling.
+    """Trains until `train.steps`, or until the validation loss stops improving.
 
     Returns:
       The run's folder: checkpoints, metrics.jsonl, TensorBoard events, loss.png, the tokenizer.
     Raises:
-      ValueError: for anything in the config that cannot work, before the first step where that
-        can be known; for a run that was begun with another model or other data; NonFiniteLoss
-        when training diverges, with the last good checkpoint left in place.
+      ValueError: if the config is invalid, before the first step if possible; if the run was begun
+        with another model or other data; NonFiniteLoss if training diverges, in which case the last
+        good checkpoint is kept.
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
@@ -53,7 +53,7 @@ def train(config: Config) -> Path:
     loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source = None
     if config.init.model or loop.imported:
-        # A run that has begun knows what it came from: the source may have gone by now.
+        # A run that has begun does not need its source, which may no longer exist.
         name = str(last or config.init.model)
         source = find(name)
         config = dataclasses.replace(config, model=adopt(config.model, source, name))
@@ -118,7 +118,7 @@ def train(config: Config) -> Path:
             batches = Prefetch(iterator, run.mesh, run.rules)
             for step in itertools.count(start + 1):
                 batch, num_tokens, position = next(batches)
-                # Nothing in here reads from the devices without saying so.
+                # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"):
                     state, metrics = run.step(state, batch)
                 batches.fetch()  # While the devices work on the step.
@@ -147,7 +147,7 @@ def train(config: Config) -> Path:
 
 
 def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Array]:
-    """Returns those of the seed's parameters that the source lacks: a new head's, path to value."""
+    """Returns the initial parameters that the source lacks, such as a new head's, by path."""
     missing = source.missing(model)
     if missing:
         say(f"new, as the seed has them: {', '.join(missing)}")
@@ -179,27 +179,27 @@ def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
 
 @dataclasses.dataclass
 class LoopState:
-    """What the loop remembers besides the train state, as plain values; saved with it."""
+    """The state of the loop other than the train state, as plain values; saved with it."""
 
     iterator: dict = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Metrics of the steps since the last line of metrics."""
+    """Metrics of the steps since the last report."""
     best_loss: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
     imported: bool = False
-    """The run began with another program's state, which brought model and tokenizer with it, but
-    no position in the data."""
+    """The run began with another program's state, with its model and tokenizer but without a
+    position in the data."""
 
     def add(self, step: int, loss: float) -> None:
-        """Takes in the validation loss of a step."""
+        """Records the validation loss of a step."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.best_loss, self.best_step, self.evaluations_since_best = loss, step, 0
         else:
             self.evaluations_since_best += 1
 
     def stops(self, patience: int | None) -> bool:
-        """Returns whether the validation loss has stood still for too long."""
+        """Returns whether the validation loss has not improved for too long."""
         return patience is not None and self.evaluations_since_best >= patience
 
     def reason(self) -> str:
@@ -207,7 +207,7 @@ class LoopState:
         return f"{self.evaluations_since_best} evaluations without a loss {best}"
 
     def is_over(self, step: int, config: Config) -> str:
-        """Returns why a run that is started again has nothing left to do; empty if it has."""
+        """Returns why a run that is started again is finished, or "" if it is not."""
         if step >= config.train.steps:
             return f"step {step} is reached, train.steps is {config.train.steps}; raise it to go on"
         if self.stops(config.eval.patience):
@@ -216,7 +216,7 @@ class LoopState:
 
 
 class Prefetch:
-    """Puts the next batch onto the devices while the current step runs there."""
+    """Transfers the next batch to the devices while they run the current step."""
 
     def __init__(self, iterator: BatchIterator, mesh: jax.sharding.Mesh, rules):
         self._iterator, self._mesh, self._rules = iterator, mesh, rules
@@ -229,8 +229,8 @@ class Prefetch:
         # Of all processes, estimated from this one's rows.
         share = len(next(iter(batch.values()))) / batch_size
         num_tokens = round(progress.count_tokens(batch) / share)
-        # The position after this batch: what a checkpoint of its step has to remember, though the
-        # iterator itself is one batch ahead by then.
+        # The position after this batch, which a checkpoint of its step needs: by then the iterator
+        # is one batch ahead.
         self._slot = on_devices, num_tokens, self._iterator.state()
 
     def __next__(self):
@@ -241,10 +241,11 @@ class Prefetch:
 
 
 class Reports:
-    """Reads a step's metrics once the next step is under way, so that the devices never wait."""
+    """Reads a step's metrics after the next step was dispatched, so that devices never wait."""
 
     def __init__(self, config, writer, bar, throughput, schedule, sums: dict[str, float]):
-        """Args: sums: metrics of the steps since the last line, of the run that goes on."""
+        """Continues from `sums`, the metrics of the steps since the last report of a resumed
+        run."""
         self._config, self._writer, self._bar = config, writer, bar
         self._throughput, self._schedule = throughput, schedule
         self._pending = deque()
@@ -299,7 +300,7 @@ def run_evaluation(
 
 
 def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
-    """Writes the scores of an evaluation, and shows a line and samples of each task."""
+    """Writes the scores of an evaluation, and prints a line and samples for each task."""
     split = config.eval.split
     scalars = {f"{split}/loss": loss}
     bar.print(f"step {step}: {split} loss {loss:.4f}")
@@ -330,6 +331,6 @@ def describe_mesh(mesh: jax.sharding.Mesh) -> str:
 
 
 def say(text: str) -> None:
-    """Tells the person at the terminal; standard output is for results."""
+    """Prints on standard error, since standard output is for results."""
     if jax.process_index() == 0:
         Console(stderr=True, highlight=False).print(text, soft_wrap=True)

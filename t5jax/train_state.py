@@ -1,7 +1,7 @@
-"""What training carries from step to step, and which of its parameters it changes.
+"""The state of training, and which of its parameters are trained.
 
-Frozen parameters are named by their paths. They stand among the others in `TrainState.params`, but
-have no gradient and no part in the optimizer's state.
+Frozen parameters are identified by their paths. They are in `TrainState.params` like the others,
+but have neither gradients nor optimizer state.
 """
 
 from collections.abc import Iterable
@@ -50,7 +50,7 @@ def create_train_state(
 def train_state_shapes(
     model: Architecture, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
 ) -> TrainState:
-    """Returns the state as ShapeDtypeStructs; computes nothing."""
+    """Returns the state as ShapeDtypeStructs, without computing it."""
     return jax.eval_shape(lambda: create_train_state(model, tx, jax.random.key(0), frozen))
 
 
@@ -64,7 +64,7 @@ def train_state_shardings(
     """Returns the NamedSharding of every leaf of the state.
 
     Raises:
-      ValueError: where the mesh does not divide a parameter evenly.
+      ValueError: if the mesh does not divide a parameter evenly.
     """
     shapes = train_state_shapes(model, tx, frozen)
     params = sharding.param_shardings(api.param_axes(model), shapes.params, mesh, rules)
@@ -82,9 +82,9 @@ def frozen_params(params: api.Params, patterns: Iterable[str]) -> frozenset[str]
 
     Args:
       params: tree of arrays or ShapeDtypeStructs.
-      patterns: as of a shell, over paths; "*" matches "/" too.
+      patterns: shell patterns of paths; "*" also matches "/".
     Raises:
-      ValueError: for a pattern that matches nothing, and where nothing is left to train.
+      ValueError: if a pattern matches nothing, or nothing is left to train.
     """
     paths = list(_flatten(params))
     frozen: set[str] = set()
@@ -116,7 +116,7 @@ def split(tree, frozen: frozenset[str]) -> tuple[dict, dict]:
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
-    """Returns the tree that `split` took apart."""
+    """Returns the tree from the two parts of `split`."""
     if not frozen:
         return trainable
     return flax.traverse_util.unflatten_dict(_flatten(trainable) | _flatten(frozen), sep="/")

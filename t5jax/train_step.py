@@ -31,10 +31,11 @@ def make_train_step(
 
     Args:
       tx: of the trainable parameters, as `optimizers.make_optimizer` returns it.
-      seed: of dropout; the rng of a step is fold_in(key(seed), step), so that a run that was
-        interrupted goes on with the numbers it would have had.
-      microbatches: parts of the batch to compute one after the other.
-      frozen: paths of the parameters that stay as they are.
+      seed: the seed of dropout; the rng of a step is fold_in(key(seed), step), so that a resumed
+      run
+        uses the same random numbers.
+      microbatches: the number of parts of the batch that are computed in sequence.
+      frozen: the paths of the parameters that are not trained.
     """
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
@@ -51,7 +52,7 @@ def make_train_step(
             grads, sums = gradient(params, batch, rng)
         else:
             grads, sums = _accumulate(gradient, params, batch, rng, microbatches)
-        # At least one: a batch of padding alone changes nothing instead of giving NaN.
+        # At least one, so that a batch of padding has no effect instead of giving NaN.
         scale = 1 / jnp.maximum(sums["tokens"], 1)
         grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
         metrics = sums | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
@@ -67,7 +68,7 @@ def _accumulate(gradient, params, batch, rng, microbatches):
     """Sums gradients and metrics over microbatches; gradients in float32."""
 
     def split(x):
-        # Every k-th row, so that a microbatch has rows from all devices and none must move.
+        # Every k-th row, so that a microbatch has rows on all devices and none have to move.
         x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0)
 

@@ -120,7 +120,7 @@ class SentencePieceTokenizer:
 
 
 def _spaced(text: str) -> str:
-    # A sentinel is a piece only where a word begins, so it is made to begin one.
+    # Sentinels are pieces that begin a word, so they need a space in front.
     return _SPACED_SENTINEL.sub(r" \1", text) if "<extra_id_" in text else text
 
 
