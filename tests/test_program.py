@@ -7,9 +7,10 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
-from small import EVEN, random_batch, random_params
 
 import tiny
+from conformance.cases import random_batch, random_params
+from conformance.families import T5_EVEN as EVEN
 from t5jax import sharding
 from t5jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, override
 from t5jax.losses import batch_loss
