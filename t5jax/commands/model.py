@@ -1,4 +1,4 @@
-"""`t5jax eval`, `infer`, `embed`, `export` and `import`: what takes a model."""
+"""`t5jax eval`, `infer`, `embed`, `export` and `import`, the commands that take a model."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from t5jax.config import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Measures a model on tasks: their own metrics beside two baselines, loss and perplexity."""
+    """Evaluates a model on tasks: loss, perplexity, and the tasks' metrics with two baselines."""
 
     model: str
     """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
@@ -22,25 +22,27 @@ class Eval:
     mixture: str = ""
     """SeqIO task or mixture. Empty: the one that the run was trained on."""
     split: str = "test"
-    """Split to measure."""
+    """Split to evaluate on."""
     task_files: tuple[str, ...] = ()
-    """Python files that register tasks, beside ./tasks/*.py, the shipped ones and the run's."""
+    """Python files that register tasks, in addition to ./tasks/*.py, the shipped ones and the
+    run's."""
     batch_size: int = 64
-    """Rows at a time."""
+    """Rows per batch."""
     num_examples: int | None = None
-    """Examples of each task at most. None: all."""
+    """Maximum number of examples of each task. None: all."""
     inputs_length: int | None = None
-    """Tokens of an input; longer ones are cut. None: as in the run, or 512."""
+    """Maximum length of inputs in tokens; longer ones are truncated. None: as in the run, or
+    512."""
     max_tokens: int | None = None
-    """Tokens of a target, and to generate. None: as in the run, or 128."""
+    """Maximum length of targets and answers in tokens. None: as in the run, or 128."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What to compute in. None: as the model was trained."""
+    """Dtype of computation. None: as in training."""
     mesh: MeshConfig = MeshConfig()
     """Devices to use."""
     num_samples: int = 0
-    """Predictions to show for each task."""
+    """Number of predictions to show for each task."""
     json: Path | None = None
-    """File to write the scores to, beside the table."""
+    """A file for the scores, in addition to the table."""
 
 
 def evaluate(args: list[str]) -> None:
@@ -55,7 +57,7 @@ def evaluate(args: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Infer:
-    """Answers prompts, greedily. Answers go to standard output, everything else to standard error.
+    """Answers prompts with greedy decoding. Only answers go to standard output.
 
     Without --prompt, each line of standard input is a prompt, and each line of output an answer.
     """
@@ -66,11 +68,11 @@ class Infer:
     prompt: tuple[str, ...] = ()
     """One or more prompts."""
     max_tokens: int = 64
-    """Tokens of an answer, at most."""
+    """Maximum length of an answer in tokens."""
     batch_size: int = 32
-    """Prompts at a time."""
+    """Prompts per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What to compute in, and to hold parameters in. None: as the model was trained."""
+    """Dtype of computation and parameters. None: as in training."""
     mesh: MeshConfig = MeshConfig()
     """Devices to use."""
 
@@ -90,7 +92,7 @@ def infer(args: list[str]) -> None:
 
 
 def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
-    """Returns the texts of an option, or where it has none, the lines of standard input."""
+    """Returns the texts of an option, or without it, the lines of standard input."""
     if given:
         return list(given)
     if sys.stdin.isatty():
@@ -106,10 +108,10 @@ def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Embed:
-    """Gives each text a vector: BERT's, or that of a T5's encoder.
+    """Computes embeddings of texts, with BERT or the encoder of a T5.
 
-    Without --text, each line of standard input is a text. Vectors go to standard output, each a
-    line that is a JSON list of numbers, or all of them to a file.
+    Without --text, each line of standard input is a text. Embeddings go to standard output, one
+    JSON list of numbers per line, or to a file.
     """
 
     model: str
@@ -120,14 +122,15 @@ class Embed:
     output: Path | None = None
     """A .npy file to write, float32 [texts, d_model], instead of standard output."""
     pooling: Literal["mean", "first", "max", "pooler"] = "mean"
-    """mean or max over a text's tokens, the special ones among them; first: the first token's
-    vector; pooler: BERT's layer over it, where its head has one."""
+    """mean or max over a text's tokens including special ones; first: the vector of the first
+    token;
+    pooler: BERT's layer over it, if its head has one."""
     max_length: int | None = None
-    """Tokens of a text, at most; longer ones are cut. None: nothing is cut."""
+    """Maximum length of a text in tokens; longer ones are truncated. None: no limit."""
     batch_size: int = 32
-    """Texts at a time."""
+    """Texts per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """What to compute in, and to hold parameters in. None: as the model was trained."""
+    """Dtype of computation and parameters. None: as in training."""
     mesh: MeshConfig = MeshConfig()
     """Devices to use."""
 
@@ -157,7 +160,7 @@ def embed(args: list[str]) -> None:
         print(f"wrote {output}: {len(vectors)} x {vectors.shape[1]}", file=sys.stderr)
         return
     for vector in vectors:
-        # By way of text: as few digits as tell a float32.
+        # Formatted as text, with as few digits as a float32 needs.
         print(json.dumps([float(str(x)) for x in vector]))
 
 
@@ -173,22 +176,22 @@ class Export:
     output: str
     """Folder to write."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in the files."""
+    """Dtype of the weights in the files."""
     max_shard_bytes: int = 5 * 10**9
-    """Largest file of weights, in bytes; with more than one file an index is written."""
+    """Largest size of a file of weights in bytes; several files get an index."""
     overwrite: bool = False
-    """Replace a model that is there."""
+    """Replace an existing model."""
     encoder_only: bool = False
-    """Write the encoder of a T5 model alone, as transformers' T5EncoderModel reads it."""
+    """Only write the encoder of a T5, as for transformers' T5EncoderModel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """Makes a run's folder of a Hugging Face model or of a T5X checkpoint.
+    """Imports a Hugging Face model or a T5X checkpoint as a run.
 
-    Other runs start from its parameters; with --loss-tokens, `t5jax train` also goes on where T5X
-    stood. A Hugging Face model need not be imported, since `--init.model` takes it directly:
-    importing spares reading and converting a large one at every start.
+    Other runs can start from its parameters; with --loss-tokens, `t5jax train` can also continue a
+    T5X run. Importing a Hugging Face model is optional, since `--init.model` accepts it directly;
+    it saves the conversion of a large model at every start.
     """
 
     model: str
@@ -196,16 +199,16 @@ class Import:
     output: str
     """Folder to write."""
     vocabulary: str = ""
-    """T5X: what it was trained with, as its checkpoints have no tokenizer: a SentencePiece .model
-    file, "bytes", or a folder or hub name with a tokenizer."""
+    """T5X: the tokenizer, which its checkpoints do not contain: a SentencePiece .model file,
+    "bytes", or a folder or Hub name with a tokenizer."""
     mlp_activation: Literal["relu", "gated-gelu", "gated-silu"] | None = None
-    """T5X: of the MLP. None: that of the published sizes with the same shapes."""
+    """T5X: the activation of the MLP. None: that of a published size with the same shapes."""
     loss_tokens: float | None = None
-    """T5X: go on with its Adafactor, whose statistics are of a loss summed over so many target
-    tokens: those of a batch, where LOSS_NORMALIZING_FACTOR is None (BATCH_SIZE times the targets'
-    length, if packed); 1, where it is NUM_REAL_TARGET_TOKENS. None: parameters alone."""
+    """T5X: continue with its Adafactor state, for a loss summed over this many target tokens: those
+    of a batch if LOSS_NORMALIZING_FACTOR is None (BATCH_SIZE times the targets' length, if packed);
+    1 if it is NUM_REAL_TARGET_TOKENS. None: only parameters."""
     mesh: MeshConfig = MeshConfig()
-    """Devices to split the state over on its way."""
+    """Devices over which the state is sharded meanwhile."""
 
 
 def export(args: list[str]) -> None:
