@@ -258,8 +258,8 @@ def test_golden_dropouts():
     Of each, its entries, and the last dimension.
     """
     lines = []
-    for variant, model in VARIANTS.items():
-        model = change(model, dropout_rate=0.3)
+    for variant in (*FAST, "t5_encoder", "bert_token_classification", "bert_none"):
+        model = change(VARIANTS[variant], dropout_rate=0.3)
         batch = jax.tree.map(lambda x: x[:2], inputs_for(model)[1])
         traced = jax.make_jaxpr(lambda p, b, k, m=model: api.hidden(m, p, b, dropout_rng=k))(
             api.param_shapes(model), batch, jax.random.key(0)
