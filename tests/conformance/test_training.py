@@ -31,7 +31,8 @@ DTYPES = {
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16_params": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
 }
-OPTIMIZERS = {"adafactor": 1e-2, "adamw": 1e-3, "adamw_scaled": 1e-2}
+# So large that no rounding of bfloat16 hides an update.
+OPTIMIZERS = {"adafactor": 1e-2, "adamw": 1e-2, "adamw_scaled": 1e-2}
 # Each variant has one of the dtypes, and each dtype some of the variants; others are slow.
 _QUICK = {(variant, list(DTYPES)[i % 3]) for i, variant in enumerate(FAST)}
 
