@@ -78,13 +78,13 @@ test-fast: install  ## the tests of a few seconds each, without torch
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
 
 # What may differ between versions of jax and Python: numerics, files, one task and one run.
-SMOKE := conformance tokenizers monitor hf data/test_pipeline.py test_architecture.py \
-	test_checkpoint.py test_convert.py test_curves.py test_losses.py test_optimizers.py \
+SMOKE := conformance tokenizers monitor hf data/test_fingerprint.py data/test_pipeline.py \
+	test_architecture.py test_checkpoint.py test_convert.py test_curves.py test_losses.py test_optimizers.py \
 	test_packaging.py test_train.py test_train_step.py
 
 .PHONY: test-smoke
 test-smoke: install  ## numerics and a run, for a second Python
-	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf' $(wildcard $(addprefix tests/,$(SMOKE)))
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf' $(addprefix tests/,$(SMOKE))
 
 .PHONY: lint
 lint: install  ## rules, format and types: ruff and mypy

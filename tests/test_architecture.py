@@ -148,6 +148,14 @@ def test_no_cycle_within_a_row_either():
             visit(module)
 
 
+def test_no_test_imports_another():
+    tests = list((ROOT / "tests").rglob("*.py"))
+    assert len(tests) > 50
+    for path in tests:
+        for found in imports(path):
+            assert "test_" not in found.name, f"{path} imports {found.name}"
+
+
 def test_models_are_reached_through_their_api():
     for module, path in MODULES.items():
         if not is_in(module, "t5jax.models"):

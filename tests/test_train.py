@@ -32,7 +32,7 @@ from t5jax.config import (
     to_json,
 )
 from t5jax.convert import export_model, import_model
-from t5jax.data import pipeline
+from t5jax.data import pipeline, registry
 from t5jax.monitor import log, progress
 from t5jax.source import find
 from t5jax.train import NonFiniteLoss, train
@@ -629,7 +629,7 @@ def test_field_that_cannot_work_is_refused(field, tmp_path):
 
 def read_batches(config):
     """Returns the first two batches of a run, and its sets of examples for evaluation."""
-    pipeline.load_tasks(config.data.task_files)
+    registry.load_tasks(config.data.task_files)
     tokenizer = pipeline.tokenizer_for(config, None)
     iterator = pipeline.train_iterator(config, tokenizer, list(range(config.data.batch_size)))
     batches = [{k: v.tolist() for k, v in next(iterator).items()} for _ in range(2)]

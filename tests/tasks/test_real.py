@@ -234,7 +234,7 @@ def test_from_scratch_improves_the_validation_loss(
         train=dataclasses.replace(config.train, steps=24),
         eval=dataclasses.replace(config.eval, every=12, num_examples=32),
     )
-    monkeypatch.setattr(pipeline, "load_tasks", lambda files=(): None)  # The loaded ones stay.
+    monkeypatch.setattr(registry, "load_tasks", lambda files=(): None)  # The loaded ones stay.
     train(config)
     lines = read_metrics(config.run_dir)
     losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
