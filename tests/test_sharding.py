@@ -198,7 +198,7 @@ def test_a_full_size_step_lowers():
     assert "tensor<24x4096x10240xf32>" in lowered.as_text()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["t5_1_1", "t5_1_0", "umt5", "byt5", "ul2"])
 def test_every_leaf_of_the_state_has_a_sharding(variant):
     model = dataclasses.replace(VARIANTS[variant], d_model=16)
     tx = make_optimizer(ADAMW, 10, api.param_axes(model))

@@ -385,7 +385,7 @@ def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_killed_run_ends_in_the_same_bits(tmp_path):
     """kill -9 at random moments, saving among them, until the run is through."""
-    sections = {"train": {"steps": 40}, "checkpoint": {"every": 2}, "eval": {"every": 20}}
+    sections = {"train": {"steps": 20}, "checkpoint": {"every": 2}, "eval": {"every": 10}}
     train(make_config(tmp_path / "whole", **sections))
     config = tmp_path / "config.json"
     config.write_text(to_json(make_config(tmp_path / "killed", **sections)))
@@ -396,7 +396,7 @@ def test_killed_run_ends_in_the_same_bits(tmp_path):
         return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
 
     rng = random.Random(0)
-    for least in (1, 8):  # A later step than the first kill's has been saved by the second.
+    for least in (1, 5):  # A later step than the first kill's has been saved by the second.
         process = start()
         while process.poll() is None and not any(
             p.name.isdigit() and int(p.name) > least for p in folder.glob("*")
@@ -410,10 +410,10 @@ def test_killed_run_ends_in_the_same_bits(tmp_path):
     err = final.communicate()[1].decode()
     assert final.returncode == 0, err
     assert "going on from step" in err
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed", 40)
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed", 20)
     assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
     names = {p.name for p in folder.iterdir()}
-    assert {"38", "40"} <= names <= {"38", "40", "20"}, "a half-written checkpoint is left"
+    assert {"18", "20"} <= names <= {"18", "20", "10"}, "a half-written checkpoint is left"
 
 
 # --- Starting from other parameters ---------------------------------------------------------------

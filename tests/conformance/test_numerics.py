@@ -189,10 +189,11 @@ def test_packing_changes_neither_loss_nor_gradients_and_all_parameters_have_some
             changes[f"{side}_positions"] = positions // 2
         for name, changed in changes.items():
             loss = loss_and_grads(model, params, packed | {name: changed})[0][0]
-            assert abs(loss - sums["loss"]) > 1e-2, name
+            assert abs(loss - sums["loss"]) > 1e-5 * abs(loss), name  # More than rounding gives.
+    rotates = getattr(model, "position", "learned") == "rope"
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         # A key's bias adds the same to all scores of a query, but for rotations.
-        silent = path_of(path).endswith("key/bias") and "llama" not in variant
+        silent = path_of(path).endswith("key/bias") and not rotates
         assert (np.mean(np.abs(grad) > 1e-6) > 0.1) != silent, path_of(path)
 
 
