@@ -3,6 +3,7 @@
 Code outside a family's own files does not depend on the family; it uses these properties.
 """
 
+import abc
 import dataclasses
 import inspect
 import itertools
@@ -60,7 +61,7 @@ def description(**defaults: Any) -> Callable[[_Class], _Class]:
 
 
 @description()
-class Architecture:
+class Architecture(abc.ABC):
     """The description of a network; the base class of all families' descriptions."""
 
     if typing.TYPE_CHECKING:
@@ -129,8 +130,9 @@ class Architecture:
     # --- Outputs ----------------------------------------------------------------------------------
 
     @property
+    @abc.abstractmethod
     def kind(self) -> Kind:
-        raise NotImplementedError
+        """What the network reads and writes."""
 
     @property
     def head(self) -> Head:
@@ -177,9 +179,9 @@ class Architecture:
         return None
 
     @property
+    @abc.abstractmethod
     def start_token_id(self) -> int:
         """Id that begins the rows for which targets are predicted."""
-        raise NotImplementedError
 
     @property
     def inputs_start_id(self) -> int | None:

@@ -13,6 +13,9 @@ from t5jax.architectures.families import load_sizes
 class Small(Architecture):
     """A description of its own."""
 
+    kind = "decoder"
+    start_token_id = 0
+
     family: str = "small"
     depth: int = 3
     dropout_rate: float = 0.5
@@ -34,6 +37,11 @@ def test_own_fields_come_first_and_what_all_have_last():
     assert names(Small)[-4:] == ["dtype", "param_dtype", "scan_layers", "remat"]
     assert names(Deep)[0] == "width"
     assert sorted(names(Deep)) == sorted([*names(Small), "width"])
+
+
+def test_a_description_says_its_kind_and_what_a_row_begins_with():
+    with pytest.raises(TypeError, match="abstract .*kind.*start_token_id"):
+        Architecture()
 
 
 def test_a_default_may_differ_from_the_inherited_one():
