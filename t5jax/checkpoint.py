@@ -45,7 +45,13 @@ class Checkpoints:
         Args:
           run_dir: the run's folder.
           keep: number of recent checkpoints to keep, in addition to the best one; None keeps all.
+        Raises:
+          ValueError: if Orbax cannot write there, or the file with a checkpoint's loss is damaged.
         """
+        path = Path(run_dir).absolute() / CHECKPOINTS_DIR
+        check_writable_name(path)
+        for checkpoint in _checkpoints(Path(run_dir)):
+            _validation_loss(checkpoint)  # Orbax reads them too, with errors that name no file.
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -56,7 +62,6 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
-        path = Path(run_dir).absolute() / CHECKPOINTS_DIR
         self._manager = ocp.CheckpointManager(path, options=options)
 
     def __enter__(self):
@@ -100,7 +105,7 @@ class Checkpoints:
         """
         abstract = _abstract(_as_dict(shapes), _as_dict(shardings))
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        with _damage(checkpoint):
+        with _reading(checkpoint):
             return TrainState(**self._manager.restore(int(checkpoint.name), args=args).state)
 
     def close(self) -> None:
@@ -122,17 +127,40 @@ def _abstract(shapes, shardings):
     )
 
 
+# How TensorStore begins to say that a file does not hold what it should, or is missing.
+_LOST = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")
+
+
 @contextlib.contextmanager
-def _damage(checkpoint: Path):
-    """Errors inside mean that the checkpoint is damaged."""
+def _reading(checkpoint: Path):
+    """Says which checkpoint an error inside is about, and whether the checkpoint is damaged.
+
+    Only what cannot be decoded or is missing is damage: another error, such as missing permission
+    or memory, says nothing about the checkpoint, which must not be deleted then.
+    """
+    if "\\" in str(checkpoint.absolute()):
+        raise ValueError(
+            f"checkpoint {checkpoint.absolute()} cannot be read where it is, since TensorStore "
+            "takes a backslash for a slash; rename the folder"
+        )
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from the "
-            "one before it, or copy it again"
-        ) from error
+        # A KeyError is of a part that Orbax does not find, such as "state".
+        undecodable = (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError)
+        reason = _first_line(error)
+        if isinstance(error, undecodable) or str(error).startswith(_LOST):
+            raise ValueError(
+                f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from "
+                "the one before it, or copy it again"
+            ) from error
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 # --- Finding ------------------------------------------------------------------------------------
@@ -190,9 +218,23 @@ def best_loss(run_dir: str | Path) -> float:
 
 
 def _validation_loss(checkpoint: Path) -> float:
-    """Returns the loss that a checkpoint was saved with; infinity where it has none."""
+    """Returns the loss that a checkpoint was saved with; infinity where it has none.
+
+    Raises:
+      ValueError: if the file that holds it is damaged.
+    """
     metrics = checkpoint / "metrics" / "metrics"
-    return json.loads(metrics.read_text())["loss"] if metrics.is_file() else math.inf
+    if not metrics.is_file():
+        return math.inf
+    content = metrics.read_bytes()
+    try:
+        return float(json.loads(content)["loss"])
+    except (ValueError, KeyError, TypeError):
+        what = f"holds {content[:40]!r}" if content else "is empty"
+        raise ValueError(
+            f"{metrics} {what}; expected the validation loss of its checkpoint. Copy it again, or "
+            f"delete the folder {metrics.parent}: the checkpoint then counts as not evaluated"
+        ) from None
 
 
 # --- Reading without training --------------------------------------------------------------------
@@ -200,8 +242,15 @@ def _validation_loss(checkpoint: Path) -> float:
 
 def read_config(checkpoint: Path) -> Config:
     """Returns the config that a checkpoint was saved with."""
-    with _damage(checkpoint):
-        return from_json((checkpoint / "config" / "metadata").read_text())
+    with _reading(checkpoint):
+        text = (checkpoint / "config" / "metadata").read_text()
+        json.loads(text)
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} was saved with another version of t5jax: {error}"
+        ) from None
 
 
 def read_loop(checkpoint: Path) -> dict:
@@ -210,7 +259,7 @@ def read_loop(checkpoint: Path) -> dict:
     Raises:
       ValueError: if the checkpoint holds parameters alone.
     """
-    with _damage(checkpoint):
+    with _reading(checkpoint):
         values = json.loads((checkpoint / "loop" / "metadata").read_text())
     if not values:
         run_dir = checkpoint.parent.parent
@@ -226,8 +275,20 @@ def load_params(checkpoint: Path, shapes, shardings):
     item = {"params": _abstract(shapes, shardings)}
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    with _damage(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(checkpoint.absolute() / "state", args=args)["params"]
+    with _reading(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        params = checkpointer.restore(checkpoint.absolute() / "state", args=args)["params"]
+    # What the checkpoint does not have is left as it was asked for.
+    missing = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if isinstance(x, jax.ShapeDtypeStruct)
+    ]
+    if missing:
+        raise ValueError(
+            f"checkpoint {checkpoint} has no parameters {', '.join(missing)}, which its model has; "
+            "it was saved with another version of t5jax"
+        )
+    return params
 
 
 def create_run_dir(run_dir: str | Path) -> Path:
@@ -237,6 +298,7 @@ def create_run_dir(run_dir: str | Path) -> Path:
       ValueError: if it cannot be written.
     """
     run_dir = Path(run_dir).expanduser()
+    check_writable_name(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{os.getpid()}"
@@ -247,6 +309,22 @@ def create_run_dir(run_dir: str | Path) -> Path:
             f"run folder {run_dir} cannot be written ({error.strerror}); choose another"
         ) from None
     return run_dir
+
+
+def check_writable_name(path: Path) -> None:
+    """Raises ValueError if Orbax could not write checkpoints below a folder, for its name.
+
+    Orbax takes the whole path for a pattern when it joins the arrays of a checkpoint, and so loses
+    them without an error below "t5[v2]"; TensorStore takes a backslash for a slash.
+    """
+    whole = str(path.absolute())
+    found = [mark for mark in "[]*?\\" if mark in whole]
+    if found:
+        raise ValueError(
+            f"checkpoints cannot be written below {whole}, since Orbax does not take "
+            f"{' and '.join(found)} in a path literally; choose another folder, or reach this one "
+            "by a link whose path has none of them"
+        )
 
 
 def write_config(run_dir: Path, config: Config) -> None:

@@ -7,6 +7,7 @@ message on standard error and a non-zero exit; results alone go to standard outp
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 USAGE = """\
@@ -64,6 +65,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     from t5jax.commands.parse import choose
 
+    warnings.formatwarning = _format_warning
     try:
         module, function = choose(args[0], COMMANDS).split(".")
     except ValueError as error:
@@ -81,6 +83,18 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("T5JAX_TRACEBACK"):
             raise
         return _fail(str(error))
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Returns a warning in one line; where in our code it arose is of no use to a user."""
+    what = "warning" if category is UserWarning else category.__name__
+    return f"t5jax: {what}: {' '.join(str(message).split())}\n"
 
 
 def _fail(message: str, status: int = 1) -> int:

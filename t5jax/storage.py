@@ -1,6 +1,7 @@
 """Files and folders that are written atomically. No heavy imports."""
 
 import contextlib
+import glob
 import os
 import shutil
 import socket
@@ -60,7 +61,7 @@ def remove_partial(folder: Path) -> None:
 
     No other process may be writing this folder.
     """
-    for left_behind in folder.parent.glob(f"{_prefix(folder)}*"):
+    for left_behind in folder.parent.glob(f"{glob.escape(_prefix(folder))}*"):
         shutil.rmtree(left_behind, ignore_errors=True)
 
 

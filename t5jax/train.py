@@ -167,6 +167,7 @@ def _say_how_the_rate_falls(saved: Config, config: Config) -> None:
 
 def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
     if loop.best_step:
+        # The checkpoint that export and init.model take.
         loss, best = checkpoint.best_loss(run_dir), checkpoint.best_checkpoint(run_dir)
         say(f"best {config.eval.split} loss {loss:.4f} at step {best.name}")
     plot.plot_losses(run_dir, run_dir / "loss.png")
@@ -333,4 +334,6 @@ def describe_mesh(mesh: jax.sharding.Mesh) -> str:
 def say(text: str) -> None:
     """Prints on standard error, since standard output is for results."""
     if jax.process_index() == 0:
-        Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+        # Paths are no markup, whatever brackets are in them.
+        console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        console.print(text, soft_wrap=True)

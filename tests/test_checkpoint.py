@@ -168,6 +168,87 @@ def test_truncated_json_is_damage_too(part, tmp_path):
         read(tmp_path / "checkpoints/1")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "d/1"),
+        MemoryError(),
+        ValueError("RESOURCE_EXHAUSTED: out of memory"),
+        ValueError("Requested shape: (200,) is not compatible with the stored shape: (400,)"),
+    ],
+)
+def test_what_says_nothing_about_the_files_is_not_called_damage(error, tmp_path, monkeypatch):
+    save(tmp_path, {1: None})
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(ValueError, match=r"checkpoints/1 cannot be read: ") as caught:
+        restore(tmp_path, 1)
+    assert "damaged" not in str(caught.value)
+    assert "delete" not in str(caught.value)
+
+
+def test_a_state_of_another_network_is_not_called_damage(tmp_path):
+    save(tmp_path, {1: None})
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = {"w": jax.ShapeDtypeStruct((8, 2), "float32"), "c": jax.ShapeDtypeStruct((3,), "f4")}
+    with pytest.raises(ValueError, match="has no parameters c, which its model has; it was saved"):
+        checkpoint.load_params(tmp_path / "checkpoints/1", shapes, {"w": one, "c": one})
+    config = tmp_path / "checkpoints/1/config/metadata"
+    config.write_text(config.read_text().replace('"z_loss"', '"y_loss"'))
+    with pytest.raises(
+        ValueError, match=r"saved with another version .*loss.y_loss does not exist"
+    ):
+        checkpoint.read_config(tmp_path / "checkpoints/1")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [("", "is empty"), ('{"loss":', "holds"), ("{}", "holds")]
+)
+def test_a_damaged_loss_names_its_file(content, what, tmp_path):
+    save(tmp_path, {1: 1.0, 2: 2.0})
+    path = tmp_path / "checkpoints/1/metrics/metrics"
+    path.write_text(content)
+    for ask in (best_checkpoint, best_loss, Checkpoints):
+        with pytest.raises(
+            ValueError, match=f"{path} {what}.* or delete the folder {path.parent}:"
+        ):
+            ask(tmp_path)
+    shutil.rmtree(path.parent)  # As the message says.
+    save(tmp_path, {3: 1.5})
+    assert best_checkpoint(tmp_path).name == "3"
+
+
+@pytest.mark.parametrize("name", ["t5[v2]", "a[b]/run", "a\\b", "t5*", "why?"])
+def test_orbax_would_lose_arrays_below_some_names(name, tmp_path):
+    """It globs the path of a checkpoint while it writes; reading is sound but for a backslash."""
+    with pytest.raises(ValueError, match=r"checkpoints cannot be written below .*; choose another"):
+        checkpoint.create_run_dir(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="checkpoints cannot be written below"):
+        Checkpoints(tmp_path / name)
+    save(tmp_path / "plain", {1: None})
+    shutil.copytree(tmp_path / "plain", tmp_path / name)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: state_of(1).params)
+    shardings = jax.tree.map(lambda _: one, shapes)
+    copied = tmp_path / name / "checkpoints/1"
+    if "\\" in name:
+        with pytest.raises(ValueError, match="takes a backslash for a slash; rename the folder"):
+            checkpoint.load_params(copied, shapes, shardings)
+    else:
+        assert_equal(checkpoint.load_params(copied, shapes, shardings), state_of(1).params)
+    # The remedy: a link whose path has none of them.
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    save(tmp_path / "link", {2: None})
+    assert_equal(
+        checkpoint.load_params(tmp_path / "link/checkpoints/2", shapes, shardings),
+        state_of(2).params,
+    )
+
+
 def test_run_without_a_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "checkpoints").mkdir()

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -236,6 +237,13 @@ def test_an_interrupted_run_is_told_how_it_goes_on(config, capsys, monkeypatch):
     assert run(capsys, "train", config) == (130, "", f"t5jax: error: {hint}\n")
 
 
+def test_a_warning_is_one_line_without_our_code(fake, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # To have it back.
+    run(capsys, "infer", "MODEL", "--prompt", "a")
+    shown = warnings.formatwarning(UserWarning("take\ncare"), UserWarning, "io.py", 3, "code")
+    assert shown == "t5jax: warning: take care\n"
+
+
 def test_an_unknown_command_is_a_wrong_use():
     assert main(["trian"]) == 2
 
@@ -294,6 +302,7 @@ def test_a_run_writes_nothing_that_is_not_ours(config):
         (["train", "CONFIG", "--run-dir", "/proc/t5jax"], "run folder /proc/t5jax cannot be writ"),
         (["train", "CONFIG", "--run-dir", "FILE/x"], "x cannot be written (Not a directory)"),
         (["train", "CONFIG", "--run-dir", "FILE"], "cannot be written (File exists); choose anoth"),
+        (["train", "CONFIG", "--run-dir", "FILE[v2]"], "does not take [ and ] in a path literally"),
         (["train", "CONFIG", "--data.mixture", "capitols"], "no task file registers; did you mean"),
         (["train", "CONFIG", "--init.model", "owner/absent"], "the hub cannot be reached"),
         (

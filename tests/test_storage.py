@@ -68,6 +68,14 @@ def test_a_folder_whose_writing_fails_stays_as_it_was(tmp_path, monkeypatch):
     assert names(tmp_path / "folder") == ["old"]
 
 
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    left, other = f".train[:9].{socket.gethostname()}.0", f".train9.{socket.gethostname()}.0"
+    for name in (left, other):
+        (tmp_path / name).mkdir()
+    storage.remove_partial(tmp_path / "train[:9]")
+    assert names(tmp_path) == [other]
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     left = [f".folder.{socket.gethostname()}.0", ".folder.elsewhere.0", ".other.0", "folder"]
     for name in left:

@@ -47,7 +47,9 @@ def plot_losses(run_dir: str | Path, path: str | Path) -> None:
         axes.plot(steps, smooth, color="0.2", linewidth=1.6, marker=marker, label=label)
     for name, points in curves.items():
         steps, values = map(np.asarray, zip(*points, strict=True))
-        best = int(np.argmin(values))
+        best = (
+            len(values) - 1 - int(np.argmin(values[::-1]))
+        )  # Of equal ones the last, as exported.
         name = name.removesuffix("/loss")
         label = f"{name}  {values[best]:.3g} (lowest, step {steps[best]:,})"
         axes.plot(steps, values, marker="o", markersize=3.5, linewidth=1.2, label=label)
@@ -62,11 +64,13 @@ def plot_losses(run_dir: str | Path, path: str | Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("Step")
     axes.set_ylabel("Loss (nats per target token)")
-    axes.set_title(Path(run_dir).resolve().name, loc="left")
+    # parse_math: a dollar sign in a name is no formula.
+    axes.set_title(Path(run_dir).resolve().name, loc="left", parse_math=False)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    for text in axes.legend(frameon=False, fontsize="small").get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, format="png")
 
 

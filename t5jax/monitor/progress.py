@@ -98,7 +98,7 @@ class ProgressBar:
         from rich.console import Console
 
         self._total, self._step, self._clock = total, step, clock
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False, emoji=False)
         self._first: tuple[float, int] | None = None
         self._loss: float | None = None
         self._tokens_per_second: float | None = None
@@ -167,9 +167,10 @@ class ProgressBar:
 def track(items: Sequence[Any], description: str) -> Iterator[Any]:
     """Yields the items and shows on stderr how many are done."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track as rich_track
 
-    yield from rich_track(items, description, console=Console(stderr=True), transient=True)
+    yield from rich_track(items, escape(description), console=Console(stderr=True), transient=True)
 
 
 def _duration(seconds: float) -> str:

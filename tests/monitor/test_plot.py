@@ -71,3 +71,13 @@ def test_plot_without_losses_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"metrics.jsonl holds no loss to plot; expected lines"):
         plot.plot_losses(tmp_path, tmp_path / "losses.png")
     assert not (tmp_path / "losses.png").exists()
+
+
+def test_names_are_no_formulas_and_of_equal_losses_the_last_counts(tmp_path, monkeypatch):
+    """As for the checkpoint that is exported."""
+    run_dir = tmp_path / r"lr$\frac$1"
+    run_dir.mkdir()
+    write_lines(run_dir, *({"step": s, r"$\x$/loss": v} for s, v in ((1, 2.0), (2, 1.0), (3, 1.0))))
+    axes = drawn_figure(run_dir, tmp_path / "losses.png", monkeypatch)
+    assert axes.get_title(loc="left") == run_dir.name
+    assert axes.lines[0].get_label() == r"$\x$  1 (lowest, step 3)"

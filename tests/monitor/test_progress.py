@@ -91,6 +91,14 @@ def test_progress_without_a_terminal_is_lines_on_stderr(capsys, clock):
     ]
 
 
+def test_names_are_no_markup(capsys):
+    """A split as "train[:90%]" or a folder as "runs/x[/y]" is shown as it is."""
+    assert list(progress.track([1], "evaluating on validation[/y]")) == [1]
+    with progress.ProgressBar(total=10) as bar:
+        bar.print("runs/x[/y] :smile:")
+    assert "runs/x[/y] :smile:" in capsys.readouterr().err
+
+
 def test_durations():
     assert [progress._duration(s) for s in (0, 59.6, 3599, 36061)] == [
         "0:00",

@@ -13,12 +13,12 @@ class Progress:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         columns = (
             SpinnerColumn(),
-            TextColumn("caching {task.description}"),
+            TextColumn("caching {task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[done]}"),
+            TextColumn("{task.fields[done]}", markup=False),
             TimeElapsedColumn(),
         )
         self._bar = Progress(*columns, console=self._console, transient=True, redirect_stdout=False)

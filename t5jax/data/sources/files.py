@@ -65,12 +65,22 @@ def _find(pattern: str) -> list[str]:
                 f"{pattern} is a folder; expected a file or a glob such as "
                 f"{os.path.join(pattern, '*.jsonl')}"
             )
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        found = [pattern] if os.path.isfile(pattern) else _glob(pattern)
         found = sorted(filter(os.path.isfile, found))
         hint = f"looked from {os.getcwd()}"
     if not found:
         raise ValueError(f"there is no file {pattern} ({hint})")
     return found
+
+
+def _glob(pattern: str) -> list[str]:
+    """Returns what a pattern matches; a folder that exists is meant literally, as "data[v2]"."""
+    parts = pattern.split("/")
+    for n in range(len(parts) - 1, 0, -1):
+        if os.path.isdir("/".join(parts[:n])):
+            pattern = "/".join([*map(glob.escape, parts[:n]), *parts[n:]])
+            break
+    return glob.glob(pattern, recursive=True)
 
 
 def _find_remote(url: str) -> list[str]:

@@ -199,6 +199,14 @@ def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path):
     assert read(text({"train": tmp_path / "a[1].txt"})) == [{"text": "this one"}]
 
 
+def test_a_folder_whose_name_looks_like_a_glob(tmp_path):
+    folder = tmp_path / "data[v2]" / "part"
+    folder.mkdir(parents=True)
+    (folder / "a.txt").write_text("one\n")
+    source = text({"train": tmp_path / "data[v2]" / "*" / "*.txt"})
+    assert read(source) == [{"text": "one"}]
+
+
 def test_a_missing_file_or_a_folder_is_an_error_when_it_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"there is no file absent-\*\.jsonl \(looked from /"):
         read(jsonl({"train": "absent-*.jsonl"}))
