@@ -19,6 +19,7 @@ from t5jax import batch as features
 from t5jax.architectures import T5Config, published
 from t5jax.decoding import greedy
 from t5jax.hf.t5 import write_config
+from t5jax.host_memory import keep_freed_memory
 from t5jax.models import api
 from turns import median_seconds
 
@@ -27,6 +28,7 @@ SOURCE = NEW_TOKENS = 64
 
 def t5jax_generate(model: T5Config, tokens: np.ndarray):
     """Returns a function that generates and waits."""
+    keep_freed_memory()
     # Padding of the vocabulary, which random weights are as unlikely to choose as any other.
     model = dataclasses.replace(model, eos_token_id=model.vocab_size - 1)
     params = jax.jit(lambda key: api.init_params(model, key))(jax.random.key(0))

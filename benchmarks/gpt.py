@@ -21,6 +21,7 @@ from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import GPTConfig
 from t5jax.config import Config, DataConfig, LossConfig, OptimizerConfig
+from t5jax.host_memory import keep_freed_memory
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.program import program
@@ -63,6 +64,7 @@ class Book:
 
 class T5jax:
     def __init__(self, book: str):
+        keep_freed_memory()
         self._book = Book(book)
         config = Config(
             model=MODEL,

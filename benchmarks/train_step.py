@@ -19,6 +19,7 @@ from t5jax import sharding
 from t5jax.architectures import T5Config, published
 from t5jax.config import Config, DataConfig, LossConfig, OptimizerConfig
 from t5jax.hf.t5 import write_config
+from t5jax.host_memory import keep_freed_memory
 from t5jax.program import program
 from turns import median_seconds
 
@@ -39,6 +40,7 @@ def random_batch(model: T5Config) -> dict:
 
 def t5jax_step(model: T5Config):
     """Returns a function that does one step and waits for it."""
+    keep_freed_memory()
     config = Config(
         model=model,
         data=DataConfig(batch_size=BATCH),

@@ -5,8 +5,15 @@ model = t5jax.load("google/flan-t5-small")
 model.generate(["A step by step recipe to make bolognese pasta:"])
 """
 
+import os
+
 __version__ = "0.1.0"
 __all__ = ["load"]
+
+if os.environ.get("T5JAX_KEEP_MEMORY") == "1":
+    from t5jax.host_memory import keep_freed_memory
+
+    keep_freed_memory()
 
 
 def __getattr__(name: str):

@@ -22,6 +22,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # The processes of pytest-xdi
 # No test may reach for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from t5jax.host_memory import keep_freed_memory
+
+keep_freed_memory()
+
 import jax
 import pytest
 
