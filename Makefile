@@ -24,8 +24,10 @@ INSTALLED := $(VENV)/.installed-$(VERSION)
 # among those tested for Python 3.12: there these tests skip.
 TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
 
-# What is imported is compiled when it is, and the rest of so many packages never.
-PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
+# What is imported is compiled when it is, and the rest of so many packages never. seqeval's old
+# setup.py only builds apart from the setuptools that is installed here.
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile --use-pep517 --disable-pip-version-check \
+	-c $(CONSTRAINTS)
 
 # Compiling takes one core; files stay whole, because their tests share what they have trained, and
 # come in the order of tests/conftest.py.

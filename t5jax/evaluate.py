@@ -9,7 +9,6 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from json import dumps
 from pathlib import Path
 
 import jax
@@ -26,6 +25,7 @@ from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.monitor import progress, tables
 from t5jax.source import Source, find
+from t5jax.storage import to_json
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 Predict = Callable[[api.Params, Sequence[Sequence[int]]], list[str]]
@@ -270,7 +270,7 @@ def evaluate_model(
     table = as_table(results)
     tables.print_table(tables.results_table(table), sys.stdout)
     if json:
-        json.write_text(dumps(table, indent=2) + "\n")
+        json.write_text(to_json(table, indent=2) + "\n", encoding="utf-8")
     return table
 
 

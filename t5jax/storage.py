@@ -1,18 +1,34 @@
-"""Files and folders that are written atomically. No heavy imports."""
+"""Files and folders that are written atomically, and their JSON. No heavy imports."""
 
 import contextlib
 import glob
+import json
+import math
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def cache_dir() -> Path:
     """Returns the folder of files that can be recreated: $T5JAX_CACHE, or ~/.cache/t5jax."""
     return Path(os.environ.get("T5JAX_CACHE") or "~/.cache/t5jax").expanduser()
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Returns JSON that every reader accepts: numbers that are not finite, such as NaN, are null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_file(path: Path, content: bytes) -> Path:

@@ -1,19 +1,22 @@
-"""Metrics: every number is worked out by hand in the test."""
+"""Metrics: every number is worked out by hand in the test, or computed by the field's library."""
 
+import functools
+import inspect
 import math
+import random
+import unicodedata
 
+import numpy as np
 import pytest
 
 from t5jax import metrics
 
-ALL = (
-    metrics.exact_match,
-    metrics.accuracy,
-    metrics.token_f1,
-    metrics.squad,
-    metrics.bleu,
-    metrics.rouge,
-)
+OF_TEXT = (metrics.token_f1, metrics.squad, metrics.bleu, metrics.chrf, metrics.rouge)
+OF_VALUES = (metrics.exact_match, metrics.accuracy)
+OF_LABELS = (metrics.f1_micro, metrics.f1_macro, metrics.matthews)
+OF_NUMBERS = (metrics.pearson, metrics.spearman)
+REFERENCED = OF_TEXT + OF_VALUES
+ALL = (*REFERENCED, *OF_LABELS, metrics.f1_binary, *OF_NUMBERS, metrics.entity_f1)
 
 
 def test_exact_match_is_to_the_character():
@@ -131,6 +134,34 @@ def test_rouge_counts_letters_of_other_alphabets():
     assert metrics.rouge(["über"], ["ber"])["rouge1"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("target", "prediction", "expected"),
+    [
+        ("का", "की", 0.0),  # One consonant, two vowel signs.
+        ("यह का है", "यह की है", 200 / 3),
+        ("คน", "คืน", 0.0),
+        ("m² 5½", "m 5½", 50.0),
+        ("می\u200cخواهم", "می خواهم", 0.0),  # A joiner within one word, against two words.
+        ("so\u00adft", "soft", 100.0),
+        ("ab\u200bcd", "ab cd", 100.0),  # Space of no width.
+        ("good ❤\ufe0f", "good ☀\ufe0f", 100.0),  # Symbols are no words, nor what they leave.
+    ],
+)
+def test_words_of_rouge_are_letters_marks_and_numbers(target, prediction, expected):
+    assert metrics.rouge([target], [prediction])["rouge1"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "fn", [metrics.rouge, metrics.squad, metrics.token_f1, metrics.accuracy, metrics.exact_match]
+)
+def test_equivalent_texts_are_equal(fn):
+    text = "Çà et là une école ộ"
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    for one, other in ((composed, decomposed), (decomposed, composed)):
+        assert set(fn([one], [other]).values()) == {100.0}
+
+
 def test_empty_texts():
     assert metrics.exact_match([""], [""]) == {"exact_match": 100.0}
     assert metrics.accuracy([""], [" "]) == {"accuracy": 100.0}
@@ -145,23 +176,215 @@ def test_empty_texts():
 @pytest.mark.parametrize("fn", ALL)
 def test_unusable_examples_are_refused(fn):
     with pytest.raises(ValueError, match="2 targets for 1 predictions"):
-        fn(["a", "b"], ["a"])
+        fn(["1", "2"], ["1"])
     with pytest.raises(ValueError, match=r"no examples to score.*is the split empty"):
         fn([], [])
+
+
+@pytest.mark.parametrize("fn", REFERENCED)
+def test_unusable_references_are_refused(fn):
     with pytest.raises(ValueError, match="target 1 is an empty list; expected at least one"):
         fn(["a", []], ["a", "b"])
-    with pytest.raises(ValueError, match=r"target 0 is 3; expected a text.*postprocess_fn"):
-        fn([3], ["3"])
     with pytest.raises(ValueError, match=r"target 0 is \['a', None\]; expected a text"):
         fn([["a", None]], ["a"])
+
+
+@pytest.mark.parametrize("fn", OF_TEXT)
+def test_metrics_of_text_refuse_numbers(fn):
+    with pytest.raises(ValueError, match=r"target 0 is 3; expected a text.*postprocess"):
+        fn([3], ["3"])
     with pytest.raises(ValueError, match="prediction 0 is 3; expected a text"):
         fn(["3"], [3])
 
 
-@pytest.mark.parametrize("fn", ALL)
+@pytest.mark.parametrize("fn", REFERENCED)
 def test_scores_are_plain_floats_in_percent(fn):
     scores = fn(["the cat sat on the mat", "oh yes"], ["the cat sat on the mat", "oh yes"])
     assert all(type(value) is float and value == pytest.approx(100) for value in scores.values())
+
+
+# --- Numbers, labels and tags -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fn", OF_VALUES)
+def test_values_are_compared_as_postprocess_gives_them(fn):
+    (name,) = fn(["a"], ["a"])
+    assert fn([1, 0, 2, 1], [1, 0, None, -1]) == {name: 50.0}
+    assert fn([1.5, np.int64(2)], [np.float32(1.5), 2]) == {name: 100.0}
+    assert fn([[1, 2], [3]], [2, 1]) == {name: 50.0}  # Several references.
+    assert fn([True, False], [True, True]) == {name: 50.0}
+    tags = [["O", "PER"], ["O"]]
+    assert fn(tags, [["O", "PER"], ["PER"]]) == {name: 50.0}
+    assert fn(np.array([1, 2]), np.array([1, 3])) == {name: 50.0}
+
+
+@pytest.mark.parametrize("fn", [*OF_VALUES, *OF_LABELS])
+def test_targets_that_no_prediction_can_equal_are_refused(fn):
+    with pytest.raises(ValueError, match=r"targets are numbers such as 3, and predictions texts"):
+        fn([3, 4], ["3", "4"])
+    with pytest.raises(ValueError, match="target 1 is None; expected a text, a number"):
+        fn([1, None], [1, None])
+    with pytest.raises(ValueError, match="target 0 is nan; expected a text, a number"):
+        fn([math.nan], [1])
+
+
+def drawn(values, seed, n=60):
+    rng = random.Random(seed)
+    targets = [rng.choice(values) for _ in range(n)]
+    return targets, [t if rng.random() < 0.6 else rng.choice(values) for t in targets]
+
+
+@pytest.mark.parametrize("labels", [("yes", "no", "may be"), (0, 1), (0, 1, 2, 3)])
+def test_f1_and_matthews_agree_with_scikit_learn(labels):
+    from sklearn import metrics as theirs
+
+    targets, predictions = drawn(labels, seed=1)
+    predictions[:3] = [-1, 9, -1] if isinstance(labels[0], int) else ["none", "", "none"]
+    for average in ("micro", "macro"):
+        score = theirs.f1_score(targets, predictions, average=average)
+        found = getattr(metrics, f"f1_{average}")(targets, predictions)
+        assert found == {f"f1_{average}": pytest.approx(100 * score)}
+    found = metrics.f1_macro(targets, predictions, labels=labels)
+    score = theirs.f1_score(targets, predictions, average="macro", labels=labels)
+    assert found == {"f1_macro": pytest.approx(100 * score)}
+    found = metrics.matthews(targets, predictions)
+    assert found == {"matthews": pytest.approx(100 * theirs.matthews_corrcoef(targets, predictions))}
+    # Of one class, whatever the others are.
+    positive = labels[1]
+    hits = [[x == positive for x in side] for side in (targets, predictions)]
+    found = metrics.f1_binary(targets, predictions, positive=positive)
+    assert found == {"f1_binary": pytest.approx(100 * theirs.f1_score(*hits))}
+
+
+def test_f1_by_hand():
+    # yes: 1 of 2 found, 1 of 2 right, F1 1/2; no: 1 of 2 found, 1 of 1, F1 2/3; maybe: F1 0.
+    targets, predictions = ["yes", "yes", "no", "no"], ["yes", "maybe", "no ", "yes"]
+    assert metrics.f1_macro(targets, predictions)["f1_macro"] == pytest.approx(700 / 18)
+    both = functools.partial(metrics.f1_macro, labels=("yes", "no"))
+    assert both(targets, predictions)["f1_macro"] == pytest.approx(700 / 12)
+    assert metrics.f1_micro(targets, predictions) == {"f1_micro": 50.0}
+    found = metrics.f1_binary(targets, predictions, positive="no")
+    assert found == {"f1_binary": pytest.approx(200 / 3)}
+
+
+def test_matthews_by_hand():
+    # TP 2, TN 1, FP 1, FN 0: (2 - 0) / sqrt(3 * 2 * 2 * 1).
+    found = metrics.matthews([1, 1, 0, 0], [1, 1, 0, 1])["matthews"]
+    assert found == pytest.approx(100 * 2 / 12**0.5)
+    assert metrics.matthews(["a", "a"], ["a", "a"]) == {"matthews": 0.0}
+    assert metrics.matthews([0, 1], [1, 0])["matthews"] == pytest.approx(-100)
+
+
+def test_labels_are_one_each():
+    with pytest.raises(ValueError, match="not defined for several references"):
+        metrics.f1_macro([["a", "b"]], ["a"])
+    assert metrics.f1_micro([["a"], ["b"]], ["a", "b"]) == {"f1_micro": 100.0}
+    with pytest.raises(ValueError, match=r"lists, such as \['O'\].*there is entity_f1"):
+        metrics.matthews([["O"]], [["O"]])
+
+
+def test_f1_of_a_class_that_is_none():
+    with pytest.raises(ValueError, match=r"class 1, which is no target; there are 'n', 'y'; name "):
+        metrics.f1_binary(["y", "n"], ["y", "n"])
+    with pytest.raises(ValueError, match=r"partial\(f1_binary, positive='y'\)"):
+        metrics.f1_binary(["y"], ["y"])
+    # A part of a split may lack it.
+    assert metrics.f1_binary([0, 0], [0, 1]) == {"f1_binary": 0.0}
+
+
+def test_correlations_agree_with_scipy():
+    from scipy import stats
+
+    rng = random.Random(0)
+    targets = [round(rng.uniform(0, 5) * 5) / 5 for _ in range(40)]
+    predictions = [t + rng.gauss(0, 1) for t in targets]
+    texts = [f" {p:.1f}" for p in predictions]
+    found = metrics.pearson(targets, predictions)
+    assert found == {"pearson": pytest.approx(100 * stats.pearsonr(targets, predictions)[0])}
+    rounded = [float(text) for text in texts]
+    for given in (rounded, texts, np.array(rounded)):
+        found = metrics.spearman(targets, given)
+        assert found == {"spearman": pytest.approx(100 * stats.spearmanr(targets, rounded)[0])}
+
+
+def test_correlations_by_hand():
+    assert metrics.pearson([1, 2, 3], [30, 20, 10]) == {"pearson": pytest.approx(-100)}
+    # Ranks 1 2 3 against 1 3 2: 1 - 6 * 2 / (3 * 8).
+    assert metrics.spearman(["1", "2", "3"], ["0", "9.5", "2"]) == {"spearman": pytest.approx(50)}
+    # What is no number counts as -1, or as said.
+    for word in ("none", "nan", None, ""):
+        assert metrics.spearman([0, 1, 2], [word, 1, 2]) == {"spearman": pytest.approx(100)}
+    highest = functools.partial(metrics.spearman, default=9)
+    assert highest([2, 1, 0], ["none", 1, 0]) == {"spearman": pytest.approx(100)}
+
+
+def test_correlations_that_are_undefined_are_nan():
+    for fn in OF_NUMBERS:
+        for targets, predictions in [([1, 2], [3, 3]), ([1, 1], [2, 3]), ([1], [1])]:
+            (score,) = fn(targets, predictions).values()
+            assert math.isnan(score)
+
+
+@pytest.mark.parametrize("target", ["high", None, math.nan, [1, 2]])
+def test_targets_of_correlations_are_numbers(target):
+    for fn in OF_NUMBERS:
+        with pytest.raises(ValueError, match="target 1 is .*; expected a number"):
+            fn([1, target], [1, 2])
+
+
+def test_entities_agree_with_seqeval():
+    from seqeval import metrics as theirs
+
+    tags = ("O", "O", "B-PER", "I-PER", "B-LOC", "I-LOC", "E-LOC", "S-PER")
+    pairs = [drawn(tags, seed, n=12) for seed in range(20)]
+    targets, predictions = [list(side) for side in zip(*pairs, strict=True)]
+    expected = {
+        "entity_precision": pytest.approx(100 * theirs.precision_score(targets, predictions)),
+        "entity_recall": pytest.approx(100 * theirs.recall_score(targets, predictions)),
+        "entity_f1": pytest.approx(100 * theirs.f1_score(targets, predictions)),
+    }
+    assert 20 < metrics.entity_f1(targets, predictions)["entity_f1"] < 80
+    assert metrics.entity_f1(targets, predictions) == expected
+    texts = [[" ".join(tags) for tags in side] for side in (targets, predictions)]
+    assert metrics.entity_f1(*texts) == expected
+
+
+def test_entities_by_hand():
+    # Of 3 entities 1 is found as a whole; of 2 predicted ones 1 is right.
+    targets = ["B-PER I-PER O B-LOC", "B-LOC O"]
+    found = metrics.entity_f1(targets, ["B-PER I-PER O B-PER", "O O"])
+    assert found == {
+        "entity_precision": 50.0,
+        "entity_recall": pytest.approx(100 / 3),
+        "entity_f1": pytest.approx(40.0),
+    }
+    # A generated answer may have too many or too few.
+    assert metrics.entity_f1(["B-PER O"], ["B-PER O B-PER B-PER"])["entity_f1"] == 100.0
+    assert metrics.entity_f1(["B-PER O B-LOC"], ["B-PER"])["entity_recall"] == 50.0
+    assert metrics.entity_f1(["O O"], ["O O"])["entity_f1"] == 0.0
+
+
+def test_entities_need_tags():
+    with pytest.raises(ValueError, match="target 1 has the tag 'PER'; expected O, or a tag that b"):
+        metrics.entity_f1(["O", "O PER"], ["O", "O O"])
+    with pytest.raises(ValueError, match="prediction 0 is 3; expected a list of tags, or a text"):
+        metrics.entity_f1(["O"], [3])
+
+
+def test_chrf_agrees_with_sacrebleu():
+    from sacrebleu.metrics.chrf import CHRF
+
+    targets = [["the cat sat on a mat", "a cat sat"], "Übung macht den Meister"]
+    predictions = ["the cat is on the mat", "Übung macht Meister"]
+    references = [["the cat sat on a mat", "Übung macht den Meister"], ["a cat sat", None]]
+    for order in (0, 2):
+        expected = CHRF(word_order=order).corpus_score(predictions, references).score
+        fn = functools.partial(metrics.chrf, word_order=order)
+        assert 40 < expected < 90
+        assert fn(targets, predictions) == {"chrf": pytest.approx(expected)}
+
+
+# --- Several metrics, and baselines -------------------------------------------------------------
 
 
 def test_compute_joins_scores_and_refuses_a_name_twice():
@@ -195,9 +418,19 @@ def test_baselines():
         metrics.baselines(["a", "b"], ["a"], ["a"], fns)
 
 
-def test_seqio_takes_them_as_metric_functions():
-    # SeqIO recognises a metric of predictions by the names of its positional arguments.
-    import inspect
+def test_baselines_of_numbers_and_of_tags():
+    fns = (metrics.accuracy, metrics.pearson)
+    found = metrics.baselines([0, 1, 1], [1, 1, 0], [1, 1, 0], fns)
+    assert found["copy the input"]["accuracy"] == pytest.approx(100 / 3)
+    assert found["most frequent target"]["accuracy"] == pytest.approx(200 / 3)
+    assert math.isnan(found["most frequent target"]["pearson"])
+    tags = [["O", "B-PER"], ["O"], ["O"]]
+    found = metrics.baselines([["a", "b"], ["c"], ["d"]], tags, tags, (metrics.exact_match,))
+    assert found["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
 
+
+def test_seqio_takes_them_as_metric_functions():
+    # SeqIO recognises a metric of predictions by the names of its arguments without a default.
     for fn in ALL:
-        assert list(inspect.signature(fn).parameters) == ["targets", "predictions"]
+        needed = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+        assert [p.name for p in needed] == ["targets", "predictions"]

@@ -1,3 +1,5 @@
+import json
+import math
 import os
 import socket
 
@@ -90,3 +92,11 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.delenv("T5JAX_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.cache_dir() == tmp_path / ".cache" / "t5jax"
+
+
+def test_json_has_no_nan():
+    value = {"a": [math.nan, 1.5, (math.inf, "ü")], "b": {"c": -math.inf, "d": None, "e": True}}
+    text = storage.to_json(value, indent=1)
+    expected = {"a": [None, 1.5, [None, "ü"]], "b": {"c": None, "d": None, "e": True}}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
+    assert "ü" in text

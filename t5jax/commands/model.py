@@ -1,13 +1,13 @@
 """`t5jax eval`, `infer`, `embed`, `export` and `import`, the commands that take a model."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Literal
 
 from t5jax.commands.parse import check_options, fields, model_first, parse
 from t5jax.config import MeshConfig
+from t5jax.storage import to_json
 
 # --- eval ---------------------------------------------------------------------------------------
 
@@ -161,7 +161,7 @@ def embed(args: list[str]) -> None:
         return
     for vector in vectors:
         # Formatted as text, with as few digits as a float32 needs.
-        print(json.dumps([float(str(x)) for x in vector]))
+        print(to_json([float(str(x)) for x in vector]))
 
 
 # --- export and import --------------------------------------------------------------------------

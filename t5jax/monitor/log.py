@@ -48,8 +48,7 @@ class JsonlWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes one line of numbers, Python scalars or arrays of shape []."""
-        values = {name: float(value) for name, value in scalars.items()}
-        self._write(step, {k: v if math.isfinite(v) else None for k, v in values.items()})
+        self._write(step, {name: float(value) for name, value in scalars.items()})
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes one line of texts."""
@@ -58,7 +57,7 @@ class JsonlWriter:
     def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if values:
             line = {"step": int(step), "time": round(time.time(), 3), **values}
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.write(storage.to_json(line) + "\n")
             self._file.flush()
 
     def write_summaries(self, *args: Any, **kwargs: Any) -> None:

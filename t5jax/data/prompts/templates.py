@@ -166,7 +166,17 @@ def _value(field: str, row: Row):
             f"field {field!r} is {value!r:.60}, a {type(value).__name__}; a template needs texts "
             "or numbers, which Source.map(function) can make of it"
         )
+    _check_number(value, f"field {field!r}")
     return value
+
+
+def _check_number(value: Any, what: str) -> None:
+    """Raises ValueError for NaN, which stands for what is missing in a table."""
+    if value != value:
+        raise ValueError(
+            f"{what} is {value!r}, so it is missing; drop such rows by "
+            "Source.clean(drop_missing(FIELD)), or give it a value by Source.map(function)"
+        )
 
 
 # --- Jinja --------------------------------------------------------------------------------------
@@ -209,7 +219,13 @@ class JinjaTemplate(PromptTemplate):
 
     def _compile(self, text: str) -> jinja2.Template:
         try:
-            return _ENVIRONMENT.from_string(text)
+            tree = _ENVIRONMENT.parse(text)
+            for item in tree.find_all(jinja2.nodes.Getitem):
+                if not _is_written_out(item.arg):
+                    item.arg = jinja2.nodes.Filter(
+                        item.arg, _FROM_ROW, [], [], None, None, environment=_ENVIRONMENT
+                    )
+            return _ENVIRONMENT.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"template {self}, line {error.lineno}: {error.message}") from None
 
@@ -275,6 +291,8 @@ def _printable(value):
             f"it prints {value!r:.60}, a {type(value).__name__}; expected a text or a number, such "
             "as {{ words | join(', ') }} for a list"
         )
+    if isinstance(value, numbers.Number):
+        _check_number(value, "a value that it prints")
     _printed.get().append(value)
     return value
 
@@ -289,11 +307,67 @@ def _most_frequent(items: Sequence) -> list:
     return [item for item, count in counts.items() if count == max(counts.values())]
 
 
-_ENVIRONMENT = jinja2.sandbox.SandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=_printable
-)
+_FROM_ROW = "_from_row"
+
+
+class _FromRow(NamedTuple):
+    """The place of an item that a row says, such as its label; not one that the template says."""
+
+    value: Any
+
+
+def _is_written_out(place: jinja2.nodes.Expr) -> bool:
+    if isinstance(place, jinja2.nodes.Neg):
+        place = place.node
+    return isinstance(place, (jinja2.nodes.Const, jinja2.nodes.Slice))
+
+
+class _Environment(jinja2.sandbox.SandboxedEnvironment):
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        if not isinstance(argument, _FromRow):
+            return super().getitem(obj, argument)
+        place = argument.value
+        if isinstance(place, jinja2.Undefined):
+            str(place)  # Raises an error that has the field's name.
+        if isinstance(obj, (list, tuple)):
+            place = _place(obj, place)
+        return super().getitem(obj, place)
+
+
+def _place(items: Sequence, value: Any) -> int:
+    """Returns the place of an item that a row names by a number, or by the text of one.
+
+    Raises:
+      ValueError: if it is none of these, or there is no such item. A number below 0 often says that
+        a row has no label; to Python it would be an item counted from the end.
+    """
+    try:
+        place = int(value)
+    except (TypeError, ValueError, OverflowError):
+        place = None
+    # Not 0.5; a text that int() takes is a whole number.
+    if place is None or (not isinstance(value, str) and place != value):
+        raise ValueError(
+            f"the number of a choice is {value!r:.60}; expected a whole number from 0 to "
+            f"{len(items) - 1}, for {str(list(items))[:60]}; make it one by Source.map(function), "
+            "or drop such rows by Source.filter"
+        )
+    if not 0 <= place < len(items):
+        no_label = ", which often says that a row has no label" if place < 0 else ""
+        raise ValueError(
+            f"the number of a choice is {value!r}{no_label}; expected 0 to {len(items) - 1}, for "
+            f"{str(list(items))[:60]}; drop such rows by Source.filter, or correct them"
+        )
+    return place
+
+
+_ENVIRONMENT = _Environment(undefined=jinja2.StrictUndefined, finalize=_printable)
 _ENVIRONMENT.globals["zip"] = zip
-_ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
+_ENVIRONMENT.filters |= {
+    "choice": _choice,
+    "most_frequent": _most_frequent,
+    _FROM_ROW: jinja2.pass_context(lambda context, value: _FromRow(value)),
+}
 
 
 # --- PromptSource -------------------------------------------------------------------------------

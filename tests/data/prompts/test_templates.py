@@ -1,7 +1,10 @@
+import math
 import re
 import subprocess
 import sys
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from t5jax.data.prompts.templates import JinjaTemplate, Prompt, Template, promptsource
@@ -43,6 +46,8 @@ def test_a_mistyped_format_is_found_when_it_is_made(text, message):
             {"q": ["x"], "a": "y"},
             r"field 'q' is \['x'\], a list; a template needs texts or numbers",
         ),
+        ({"q": math.nan, "a": "y"}, "field 'q' is nan, so it is missing; drop such rows by Source"),
+        ({"q": "x", "a": Decimal("nan")}, r"field 'a' is Decimal\('NaN'\), so it is missing"),
     ],
 )
 def test_a_row_that_does_not_fit_a_format_is_refused(row, message):
@@ -142,6 +147,55 @@ def test_a_mistyped_jinja_text_is_found_when_it_is_made(text, message):
 def test_a_row_that_does_not_fit_a_jinja_text_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         JinjaTemplate(text).render({"q": "x", "n": None})
+
+
+CHOOSING = [
+    JinjaTemplate("{{ text }} ||| {{ answer_choices[label] }}", choices="no ||| yes"),
+    JinjaTemplate("{{ text }} ||| {{ ('no', 'yes')[label] }}"),
+    JinjaTemplate("{{ text }} ||| {% set all = ['no', 'yes'] %}{{ all[label + 0] }}"),
+]
+
+
+@pytest.mark.parametrize("template", CHOOSING[:2])
+@pytest.mark.parametrize("label", [1, "1", " 1", 1.0, True, np.int64(1)])
+def test_a_label_may_be_a_number_or_its_text(template, label):
+    assert template.render({"text": "x", "label": label}).targets == "yes"
+
+
+@pytest.mark.parametrize("template", CHOOSING)
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (-1, "the number of a choice is -1, which often says that a row has no label; expected 0"),
+        (2, r"the number of a choice is 2; expected 0 to 1, for \['no', 'yes'\]; drop such rows"),
+        (0.5, "the number of a choice is 0.5; expected a whole number from 0 to 1"),
+        (math.nan, "the number of a choice is nan; expected a whole number from 0 to 1"),
+    ],
+)
+def test_a_label_that_is_no_choice_is_refused(template, label, message):
+    with pytest.raises(ValueError, match=message):
+        template.render({"text": "x", "label": label})
+
+
+@pytest.mark.parametrize("label", ["-1", "yes", "", None])
+def test_a_text_that_is_no_choice_is_refused(label):
+    for template in CHOOSING[:2]:
+        with pytest.raises(ValueError, match=f"the number of a choice is {label!r}"):
+            template.render({"text": "x", "label": label})
+
+
+def test_places_that_a_template_says_itself_are_pythons():
+    template = JinjaTemplate("{{ words[-1] }} {{ words[:n][0] }} {{ t[k] }} ||| {{ words[0][i] }}")
+    row = {"words": ["ab", "cd"], "n": -1, "t": {-1: "y"}, "k": -1, "i": -1}
+    assert template.render(row)[:2] == ("cd ab y", "b")
+    with pytest.raises(ValueError, match="missing field: 'label' is undefined; the row has text"):
+        CHOOSING[0].render({"text": "x"})
+
+
+def test_a_number_that_is_missing_is_not_printed():
+    template = JinjaTemplate("{{ q }} ||| {{ a }}")
+    with pytest.raises(ValueError, match="a value that it prints is nan, so it is missing"):
+        template.render({"q": "x", "a": np.float32("nan")})
 
 
 def test_a_field_may_not_hide_behind_the_choices():
