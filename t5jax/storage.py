@@ -19,7 +19,7 @@ def cache_dir() -> Path:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Returns JSON that every reader accepts: numbers that are not finite, such as NaN, are null."""
+    """Returns JSON that every reader accepts: a number that is not finite (NaN) is null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 

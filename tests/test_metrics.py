@@ -248,7 +248,9 @@ def test_f1_and_matthews_agree_with_scikit_learn(labels):
     score = theirs.f1_score(targets, predictions, average="macro", labels=labels)
     assert found == {"f1_macro": pytest.approx(100 * score)}
     found = metrics.matthews(targets, predictions)
-    assert found == {"matthews": pytest.approx(100 * theirs.matthews_corrcoef(targets, predictions))}
+    assert found == {
+        "matthews": pytest.approx(100 * theirs.matthews_corrcoef(targets, predictions))
+    }
     # Of one class, whatever the others are.
     positive = labels[1]
     hits = [[x == positive for x in side] for side in (targets, predictions)]
