@@ -27,7 +27,13 @@ _HOMES = {
     # Prompts.
     "data.prompts.task": ("prompted_task",),
     "data.prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
-    "data.prompts.chat": ("INSTRUCTION", "ChatTemplate", "EachReply", "as_messages"),
+    "data.prompts.chat": (
+        "INSTRUCTION",
+        "ChatTemplate",
+        "EachReply",
+        "as_messages",
+        "from_sharegpt",
+    ),
     # Plain text and objectives.
     "data.objectives.task": ("text_task",),
     "data.objectives.objectives": (

@@ -5,7 +5,9 @@
 
 The first reads rows with the fields instruction, input (may be missing or empty) and output. The
 second reads rows with a list `messages` of {"role": ..., "content": ...} and renders them with the
-chat template of the run's own tokenizer, as Hugging Face's `apply_chat_template` does.
+chat template of the run's own tokenizer, as Hugging Face's `apply_chat_template` does. Messages may
+be those of OpenAI's fine-tuning files, with contents in parts and with weights; `from_sharegpt`
+makes them of ShareGPT's. Tools, images and sound are refused.
 """
 
 import copy
@@ -15,6 +17,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -50,11 +53,55 @@ def as_messages(row: Row) -> Row:
     return row | {"messages": messages}
 
 
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+
+
+def from_sharegpt(row: Row, field: str = "conversations") -> Row:
+    """Returns a row of ShareGPT's form with its `messages`: `source.map(from_sharegpt)`.
+
+        {"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}
+
+    Args:
+      row: the row; a text in its field "system" becomes the first message.
+      field: the field with the list of turns.
+    Raises:
+      ValueError: if they are no list of turns, or a turn is of another party, such as a tool.
+    """
+    messages = []
+    if system := row.get("system"):
+        messages.append({"role": "system", "content": system})
+    for i, turn in enumerate(_list(row, field, '{"from": "human", "value": "..."}')):
+        fields = turn if isinstance(turn, Mapping) else {}
+        party, value = fields.get("from"), fields.get("value")
+        if not isinstance(party, str) or not isinstance(value, str):
+            raise ValueError(
+                f"turn {i} of field {field!r} is {turn!r:.80}; expected the texts `from` and "
+                '`value`, as in {"from": "human", "value": "..."}'
+            )
+        if party not in _SHAREGPT_ROLES:
+            raise ValueError(
+                f"turn {i} of field {field!r} is from {party!r}; expected "
+                f"{', '.join(_SHAREGPT_ROLES)}{_NO_TOOLS}"
+            )
+        rest = {k: v for k, v in fields.items() if k not in ("from", "value")}
+        messages.append({**rest, "role": _SHAREGPT_ROLES[party], "content": value})
+    return row | {"messages": messages}
+
+
 @dataclasses.dataclass(frozen=True)
 class EachReply:
     """A step of a source that makes a row of every reply in a conversation, with its context.
 
-    So a model learns every reply, not only the last one. Conversations without a reply are dropped.
+    So a model learns every reply, not only the last one. A reply of weight 0 (OpenAI's
+    `"weight": 0`) is context alone. Conversations without a reply to learn are dropped.
     """
 
     messages: str = "messages"
@@ -65,7 +112,11 @@ class EachReply:
     def __call__(self, rows: Iterator[Row], dropped: Counter) -> Iterator[Row]:
         for row in rows:
             messages = _messages(row, self.messages)
-            ends = [i for i, m in enumerate(messages, start=1) if m["role"] == "assistant"]
+            ends = [
+                i
+                for i, message in enumerate(messages, start=1)
+                if message["role"] == "assistant" and message.get(_WEIGHT, 1)
+            ]
             for end in ends:
                 yield row | {self.messages: messages[:end]}
             dropped[self.name] += not ends
@@ -128,6 +179,11 @@ class ChatTemplate(PromptTemplate):
                 f"field {self.messages!r} does not end with a reply of the role 'assistant'; cut "
                 "conversations after their replies by Source.clean(EachReply())"
             )
+        if not messages[-1].get(_WEIGHT, 1):
+            raise ValueError(
+                f"the last reply of field {self.messages!r} has the weight 0, so it is not to be "
+                "learnt; Source.clean(EachReply()) leaves such replies out"
+            )
         prompt = self._apply(messages[:-1], add_generation_prompt=True)
         whole = self._apply(messages, add_generation_prompt=False)
         if not whole.startswith(prompt):
@@ -137,7 +193,7 @@ class ChatTemplate(PromptTemplate):
                 "ChatTemplate(text) takes"
             )
         answer = whole.removeprefix(prompt).rstrip()
-        answer = answer.removesuffix(dict(self.special_tokens).get("eos_token") or "").rstrip()
+        answer = answer.removesuffix(dict(self.special_tokens).get("eos_token") or "")
         said = [m["content"] for m in messages[:-1] if m["role"] == "user"]
         return Prompt(prompt, answer, said[-1] if said else "")
 
@@ -145,7 +201,8 @@ class ChatTemplate(PromptTemplate):
         self, row: Row, number: int, exemplars: Sequence[tuple[Row, Prompt]], form: str
     ) -> Prompt:
         messages = list(_messages(row, self.messages))
-        turns = [m for e, _ in exemplars for m in e[self.messages] if m["role"] != "system"]
+        shown = [m for e, _ in exemplars for m in _messages(e, self.messages)]
+        turns = [m for m in shown if m["role"] != "system"]
         after_system = int(bool(messages) and messages[0]["role"] == "system")
         messages[after_system:after_system] = turns
         return self.render(row | {self.messages: messages}, number)
@@ -168,28 +225,84 @@ class ChatTemplate(PromptTemplate):
             raise ValueError(f"the chat template fails: {error}") from None
 
 
-def _messages(row: Row, field: str) -> list[Row]:
-    """Returns the messages of a row.
+_WEIGHT = "weight"
+_ROLES_OF_TOOLS = ("tool", "function", "ipython")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def _messages(row: Row, field: str) -> list[dict[str, Any]]:
+    """Returns the messages of a row, each with a text as its content.
 
     Raises:
-      ValueError: where they are no list of a role and a text each.
+      ValueError: if they are no list of a role and a content each, or are not text alone.
     """
+    messages = _list(row, field, '{"role": "user", "content": "..."}')
+    return [
+        _message(message, f"message {i} of field {field!r}") for i, message in enumerate(messages)
+    ]
+
+
+def _list(row: Row, field: str, expected: str) -> Sequence:
     if field not in row:
-        raise ValueError(f"there is no field {field!r}; the row has {', '.join(row)}")
-    messages = row[field]
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        is_sharegpt = "conversations" in row
+        hint = "; of ShareGPT's rows Source.map(from_sharegpt) makes it" if is_sharegpt else ""
+        raise ValueError(f"there is no field {field!r}; the row has {', '.join(row)}{hint}")
+    found = row[field]
+    if not isinstance(found, Sequence) or isinstance(found, str):
         raise ValueError(
-            f"field {field!r} is {messages!r:.60}, a {type(messages).__name__}; expected a list of "
-            '{"role": "user", "content": "..."}'
+            f"field {field!r} is {found!r:.60}, a {type(found).__name__}; expected a list of "
+            f"{expected}"
         )
-    for i, message in enumerate(messages):
-        fields = message if isinstance(message, Mapping) else {}
-        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+    for name in ("tools", "functions"):
+        if row.get(name):
+            raise ValueError(f"the row has {name}, {row[name]!r:.60}{_NO_TOOLS}")
+    return found
+
+
+_NO_TOOLS = "; calls of tools are not supported, so drop such rows by Source.filter"
+
+
+def _message(message: Any, what: str) -> dict[str, Any]:
+    fields = message if isinstance(message, Mapping) else {}
+    role, content = fields.get("role"), fields.get("content")
+    for name in ("tool_calls", "function_call"):
+        if fields.get(name):
+            raise ValueError(f"{what} has {name}, {fields[name]!r:.80}{_NO_TOOLS}")
+    if role in _ROLES_OF_TOOLS:
+        raise ValueError(f"{what} is of the role {role!r}{_NO_TOOLS}")
+    for name in ("refusal", "audio"):
+        if fields.get(name):
             raise ValueError(
-                f"message {i} of field {field!r} is {message!r:.80}; expected the texts `role` "
-                'and `content`, as in {"role": "user", "content": "..."}'
+                f"{what} has {name}, {fields[name]!r:.60}; only text is supported, so drop such "
+                "rows by Source.filter"
             )
-    return list(messages)
+    weight = 1 if fields.get(_WEIGHT) is None else fields[_WEIGHT]
+    if weight not in (0, 1):
+        raise ValueError(f"{what} has the weight {weight!r:.40}; expected 0 or 1")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_part(part, what) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(
+            f"{what} is {message!r:.80}; expected the texts `role` "
+            'and `content`, as in {"role": "user", "content": "..."}'
+        )
+    # Fields of Arrow tables and of OpenAI's files that say nothing.
+    rest = {k: v for k, v in fields.items() if v is not None and v != [] and k != _WEIGHT}
+    role = "system" if role == "developer" else role  # OpenAI's newer name.
+    weighted = {} if weight else {_WEIGHT: 0}
+    return {**rest, **weighted, "role": role, "content": content}
+
+
+def _part(part: Any, what: str) -> str:
+    """Returns the text of a part of a message's content."""
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise ValueError(
+            f"{what} has a part {part!r:.80} of the type {kind!r}; expected "
+            '{"type": "text", "text": "..."}: only text is supported, so drop such rows by '
+            "Source.filter"
+        )
+    return part["text"]
 
 
 def _difference(prompt: str, whole: str) -> str:

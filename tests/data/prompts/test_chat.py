@@ -3,7 +3,13 @@ from collections import Counter
 
 import pytest
 
-from t5jax.data.prompts.chat import INSTRUCTION, ChatTemplate, EachReply, as_messages
+from t5jax.data.prompts.chat import (
+    INSTRUCTION,
+    ChatTemplate,
+    EachReply,
+    as_messages,
+    from_sharegpt,
+)
 from t5jax.data.prompts.fewshot import FewShot
 
 # Written for these tests, each in the manner of a family of models.
@@ -104,6 +110,109 @@ def test_every_reply_becomes_a_row():
     assert [len(row["messages"]) for row in replies] == [2, 4]
     assert [row["id"] for row in replies] == [1, 1]
     assert dropped == {step.name: 2}
+
+
+def said(*contents, **fields):
+    """Returns a conversation of OpenAI's form, the user first."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"messages": [*messages[:-1], messages[-1] | fields]}
+
+
+def test_replies_of_weight_0_are_context_alone():
+    row = said("a", "b", "c", "d", "e", "f")
+    for place, weight in ((1, 0), (3, 1), (5, 0)):
+        row["messages"][place]["weight"] = weight
+    dropped = Counter()
+    (kept,) = EachReply()(iter([row]), dropped)
+    assert dropped.total() == 0
+    prompt = ChatTemplate(CHATML).render(kept)
+    assert prompt.targets == "d<|im_end|>"
+    assert "assistant\nb<|im_end|>" in prompt.inputs
+    with pytest.raises(ValueError, match=r"has the weight 0, .*clean\(EachReply\(\)\) leaves"):
+        ChatTemplate(CHATML).render(row)
+    assert list(EachReply()(iter([said("a", "b", weight=0)]), dropped)) == []
+    assert dropped.total() == 1
+    # A column of a table has a weight in every row.
+    assert ChatTemplate(CHATML).render(said("a", "b", weight=None)).targets == "b<|im_end|>"
+
+
+def test_contents_in_parts_are_their_texts():
+    parts = [{"type": "text", "text": "Two "}, {"type": "text", "text": "and two?", "x": None}]
+    row = said(parts, "Four.", tool_calls=None, refusal=None, annotations=[])
+    assert ChatTemplate(CHATML).render(row) == ChatTemplate(CHATML).render(
+        said("Two and two?", "Four.")
+    )
+    row["messages"].insert(0, {"role": "developer", "content": "Be brief."})
+    assert "<|im_start|>system\nBe brief." in ChatTemplate(CHATML).render(row).inputs
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (said("a", None, tool_calls=[CALL]), "message 1 .* has tool_calls, .*weather.*calls of to"),
+        (said("a", None, function_call={"name": "w"}), "message 1 .* has function_call, {'name'"),
+        (said("a", "b", role="tool"), "message 1 of field 'messages' is of the role 'tool'; calls"),
+        (said("a", "b") | {"tools": [CALL]}, "the row has tools, .*calls of tools are not support"),
+        (
+            said([{"type": "image_url", "image_url": {"url": "x.png"}}], "b"),
+            "message 0 .* has a part .* of the type 'image_url'; expected .*only text is supported",
+        ),
+        (said("a", None, refusal="I can't."), "message 1 .* has refusal, .*only text is supported"),
+        (said("a", None), "message 1 .*expected the texts `role`"),
+        (
+            said("a", "b", weight=0.5),
+            "message 1 of field 'messages' has the weight 0.5; expected 0",
+        ),
+    ],
+)
+def test_what_is_not_text_is_refused_by_name(row, message):
+    with pytest.raises(ValueError, match=message):
+        ChatTemplate(CHATML).render(row)
+    with pytest.raises(ValueError, match=message):
+        list(EachReply()(iter([row]), Counter()))
+
+
+def test_rows_of_sharegpt():
+    turns = [("human", "Hi."), ("gpt", "Hello."), ("human", "Bye."), ("chatgpt", "Bye!")]
+    row = {"conversations": [{"from": f, "value": v} for f, v in turns], "id": 7}
+    read = from_sharegpt(row)
+    assert read["id"] == 7
+    assert read["messages"] == said("Hi.", "Hello.", "Bye.", "Bye!")["messages"]
+    instructed = from_sharegpt(row | {"system": "Be kind."})["messages"]
+    assert instructed[0] == {"role": "system", "content": "Be kind."}
+    row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
+    assert from_sharegpt(row)["messages"] == instructed
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"conversations": [{"from": "observation", "value": "{}"}]},
+            "turn 0 of field 'conversations' is from 'observation'; expected human, .*of tools are",
+        ),
+        ({"conversations": [{"role": "user", "content": "x"}]}, "turn 0 .*the texts `from` and"),
+        ({"conversations": "x"}, "field 'conversations' is 'x', a str; expected a list of"),
+        ({"messages": []}, "there is no field 'conversations'; the row has messages"),
+    ],
+)
+def test_bad_rows_of_sharegpt_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        from_sharegpt(row)
+
+
+def test_a_row_of_sharegpt_says_how_it_is_read():
+    with pytest.raises(ValueError, match=r"no field 'messages'; .*Source.map\(from_sharegpt\)"):
+        ChatTemplate(CHATML).render({"conversations": []})
+
+
+def test_the_spaces_of_a_reply_are_kept():
+    template = ChatTemplate(BRACKETS.replace("eos_token", "'<|im_end|>'"), special_tokens=TOKENS)
+    assert template.render(said("a", "b \n")).targets == " b \n"
 
 
 def test_exemplars_are_earlier_turns_after_the_systems_message():
