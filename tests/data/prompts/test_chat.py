@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import pytest
+import tokenizers
 
 from t5jax.data.prompts.chat import (
     INSTRUCTION,
@@ -11,6 +12,7 @@ from t5jax.data.prompts.chat import (
     from_sharegpt,
 )
 from t5jax.data.prompts.fewshot import FewShot
+from t5jax.tokenizers import load_tokenizer
 
 # Written for these tests, each in the manner of a family of models.
 CHATML = """\
@@ -78,6 +80,48 @@ def test_conversations_read_as_in_transformers(text):
     assert prompt.inputs == theirs(CHAT["messages"][:-1], add_generation_prompt=True)
     whole = theirs(CHAT["messages"])
     assert (prompt.inputs + prompt.targets).strip() == whole.strip().removesuffix("<|im_end|>")
+
+
+LLAMA_3 = """\
+{{- bos_token }}
+{%- for m in messages %}
+    {{- '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant<|end|>\n\n' }}
+{%- endif %}
+"""
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("eos", ["<|eot|>", "<|text_end|>"])
+def test_tokens_are_those_of_transformers(eos, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    specials = ["<|text|>", "<|start|>", "<|end|>", "<|eot|>", "<|text_end|>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([json.dumps(CHAT, indent=1)], trainer)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": LLAMA_3}
+    config |= {"bos_token": "<|text|>", "eos_token": eos}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    def apply(messages, **options):
+        return theirs.apply_chat_template(messages, return_dict=False, **options)
+
+    prompt = ChatTemplate().bind(tokenizer).render(CHAT)
+    inputs = tokenizer.encode(prompt.inputs)
+    assert inputs == apply(CHAT["messages"][:-1], add_generation_prompt=True)
+    # Where turns do not end with eos, eos follows.
+    ends = [tokenizer.eos_id] * (eos != "<|eot|>")
+    tokens = [*inputs, *tokenizer.encode(prompt.targets), tokenizer.eos_id]
+    assert tokens == [*apply(CHAT["messages"]), *ends]
 
 
 class FakeTokenizer:
