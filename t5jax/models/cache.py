@@ -43,6 +43,16 @@ class Cache(flax.struct.PyTreeNode):
     is_source: jax.Array | None = None  # bool [N, S]: where the encoder has a token.
 
     @property
+    def own(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """The keys and values of each layer's self-attention."""
+        return tuple(zip(self.keys, self.values, strict=True))
+
+    @property
+    def cross(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """The keys and values of each layer's cross-attention."""
+        return tuple(zip(self.cross_keys, self.cross_values, strict=True))
+
+    @property
     def cross_mask(self) -> AttentionMask:
         """The mask of cross-attention."""
         return AttentionMask(is_token_BS=self.is_source)

@@ -317,15 +317,14 @@ def decode_step(cfg: GPTConfig, params, cache: Cache, tokens_N):
     rope, local_rope = _ropes(cfg, positions_N1)
     x_N1D = network.apply({"params": params}, tokens_N[:, None], positions_N1, method="embed")
     kept = []
-    for is_local, layer_params, *keys_values in zip(
-        cfg.local_layers, params["decoder"]["layers"], cache.keys, cache.values, strict=True
-    ):
+    layers = params["decoder"]["layers"]
+    for is_local, layer_params, own in zip(cfg.local_layers, layers, cache.own, strict=True):
         x_N1D, new = layer.apply(
             {"params": layer_params},
             x_N1D,
             local_rope if is_local and local_rope is not None else rope,
             cache.positions,
-            keys_values,
+            own,
             method="step",
         )
         kept.append(new)

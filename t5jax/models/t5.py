@@ -373,20 +373,13 @@ def decode_step(cfg: T5Config, params, cache: Cache, tokens_N):
 
     x_N1D = network.apply({"params": params}, tokens_N[:, None], method="embed")
     kept = []
-    for layer_params, keys, values, *cross_kept in zip(
-        decoder["layers"],
-        cache.keys,
-        cache.values,
-        cache.cross_keys,
-        cache.cross_values,
-        strict=True,
-    ):
+    for layer_params, own, cross in zip(decoder["layers"], cache.own, cache.cross, strict=True):
         x_N1D, new = layer.apply(
             {"params": layer_params},
             x_N1D,
             cache.positions,
-            (keys, values),
-            cross_kept,
+            own,
+            cross,
             cache.cross_mask,
             bias_NH1S,
             method="step",

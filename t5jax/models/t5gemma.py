@@ -261,21 +261,15 @@ def decode_step(cfg: T5GemmaConfig, params, cache: Cache, tokens_N):
     rope = _rope(cfg.decoder, cache.positions[:, None])
     x_N1D = network.apply({"params": params}, tokens_N[:, None], method="embed")
     kept = []
-    for layer_params, keys, values, *cross_kept in zip(
-        params["decoder"]["layers"],
-        cache.keys,
-        cache.values,
-        cache.cross_keys,
-        cache.cross_values,
-        strict=True,
-    ):
+    layers = params["decoder"]["layers"]
+    for layer_params, own, cross in zip(layers, cache.own, cache.cross, strict=True):
         x_N1D, new = layer.apply(
             {"params": layer_params},
             x_N1D,
-            (*cross_kept, cache.cross_mask),
+            (*cross, cache.cross_mask),
             rope,
             cache.positions,
-            (keys, values),
+            own,
             method="step",
         )
         kept.append(new)
