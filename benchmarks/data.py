@@ -40,6 +40,12 @@ def main():
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each turn")
+    parser.add_argument(
+        "--copies",
+        type=int,
+        default=1,
+        help="of the rows; from 2 on, there are too many for t5jax to keep in memory",
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--inputs-length", type=int, default=512)
     parser.add_argument("--targets-length", type=int, default=128)
@@ -55,20 +61,17 @@ def main():
         return
     args.data = args.data or Path(os.environ.get("T5JAX_DATA", "data"))
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(args.data, Path(folder) / "rows.tsv")
+        write_rows(args.data, Path(folder) / "rows.tsv", args.copies)
         results = {cores: run_on(cores, folder) for cores in args.cores}
     show(results, args)
 
 
-def write_rows(data: Path, output: Path) -> None:
-    with output.open("w", encoding="utf-8") as file:
-        for name, texts in ROWS.items():
-            for line in (data / name).read_text(encoding="utf-8").splitlines():
-                print(
-                    *(" ".join(text.split()) for text in texts(json.loads(line))),
-                    sep="\t",
-                    file=file,
-                )
+def write_rows(data: Path, output: Path, num_copies: int) -> None:
+    lines = []
+    for name, texts in ROWS.items():
+        for line in (data / name).read_text(encoding="utf-8").rstrip("\n").split("\n"):
+            lines.append("\t".join(" ".join(text.split()) for text in texts(json.loads(line))))
+    output.write_text("\n".join(lines * num_copies) + "\n", encoding="utf-8")
 
 
 def run_on(cores: int, folder: str) -> dict:

@@ -1,13 +1,14 @@
 """A character-level GPT trained on one book, compared with a torch model of the same size.
 
 Same text, batches, sizes, initial distribution and optimizer (AdamW with a constant learning rate),
-alternating in one run. The table shows the loss on the last tenth of the book and the speed. Needs
-the `torch` extra.
+alternating in one run. The table shows the loss on the last tenth of the book and the speed. The
+default size and batch are those of nanoGPT's example for a CPU. Needs the `torch` extra.
 
-    python benchmarks/gpt.py BOOK.md [--steps 400]
+    python benchmarks/gpt.py BOOK.md [--steps 400] [--rows 32 --length 128]
 """
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from pathlib import Path
@@ -27,7 +28,7 @@ from t5jax.models import api
 from t5jax.program import program
 from turns import take_turns
 
-ROWS, LENGTH, RATE, STEPS_A_TURN = 32, 128, 1e-3, 20
+RATE, STEPS_A_TURN = 1e-3, 20
 MODEL = GPTConfig(
     vocab_size=256,
     d_model=128,
@@ -36,7 +37,6 @@ MODEL = GPTConfig(
     num_kv_heads=4,
     head_dim=32,
     d_ff=512,
-    max_positions=LENGTH,
     dropout_rate=0.0,
     pad_token_id=0,
     eos_token_id=0,
@@ -48,34 +48,36 @@ MODEL = GPTConfig(
 class Book:
     """Bytes to train on, and the last tenth to evaluate on."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, num_rows: int, length: int):
+        self._num_rows, self._length = num_rows, length
         text = np.frombuffer(Path(path).read_bytes(), np.uint8).astype(np.int32)
         cut = len(text) * 9 // 10
         self._train, held_out = text[:cut], text[cut:]
-        rows = len(held_out) // (LENGTH + 1)
-        self.held_out = held_out[: rows * (LENGTH + 1)].reshape(rows, LENGTH + 1)[:256]
+        rows = len(held_out) // (length + 1)
+        self.held_out = held_out[: rows * (length + 1)].reshape(rows, length + 1)[:256]
         self._rng = np.random.default_rng(0)
 
     def rows(self) -> np.ndarray:
-        """Returns int32 [ROWS, LENGTH + 1], each from somewhere in the book."""
-        starts = self._rng.integers(0, len(self._train) - LENGTH, ROWS)
-        return np.stack([self._train[s : s + LENGTH + 1] for s in starts])
+        """Returns int32 [num_rows, length + 1], each from somewhere in the book."""
+        starts = self._rng.integers(0, len(self._train) - self._length, self._num_rows)
+        return np.stack([self._train[s : s + self._length + 1] for s in starts])
 
 
 class T5jax:
-    def __init__(self, book: str):
+    def __init__(self, path: str, num_rows: int, length: int):
         keep_freed_memory()
-        self._book = Book(book)
+        self._book = Book(path, num_rows, length)
+        model = dataclasses.replace(MODEL, max_positions=length)
         config = Config(
-            model=MODEL,
-            data=DataConfig(batch_size=ROWS),
+            model=model,
+            data=DataConfig(batch_size=num_rows),
             optimizer=OptimizerConfig(name="adamw", learning_rate=RATE),
             loss=LossConfig(z_loss=0.0),
         )
         self._run = program(config, sharding.make_mesh())
         with self._run.use():
             self._state = self._run.create(jax.random.key(0))
-        self._loss = jax.jit(lambda params, batch: batch_loss(MODEL, params, batch, config.loss)[1])
+        self._loss = jax.jit(lambda params, batch: batch_loss(model, params, batch, config.loss)[1])
 
     def __call__(self):
         with self._run.use():
@@ -92,11 +94,11 @@ def _batch(rows: np.ndarray) -> dict:
     return {
         features.DECODER_INPUT_TOKENS: rows[:, :-1],
         features.DECODER_TARGET_TOKENS: rows[:, 1:],
-        features.DECODER_LOSS_WEIGHTS: np.ones((len(rows), LENGTH), np.float32),
+        features.DECODER_LOSS_WEIGHTS: np.ones((len(rows), rows.shape[1] - 1), np.float32),
     }
 
 
-def torch_gpt(book: str):
+def torch_gpt(path: str, num_rows: int, length: int):
     """Returns torch's own layers put together as GPT-2, as a contestant."""
     import torch
     from torch import nn
@@ -107,7 +109,7 @@ def torch_gpt(book: str):
         def __init__(self):
             super().__init__()
             self.tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
-            self.positions = nn.Embedding(LENGTH, cfg.d_model)
+            self.positions = nn.Embedding(length, cfg.d_model)
             layer = nn.TransformerEncoderLayer(
                 cfg.d_model,
                 cfg.num_heads,
@@ -120,7 +122,7 @@ def torch_gpt(book: str):
             self.layers = nn.TransformerEncoder(
                 layer, cfg.num_layers, nn.LayerNorm(cfg.d_model), enable_nested_tensor=False
             )
-            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(LENGTH))
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
             small = cfg.initializer_range * (2 * cfg.num_layers) ** -0.5
             for name, x in self.named_parameters():
                 if name.endswith("bias"):
@@ -138,7 +140,7 @@ def torch_gpt(book: str):
     class Torch:
         def __init__(self):
             torch.manual_seed(0)
-            self._book, self._network = Book(book), GPT()
+            self._book, self._network = Book(path, num_rows, length), GPT()
             self._optimizer = torch.optim.AdamW(
                 self._network.parameters(), lr=RATE, weight_decay=0.0
             )
@@ -160,17 +162,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("book", help="a text file")
     parser.add_argument("--steps", type=int, default=400, help="training steps of each")
+    parser.add_argument("--rows", type=int, default=12, help="rows of a batch")
+    parser.add_argument("--length", type=int, default=64, help="bytes of a row")
     args = parser.parse_args()
 
     contestants = {
-        "torch.nn, eager": functools.partial(torch_gpt, args.book),
-        "t5jax": functools.partial(T5jax, args.book),
+        name: functools.partial(build, args.book, args.rows, args.length)
+        for name, build in {"torch.nn, eager": torch_gpt, "t5jax": T5jax}.items()
     }
     # The first call, which is not timed, trains too.
     measured = take_turns(contestants, max(1, args.steps // STEPS_A_TURN - 1))
-    num_params = sum(x.size for x in jax.tree.leaves(api.param_shapes(MODEL)))
+    model = dataclasses.replace(MODEL, max_positions=args.length)
+    num_params = sum(x.size for x in jax.tree.leaves(api.param_shapes(model)))
     table = Table(
-        title=f"GPT of {num_params:,} parameters, {ROWS} x {LENGTH} bytes a step, float32"
+        title=f"GPT of {num_params:,} parameters, {args.rows} x {args.length} bytes a step, float32"
     )
     for column in ("", "nats a byte, held out", "steps/s", "times the first"):
         table.add_column(column, justify="left" if column == "" else "right")
