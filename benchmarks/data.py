@@ -123,8 +123,8 @@ def make_contestants(args, folder: Path) -> dict:
     from t5jax.config import Config, DataConfig
     from t5jax.data import pipeline
     from t5jax.data.bridge.tf import seqio, tf
-    from t5jax.data.prompts.task import prompted_task
     from t5jax.data.sources.kinds import tsv
+    from t5jax.data.tasks.prompted import prompted_task
 
     lengths = {"inputs": args.inputs_length, "targets": args.targets_length}
     rows = str(folder / "rows.tsv")

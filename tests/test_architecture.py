@@ -42,9 +42,10 @@ ORDER = [
 DATA_ORDER = [
     {"inspector", "pipeline"},
     {"streamed", "texts", "cache"},
-    {"registry", "mixtures", "objectives"},
-    {"prompts"},
-    {"sources"},
+    {"registry", "mixtures"},
+    {"tasks"},
+    {"prompts", "recipe"},
+    {"sources", "objectives"},
     {"batches", "bridge", "fingerprint"},
     {"run"},
 ]

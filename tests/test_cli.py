@@ -19,7 +19,7 @@ from t5jax.config import Config, MeshConfig, from_json, to_json
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
 TASK = """
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.data.sources.kinds import jsonl
 from t5jax.metrics import exact_match
 

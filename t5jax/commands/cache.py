@@ -45,7 +45,7 @@ def cache(args: list[str]) -> None:
     check_options(options, 1, "inputs_length", "targets_length")
     if options.beam is not None and options.processes is not None:
         raise ValueError("--processes is for this machine, and --beam for a cluster; leave one out")
-    from t5jax.data.cache.store import cache_tasks
+    from t5jax.data.cache.store import write_caches
     from t5jax.data.registry import load_tasks
     from t5jax.data.run import Run
     from t5jax.data.texts import common_tokenizer
@@ -59,7 +59,7 @@ def cache(args: list[str]) -> None:
 
         write = make_writer([f"--{option}" for option in options.beam], options.task_files)
     lengths = {"inputs": options.inputs_length, "targets": options.targets_length}
-    reports = cache_tasks(
+    reports = write_caches(
         options.mixture,
         options.folder,
         Run(common_tokenizer(options.mixture, vocabulary), lengths=lengths),

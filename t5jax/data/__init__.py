@@ -25,7 +25,7 @@ _HOMES = {
         "remove_special_characters",
     ),
     # Prompts.
-    "data.prompts.task": ("prompted_task",),
+    "data.tasks.prompted": ("prompted_task",),
     "data.prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
     "data.prompts.chat": (
         "INSTRUCTION",
@@ -35,15 +35,10 @@ _HOMES = {
         "from_sharegpt",
     ),
     # Plain text and objectives.
-    "data.objectives.task": ("text_task",),
-    "data.objectives.objectives": (
-        "CausalLM",
-        "MaskedLM",
-        "MixtureOfObjectives",
-        "PrefixLM",
-        "SpanCorruption",
-        "ul2",
-    ),
+    "data.tasks.corpus": ("text_task",),
+    "data.objectives.language_modelling": ("CausalLM", "MaskedLM", "PrefixLM"),
+    "data.objectives.mixture": ("MixtureOfObjectives", "ul2"),
+    "data.objectives.span_corruption": ("SpanCorruption",),
     # Mixtures, vocabularies and metrics.
     "data.mixtures": ("mixture",),
     "data.bridge.vocabulary": ("RunVocabulary",),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fnmatch
-import functools
 import hashlib
 import itertools
 import unicodedata
@@ -15,9 +14,9 @@ import numpy as np
 
 from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.objectives.task import CorpusSource
-from t5jax.data.prompts.task import TRAIN_SPLIT, PromptedSource
 from t5jax.data.registry import check_mixture, task_names
+from t5jax.data.run import TRAIN_SPLIT
+from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
 from t5jax.tokenizers import Tokenizer
 
@@ -59,14 +58,12 @@ def list_tasks(pattern: str = "") -> list[TaskSummary]:
 def _summary(found: seqio.Task | seqio.Mixture) -> TaskSummary:
     if isinstance(found, seqio.Mixture):
         return TaskSummary(found.name, f"mixture of {_rates(found)}", "", "", "")
-    source = found.source
-    templates = ""
-    if isinstance(source, PromptedSource):
-        templates = ", ".join(template.name for template in source.templates)
-    elif isinstance(source, CorpusSource):
-        templates = type(source.objective).__name__
+    kind = kind_of(found)
+    templates = ", ".join(template.name for template in kind.templates)
+    if kind.objective is not None:
+        templates = type(kind.objective).__name__
     metrics = ", ".join(_name_of(function) for function in found.metric_fns)
-    return TaskSummary(found.name, _where(source), ", ".join(_splits(found)), templates, metrics)
+    return TaskSummary(found.name, kind.origin(), ", ".join(_splits(found)), templates, metrics)
 
 
 def _rates(mixture: seqio.Mixture) -> str:
@@ -79,27 +76,6 @@ def _splits(task: seqio.Task) -> Sequence[str]:
         return list(task.splits)
     except Exception as error:  # TFDS has to find the dataset for this.
         return [f"unknown ({type(error).__name__})"]
-
-
-def _where(source: Any) -> str:
-    """Returns the files, the dataset or the Python file from which the rows of the first split
-    come."""
-    if isinstance(source, seqio.TfdsDataSource):
-        return f"TFDS {source.tfds_dataset.name}"
-    if not isinstance(source, (PromptedSource, CorpusSource)):
-        return type(source).__name__
-    function = next(iter(source.source.functions.values()))
-    while hasattr(function, "function"):  # Rows held out from another split.
-        function = function.function
-    if hasattr(function, "patterns"):
-        return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
-    if isinstance(function, functools.partial):
-        library = {"_tfds_rows": "TFDS", "_hf_rows": "Hugging Face"}.get(_name_of(function.func))
-        if library:
-            return f"{library} {function.args[0]}"
-        function = function.func
-    code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
-    return Path(code.co_filename).name if code else type(function).__name__
 
 
 def _name_of(function: Any) -> str:
@@ -291,21 +267,10 @@ def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> It
         except Exception as error:
             yield Check(task.name, "", "", 0, 0, _message(error))
             continue
-        for template, part in _parts(task):
+        for template, part in kind_of(task).parts(task):
             in_train: set[bytes] = set()
             for split in splits:
                 yield _check(part, split, template, tokenizer, lengths, in_train)
-
-
-def _parts(task: seqio.Task) -> list[tuple[str, seqio.Task]]:
-    """Returns each template, and a task with only this template."""
-    if not isinstance(task.source, PromptedSource):
-        return [("", task)]
-    return [
-        (template.name, task.replace(source=PromptedSource(definition)))
-        for template in task.source.templates
-        for definition in [dataclasses.replace(task.source.definition, templates=(template,))]
-    ]
 
 
 def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[bytes]) -> Check:
@@ -316,8 +281,8 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
     """
     dropped: Counter = Counter()
     num_examples, error, doubles = 0, "", Counter()
-    is_corpus = isinstance(task.source, CorpusSource)
-    has_exemplars = isinstance(task.source, PromptedSource) and task.source.shots > 0
+    kind = kind_of(task)
+    is_corpus = kind.objective is not None
 
     def compare(texts):
         prompt, row = _hashes(texts)
@@ -336,13 +301,13 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
                 what = "no " + ", ".join(sorted(missing)) if missing else "empty targets"
                 raise ValueError(f"example {num_examples} has {what}")
             num_examples += 1
-            if not is_corpus and not has_exemplars:
+            if not is_corpus and not kind.shots:
                 compare([example.texts[name] for name in task.output_features])
         if not num_examples:
             raise ValueError("there are no examples")
         if is_corpus:  # Its examples are pieces of documents, which depend on the lengths.
-            for document in task.source.examples(split):
-                compare(list(document.values()))
+            for document in kind.texts(split):
+                compare([document])
     except Exception as problem:
         error = _message(problem)
     found = doubles["prompts"], doubles["rows"]

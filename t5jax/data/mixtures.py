@@ -17,10 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from t5jax.checks import check_choice
-from t5jax.data.bridge.task import check_new
-from t5jax.data.bridge.tf import elements, seqio
+from t5jax.data.bridge.tf import seqio
 from t5jax.data.fingerprint import digest, stamp_files
-from t5jax.data.prompts.task import TRAIN_SPLIT, register_variant
+from t5jax.data.run import TRAIN_SPLIT
+from t5jax.data.tasks.base import OwnSource, check_new
+from t5jax.data.tasks.foreign import kind_of
+from t5jax.data.tasks.prompted import register_variant
 from t5jax.storage import cache_dir, write_file
 
 Rates = Literal["equal", "proportional"]
@@ -166,19 +168,11 @@ def num_rows(task: seqio.Task, split: str = TRAIN_SPLIT) -> int:
 
 
 def _count(task: seqio.Task, split: str) -> int:
-    rows = getattr(task.source, "source", None)  # The Source of a prompted task, or a text task.
-    if rows is None:
-        count = task.num_input_examples(split)
-        if count is None:
-            dataset = task.source.get_dataset(split, shuffle=False)
-            count = sum(1 for _ in elements(dataset))
-        return count
-    files = rows.files(split)
-    if not files:
-        return sum(1 for _ in rows.rows(split))
+    kind = kind_of(task)
+    if not isinstance(kind, OwnSource) or not (files := kind.source.files(split)):
+        return kind.num_rows(split)
     contents = [stamp.get("sha256") or stamp["key"] for stamp in stamp_files(files)]
-    path = cache_dir() / "counts" / f"{digest([rows, split, contents])}.json"
+    path = cache_dir() / "counts" / f"{digest([kind.source, split, contents])}.json"
     if not path.is_file():
-        count = sum(1 for _ in rows.rows(split))
-        write_file(path, json.dumps(count).encode())
+        write_file(path, json.dumps(kind.num_rows(split)).encode())
     return json.loads(path.read_bytes())

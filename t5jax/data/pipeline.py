@@ -7,6 +7,7 @@ global batch size, not on the number of hosts.
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +15,17 @@ from typing import Any
 from t5jax.architectures import Architecture
 from t5jax.batch import ExampleFormat, train_spec
 from t5jax.config import Config
-from t5jax.data.batches.batches import Batches, ChangingBatches
 from t5jax.data.batches.converters import example_lengths, make_converter
-from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet, Examples
-from t5jax.data.bridge.task import PythonTask
-from t5jax.data.bridge.tf import elements, seqio
-from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, building_for
-from t5jax.data.prompts.task import SOURCE_FEATURE, TRAIN_SPLIT
+from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet
+from t5jax.data.batches.iterator import Batches, ChangingBatches
+from t5jax.data.bridge.tf import seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
 from t5jax.data.registry import check_mixture
-from t5jax.data.run import Run
+from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.streamed import StreamedExamples
+from t5jax.data.tasks.base import OwnSource
+from t5jax.data.tasks.foreign import kind_of
+from t5jax.data.tasks.prompted import SOURCE_FEATURE
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -125,17 +127,18 @@ def train_iterator(
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
             _check_objective(task, config.model, run)
         if config.data.cache:
-            from t5jax.data.cache.store import cache_tasks
+            from t5jax.data.cache.store import write_caches
 
-            cache_tasks(name, config.data.cache, run)
+            write_caches(name, config.data.cache, run)
 
     def make_stage(name: str, seed: int) -> BatchIterator:
         if config.data.cache:
             from t5jax.data.cache.examples import open_cached
 
-            examples: Examples = open_cached(name, config.data.cache, run, seed)
-        else:
-            examples = StreamedExamples(name, run, seed)
+            return batches(open_cached(name, config.data.cache, run, seed), seed)
+        return batches(StreamedExamples(name, run, seed), seed)
+
+    def batches(examples, seed: int) -> BatchIterator:
         return Batches(examples, make_converter(spec, form), spec, seed, rows)
 
     return ChangingBatches(
@@ -165,9 +168,10 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
 
 def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
     """Raises ValueError if a task does not suit the model's head."""
-    if not isinstance(task, PythonTask):
+    kind = kind_of(task)
+    if not isinstance(kind, OwnSource):
         return  # SeqIO's own tasks cannot be checked.
-    objective = getattr(task.source, "objective", None)
+    objective = kind.objective
     hides_tokens = objective is not None and objective.encoder_only
     if hides_tokens != (model.head == "masked_lm"):
         needed = "an encoder with a masked_lm head" if hides_tokens else "another model"
@@ -181,7 +185,7 @@ def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
             "choose another task or another model"
         )
     try:
-        task.source.finish(run)
+        kind.finish(run)
     except ValueError as error:
         raise ValueError(f"task {task.name}: {error}") from None
 
@@ -213,11 +217,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
     lengths = example_lengths(spec, ExampleFormat.of(config.model))
     run = Run(tokenizer, LabelTokenizer.of(config.model), lengths)
     _check_objective(task, config.model, run)
-    with building_for(run):
-        # The seed of objectives is fixed, so that all evaluations use the same examples.
-        dataset = task.get_dataset(lengths, split, shuffle=False, num_epochs=1, seed=0)
-    limit = -1 if config.eval.num_examples is None else config.eval.num_examples
-    rows = list(elements(dataset.take(limit)))
+    rows = list(itertools.islice(kind_of(task).once(split, run), config.eval.num_examples))
     if not rows:
         raise ValueError(f"task {task.name} has no examples in its split {split!r}")
     if len(task.metric_fns) > len(task.predict_metric_fns):

@@ -8,7 +8,7 @@ from pathlib import Path
 from t5jax import shipped
 from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.prompts.task import register_variant
+from t5jax.data.tasks.prompted import register_variant
 
 _loaded: set[Path] = set()
 

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
+TRAIN_SPLIT = "train"
+"""The split that runs train on, and that exemplars are drawn from."""
+
 
 class Run(NamedTuple):
     """What examples depend on, other than their rows."""

@@ -1,6 +1,6 @@
-"""Training examples as a stream, without a cache, in SeqIO's order.
+"""Training examples as a stream, without a cache.
 
-t5jax's tasks are read in Python, SeqIO's own tasks through SeqIO.
+t5jax's tasks are read in Python, SeqIO's own tasks through SeqIO; tasks are mixed as SeqIO does.
 """
 
 import itertools
@@ -10,54 +10,60 @@ from collections.abc import Iterator
 import numpy as np
 
 from t5jax.data.batches.examples import Example
-from t5jax.data.bridge.task import PythonTask
 from t5jax.data.bridge.tf import elements, seqio, tf
-from t5jax.data.bridge.vocabulary import building_for
-from t5jax.data.prompts.task import TRAIN_SPLIT
 from t5jax.data.registry import check_mixture
-from t5jax.data.run import Run
+from t5jax.data.run import TRAIN_SPLIT, Run
+from t5jax.data.tasks.foreign import kind_of
 
 
 class StreamedExamples:
-    """`Examples` of a task or mixture, shuffled and mixed as SeqIO does."""
+    """`Examples` of a task or mixture."""
 
     def __init__(self, mixture: str, run: Run, seed: int):
         self._mixture, self._run, self._seed = check_mixture(mixture), run, seed
+        self._tasks = [t for t in seqio.get_subtasks(self._mixture) if TRAIN_SPLIT in t.splits]
         self.fingerprint = {"data.mixture": mixture, "data.cache": None} | run.fingerprint
 
-    def read(self, start: int) -> Iterator[Example]:
-        """Yields the examples from number `start` on.
+    def windows(self, start: int, most: int) -> Iterator[list[Example]]:
+        """Yields the examples from number `start` on in windows.
 
-        To get there, t5jax's tasks generate at most two epochs of examples, SeqIO's own tasks all.
+        A window has at most `most` examples and ends with a task's epoch. In a mixture, tasks whose
+        epochs are shorter than `most` times the number of tasks are ignored, as those of caches.
+        To get to the start, t5jax's tasks generate at most two epochs of examples, SeqIO's own
+        tasks all.
 
         Raises:
           ValueError: if there are no examples, or a task cannot read a row.
         """
-        tasks = [t for t in seqio.get_subtasks(self._mixture) if TRAIN_SPLIT in t.splits]
-        choices = self._choices(tasks)
-        skipped = Counter(itertools.islice(choices, start))
-        streams = [self._stream(task, skipped[i]) for i, task in enumerate(tasks)]
-        for i in choices:
-            if (example := next(streams[i], None)) is None:
+        choices = self._choices()
+        read = Counter(itertools.islice(choices, start))
+        streams = [
+            kind_of(task).stream(TRAIN_SPLIT, self._run, self._seed, read[i])
+            for i, task in enumerate(self._tasks)
+        ]
+        window: list[Example] = []
+        epochs: dict[int, int] = {}
+        for number, i in enumerate(choices, start):
+            try:
+                epoch, example = next(streams[i])
+            except StopIteration:
                 break
-            yield example
+            is_new = epoch > epochs.setdefault(i, epoch)
+            # The examples of the mixture in an epoch of the task, as far as it has been read.
+            is_long = is_new and number / epoch >= most * len(self._tasks)
+            epochs[i] = epoch
+            if len(window) == most or (is_new and (len(self._tasks) == 1 or is_long)):
+                yield window
+                window = []
+            window.append(example)
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 
-    def _choices(self, tasks: list[seqio.Task]) -> Iterator[int]:
+    def _choices(self) -> Iterator[int]:
         """Yields the index of each example's task."""
         if not isinstance(self._mixture, seqio.Mixture):
             return itertools.repeat(0)
-        numbers = [tf.data.Dataset.from_tensors(np.int64(i)).repeat() for i in range(len(tasks))]
-        rates = [self._mixture.get_rate(task) for task in tasks]
+        tasks = range(len(self._tasks))
+        numbers = [tf.data.Dataset.from_tensors(np.int64(i)).repeat() for i in tasks]
+        rates = [self._mixture.get_rate(task) for task in self._tasks]
         drawn = elements(self._mixture._sample_fn(numbers, rates, self._seed).batch(1024))
         return itertools.chain.from_iterable(numbers.tolist() for numbers in drawn)
-
-    def _stream(self, task: seqio.Task, start: int) -> Iterator[Example]:
-        if isinstance(task, PythonTask):
-            return task.read(TRAIN_SPLIT, self._run, self._seed, start)
-        with building_for(self._run):
-            dataset = task.get_dataset(
-                self._run.lengths, TRAIN_SPLIT, shuffle=True, num_epochs=None, seed=self._seed
-            )
-        dataset = dataset.map(lambda e: {name: e[name] for name in task.output_features})
-        return elements(dataset.skip(start).prefetch(tf.data.AUTOTUNE))

@@ -1,25 +1,19 @@
-"""The examples of any SeqIO task as texts, and as tokens before truncation.
-
-t5jax's tasks are read without TensorFlow's pipeline, so that dropped rows can be counted. SeqIO's
-own tasks are read through SeqIO.
-"""
+"""The examples of any SeqIO task as texts, and as tokens before truncation."""
 
 import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from t5jax.data.bridge.tf import elements, seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer, building_for
-from t5jax.data.objectives.task import CorpusSource
-from t5jax.data.prompts.task import TRAIN_SPLIT
+from t5jax.data.bridge.tf import seqio
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
 from t5jax.data.registry import check_mixture
-from t5jax.data.run import Run
+from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.sources.kinds import text
+from t5jax.data.tasks.foreign import kind_of
 from t5jax.tokenizers import Tokenizer
 
 
@@ -52,8 +46,8 @@ def read_examples(
     Raises:
       ValueError: if the task cannot read a row.
     """
-    read = _own if hasattr(task.source, "encoded") else _foreign
-    for row in read(task, split, tokenizers, lengths, dropped):
+    run = Run(tokenizers["targets"], lengths=task_lengths(task, lengths))
+    for row in kind_of(task).once(split, run, dropped, whole=True):
         ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
         texts = {}
         for name, feature_ids in ids.items():
@@ -106,29 +100,10 @@ def common_tokenizer(mixture: str, tokenizer: Tokenizer | None = None) -> Tokeni
 
 def task_lengths(task: seqio.Task, lengths: Mapping[str, int]) -> Mapping[str, int]:
     """Returns the lengths of a task's features in a run with these."""
-    if isinstance(task.source, CorpusSource) and task.source.objective.encoder_only:
+    objective = kind_of(task).objective
+    if objective is not None and objective.encoder_only:
         return {**lengths, "targets": lengths["inputs"]}  # They are aligned with their inputs.
     return lengths
-
-
-def _own(task, split, tokenizers, lengths, dropped) -> Iterator[Mapping[str, Any]]:
-    run = Run(tokenizers["targets"], lengths=task_lengths(task, lengths))
-    finish = task.source.finish(run)
-    for number, encoded in enumerate(task.source.encoded(split, run, dropped)):
-        yield finish(encoded, 0, number)
-
-
-def _foreign(task, split, tokenizers, lengths, dropped) -> Iterator[Mapping[str, Any]]:
-    def dataset(sequence_length):
-        return task.get_dataset(sequence_length, split, shuffle=False, seed=0)
-
-    tokenizer = next(iter(tokenizers.values()))
-    with building_for(Run(tokenizer)):
-        try:
-            found = dataset(None)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            found = dataset(lengths)  # Preprocessors that split the text need the lengths.
-    return elements(found)
 
 
 def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -163,44 +138,5 @@ def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
             raise ValueError(
                 f"task {task.name!r} has no split {split!r}; there are {', '.join(task.splits)}"
             )
-        for example_text in read_texts(task, split):
+        for example_text in kind_of(task).texts(split):
             yield from filter(None, example_text.splitlines())
-
-
-def read_texts(task: seqio.Task, split: str) -> Iterator[str]:
-    """Yields the texts of a split before tokenization, without a tokenizer.
-
-    Raises:
-      ValueError: if the task cannot read a row, or never has texts.
-    """
-    if hasattr(task.source, "examples"):
-        for example in task.source.examples(split):
-            yield from (example[name] for name in task.output_features if name in example)
-        return
-    dataset = _before_tokens(task, split)
-    names = [name for name in task.output_features if name in dataset.element_spec]
-    for row in elements(dataset):
-        yield from (row[name].decode() for name in names)
-
-
-def _before_tokens(task: seqio.Task, split: str) -> tf.data.Dataset:
-    """Returns the last dataset in the task's pipeline in which the output features are texts."""
-    dataset, last = task.source.get_dataset(split, shuffle=False), None
-    with seqio.utils.map_seed_manager(0):
-        for step in (None, *task.preprocessors):
-            if step is not None:
-                arguments = {"output_features": task.output_features, "sequence_length": None}
-                dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
-            # A source may only have lines, before a step makes features of them.
-            spec = dataset.element_spec if isinstance(dataset.element_spec, Mapping) else {}
-            found = [spec[name].dtype for name in task.output_features if name in spec]
-            if found and all(dtype == tf.string for dtype in found):
-                last = dataset
-            elif found:
-                break
-    if last is None:
-        raise ValueError(
-            f"task {task.name!r} has no texts under {', '.join(task.output_features)} before they "
-            "are tokens; give text files instead"
-        )
-    return last

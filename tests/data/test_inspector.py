@@ -9,12 +9,12 @@ from t5jax.cli import main
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.inspector import check_tasks, length_bins, list_tasks, plot_lengths, show_task
 from t5jax.data.mixtures import mixture
-from t5jax.data.objectives.objectives import SpanCorruption
-from t5jax.data.objectives.task import text_task
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.data.sources.cleaning import drop_duplicates
 from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.corpus import text_task
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.data.texts import common_tokenizer, read_lines
 from t5jax.metrics import bleu, exact_match
 from t5jax.tokenizers import ByteTokenizer, load_tokenizer

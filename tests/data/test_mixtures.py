@@ -8,10 +8,10 @@ import pytest
 from t5jax.data import mixtures
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.mixtures import mixture, num_rows
-from t5jax.data.prompts.task import prompted_task
 from t5jax.data.registry import check_mixture
 from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.metrics import exact_match
 
 SIZES = {"small": 10, "middle": 40, "large": 250}

@@ -23,9 +23,9 @@ from t5jax.data.bridge.vocabulary import (
     as_tokenizer,
     building_for,
 )
-from t5jax.data.prompts.task import prompted_task
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.tokenizers import (
     ByteTokenizer,
     HuggingFaceTokenizer,
@@ -434,7 +434,7 @@ def test_sentencepiece_training_is_repeatable_and_cached(tmp_path, monkeypatch):
 def test_task_files_load_once_and_a_broken_one_leaves_nothing(tmp_path):
     path = tmp_path / "mine.py"
     task = """
-    from t5jax.data.prompts.task import prompted_task
+    from t5jax.data.tasks.prompted import prompted_task
     from t5jax.data.sources.source import Source
     source = Source({"train": lambda: [{"q": "x", "a": "y"}]})
     prompted_task("mine", source, [("{q}", "{a}")], metrics=[], vocabulary="bytes")

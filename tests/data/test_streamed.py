@@ -8,16 +8,16 @@ import pytest
 from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
 from t5jax.data import pipeline
-from t5jax.data.bridge import task as bridge
 from t5jax.data.bridge.tf import elements, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
 from t5jax.data.mixtures import mixture
-from t5jax.data.objectives.objectives import SpanCorruption
-from t5jax.data.objectives.task import text_task
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.data.streamed import StreamedExamples
+from t5jax.data.tasks import base
+from t5jax.data.tasks.corpus import text_task
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -54,7 +54,8 @@ def add_tasks() -> list[int]:
 
 
 def stream(name, start=0, seed=7):
-    for example in StreamedExamples(name, RUN, seed).read(start):
+    windows = StreamedExamples(name, RUN, seed).windows(start, 16)
+    for example in itertools.chain.from_iterable(windows):
         yield tuple(tuple(example[f].tolist()) for f in ("inputs", "targets"))
 
 
@@ -66,7 +67,7 @@ def take(num, *args, **options) -> list[tuple]:
 def buffer(request, monkeypatch):
     """Tasks of no more examples than the buffer holds are kept; here either all are, or none."""
     size = 10_000 if request.param == "kept" else 16
-    monkeypatch.setattr(bridge, "SHUFFLE_BUFFER", size)
+    monkeypatch.setattr(base, "SHUFFLE_BUFFER", size)
     return size
 
 

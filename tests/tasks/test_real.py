@@ -11,8 +11,8 @@ from t5jax.config import Config, DataConfig, EvalConfig, load_config
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.bridge.vocabulary import building_for
-from t5jax.data.prompts.task import register_variant
 from t5jax.data.run import Run
+from t5jax.data.tasks.prompted import register_variant
 from t5jax.metrics import compute
 from t5jax.models import api  # noqa: F401  JAX before TensorFlow's threads.
 from t5jax.monitor.log import read_metrics

@@ -13,11 +13,11 @@ from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.bridge.tf import elements, seqio
 from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
-from t5jax.data.cache.store import cache_tasks
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.cache.store import write_caches
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.data.streamed import StreamedExamples
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.metrics import accuracy
 from t5jax.tokenizers import ByteTokenizer, LabelTokenizer, load_tokenizer
 
@@ -299,7 +299,7 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     stream.close()
     assert streamed.fingerprint["model.labels"] == repr(labels)
 
-    (report,) = cache_tasks(task, tmp_path, run, processes=1)
+    (report,) = write_caches(task, tmp_path, run, processes=1)
     assert report.num_examples == 12
     cached = open_cached(task, tmp_path, run, 0)
     examples = cached.get(range(12))
@@ -313,7 +313,7 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
 
     # Other classes, or none, are other caches.
     for other in (LabelTokenizer((*labels.labels, "other"), labels.per_word), None):
-        (report,) = cache_tasks(task, tmp_path, run._replace(labels=other), processes=1)
+        (report,) = write_caches(task, tmp_path, run._replace(labels=other), processes=1)
         assert report.reason == "model.labels has changed"
 
 
@@ -357,4 +357,4 @@ def test_a_task_that_is_no_prompted_one_has_no_classes_to_cache(tmp_path):
         preprocessors=[],
     )
     with pytest.raises(ValueError, match="task foreign_moods is no prompted task, which a classif"):
-        cache_tasks("foreign_moods", tmp_path, Run(ByteTokenizer(), CASES["moods"][1]))
+        write_caches("foreign_moods", tmp_path, Run(ByteTokenizer(), CASES["moods"][1]))

@@ -13,15 +13,18 @@ Example = dict[str, np.ndarray]
 the run's lengths, with eos, after the task's objective."""
 
 
-class Examples(Protocol):
+class StreamOfExamples(Protocol):
     """An infinite stream of training examples, shuffled and mixed, over all epochs."""
 
     fingerprint: dict[str, Any]
     """What the stream depends on, as JSON values by config field or other name. A state with other
     values is rejected, with an error that has these names."""
 
-    def read(self, start: int) -> Iterator[Example]:
+    def windows(self, start: int, most: int) -> Iterator[list[Example]]:
         """Yields the examples from number `start` on, counted from 0 over all epochs.
+
+        They come in windows in which examples may be reordered: at most `most` examples, none of a
+        task's next epoch. A start is the end of a window.
 
         Raises:
           ValueError: from the iterator, if a task cannot read an example.
@@ -29,8 +32,11 @@ class Examples(Protocol):
 
 
 @runtime_checkable
-class RandomAccessExamples(Examples, Protocol):
-    """Examples with random access, whose lengths are known without reading them."""
+class RandomAccessExamples(Protocol):
+    """The same with random access and known lengths."""
+
+    fingerprint: dict[str, Any]
+    """As that of a stream."""
 
     def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Returns the length of each feature of the examples start <= k < stop: int32
@@ -40,8 +46,7 @@ class RandomAccessExamples(Examples, Protocol):
         """Returns the examples with these numbers, in this order; called once per batch."""
 
     def window(self, start: int, most: int) -> int:
-        """Returns the end of the window from `start` on in which examples may be reordered: at most
-        `most` examples, none of a task's next epoch."""
+        """Returns the end of the window from `start` on in which examples may be reordered."""
 
 
 class BatchIterator(Protocol):

@@ -1,6 +1,6 @@
 """Writes the shards of a cache with Apache Beam, on a cluster (needs the extra `beam`).
 
-    cache_tasks("my_mixture", folder, run, write=make_writer(["--runner=..."]))
+    write_caches("my_mixture", folder, run, write=make_writer(["--runner=..."]))
 
 One worker reads the rows of a task, all workers tokenize, and each shard is written by one of them.
 The shards are byte for byte those that one machine writes. Workers need t5jax, the task files and
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, ShardWriter, shard_name
+from t5jax.data.recipe import Recipe
 
 _DROPPED = "t5jax dropped rows"  # The namespace of Beam's counters.
 
@@ -25,7 +25,7 @@ _DROPPED = "t5jax dropped rows"  # The namespace of Beam's counters.
 def make_writer(
     options: Sequence[str] = (), task_files: Sequence[str] = ()
 ) -> Callable[[Recipe, Path, int, Counter], list[Shard]]:
-    """Returns the argument `write` of `t5jax.data.cache.store.cache_tasks`.
+    """Returns the argument `write` of `t5jax.data.cache.store.write_caches`.
 
     Args:
       options: options of Beam's pipelines, such as "--runner=FlinkRunner".
@@ -85,11 +85,12 @@ def _read(what):
     from apache_beam.metrics import Metrics
 
     from t5jax.data import registry
+    from t5jax.data.tasks.foreign import kind_of
 
     name, split, run, task_files = what
     registry.load_tasks(task_files)
     dropped = Counter()
-    recipe = recipe_of(registry.check_mixture(name), split, run)
+    recipe = kind_of(registry.check_mixture(name)).recipe(split, run)
     yield from enumerate(recipe.chunks(dropped))
     for step, count in dropped.items():
         Metrics.counter(_DROPPED, step).inc(count)

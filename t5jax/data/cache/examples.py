@@ -7,8 +7,7 @@ position is one number, and an epoch contains every example exactly once, whoeve
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from t5jax.data.batches.examples import Example
 from t5jax.data.cache.reader import CachedTask, split_folder
-from t5jax.data.objectives.objectives import BoundObjective, example_rng
+from t5jax.data.objectives.base import BoundObjective, example_rng
 from t5jax.data.run import Run
 
 _BLOCK = 1024  # Examples that are looked up together.
@@ -85,11 +84,6 @@ class CachedExamples:
         ]
         self._places = functools.lru_cache(maxsize=64)(self._find_block)
         self._orders = functools.lru_cache(maxsize=2 * len(self._parts))(self._order)
-
-    def read(self, start: int) -> Iterator[Example]:
-        """Yields the examples from number `start` on, without end."""
-        for first in itertools.count(start, 256):
-            yield from self.get(range(first, first + 256))
 
     def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Returns the length of each feature, int32 [stop - start], without reading records."""
@@ -241,7 +235,7 @@ def open_cached(
 ) -> CachedExamples:
     """Returns the cached examples of a registered task or mixture.
 
-    Whether caches match their tasks is checked by `cache_tasks` of `t5jax.data.cache.store`, not
+    Whether caches match their tasks is checked by `write_caches` of `t5jax.data.cache.store`, not
     here.
 
     Args:
@@ -254,6 +248,7 @@ def open_cached(
       ValueError: where a task has no cache, or a damaged one.
     """
     from t5jax.data.bridge.tf import seqio
+    from t5jax.data.tasks.foreign import kind_of
 
     found = seqio.get_mixture_or_task(mixture)
     tasks = [task for task in seqio.get_subtasks(found) if split in task.splits]
@@ -261,11 +256,10 @@ def open_cached(
     # Wherever the cache lies.
     fingerprint = {"data.mixture": mixture, "data.cache": "in use"} | run.fingerprint
     for task in tasks:
-        objective = getattr(task.source, "objective", None)
-        if objective is not None:
-            fingerprint[f"objective of {task.name}"] = repr(objective)
-            objective = task.source.bind(run)
+        kind = kind_of(task)
+        if kind.objective is not None:
+            fingerprint[f"objective of {task.name}"] = repr(kind.objective)
         rate = found.get_rate(task) if isinstance(found, seqio.Mixture) else 1.0
         cached = CachedTask(split_folder(folder, task.name, split))
-        parts.append(Part(task.name, cached, rate, objective))
+        parts.append(Part(task.name, cached, rate, kind.bind(run)))
     return CachedExamples(parts, run.lengths, seed, fingerprint)

@@ -1,9 +1,9 @@
 """A folder of caches of tokenized examples, which are written if they are missing or stale.
 
-What is in a cache is for `recipe`, how its shards are written for `writer`; objectives, order and
-mixing are for the reader, `examples`. All is written into a folder beside, `cache.json` last, and
-the folder is renamed into place: so what a kill or a full disk leaves behind is never read.
-TensorFlow is imported inside functions.
+What is in a cache is for `t5jax.data.recipe`, how its shards are written for `writer`; objectives,
+order and mixing are for the reader, `examples`. All is written into a folder beside, `cache.json`
+last, and the folder is renamed into place: so what a kill or a full disk leaves behind is never
+read. TensorFlow is imported inside functions.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import numpy as np
 
 from t5jax.checks import check_at_least
 from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
-from t5jax.data.cache.recipe import Recipe, recipe_of
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
 from t5jax.data.fingerprint import changed_file, stamp_files
+from t5jax.data.recipe import Recipe
 from t5jax.data.run import Run
 from t5jax.storage import new_folder, remove_partial, sync
 
@@ -49,7 +49,7 @@ class CacheReport:
     seconds: float = 0.0
 
 
-def cache_tasks(
+def write_caches(
     mixture: str,
     folder: str | Path,
     run: Run,
@@ -82,6 +82,7 @@ def cache_tasks(
         be read, or the disk is full.
     """
     from t5jax.data.bridge.tf import seqio
+    from t5jax.data.tasks.foreign import kind_of
 
     if "://" in str(folder):
         raise ValueError(
@@ -102,7 +103,7 @@ def cache_tasks(
     reports = []
     for task, split in itertools.product(tasks, splits):
         if split in task.splits:
-            recipe = recipe_of(task, split, run)
+            recipe = kind_of(task).recipe(split, run)
             path = split_folder(folder, task.name, split)
             with _lock(path):
                 reports.append(_cache(recipe, path, num_shards, rebuild, write))

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from t5jax.data.cache.progress import Progress
-from t5jax.data.cache.recipe import Encoder, Recipe
+from t5jax.data.recipe import Encoder, Recipe
 from t5jax.storage import sync
 
 

@@ -181,6 +181,10 @@ class Source:
         function = self._function(split)
         return function.paths() if hasattr(function, "paths") else []
 
+    def is_endless(self, split: str) -> bool:
+        """Whether a split is too large to be read before training begins, as its function says."""
+        return getattr(self._function(split), "is_endless", False)
+
     # --- Steps
 
     def clean(self, *steps: Step) -> "Source":

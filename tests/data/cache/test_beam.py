@@ -5,15 +5,15 @@ import importlib.util
 import pytest
 
 from t5jax.data.cache.beam import make_writer
-from t5jax.data.cache.store import cache_tasks
+from t5jax.data.cache.store import write_caches
 from t5jax.data.run import Run
 from t5jax.tokenizers import ByteTokenizer
 
 TASK = """
-from t5jax.data.objectives.task import text_task
+from t5jax.data.tasks.corpus import text_task
 from t5jax.data.sources.cleaning import drop_duplicates
-from t5jax.data.objectives.objectives import SpanCorruption
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.objectives.span_corruption import SpanCorruption
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.data.sources.source import Source
 
 rows = [{"q": f"question {i % 900}", "text": f"Text {i}. " * (i % 9)} for i in range(1100)]
@@ -47,7 +47,7 @@ def test_beam_writes_what_processes_write(tmp_path):
     for name, num_dropped in {"beamed": 200, "beamed_text": 0}.items():
         found = {}
         for kind, options in kinds.items():
-            (report,) = cache_tasks(name, tmp_path / kind, run, **options)
+            (report,) = write_caches(name, tmp_path / kind, run, **options)
             files = {p.name: p.read_bytes() for p in report.path.iterdir()}
             found[kind] = files, report.dropped
             assert sum(report.dropped.values()) == num_dropped

@@ -19,14 +19,14 @@ from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.reader import CachedTask, split_folder
-from t5jax.data.cache.store import cache_tasks
-from t5jax.data.objectives.objectives import SpanCorruption
-from t5jax.data.objectives.task import text_task
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.cache.store import write_caches
+from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.data.run import Run
 from t5jax.data.sources.cleaning import drop_duplicates
 from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.corpus import text_task
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -50,7 +50,7 @@ def add_task(name="asked", rows=ROWS, templates=(("{q}?", "{a}"),), source=None,
 
 def cache(folder, mixture="asked", lengths=LENGTHS, processes=1, tokenizer=BYTES, **options):
     run = Run(tokenizer, lengths=lengths)
-    return cache_tasks(mixture, folder, run, processes=processes, **options)
+    return write_caches(mixture, folder, run, processes=processes, **options)
 
 
 def reasons(folder, **options) -> list[str]:
@@ -349,8 +349,8 @@ import sys
 import time
 
 from t5jax.data import pipeline, registry
-from t5jax.data.cache.store import cache_tasks
-from t5jax.data.prompts.task import prompted_task
+from t5jax.data.cache.store import write_caches
+from t5jax.data.tasks.prompted import prompted_task
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.tokenizers import ByteTokenizer
@@ -368,7 +368,7 @@ prompted_task("asked", Source({"train": rows}), [("{q}", "{a}")], metrics=[], vo
 LIMIT
 try:
     run = Run(ByteTokenizer(), lengths={"inputs": 24, "targets": 12})
-    cache_tasks("asked", sys.argv[1], run, processes=1)
+    write_caches("asked", sys.argv[1], run, processes=1)
 except ValueError as error:
     print("ValueError:", error)
 """

@@ -4,16 +4,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from t5jax.data.objectives.objectives import (
-    CausalLM,
-    MaskedLM,
-    MixtureOfObjectives,
-    PrefixLM,
-    SpanCorruption,
-    cut,
-    example_rng,
-    ul2,
-)
+from t5jax.data.objectives.base import cut, example_rng
+from t5jax.data.objectives.language_modelling import CausalLM, MaskedLM, PrefixLM
+from t5jax.data.objectives.mixture import MixtureOfObjectives, ul2
+from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.tokenizers import ByteTokenizer
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from t5jax.batch import BatchSpec, validate_batch
-from t5jax.data.batches.batches import WINDOW, Batches, ChangingBatches
 from t5jax.data.batches.converters import make_converter
+from t5jax.data.batches.iterator import WINDOW, Batches, ChangingBatches
 
 EPOCH = 1500  # No multiple of the window, of a batch, or of what a row holds.
 SPEC = BatchSpec(16, 48, 32, True)
@@ -22,12 +22,11 @@ class Streamed:
         self._longest = longest
         self.num_read = 0
 
-    def read(self, start):
-        k = start
+    def windows(self, start, most):
         while True:
-            self.num_read += 1
-            yield self.example(k)
-            k += 1
+            self.num_read += most
+            yield [self.example(k) for k in range(start, start + most)]
+            start += most
 
     def example(self, k):
         number = k % EPOCH
@@ -245,11 +244,11 @@ def test_after_an_error_reading_begins_again_where_it_was():
     class Failing(Streamed):
         fails = True
 
-        def read(self, start):
-            for number, example in enumerate(super().read(start), start):
-                if number == WINDOW + 5 and self.fails:
+        def windows(self, start, most):
+            for number, window in enumerate(super().windows(start, most), start // most):
+                if number == 1 and self.fails:
                     raise ValueError("the disk is gone")
-                yield example
+                yield window
 
     examples = Failing()
     batches, straight = make(examples), make()

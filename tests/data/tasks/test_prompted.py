@@ -6,10 +6,10 @@ from t5jax import metrics
 from t5jax.data.bridge.tf import elements, seqio
 from t5jax.data.bridge.vocabulary import building_for
 from t5jax.data.prompts.chat import ChatTemplate
-from t5jax.data.prompts.task import prompted_task, register_variant, variants
 from t5jax.data.prompts.templates import JinjaTemplate, Template
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.prompted import prompted_task, register_variant, variants
 from t5jax.tokenizers import ByteTokenizer
 
 ROWS = [{"q": f"q{i}", "a": f"a{i}", "n": i} for i in range(5)]

@@ -3,8 +3,8 @@
 Examples are read in windows. Each window is packed separately, its rows are shuffled with a seed
 derived from (seed, window), and batches are consecutive slices of this infinite sequence of rows.
 So the batch at step n is a function of (seed, n, batch size), the position is two numbers, and no
-example is lost or repeated at the end of an epoch. If examples have random access, a window ends
-with the epoch, rows are planned from lengths alone, and a process only reads its own rows.
+example is lost or repeated at the end of an epoch. A window ends with the epoch. If examples have
+random access, rows are planned from lengths alone, and a process only reads its own rows.
 """
 
 import itertools
@@ -15,7 +15,12 @@ import numpy as np
 
 from t5jax.batch import Batch, BatchSpec
 from t5jax.data.batches.converters import Converter, pack
-from t5jax.data.batches.examples import BatchIterator, Example, Examples, RandomAccessExamples
+from t5jax.data.batches.examples import (
+    BatchIterator,
+    Example,
+    RandomAccessExamples,
+    StreamOfExamples,
+)
 
 WINDOW = 1024
 """Number of examples that are packed together. A larger window packs slightly better, but delays
@@ -31,7 +36,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Examples,
+        examples: StreamOfExamples | RandomAccessExamples,
         converter: Converter,
         spec: BatchSpec,
         seed: int,
@@ -91,8 +96,8 @@ class Batches:
         # The first example and the next row of the current window.
         self._start, self._row, self._num_batches = start, row, num_batches
         self._window: _Window | None = None
-        # Streamed examples, at the start of the next window.
-        self._stream: Iterator[Example] | None = None
+        # Streamed examples, from the next window on.
+        self._stream: Iterator[list[Example]] | None = None
 
     def _take(self, num_rows: int) -> list[tuple["_Window", list[int]]]:
         """Returns the next rows, each as (window, indices of its examples in the window)."""
@@ -117,9 +122,9 @@ class Batches:
         return read
 
     def _load(self, start: int) -> "_Window":
-        stop = start + self._window_size
         source = self._examples
         if isinstance(source, RandomAccessExamples):
+            stop = start + self._window_size
             if self.spec.pack:  # Unpacked rows stay in order.
                 stop = source.window(start, self._window_size)
             lengths = source.lengths(start, stop)
@@ -128,8 +133,9 @@ class Batches:
                 return source.get([start + k for k in numbers])
         else:
             if self._stream is None:
-                self._stream = source.read(start)
-            examples = list(itertools.islice(self._stream, self._window_size))
+                self._stream = source.windows(start, self._window_size)
+            examples = next(self._stream)
+            stop = start + len(examples)
             lengths = {f: np.array([len(e[f]) for e in examples]) for f in examples[0]}
 
             def get(numbers: list[int]) -> list[Example]:

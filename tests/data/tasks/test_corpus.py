@@ -10,10 +10,12 @@ from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline, registry
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.bridge.vocabulary import building_for
-from t5jax.data.objectives.objectives import CausalLM, MaskedLM, SpanCorruption, ul2
-from t5jax.data.objectives.task import CorpusSource, text_task
+from t5jax.data.objectives.language_modelling import CausalLM, MaskedLM
+from t5jax.data.objectives.mixture import ul2
+from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks.corpus import CorpusSource, text_task
 from t5jax.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -21,31 +21,31 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from t5jax.checks import check_choice, did_you_mean
-from t5jax.data.bridge.task import TEXT, TOKENS, add_task
 from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary
+from t5jax.data.fingerprint import describe
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
 from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
-from t5jax.data.run import Run
+from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks, source_files
+from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.sources.source import Row, Source, get_field
+from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource
 from t5jax.tokenizers import Tokenizer
-
-TRAIN_SPLIT = "train"
 
 # The texts of an example, in addition to the SeqIO features "inputs" and "targets".
 SOURCE_FEATURE = "prompt_source"
 REFERENCES_FEATURE = "prompt_references"
 
+_SIDES = ("inputs", "targets")
+
 TooLong = Literal["cut", "drop", "error"]
 Empty = Literal["error", "drop"]
-
-_CHUNK = 256  # Examples that are tokenized at once.
 
 
 def prompted_task(
@@ -133,9 +133,7 @@ class _Definition:
 
 
 def _register(task: _Definition) -> seqio.Task:
-    return add_task(
-        task.name,
-        PromptedSource(task),
+    return PromptedSource(task).register(
         task.vocabulary,
         postprocess_fn=_postprocess_fn(task.postprocess),
         metric_fns=list(task.metrics),
@@ -207,21 +205,24 @@ def _base_of(name: str) -> tuple[_Definition | None, list[str]]:
 # --- Reading ------------------------------------------------------------------------------------
 
 
-class PromptedSource:
+class PromptedSource(OwnSource):
     """The rendered rows of a task. `examples` reads them without TensorFlow."""
 
-    features: ClassVar = dict.fromkeys(("inputs", "targets"), TOKENS) | dict.fromkeys(
+    features = dict.fromkeys(_SIDES, TOKENS) | dict.fromkeys(
         ("inputs_pretokenized", "targets_pretokenized", SOURCE_FEATURE, REFERENCES_FEATURE), TEXT
     )
 
     def __init__(self, definition: _Definition):
+        super().__init__(definition.name, definition.source)
         self.definition = definition
-        self.source, self.splits = definition.source, definition.source.splits
-        """The rows."""
-        self.templates = definition.templates
-        self.shots = definition.shots
-        """Number of exemplars before each prompt."""
-        self.too_long = definition.too_long
+        self.templates, self.shots = definition.templates, definition.shots
+
+    def parts(self, task):
+        parts = []
+        for template in self.templates:
+            definition = dataclasses.replace(self.definition, templates=(template,))
+            parts.append((template.name, PromptedSource(definition).replace_in(task)))
+        return parts
 
     def fingerprint(self, tokenizer: Tokenizer | None = None) -> dict:
         """Returns what the texts depend on in addition to rows and lengths, as JSON values.
@@ -258,17 +259,24 @@ class PromptedSource:
         Raises:
           ValueError: if a row cannot be read or rendered, with task, split, row and template.
         """
-        dropped = Counter() if dropped is None else dropped
-        try:
-            yield from self._examples(split, dropped, run)
-        except ValueError as error:
-            raise ValueError(f"task {self.definition.name!r}: {error}") from None
+        return self._rendered(self.rows(split, dropped), split, dropped, run)
 
-    def _examples(self, split, dropped, run):
+    def texts(self, split):
+        return (example[name] for example in self.examples(split) for name in _SIDES)
+
+    def _rendered(
+        self,
+        rows: Iterable[NumberedRow],
+        split: str,
+        dropped: Counter | None,
+        run: Run | None,
+    ) -> Iterator[dict[str, str]]:
+        """Yields what `examples` does, of these rows of a split."""
+        dropped = Counter() if dropped is None else dropped
         tokenizer, labels, lengths = run or (None, None, {})
         is_train = split == TRAIN_SPLIT
         renderers = self._renderers(split, tokenizer, lengths.get("inputs"))
-        for place, (number, row) in enumerate(self.source.numbered(split, dropped)):
+        for place, number, row in rows:
             first = 0 if is_train else place % len(renderers)
             for template, render in renderers[first:] + renderers[:first]:
                 try:
@@ -283,7 +291,7 @@ class PromptedSource:
                     reason = self._reason_to_drop(prompt, is_train, labels or tokenizer, lengths)
                 except ValueError as error:
                     where = f"split {split!r}, row {number}, template {template}"
-                    raise ValueError(f"{where}: {error}") from None
+                    raise ValueError(f"task {self.task!r}: {where}: {error}") from None
                 if reason and is_train:
                     dropped[f"{reason} (template {template})"] += 1
                 if not reason:
@@ -304,7 +312,8 @@ class PromptedSource:
         bound = self._bound(tokenizer)
         if not self.shots:
             return [(template, template.render) for template in bound]
-        pool = list(itertools.islice(self.source.numbered(TRAIN_SPLIT), POOL_SIZE))
+        rows = itertools.islice(self.rows(TRAIN_SPLIT), POOL_SIZE)
+        pool = [(number, row) for _, number, row in rows]
         task = self.definition
 
         def renderer(template):
@@ -324,7 +333,10 @@ class PromptedSource:
     def _bound(self, tokenizer: Tokenizer | None) -> list[PromptTemplate]:
         if tokenizer is None:
             return list(self.templates)
-        return [template.bind(tokenizer) for template in self.templates]
+        try:
+            return [template.bind(tokenizer) for template in self.templates]
+        except ValueError as error:
+            raise ValueError(f"task {self.task!r}: {error}") from None
 
     def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizer, lengths) -> str:
         """Returns why an example is dropped, or "" if it is kept.
@@ -368,23 +380,42 @@ class PromptedSource:
             )
         return json.dumps(list(value))
 
-    def encoded(
-        self, split: str, run: Run, dropped: Counter | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """Yields the examples of a split in order, as tokens and texts."""
-        examples: Iterator[dict[str, Any]] = self.examples(split, dropped, run)
-        sides = {"inputs": run.tokenizer, "targets": run.labels or run.tokenizer}
-        while chunk := list(itertools.islice(examples, _CHUNK)):
-            for side, tokenizer in sides.items():
-                rows = tokenizer.encode_batch([example[side] for example in chunk])
-                for example, ids in zip(chunk, rows, strict=True):
+    def encode(self, rows, split, run, dropped=None):
+        """Yields the examples of rows in order, as tokens and texts."""
+        examples: Iterator[dict[str, Any]] = self._rendered(rows, split, dropped, run)
+        tokenizers = {"inputs": run.tokenizer, "targets": run.labels or run.tokenizer}
+        for chunk in in_chunks(examples, CHUNK):
+            for side, tokenizer in tokenizers.items():
+                ids = tokenizer.encode_batch([example[side] for example in chunk])
+                for example, tokens in zip(chunk, ids, strict=True):
                     example[f"{side}_pretokenized"] = example[side].encode()
-                    example[side] = np.array([*ids, tokenizer.eos_id], np.int32)
+                    example[side] = np.array([*tokens, tokenizer.eos_id], np.int32)
             yield from chunk
 
-    def finish(self, run: Run) -> Callable[..., dict[str, Any]]:
+    def finish(self, run):
         """Returns a function that returns examples unchanged: nothing about them is random."""
         return lambda example, *seeds: example
+
+    def recipe(self, split, run):
+        tokenizer, labels, lengths = run
+        content: dict[str, Any] = {
+            "its templates or how they are read": self.fingerprint(tokenizer),
+            "the code of its rows": describe(self.source),
+        }
+        files = source_files(self.source, split)
+        if self.shots:
+            files += source_files(self.source, TRAIN_SPLIT)
+            content["data.inputs_length"] = lengths["inputs"]
+        if self.definition.too_long != "cut":
+            content["data.targets_length"] = lengths["targets"]
+
+        def chunks(dropped):
+            texts = self.examples(split, dropped, run)
+            return in_chunks(({f: text[f] for f in _SIDES} for text in texts), CHUNK)
+
+        eos_ids = {"inputs": tokenizer.eos_id, "targets": (labels or tokenizer).eos_id}
+        encoder = Encoder(_SIDES, eos_ids, tokenizer, labels)
+        return Recipe(self.task, split, run, chunks, encoder, content, files)
 
 
 def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:

@@ -1,0 +1,307 @@
+"""What every kind of task answers, and the tasks whose examples are made in Python.
+
+A task is a `seqio.Task` in SeqIO's registry. `kind_of` returns what reads it: the task's own source
+if it is one of t5jax's, which needs no TensorFlow, otherwise an adapter that reads through SeqIO.
+"""
+
+import abc
+import contextlib
+import functools
+import itertools
+import logging
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from t5jax.data.batches.examples import Example
+from t5jax.data.bridge.tf import elements, from_generator, seqio, tf
+from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
+from t5jax.data.objectives.base import BoundObjective, Objective
+from t5jax.data.recipe import Recipe
+from t5jax.data.run import Run
+from t5jax.data.sources.source import Row, Source
+from t5jax.data.sources.spool import Spool
+
+_log = logging.getLogger(__name__)
+
+SHUFFLE_BUFFER = 10_000
+"""Number of examples that training shuffles together. Up to this many are kept in memory; of larger
+tasks, the rows are shuffled in every epoch first."""
+
+TOKENS, TEXT = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.string)
+
+NumberedRow = tuple[int, int, Row]
+"""A row after all steps, with its place among these and its number before them."""
+
+
+class Kind(abc.ABC):
+    """How the tasks of one kind are read."""
+
+    objective: Objective | None = None
+    """Makes examples of text. None for tasks whose rows have inputs and targets."""
+    templates: tuple[Any, ...] = ()
+    """The templates of prompts."""
+    shots: int = 0
+    """Number of exemplars before each prompt."""
+
+    @abc.abstractmethod
+    def origin(self) -> str:
+        """Returns where the rows come from, for people."""
+
+    def bind(self, run: Run) -> BoundObjective | None:
+        """Returns the objective for a run, if there is one.
+
+        Raises:
+          ValueError: if it does not suit the run's lengths or vocabulary.
+        """
+        return None
+
+    def parts(self, task: seqio.Task) -> list[tuple[str, seqio.Task]]:
+        """Returns each template, and the task with only this template."""
+        return [("", task)]
+
+    @abc.abstractmethod
+    def num_rows(self, split: str) -> int:
+        """Returns the number of rows of a split by counting them."""
+
+    @abc.abstractmethod
+    def texts(self, split: str) -> Iterator[str]:
+        """Yields the texts of a split before tokenization, without a tokenizer."""
+
+    @abc.abstractmethod
+    def once(
+        self, split: str, run: Run, dropped: Counter | None = None, *, whole: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Yields the examples of a split once and in order: tokens with eos, and texts.
+
+        Args:
+          split: the name of the split.
+          run: the run; its lengths are those that exemplars have to fit and objectives fill.
+          dropped: counts dropped rows, by reason.
+          whole: do not truncate.
+        """
+
+    @abc.abstractmethod
+    def stream(
+        self, split: str, run: Run, seed: int, start: int = 0
+    ) -> Iterator[tuple[int, Example]]:
+        """Yields the shuffled examples of all epochs from number `start` on, truncated.
+
+        Returns:
+          Pairs of an example's epoch, which is always 0 if epochs have no borders, and the example.
+        """
+
+    @abc.abstractmethod
+    def recipe(self, split: str, run: Run) -> Recipe:
+        """Returns how a split is cached.
+
+        Raises:
+          ValueError: if it cannot be.
+        """
+
+
+def check_new(name: str) -> None:
+    """Raises ValueError for the name of a task or mixture that is there already."""
+    if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
+        raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
+
+
+class OwnSource(seqio.DataSource, Kind):
+    """The source of a task whose examples are made in Python.
+
+    SeqIO reads its rows, and `preprocess`, which is the task's only preprocessor, makes examples of
+    them: the same ones as without SeqIO, with whatever vocabulary the task's features have.
+    """
+
+    features: Mapping[str, tf.TensorSpec]
+    """The features of an example, and their types."""
+
+    def __init__(self, task: str, source: Source):
+        super().__init__(source.splits)
+        self.task, self.source = task, source
+
+    def register(self, vocabulary: RunVocabulary, **settings: Any) -> seqio.Task:
+        """Registers and returns the task; the settings are those of `seqio.Task`."""
+        check_new(self.task)
+        tokens = [feature for feature, spec in self.features.items() if spec is TOKENS]
+        return seqio.TaskRegistry.add(
+            self.task,
+            source=self,
+            preprocessors=[self.preprocess],
+            output_features=dict.fromkeys(tokens, seqio.Feature(vocabulary)),
+            shuffle_buffer_size=SHUFFLE_BUFFER,
+            **settings,
+        )
+
+    def replace_in(self, task: seqio.Task) -> seqio.Task:
+        """Returns a task with this source in place of its own."""
+        return task.replace(source=self, preprocessors=[self.preprocess])
+
+    # --- What a kind has
+
+    @abc.abstractmethod
+    def encode(
+        self, rows: Iterable[NumberedRow], split: str, run: Run, dropped: Counter | None = None
+    ) -> Iterator[Any]:
+        """Yields what rows are before anything random: of prompts the examples, of text pieces."""
+
+    @abc.abstractmethod
+    def finish(self, run: Run) -> Callable[..., dict[str, Any]]:
+        """Returns the function of one of these and two seeds that gives the example."""
+
+    # --- Reading
+
+    def origin(self):
+        """Returns the files, the dataset or the Python file of the first split's rows."""
+        function = next(iter(self.source.functions.values()))
+        while hasattr(function, "function"):  # Rows held out from another split.
+            function = function.function
+        if hasattr(function, "patterns"):
+            return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
+        if isinstance(function, functools.partial):
+            library = {"_tfds_rows": "TFDS", "_hf_rows": "Hugging Face"}.get(_name_of(function))
+            if library:
+                return f"{library} {function.args[0]}"
+            function = function.func
+        code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+        return Path(code.co_filename).name if code else type(function).__name__
+
+    def rows(self, split: str, dropped: Counter | None = None) -> Iterator[NumberedRow]:
+        """Yields the rows of a split in order."""
+        try:
+            for place, (number, row) in enumerate(self.source.numbered(split, dropped)):
+                yield place, number, row
+        except ValueError as error:
+            raise ValueError(f"task {self.task!r}: {error}") from None
+
+    def num_rows(self, split):
+        return sum(1 for _ in self.rows(split))
+
+    def once(self, split, run, dropped=None, *, whole=False):
+        encoded = self.encode(self.rows(split, dropped), split, run, dropped)
+        return self._finished(encoded, run, 0, whole)
+
+    def _finished(self, encoded, run, seed, whole=False) -> Iterator[dict[str, Any]]:
+        finish, lengths = self.finish(run), {} if whole else run.lengths
+        for one, *seeds in zip(encoded, *_seeds(seed), strict=False):
+            yield {name: cut(x, lengths.get(name)) for name, x in finish(one, *seeds).items()}
+
+    def stream(self, split, run, seed, start=0):
+        finish = self.finish(run)
+        shuffled = self._shuffled(split, run, seed, start)
+        for (epoch, one), *seeds in zip(shuffled, *_seeds(seed, start), strict=False):
+            example = finish(one, *seeds)
+            tokens = (f for f, spec in self.features.items() if spec is TOKENS)
+            yield epoch, {f: cut(example[f], run.lengths.get(f)) for f in tokens}
+
+    def _shuffled(self, split, run, seed, start) -> Iterator[tuple[int, Any]]:
+        """Yields pairs of an epoch and what `encode` yields, from number `start` on."""
+        encoded = self.encode(self.rows(split), split, run)
+        kept = list(itertools.islice(encoded, SHUFFLE_BUFFER + 1))
+        if len(kept) <= SHUFFLE_BUFFER:
+            size = max(len(kept), 1)  # `rows` raises an error if there are none.
+            order = _numbers(tf.data.Dataset.range(size).shuffle(size, seed=seed), start)
+            for number, place in enumerate(order, start):
+                yield number // size, kept[place]
+        del kept
+        rows = self._reachable(split)
+        size = None
+        for epoch in itertools.count():
+            if size is not None and start >= size:
+                start -= size  # An epoch that is skipped is not made.
+                continue
+            rng = np.random.default_rng([seed, epoch])
+            ordered = self.rows(split) if rows is None else rows.read(rng.permutation(len(rows)))
+            number = 0
+            for one in _shuffle(self.encode(ordered, split, run), rng):
+                if number >= start:
+                    yield epoch, one
+                number += 1
+            size, start = number, max(start - number, 0)
+
+    def _reachable(self, split: str) -> Spool | None:
+        """Returns the rows of a split in a form in which they can be read in any order."""
+        if not self.source.is_endless(split):
+            with contextlib.suppress(OverflowError):
+                return Spool(self.rows(split))
+        _log.warning(
+            "task %s: the rows of its split %r are too many to be shuffled as a whole; they are "
+            "shuffled among %s examples at a time, so rows that are sorted (by class, say) should "
+            "be shuffled on disk first, or cached (data.cache), which shuffles all of them",
+            *(self.task, split, f"{SHUFFLE_BUFFER:,}"),
+        )
+        return None
+
+    # --- Through SeqIO
+
+    supports_arbitrary_sharding = False
+
+    def list_shards(self, split):
+        return [split]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
+        """Returns the rows, pickled; `Task.get_dataset` shuffles the examples."""
+
+        def rows():
+            for row in self.rows(split):
+                yield {"split": split, "row": pickle.dumps(row)}
+
+        return from_generator(rows, {"split": TEXT, "row": TEXT})
+
+    def preprocess(self, dataset, sequence_length, output_features):
+        """Returns the data set of the examples of rows."""
+        vocabulary = output_features["targets"].vocabulary
+        own = isinstance(vocabulary, RunVocabulary)
+        run = vocabulary.run if own else Run(as_tokenizer(vocabulary))
+        run = run._replace(lengths=sequence_length or {})
+        seed = seqio.utils._NEXT_MAP_SEED  # SeqIO's own steps are seeded by it too.
+
+        def examples():
+            received = elements(dataset)
+            for first in received:
+                received = itertools.chain([first], received)
+                rows = (pickle.loads(element["row"]) for element in received)
+                encoded = self.encode(rows, first["split"].decode(), run)
+                yield from self._finished(encoded, run, seed)
+                return
+
+        return from_generator(examples, dict(self.features))
+
+
+def _name_of(function: functools.partial) -> str:
+    return getattr(function.func, "__name__", "")
+
+
+def cut(tokens: np.ndarray, length: int | None) -> np.ndarray:
+    """Returns tokens as they are, or where they are longer, their beginning and what ends them."""
+    is_longer = length is not None and len(tokens) > length
+    return np.append(tokens[: length - 1], tokens[-1]) if is_longer else tokens
+
+
+def _shuffle(examples: Iterable[Any], rng: np.random.Generator) -> Iterator[Any]:
+    """Yields examples, each drawn from the next SHUFFLE_BUFFER ones that are left."""
+    buffer: list[Any] = []
+    for example in examples:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(example)
+        else:
+            place = rng.integers(SHUFFLE_BUFFER)
+            yield buffer[place]
+            buffer[place] = example
+    yield from (buffer[place] for place in rng.permutation(len(buffer)))
+
+
+def _seeds(seed: int | None, start: int = 0) -> list[Iterator[int]]:
+    """Returns two endless streams of random numbers, without the first `start` ones."""
+    seeds = (None, None) if seed is None else (seed, seed + 1)
+    return [_numbers(tf.data.Dataset.random(s), start) for s in seeds]
+
+
+def _numbers(dataset: tf.data.Dataset, start: int) -> Iterator[int]:
+    """Yields the elements of a dataset, and those of further passes, from number `start` on."""
+    chunks = elements(dataset.repeat().skip(start).batch(256).prefetch(1))
+    return itertools.chain.from_iterable(chunk.tolist() for chunk in chunks)

@@ -1,0 +1,173 @@
+"""SeqIO's own tasks, which are read through SeqIO."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Mapping
+
+import numpy as np
+
+from t5jax.data.bridge.tf import elements, seqio, tf
+from t5jax.data.bridge.vocabulary import building_for
+from t5jax.data.fingerprint import describe
+from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks
+from t5jax.data.tasks.base import Kind, OwnSource
+
+_LAST_STEPS = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
+
+
+def kind_of(task: seqio.Task) -> Kind:
+    """Returns what reads a task."""
+    return task.source if isinstance(task.source, OwnSource) else ForeignTask(task)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignTask(Kind):
+    """A task made with SeqIO alone."""
+
+    task: seqio.Task
+
+    def origin(self):
+        source = self.task.source
+        if isinstance(source, seqio.TfdsDataSource):
+            return f"TFDS {source.tfds_dataset.name}"
+        return type(source).__name__
+
+    def num_rows(self, split):
+        count = self.task.num_input_examples(split)
+        if count is None:
+            dataset = self.task.source.get_dataset(split, shuffle=False)
+            count = sum(1 for _ in elements(dataset))
+        return count
+
+    def texts(self, split):
+        dataset = self._before_tokens(split)
+        names = [name for name in self.task.output_features if name in dataset.element_spec]
+        for row in elements(dataset):
+            yield from (row[name].decode() for name in names)
+
+    def once(self, split, run, dropped=None, *, whole=False):
+        def dataset(sequence_length):
+            return self.task.get_dataset(sequence_length, split, shuffle=False, seed=0)
+
+        with building_for(run):
+            if whole:
+                # Steps that split the text need the lengths.
+                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                    return elements(dataset(None))
+            return elements(dataset(run.lengths))
+
+    def stream(self, split, run, seed, start=0):
+        with building_for(run):
+            dataset = self.task.get_dataset(
+                run.lengths, split, shuffle=True, num_epochs=None, seed=seed
+            )
+        dataset = dataset.map(lambda e: {name: e[name] for name in self.task.output_features})
+        # SeqIO shuffles across the borders of epochs.
+        return ((0, e) for e in elements(dataset.skip(start).prefetch(tf.data.AUTOTUNE)))
+
+    def recipe(self, split, run):
+        """Returns the recipe of its steps before CacheDatasetPlaceholder or a last eos.
+
+        SeqIO reads it with all cores, so more processes would not help.
+        """
+        task, (tokenizer, _, lengths) = self.task, run
+        before, appends = self._steps()
+        features = tuple(name for name in ("inputs", "targets") if name in task.output_features)
+        eos_ids = {
+            f: tokenizer.eos_id if task.output_features[f].add_eos else None for f in features
+        }
+
+        def rows(seed):
+            dataset = task.source.get_dataset(split=split, shuffle=False)
+            arguments = {"output_features": task.output_features, "sequence_length": lengths}
+            with building_for(run), seqio.utils.map_seed_manager(seed):
+                for step in before:
+                    dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
+            for chunk in in_chunks(elements(dataset), CHUNK):
+                try:
+                    yield [
+                        {f: _with_eos(row, f, eos_ids, appends) for f in features} for row in chunk
+                    ]
+                except ValueError as error:
+                    raise ValueError(f"task {task.name}: {error}") from None
+
+        def chunks(dropped):
+            first, other = (
+                [tokens.tobytes() for row in next(rows(seed), []) for tokens in row.values()]
+                for seed in (0, 1)
+            )
+            if first != other:
+                raise ValueError(
+                    f"task {task.name} draws at random before what would be cached, which would "
+                    "then be the same in every epoch; put seqio.CacheDatasetPlaceholder() before "
+                    "that step, or register the task with t5jax.data.text_task and an objective"
+                )
+            return rows(0)
+
+        content = {
+            "the code of its source": describe(task.source),
+            "its preprocessors": describe(before),
+            "its features": [list(eos_ids.items()), appends],
+        }
+        if any("sequence_length" in inspect.signature(step).parameters for step in before):
+            content |= {f"data.{name}_length": length for name, length in lengths.items()}
+        files = []
+        if isinstance(task.source, seqio.FileDataSource):
+            files = list(task.source.list_shards(split))
+        encoder = Encoder(features, eos_ids, tokenizer, tokenized=True)
+        return Recipe(task.name, split, run, chunks, encoder, content, files)
+
+    def _steps(self) -> tuple[list, bool]:
+        """Returns the steps before what is cached, and whether eos is appended after them."""
+        before, after = list(self.task.preprocessors), []
+        places = [isinstance(step, seqio.CacheDatasetPlaceholder) for step in before]
+        if any(places):
+            before, after = before[: places.index(True)], before[places.index(True) + 1 :]
+        elif before and before[-1] in _LAST_STEPS:
+            before, after = before[:-1], before[-1:]
+        for step in after:
+            if step not in _LAST_STEPS:
+                name = getattr(getattr(step, "func", step), "__name__", type(step).__name__)
+                raise ValueError(
+                    f"task {self.task.name} has {name} after what is cached, which a cache cannot "
+                    "run when it is read; register the task with t5jax.data.text_task and an "
+                    "objective, move the step before CacheDatasetPlaceholder, or leave data.cache "
+                    "out"
+                )
+        return before, bool(after)
+
+    def _before_tokens(self, split: str) -> tf.data.Dataset:
+        """Returns the last dataset in the pipeline in which the output features are texts."""
+        task = self.task
+        dataset, last = task.source.get_dataset(split, shuffle=False), None
+        with seqio.utils.map_seed_manager(0):
+            for step in (None, *task.preprocessors):
+                if step is not None:
+                    arguments = {"output_features": task.output_features, "sequence_length": None}
+                    dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
+                # A source may only have lines, before a step makes features of them.
+                spec = dataset.element_spec if isinstance(dataset.element_spec, Mapping) else {}
+                found = [spec[name].dtype for name in task.output_features if name in spec]
+                if found and all(dtype == tf.string for dtype in found):
+                    last = dataset
+                elif found:
+                    break
+        if last is None:
+            raise ValueError(
+                f"task {task.name!r} has no texts under {', '.join(task.output_features)} before "
+                "they are tokens; give text files instead"
+            )
+        return last
+
+
+def _with_eos(row: Mapping, feature: str, eos_ids: Mapping, appends: bool) -> np.ndarray:
+    if feature not in row:
+        raise ValueError(f"an example has no {feature!r}; it has {', '.join(sorted(row))}")
+    tokens = np.asarray(row[feature])
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"feature {feature!r} of an example is {tokens.dtype}{list(tokens.shape)}; expected "
+            "tokens, int32 [n] (does the task lack seqio.preprocessors.tokenize?)"
+        )
+    return np.append(tokens, eos_ids[feature]) if appends and eos_ids[feature] else tokens
