@@ -139,8 +139,10 @@ class Evaluator:
             kind=self._kind,
         )
         convert = make_converter(spec, form)
+        has_inputs = any(example.input_ids for example in examples)
         for start in range(0, len(examples), self._batch_size):
-            yield convert([[_as_example(e)] for e in examples[start : start + self._batch_size]])
+            rows = examples[start : start + self._batch_size]
+            yield convert([[_as_example(example, has_inputs)] for example in rows])
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:
         """Returns the most probable label of each text, or of each of its words."""
@@ -274,9 +276,10 @@ def evaluate_model(
     return table
 
 
-def _as_example(example: EvalExample) -> Example:
-    sides = {"inputs": example.input_ids, "targets": example.target_ids}
-    return {name: np.array(ids, np.int32) for name, ids in sides.items() if ids}
+def _as_example(example: EvalExample, has_inputs: bool) -> Example:
+    sides = {"inputs": example.input_ids} if has_inputs else {}
+    sides["targets"] = example.target_ids
+    return {name: np.array(ids, np.int32) for name, ids in sides.items()}
 
 
 def _length(ids: Sequence[Sequence[int]], more: int = 0) -> int:

@@ -79,7 +79,7 @@ class Show:
     num: int = 3
     """Number of examples to print."""
     num_examples: int | None = 10_000
-    """Number of examples to read for statistics, from the start. None: all."""
+    """Number of examples for statistics, drawn from the whole split. None: all."""
     vocabulary: str = ""
     """data.vocabulary of a run. Empty: the task's own."""
     inputs_length: int = 512
@@ -126,8 +126,8 @@ def _print_report(report) -> None:
             more = "" if len(ids) <= _MAX_TOKENS else f" ... {len(ids) - _MAX_TOKENS:,} more"
             print(f"  {len(ids):,} tokens: {' '.join(pieces)}{more}")
         print()
-    first = "" if report.is_whole else "the first "
-    print(f"lengths in tokens with eos, of {first}{report.num_examples:,} examples")
+    part = "" if report.is_whole else " drawn from all"
+    print(f"lengths in tokens with eos, of {report.num_examples:,} examples{part}")
     _print_table(
         ["", "min", *(f"{p} %" for p in _PERCENTILES), "max", "mean", "cut", "unknown"],
         [_length_row(name, feature) for name, feature in report.features.items()],

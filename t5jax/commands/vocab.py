@@ -60,7 +60,7 @@ def train(args: list[str]) -> None:
     lines = sample(read_lines(options.texts, options.split), options.max_lines)
     path = train_sentencepiece(lines, options.size, options.output, model_type=options.type)
     tokenizer = load_tokenizer(path)
-    score = measure(tokenizer, lines[:10_000])
+    score = measure(tokenizer, sample(lines, 10_000))
     print(f"{tokenizer}, trained on {len(lines):,} lines")
     print(f"{score.characters_per_token:.2f} characters per token")
     print(f"{score.unknown:.3%} of tokens are unknown")

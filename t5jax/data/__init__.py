@@ -10,7 +10,7 @@ import importlib
 _HOMES = {
     # Sources of rows, and processing steps.
     "data.sources.source": ("RowStep", "Source"),
-    "data.sources.kinds": ("csv", "json_file", "jsonl", "parquet", "text", "tsv"),
+    "data.sources.kinds": ("conll", "csv", "json_file", "jsonl", "parquet", "text", "tsv"),
     "data.sources.libraries": ("hf_dataset", "tfds"),
     "data.sources.cleaning": (
         "collapse_whitespace",

@@ -10,10 +10,14 @@ different places can share a cache.
 """
 
 import ast
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import inspect
+import itertools
 import linecache
 import logging
 import os
@@ -22,7 +26,7 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +34,7 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 _CONSTANTS = (type(None), bool, int, float, str)
-_CONTAINERS = (Mapping, list, tuple, set, frozenset)
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, collections.deque)
 
 DESCRIBED_AS = "described as"
 """Key of a function in the metadata of a dataclass field, which returns the value to describe."""
@@ -43,8 +47,9 @@ def describe(value: Any) -> Any:
     """Returns JSON values that are equal for values with the same behaviour.
 
     Functions, partials, dataclasses, containers and plain objects are traversed; of other values
-    only the type matters. Containers in a function's module are constants if their names are in
-    capitals; otherwise they are variables, which are ignored.
+    only the type matters. Of a module that is not installed, everything in it counts. A container
+    in a function's module counts by its content, or if functions of the module change it, by the
+    statement that defines it.
     """
     return _Walk().describe(value)
 
@@ -65,8 +70,9 @@ class _Walk:
             return value
         if isinstance(value, os.PathLike):
             return os.fspath(value)
-        if isinstance(value, (bytes, np.ndarray, np.generic)):
-            content = value if isinstance(value, bytes) else np.asarray(value).tobytes()
+        if isinstance(value, (bytes, bytearray, np.ndarray, np.generic)):
+            is_bytes = isinstance(value, (bytes, bytearray))
+            content = value if is_bytes else np.asarray(value).tobytes()
             return [type(value).__name__, hashlib.sha256(content).hexdigest()[:16]]
         if isinstance(value, (tuple, frozenset)):  # Equal ones may or may not be one object.
             return self._walk(value)
@@ -80,8 +86,10 @@ class _Walk:
             return {str(key): self.describe(item) for key, item in value.items()}
         if isinstance(value, (set, frozenset)):
             return [self.describe(item) for item in sorted(value, key=repr)]
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple, collections.deque)):
             return [self.describe(item) for item in value]
+        if isinstance(value, types.ModuleType):
+            return self._module(value)
         if isinstance(value, functools.partial):
             return ["partial", *map(self.describe, (value.func, value.args, value.keywords))]
         if isinstance(value, re.Pattern):
@@ -117,9 +125,15 @@ class _Walk:
             _hash_code(function.__code__) if tree is None else _hash_tree(tree, modules)
         )
         if not _is_ours(function):
-            named = _named(function, tree)
-            described.append({k: self.describe(v) for k, v in named if _counts(k, v)})
+            described.append({k: self.describe(v) for k, v in _named(function, tree)})
         return described
+
+    def _module(self, module: types.ModuleType) -> Any:
+        if not _is_of_user(module):
+            return module.__name__
+        names = [name for name in sorted(vars(module)) if not name.startswith("__")]
+        content = {name: _content(vars(module), name) for name in names}
+        return ["module", {k: self.describe(v) for k, v in content.items() if _counts(v)}]
 
     def _class(self, cls: type) -> Any:
         found = {key: _inner(value) for key, value in vars(cls).items()}
@@ -161,31 +175,128 @@ def _is_filled(cell) -> bool:
     return True
 
 
-def _counts(name: str, value: Any) -> bool:
-    """Whether a name of a module affects the functions that use it."""
-    if isinstance(value, types.ModuleType):
-        return False
-    if isinstance(value, (Mapping, list, set)):
-        return name.rpartition(".")[2].isupper()
-    return True
-
-
 def _named(function: types.FunctionType, tree: ast.AST | None) -> list[tuple[str, Any]]:
-    """Returns the names that a function uses from its module ("helper") and others
-    ("other.helper")."""
-    known = function.__globals__
-    names = _names(function.__code__) & known.keys()
+    """Returns what a function uses from its module ("helper") and from others ("other.helper"), by
+    name; a module itself only if it is used other than before a dot."""
+    module, file = function.__globals__, function.__code__.co_filename
+    names = sorted(_names(function.__code__) & module.keys())
+    known = {name: _content(module, name, file) for name in names}
     if tree is None:
-        return [(name, known[name]) for name in sorted(names)]
+        return [(name, value) for name, value in known.items() if _counts(value)]
     parts = list(_parts(tree))
-    names &= {part.id for part in parts if isinstance(part, ast.Name)}
-    found = {name: known[name] for name in names}
+    known |= _imported(parts, module)
+    inner = {id(part.value) for part in parts if isinstance(part, ast.Attribute)}
+    found = {}
+    for path in (_dotted(part) for part in parts if id(part) not in inner):
+        if not path or path[0] not in known:
+            continue
+        value, end = known[path[0]], 1
+        while _is_of_user(value) and end < len(path):
+            value, end = _content(vars(value), path[end]), end + 1
+        found[".".join(path[:end])] = value
+    return [(name, found[name]) for name in sorted(found) if _counts(found[name])]
+
+
+def _counts(value: Any) -> bool:
+    """Whether the value of a name affects the functions that use it."""
+    is_module = isinstance(value, types.ModuleType)
+    return value is not _VARIABLE and (not is_module or _is_of_user(value))
+
+
+def _dotted(part: ast.AST) -> list[str]:
+    """Returns ["a", "b"] for the expression a.b; nothing for others than names with dots."""
+    if isinstance(part, ast.Name):
+        return [part.id]
+    if isinstance(part, ast.Attribute) and (path := _dotted(part.value)):
+        return [*path, part.attr]
+    return []
+
+
+def _imported(parts: Iterable[ast.AST], module: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what import statements in a function bind, other than from installed packages."""
+    found = {}
     for part in parts:
-        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
-            module = found.get(part.value.id)
-            if isinstance(module, types.ModuleType) and not _is_installed(module):
-                found[f"{part.value.id}.{part.attr}"] = getattr(module, part.attr, None)
-    return sorted(found.items())
+        if not isinstance(part, (ast.Import, ast.ImportFrom)):
+            continue
+        dots, origin = "." * getattr(part, "level", 0), getattr(part, "module", None) or ""
+        for alias in part.names:
+            name = dots + origin if origin or dots else alias.name
+            with contextlib.suppress(ImportError, ValueError, AttributeError):
+                value = _import(name, module.get("__package__"))
+                if value is None:
+                    continue
+                if origin or dots:
+                    here = getattr(value, alias.name, None)
+                    value = here if here is not None else _import(f"{name}.{alias.name}", None)
+                elif not alias.asname:
+                    value = sys.modules[alias.name.split(".")[0]]
+                found[alias.asname or alias.name.split(".")[0]] = value
+    return found
+
+
+def _import(name: str, package: Any) -> types.ModuleType | None:
+    """Returns a module that is not installed."""
+    name = importlib.util.resolve_name(name, package)
+    spec = importlib.util.find_spec(name.split(".")[0])
+    if spec is None or not spec.origin or spec.origin == "built-in" or _is_in_package(spec.origin):
+        return None
+    return importlib.import_module(name)
+
+
+def _content(module: Mapping[str, Any], name: str, file: str = "") -> Any:
+    """Returns what describes a name of a module: its value, or how it is defined if functions of
+    the module change it, such as a dict of what has been computed; _VARIABLE if that is empty.
+
+    Without the module's source, containers are only constants if their names are in capitals.
+    """
+    value = module.get(name)
+    if not isinstance(value, (MutableMapping, list, set, collections.deque)):
+        return value
+    source = "".join(linecache.getlines(file or module.get("__file__") or "", dict(module)))
+    if not source:
+        return value if name.isupper() else _VARIABLE
+    definitions, changed = _variables(source)
+    # A defaultdict changes when it is read.
+    if name not in changed and not isinstance(value, collections.defaultdict):
+        return value
+    definition = definitions.get(name, "{}")
+    return _VARIABLE if definition in ("{}", "[]", "set()", "dict()", "list()") else definition
+
+
+_VARIABLE = object()
+
+
+_CHANGES = {
+    *("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop"),
+    *("popitem", "popleft", "remove", "reverse", "rotate", "setdefault", "sort", "subtract"),
+    *("update", "difference_update", "intersection_update", "symmetric_difference_update"),
+}  # Methods of containers.
+
+
+@functools.lru_cache(maxsize=64)
+def _variables(source: str) -> tuple[dict[str, str], set[str]]:
+    """Returns the definitions of a module's variables, and those that its functions change."""
+    try:
+        whole = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return {}, set()
+    definitions, changed = {}, set()
+    for statement in whole.body:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                if isinstance(target, ast.Name):
+                    definitions[target.id] = ast.unparse(statement.value)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inner = (function for function in ast.walk(whole) if isinstance(function, functions))
+    for node in itertools.chain.from_iterable(map(ast.walk, inner)):
+        if isinstance(node, ast.Global):
+            changed.update(node.names)
+        is_stored = isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
+        is_called = isinstance(node, ast.Attribute) and node.attr in _CHANGES
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and (is_called or is_stored):
+            changed.update(_dotted(node.value)[:1])
+    return definitions, changed
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -360,6 +471,11 @@ def _is_ours(value: Any) -> bool:
     return (name or "").split(".")[0] == "t5jax"
 
 
+def _is_of_user(value: Any) -> bool:
+    is_module = isinstance(value, types.ModuleType)
+    return is_module and not _is_ours(value) and not _is_installed(value)
+
+
 def _is_module_of_ours(value: Any) -> bool:
     return isinstance(value, types.ModuleType) and _is_ours(value)
 
@@ -405,6 +521,27 @@ def _is_unchanged(was: Mapping, path: str) -> bool:
     if "sha256" not in was or now.get("size") != was["size"]:
         return False
     return _stamp(path, with_content=True)["sha256"] == was["sha256"]
+
+
+def sketch(path: str) -> str:
+    """Returns a hash of a file's size and content; of a file above 16 MiB, of 256 parts of it.
+
+    Unlike a stamp it takes no time for any file, and is the same wherever the file lies.
+
+    Raises:
+      ValueError: if the file is missing.
+    """
+    if "://" in path:
+        return str(_stamp(path)["key"])
+    size = _stamp(path)["size"]
+    part = 1 << 16
+    starts = [*range(0, size, part if size <= 256 * part else size // 255), max(size - part, 0)]
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(part))
+    return digest.hexdigest()[:16]
 
 
 def _stamp(path: str, with_content: bool = False) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import itertools
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.registry import check_mixture, task_names
+from t5jax.data.registry import broken_files, check_mixture, task_names
 from t5jax.data.run import TRAIN_SPLIT
 from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
@@ -116,7 +117,7 @@ class TaskReport:
     split: str
     tokenizers: Mapping[str, Tokenizer]
     shown: list[TextExample]
-    """The first examples."""
+    """Some of the examples, drawn at random."""
     num_examples: int
     is_whole: bool
     """Whether all examples of the split were read."""
@@ -142,7 +143,7 @@ def show_task(
       tokenizer: replaces the task's own, if the task does not fix it.
       lengths: the lengths of "inputs" and "targets" in tokens in a run.
       num_shown: the number of examples to keep.
-      num_examples: the maximum number of examples to read. None: all.
+      num_examples: the maximum number of examples, drawn from the whole split. None: all.
     Raises:
       ValueError: if it is a mixture, the split does not exist, there are no examples or no
         vocabulary, or the task cannot read a row.
@@ -157,19 +158,23 @@ def show_task(
         raise ValueError(f"{name} has no split {split!r}; there are {', '.join(splits)}")
     tokenizers = feature_tokenizers(task, tokenizer)
     dropped: Counter = Counter()
-    examples = read_examples(task, split, tokenizers, lengths, dropped)
+    more = None if num_examples is None else num_examples + 1
+    examples = read_examples(task, split, tokenizers, lengths, dropped, more)
     shown, sizes, unknown, num_read = [], {f: [] for f in tokenizers}, Counter(), 0
+    rng = random.Random(0)
     for example in itertools.islice(examples, num_examples):
         num_read += 1
-        if num_read <= num_shown:
+        if len(shown) < num_shown:
             shown.append(example)
+        elif (place := rng.randrange(num_read)) < num_shown:
+            shown[place] = example
         for feature, ids in example.ids.items():
             sizes[feature].append(len(ids))
             if tokenizers[feature].unk_id != tokenizers[feature].eos_id:
                 unknown[feature] += ids.count(tokenizers[feature].unk_id)
     if not num_read:
         raise ValueError(f"{name} has no examples in its split {split!r}")
-    is_whole = num_examples is None or num_read < num_examples or next(examples, None) is None
+    is_whole = next(examples, None) is None
     examples.close()  # TensorFlow's threads would continue to read when Python exits.
     limits = task_lengths(task, lengths)
     features = {
@@ -222,8 +227,8 @@ def plot_lengths(report: TaskReport, path: str | Path) -> None:
         axes.grid(axis="y", color="0.9", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    whole = "" if report.is_whole else "the first "
-    title = f"{report.task}, {report.split}: {whole}{report.num_examples:,} examples"
+    part = "" if report.is_whole else " drawn from all"
+    title = f"{report.task}, {report.split}: {report.num_examples:,} examples{part}"
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path, format="png")
 
@@ -260,6 +265,8 @@ def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> It
       ValueError: if the name is not registered. Errors of tasks are yielded.
     """
     names = task_names() if name == "all" else [name]
+    for path, error in broken_files().items() if name == "all" else ():
+        yield Check(path.stem, "", "", 0, 0, error)
     tasks = {t.name: t for n in names for t in seqio.get_subtasks(check_mixture(n))}
     for task in tasks.values():
         try:

@@ -169,7 +169,7 @@ def num_rows(task: seqio.Task, split: str = TRAIN_SPLIT) -> int:
 
 def _count(task: seqio.Task, split: str) -> int:
     kind = kind_of(task)
-    if not isinstance(kind, OwnSource) or not (files := kind.source.files(split)):
+    if not isinstance(kind, OwnSource) or not (files := kind.files(split)):
         return kind.num_rows(split)
     contents = [stamp.get("sha256") or stamp["key"] for stamp in stamp_files(files)]
     path = cache_dir() / "counts" / f"{digest([kind.source, split, contents])}.json"

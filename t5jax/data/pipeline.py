@@ -7,7 +7,6 @@ global batch size, not on the number of hosts.
 """
 
 import functools
-import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -199,7 +198,8 @@ def eval_sets(
     """Returns the evaluation examples of every task of the mixtures, each once and in order.
 
     Args:
-      config: the run; its tasks must be loaded. At most eval.num_examples of a task are used.
+      config: the run; its tasks must be loaded. At most eval.num_examples of a task are used, which
+        are drawn from the whole split, the same ones each time.
       split: by default eval.split. Tasks that lack it are skipped, which is logged.
       tokenizer: the run's tokenizer; by default `tokenizer_for(config)`.
     Raises:
@@ -217,9 +217,11 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
     lengths = example_lengths(spec, ExampleFormat.of(config.model))
     run = Run(tokenizer, LabelTokenizer.of(config.model), lengths)
     _check_objective(task, config.model, run)
-    rows = list(itertools.islice(kind_of(task).once(split, run), config.eval.num_examples))
+    rows = list(kind_of(task).once(split, run, most=config.eval.num_examples))
     if not rows:
         raise ValueError(f"task {task.name} has no examples in its split {split!r}")
+    if not any(len(row["targets"]) for row in rows):
+        raise ValueError(f"the targets of task {task.name} in its split {split!r} are all empty")
     if len(task.metric_fns) > len(task.predict_metric_fns):
         _log.warning("task %s: only metrics of (targets, predictions) are computed", task.name)
     return EvalSet(

@@ -1,51 +1,113 @@
 """Task files and the tasks, mixtures and variants that they register with SeqIO."""
 
+import importlib.abc
+import importlib.machinery
 import importlib.util
+import logging
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from t5jax import shipped
 from t5jax.checks import did_you_mean
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.tasks.prompted import register_variant
 
-_loaded: set[Path] = set()
+_log = logging.getLogger(__name__)
+_REGISTRIES = (seqio.TaskRegistry, seqio.MixtureRegistry)
+_loaded: set[Path] = set()  # Also those that are being loaded.
+_modules: dict[Path, types.ModuleType] = {}
+_names: dict[Path, set[str]] = {}  # What they have registered.
+_broken: dict[Path, str] = {}
 
 
 def load_tasks(task_files: Sequence[str] = ()) -> None:
     """Imports the task files in ./tasks, those of t5jax, and further ones, each once.
 
+    A file may import its neighbours: `from other_file import SOURCE`. One that fails registers
+    nothing; if it was not asked for, others are still loaded, and the log says what is wrong.
+
     Args:
       task_files: paths of Python files that register SeqIO tasks or mixtures.
     Raises:
-      ValueError: if a file is missing or raises an error; none of its tasks stay registered.
+      ValueError: if one of these is missing or raises an error.
     """
-    paths = list(shipped.list_files("tasks").values())
-    paths += [shipped.find("tasks", str(file)) for file in task_files]
-    for path in paths:
-        if path not in _loaded:
-            _import_tasks(path)
-            _loaded.add(path)
+    for path in map(Path.resolve, shipped.list_files("tasks").values()):
+        if path not in _broken:
+            try:
+                _load(path)
+            except ValueError as error:
+                _broken[path] = str(error)
+                _log.warning("%s; its tasks are left out", error)
+    for file in task_files:
+        _load(shipped.find("tasks", str(file)))
 
 
-def _import_tasks(path: Path) -> None:
-    before = {registry: set(registry.names()) for registry in _REGISTRIES}
+def broken_files() -> dict[Path, str]:
+    """Returns the errors of the task files in ./tasks that could not be loaded."""
+    return dict(_broken)
+
+
+def _load(path: Path) -> types.ModuleType:
+    """Returns the module of a task file, which is executed once."""
+    path = path.resolve()
+    if path in _loaded:
+        return _modules[path]
+    before = set(task_names())
     spec = importlib.util.spec_from_file_location(f"t5jax_task_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # Dataclasses and pickle look up modules there.
+    _modules[path] = module
+    _loaded.add(path)
+    _neighbours.folders.setdefault(path.parent)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        for registry, names in before.items():
-            for name in set(registry.names()) - names:
+        del sys.modules[spec.name]
+        _loaded.discard(path)
+        whole = set().union(*(_names.get(other, ()) for other in _loaded))  # Also of neighbours.
+        for registry in _REGISTRIES:
+            for name in set(registry.names()) - before - whole:
                 registry.remove(name)
-        raise ValueError(f"task file {path} fails: {type(error).__name__}: {error}") from error
+        what = str(error) if str(error).startswith("task file ") else _named(error)
+        raise ValueError(f"task file {path} fails: {what}") from error
+    _names[path] = set(task_names()) - before
+    _broken.pop(path, None)
+    return module
 
 
-_REGISTRIES = (seqio.TaskRegistry, seqio.MixtureRegistry)
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _Neighbours(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the files beside task files, after everything else that has the name."""
+
+    def __init__(self) -> None:
+        self.folders: dict[Path, None] = {}
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        for folder in self.folders if path is None else ():
+            if (folder / f"{fullname}.py").is_file():
+                return importlib.util.spec_from_loader(fullname, self, origin=str(folder))
+            found = importlib.machinery.PathFinder.find_spec(fullname, [str(folder)])
+            if found is not None and found.loader is not None:
+                return found
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _load(Path(spec.origin) / f"{spec.name}.py")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Does nothing, since `_load` has executed it."""
+
+
+_neighbours = _Neighbours()
+sys.meta_path.append(_neighbours)
 
 
 def task_names() -> list[str]:
@@ -64,7 +126,10 @@ def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
     names = task_names()
     if name not in names:
         hint = did_you_mean(name, names, most=3) or f"known are {', '.join(names) or 'none'}"
-        raise ValueError(f"data.mixture is {name!r}, which no task file registers; {hint.strip()}")
+        broken = "".join(f"; {error}" for error in _broken.values())
+        raise ValueError(
+            f"data.mixture is {name!r}, which no task file registers; {hint.strip()}{broken}"
+        )
     found = seqio.get_mixture_or_task(name)
     if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):
         raise ValueError(

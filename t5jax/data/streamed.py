@@ -6,11 +6,13 @@ t5jax's tasks are read in Python, SeqIO's own tasks through SeqIO; tasks are mix
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
 from t5jax.data.batches.examples import Example
 from t5jax.data.bridge.tf import elements, seqio, tf
+from t5jax.data.fingerprint import sketch
 from t5jax.data.registry import check_mixture
 from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.tasks.foreign import kind_of
@@ -23,6 +25,14 @@ class StreamedExamples:
         self._mixture, self._run, self._seed = check_mixture(mixture), run, seed
         self._tasks = [t for t in seqio.get_subtasks(self._mixture) if TRAIN_SPLIT in t.splits]
         self.fingerprint = {"data.mixture": mixture, "data.cache": None} | run.fingerprint
+        for task in self._tasks:
+            files = kind_of(task).files(TRAIN_SPLIT)
+            names = [Path(file).name for file in files]
+            if files:
+                self.fingerprint[f"the files of {task.name}"] = names
+            for file, name in zip(files, names, strict=True):
+                key = f"the content of {name}"
+                self.fingerprint[key] = self.fingerprint.get(key, "") + sketch(file)
 
     def windows(self, start: int, most: int) -> Iterator[list[Example]]:
         """Yields the examples from number `start` on in windows.

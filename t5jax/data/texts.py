@@ -33,8 +33,9 @@ def read_examples(
     tokenizers: Mapping[str, Tokenizer],
     lengths: Mapping[str, int],
     dropped: Counter,
+    most: int | None = None,
 ) -> Generator[TextExample, None, None]:
-    """Yields the examples of a split once, in the source's order.
+    """Yields the examples of a split once.
 
     Args:
       task: any task.
@@ -43,11 +44,13 @@ def read_examples(
       lengths: the lengths of "inputs" and "targets" in tokens, which exemplars have to fit and
         objectives fill. Other examples are not truncated.
       dropped: counts dropped rows, by reason.
+      most: the maximum number of examples. If there are more, they are drawn from the whole split;
+        otherwise they come in order.
     Raises:
       ValueError: if the task cannot read a row.
     """
     run = Run(tokenizers["targets"], lengths=task_lengths(task, lengths))
-    for row in kind_of(task).once(split, run, dropped, whole=True):
+    for row in kind_of(task).once(split, run, dropped, most=most, whole=True):
         ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
         texts = {}
         for name, feature_ids in ids.items():
@@ -139,4 +142,4 @@ def read_lines(names: Sequence[str], split: str = TRAIN_SPLIT) -> Iterator[str]:
                 f"task {task.name!r} has no split {split!r}; there are {', '.join(task.splits)}"
             )
         for example_text in kind_of(task).texts(split):
-            yield from filter(None, example_text.splitlines())
+            yield from filter(str.strip, example_text.split("\n"))

@@ -7,12 +7,14 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sentencepiece
 
 from t5jax.storage import cache_dir, write_file
 from t5jax.tokenizers.common import Tokenizer
+
+T = TypeVar("T")
 
 
 def train_sentencepiece(
@@ -68,17 +70,17 @@ def train_sentencepiece(
     return write_file(Path(path), model.getvalue())
 
 
-def sample(lines: Iterable[str], size: int) -> list[str]:
-    """Returns the lines, or a random but deterministic sample of `size` of them.
+def sample(items: Iterable[T], size: int) -> list[T]:
+    """Returns the items, or a random but deterministic sample of `size` of them.
 
-    All lines are equally likely (reservoir sampling), and no more are held in memory.
+    All items are equally likely (reservoir sampling), and no more are held in memory.
     """
     rng, chosen = random.Random(0), []
-    for number, line in enumerate(lines):
+    for number, item in enumerate(items):
         if number < size:
-            chosen.append(line)
+            chosen.append(item)
         elif (place := rng.randrange(number + 1)) < size:
-            chosen[place] = line
+            chosen[place] = item
     return chosen
 
 

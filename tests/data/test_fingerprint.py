@@ -345,3 +345,69 @@ def test_files_behind_a_url():
     memory.rm("/stamps/a")
     memory.pipe("/stamps/a", b"another")
     assert changed_file(stamps, ["memory://stamps/a"]) == "memory://stamps/a has changed"
+
+
+# --- Other modules of the user --------------------------------------------------------------------
+
+HELPERS = """
+    from collections import deque
+    table = {"a": 1}
+    recent = deque([1])
+    seen = {}
+
+    def clean(row):
+        seen[row] = 1
+        return table[row], recent, seen
+"""
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "import helpers\ndef task(row): return helpers.clean(row)",
+        "import package.helpers\ndef task(row): return package.helpers.clean(row)",
+        "from package import helpers as h\ndef task(row): return h.clean(row)",
+        "def task(row):\n    import helpers\n    return helpers.clean(row)",
+        "def task(row):\n    from package.helpers import clean as c\n    return c(row)",
+        "import helpers\ndef task(row): return getattr(helpers, 'clean')(row)",
+        "import helpers\ndef task(row): return helpers.table, helpers.recent, helpers.seen",
+        "from helpers import *\ndef task(row): return clean(row)",
+    ],
+)
+@pytest.mark.parametrize(
+    ("old", "new", "counts"),
+    [
+        ('"a": 1', '"a": 2', True),
+        ("deque([1])", "deque([2])", True),
+        ("seen = {}", 'seen = {"b": 1}', True),
+        ("seen = {}", "seen = {}  # What was there.", False),
+    ],
+)
+def test_modules_of_the_user_count(task, old, new, counts, tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for code in (HELPERS, HELPERS.replace(old, new)):
+        for name in ("helpers", "package", "package.helpers"):
+            sys.modules.pop(name, None)
+        for folder in ("", "package"):
+            (tmp_path / folder / "helpers.py").write_text(textwrap.dedent(code))
+        linecache.clearcache()
+        found.append(of_task(task))
+    assert (found[0] != found[1]) == counts
+
+
+def test_what_functions_change_counts_as_it_is_defined():
+    code = """
+        known = {"a": 1}
+        def task(row):
+            known.setdefault(row, len(known))
+            return known[row]
+    """
+    names = load(code)
+    before = describe(names["task"])
+    names["task"]("b")
+    assert describe(names["task"]) == before
+    assert of_task(code.replace('"a": 1', '"a": 2')) != before

@@ -1,7 +1,9 @@
-"""Streamed examples: each once an epoch, in the order of SeqIO's own parts, from any place on."""
+"""Streamed examples: each once an epoch, shuffled as a whole, from any place on."""
 
 import itertools
 import json
+import logging
+import os
 
 import pytest
 
@@ -9,10 +11,12 @@ from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
 from t5jax.data import pipeline
 from t5jax.data.bridge.tf import elements, seqio, tf
-from t5jax.data.bridge.vocabulary import RunVocabulary, building_for
+from t5jax.data.bridge.vocabulary import RunVocabulary
 from t5jax.data.mixtures import mixture
 from t5jax.data.objectives.span_corruption import SpanCorruption
 from t5jax.data.run import Run
+from t5jax.data.sources import spool
+from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
 from t5jax.data.streamed import StreamedExamples
 from t5jax.data.tasks import base
@@ -71,32 +75,93 @@ def buffer(request, monkeypatch):
     return size
 
 
-def test_an_epoch_has_every_example_once_in_the_order_of_tensorflows_shuffle(buffer):
+def test_an_epoch_has_every_example_once_in_its_own_order(buffer):
     passes = add_tasks()
     prompts = [p for row in ROWS for p in (row["q"], row["q"] + "?")]
-    order = tf.data.Dataset.range(80).shuffle(buffer, seed=7).repeat(3)
     found = take(240, "asked")
-    assert [BYTES.decode(inputs) for inputs, _ in found] == [prompts[i] for i in elements(order)]
     assert all(targets[-1] == 1 for _, targets in found)
-    for epoch in (found[:80], found[80:160], found[160:]):
-        assert len(set(epoch)) == 80
-    assert found[:80] != found[80:160]
-    assert len(passes) == 1 if buffer > 80 else len(passes) >= 3
+    epochs = [[BYTES.decode(inputs) for inputs, _ in found[i : i + 80]] for i in (0, 80, 160)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(prompts)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    if buffer > 80:  # The order of TensorFlow's shuffle.
+        order = tf.data.Dataset.range(80).shuffle(80, seed=7).repeat(3)
+        assert list(itertools.chain(*epochs)) == [prompts[i] for i in elements(order)]
+    assert len(passes) <= 2  # The rows, and once more into the spool.
 
 
-@pytest.mark.parametrize("name", ["asked", "texts", "mixed"])
-def test_seqio_gives_the_same_examples_in_the_same_order(name, buffer):
+def test_rows_sorted_by_class_are_shuffled_as_a_whole(monkeypatch):
+    monkeypatch.setattr(base, "SHUFFLE_BUFFER", 20)
+    rows = [{"q": f"{i}", "a": "no" if i < 1000 else "yes"} for i in range(2000)]
+    prompted_task("sorted", Source({"train": lambda: rows}), [("{q}", "{a}")], metrics=[])
+    found = take(4000, "sorted")
+    for start in range(0, 4000, 100):  # 5 standard deviations.
+        answers = [BYTES.decode(targets) for _, targets in found[start : start + 100]]
+        assert 25 <= answers.count("yes") <= 75
+    assert found[:2000] != found[2000:]
+    assert sorted(found[:2000]) == sorted(found[2000:])
+    assert take(2000, "sorted") == found[:2000]
+    assert take(2000, "sorted", seed=8) != found[:2000]
+    assert take(10, "sorted", 3210) == found[3210:3220]
+
+
+def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(base, "SHUFFLE_BUFFER", 20)
+    monkeypatch.setattr(spool, "MOST", 1000)
+    prompted_task("large", Source({"train": lambda: ROWS}), [("{q}", "{a}")], metrics=[])
+    with caplog.at_level(logging.WARNING):
+        found = take(40, "large")
+    assert sorted(inputs for inputs, _ in found) == sorted(
+        tuple([*BYTES.encode(row["q"]), 1]) for row in ROWS
+    )
+    assert "task large: the rows of its split 'train' are too many" in caplog.text
+    assert "shuffled among 20 examples at a time" in caplog.text
+
+
+def windows(name, num, start=0, most=16) -> list[list]:
+    found = StreamedExamples(name, RUN, 7).windows(start, most)
+    return [[BYTES.decode(e["inputs"]) for e in window] for window in itertools.islice(found, num)]
+
+
+def test_a_window_ends_with_the_epoch():
     add_tasks()
-    with building_for(Run(BYTES)):
-        dataset = seqio.get_mixture_or_task(name).get_dataset(
-            RUN.lengths, "train", shuffle=True, num_epochs=None, seed=7
-        )
-    through_seqio = [
-        tuple(tuple(e[f].tolist()) for f in ("inputs", "targets"))
-        for e in elements(dataset.take(300))
-    ]
-    assert take(300, name) == through_seqio
-    assert take(300, name, seed=8) != through_seqio
+    found = windows("asked", 6, most=30)
+    assert list(map(len, found)) == [30, 30, 20] * 2
+    assert len(set(itertools.chain(*found[:3]))) == 80
+    assert windows("asked", 3, start=60, most=30) == found[2:5]
+    assert list(map(len, windows("asked", 3, most=1000))) == [80] * 3
+
+
+def test_in_a_mixture_windows_end_with_the_epochs_of_large_tasks():
+    small = [{"q": f"small {i}", "a": "x"} for i in range(5)]
+    for name, rows in {"large": ROWS, "small": small}.items():
+        source = Source({"train": lambda rows=rows: rows})
+        prompted_task(name, source, [("{q}", "{a}")], metrics=[])
+    mixture("both", {"large": 2, "small": 1})
+    found = windows("both", 20, most=16)
+    # A task's epoch ends in a window only if it is too short: 5 * 3 < 16 * 2 <= 40 * 3 / 2.
+    for window in found:
+        asked = [prompt for prompt in window if prompt.startswith("question")]
+        assert len(asked) == len(set(asked))
+    ends = list(itertools.accumulate(map(len, found)))
+    assert min(map(len, found)) < 16 == max(map(len, found))
+    for number, end in enumerate(ends[:3]):
+        assert windows("both", 3, start=end) == found[number + 1 : number + 4]
+
+
+def test_files_that_were_replaced_are_named_on_resume(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"q": "1", "a": "2"}\n')
+    rows = jsonl({"train": [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]})
+    prompted_task("of_files", rows, [("{q}", "{a}")], metrics=[], vocabulary="bytes")
+    data = DataConfig("of_files", inputs_length=24, targets_length=24, batch_size=2)
+    config = Config(model=T5Config(vocab_size=384), data=data)
+    state = json.loads(json.dumps(pipeline.train_iterator(config).state()))
+    os.utime(tmp_path / "a.jsonl", (1, 1))  # A copy is no change.
+    pipeline.train_iterator(config).restore(state)
+    (tmp_path / "b.jsonl").write_text('{"q": "1", "a": "3"}\n')
+    with pytest.raises(ValueError, match=r"the content of b\.jsonl was '\w+' and is '\w+' now"):
+        pipeline.train_iterator(config).restore(state)
 
 
 @pytest.mark.parametrize("name", ["asked", "ours"])
@@ -110,10 +175,9 @@ def test_a_stream_goes_on_from_any_place(name, buffer):
 def test_epochs_that_are_skipped_are_not_read(buffer):
     passes = add_tasks()
     assert take(1, "asked", 80 * 50 + 3) == take(80 * 50 + 4, "asked")[-1:]
-    assert len(passes) < 60  # The second reads every epoch, where they are not kept: 51.
     passes.clear()
     take(1, "asked", 80 * 50 + 3)
-    assert len(passes) <= 3  # One is read ahead.
+    assert len(passes) <= 2
 
 
 def test_batches_go_on_where_they_were_on_more_hosts():

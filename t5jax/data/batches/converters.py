@@ -87,7 +87,7 @@ class _EncoderDecoder:
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         targets = lengths["targets"]
-        inputs = lengths.get("inputs", np.ones_like(targets))
+        inputs = np.maximum(lengths.get("inputs", 1), np.ones_like(targets))
         return np.stack([inputs + len(self._inputs_start), targets], axis=1)
 
     def __call__(self, rows: Rows) -> Batch:
@@ -102,7 +102,8 @@ class _EncoderDecoder:
         return batch | _decoder_features(decoder, self._spec.pack, self._start_id)
 
     def _inputs(self, example: Example) -> np.ndarray:
-        inputs = example.get("inputs", self._no_inputs)
+        inputs = example.get("inputs", ())
+        inputs = inputs if len(inputs) else self._no_inputs
         if not len(self._inputs_start):
             return inputs
         return np.concatenate([self._inputs_start, features.without_eos(inputs, self._eos_id)])

@@ -40,7 +40,7 @@ with _quietly():
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
 
-__all__ = ["elements", "from_generator", "seqio", "tf"]
+__all__ = ["elements", "from_generator", "remembering_errors", "seqio", "tf"]
 
 # An exception cannot pass through TensorFlow, but a number in a message can.
 _errors: list[Exception] = []
@@ -50,20 +50,37 @@ _ERROR_KEY = "t5jax source error {}!"
 def from_generator(generate: Callable[[], Iterable[Any]], signature: Any) -> tf.data.Dataset:
     """Returns a dataset of what `generate()` yields; `elements` raises its errors."""
 
-    def remembering_errors():
+    def generating():
         try:
             yield from generate()
         except Exception as error:
-            _errors.append(error)
-            raise RuntimeError(_ERROR_KEY.format(len(_errors) - 1)) from None
+            raise _remembered(error) from None
 
-    return tf.data.Dataset.from_generator(remembering_errors, output_signature=signature)
+    return tf.data.Dataset.from_generator(generating, output_signature=signature)
+
+
+def remembering_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function for `tf.numpy_function`; `elements` raises its errors."""
+
+    def call(*args):
+        try:
+            return function(*args)
+        except Exception as error:
+            raise _remembered(error) from None
+
+    return call
+
+
+def _remembered(error: Exception) -> RuntimeError:
+    _errors.append(error)
+    return RuntimeError(_ERROR_KEY.format(len(_errors) - 1))
 
 
 def elements(dataset: tf.data.Dataset) -> Iterator[Any]:
     """Yields the elements of a dataset as NumPy arrays.
 
-    Exceptions of a generator of `from_generator` are raised unchanged, not wrapped by TensorFlow.
+    Exceptions of a generator of `from_generator`, or of a function of `remembering_errors`, are
+    raised unchanged, not wrapped by TensorFlow.
     """
     opened, of_tensorflow = [dataset.as_numpy_iterator()], tf.errors.OpError
     # At the latest when Python exits: it would wait forever for threads that read on.

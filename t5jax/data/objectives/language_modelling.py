@@ -96,16 +96,17 @@ class _BoundCausalLM:
 class MaskedLM:
     """BERT's: some tokens are predicted; 8 of 10 are masked, 1 is a random one, 1 stays.
 
-    Inputs are bos (BERT: [CLS]), the text and eos ([SEP]). Targets are the predicted tokens where
-    they stand, and 0 elsewhere. A random token is any but id 0, which is padding, where BERT takes
-    any; the number of predicted tokens is BERT's.
+    Inputs are bos (BERT: [CLS]), the text and eos ([SEP]), which also stands between documents.
+    Targets are the predicted tokens where they stand, and 0 elsewhere. As BERT has it, the share is
+    one of all tokens, but those that frame texts are not predicted: of 512 tokens 77 are. A random
+    token is any but id 0, which is padding, where BERT takes any.
     """
 
     features: ClassVar[tuple[str, ...]] = ("inputs", "targets")
     encoder_only: ClassVar[bool] = True
 
     share: float = 0.15
-    """Share of the tokens that is predicted; at least one token is."""
+    """Share of the tokens that is predicted; at least one token is, if there are words."""
 
     def __post_init__(self):
         if not 0 < self.share < 1:
@@ -130,7 +131,7 @@ class MaskedLM:
         if n < 1:
             raise ValueError(f"data.inputs_length is {inputs_length}; {self} needs at least 3")
         return _BoundMaskedLM(
-            n, self.share, tokenizer.bos_id, tokenizer.mask_id, tokenizer.eos_id,
+            n, self.share, tokenizer.bos_id, tokenizer.mask_id, tokenizer.eos_id, tokenizer.pad_id,
             tokenizer.vocab_size,
         )  # fmt: skip
 
@@ -142,13 +143,16 @@ class _BoundMaskedLM:
     bos_id: int
     mask_id: int
     eos_id: int
+    pad_id: int
     vocab_size: int
 
     def __call__(self, tokens, rng):
-        n = len(tokens)
         inputs = np.concatenate([[self.bos_id], tokens, [self.eos_id]]).astype(np.int32)
         targets = np.zeros_like(inputs)
-        chosen = 1 + rng.choice(n, max(round(n * self.share), 1), replace=False)
+        special = (self.bos_id, self.mask_id, self.eos_id, self.pad_id)
+        words = np.flatnonzero(~np.isin(inputs, special))
+        count = min(max(round(len(inputs) * self.share), 1), len(words))
+        chosen = rng.choice(words, count, replace=False)
         targets[chosen] = inputs[chosen]
         fate = rng.random(len(chosen))
         inputs[chosen[fate < 0.8]] = self.mask_id

@@ -15,8 +15,8 @@ from t5jax.data.sources.source import Row
 from t5jax.tokenizers import Tokenizer
 
 POOL_SIZE = 10_000
-"""Exemplars are drawn from this many rows at the start of the training split, which are held in
-memory. A longer split that is sorted (by class, say) should be shuffled on disk first."""
+"""Exemplars are drawn from this many rows of the training split, which are drawn from all of it and
+held in memory."""
 
 
 class FewShot:

@@ -102,14 +102,25 @@ class PromptTemplate(abc.ABC):
 
 # --- Format strings -----------------------------------------------------------------------------
 
-_FORMATTER = string.Formatter()
+
+class _Formatter(string.Formatter):
+    """Python's format strings, in which a column's whole name counts: {Review.Text}."""
+
+    def get_field(self, field_name, args, kwargs):
+        if field_name in kwargs:
+            return kwargs[field_name], field_name
+        return super().get_field(field_name, args, kwargs)
+
+
+_FORMATTER = _Formatter()
 
 
 @dataclasses.dataclass(frozen=True)
 class Template(PromptTemplate):
     """Two Python format strings over the row's fields.
 
-    "{question}", "{score:.1f}", "{answers[text][0]}"; "{{" is a brace.
+    "{question}", "{score:.1f}", "{answers[text][0]}", "{Review.Text}" (a column, if there is one of
+    that name); "{{" is a brace.
     """
 
     inputs: str
@@ -129,11 +140,15 @@ class Template(PromptTemplate):
         for field in _fields(self.targets, "targets"):
             _value(field, row)
         try:
-            return Prompt(
-                self.inputs.format_map(row), self.targets.format_map(row), " ".join(source)
+            inputs, targets = (
+                _FORMATTER.vformat(side, (), row) for side in (self.inputs, self.targets)
             )
+            return Prompt(inputs, targets, " ".join(source))
         except TypeError as error:  # A format specification that does not fit the value.
             raise ValueError(str(error)) from None
+
+
+_BRACES = "{{ for a brace"
 
 
 @functools.cache
@@ -146,11 +161,13 @@ def _fields(text: str, what: str) -> tuple[str, ...]:
     try:
         parsed = list(_FORMATTER.parse(text))
     except ValueError as error:
-        raise ValueError(f"{what}: {error} in {text!r}; write {{{{ for a brace") from None
+        raise ValueError(f"{what}: {error} in {text!r}; write {_BRACES}") from None
     fields = tuple(field for _, field, _, _ in parsed if field is not None)
     for field in fields:
-        if not re.match(r"[^\W\d]", field):
-            raise ValueError(f"{what}: {{{field}}} in {text!r} must be the name of a field")
+        if not field.strip() or field.isdigit() or field.strip()[0] in "\"'":
+            raise ValueError(
+                f"{what}: {{{field}}} in {text!r} must be the name of a field; write {_BRACES}"
+            )
     if not fields:
         raise ValueError(f"{what}: {text!r} names no field; expected something like {{question}}")
     return fields
@@ -160,7 +177,10 @@ def _value(field: str, row: Row):
     try:
         value, _ = _FORMATTER.get_field(field, (), row)
     except (LookupError, AttributeError, TypeError):
-        raise ValueError(f"there is no field {field!r}; the row has {', '.join(row)}") from None
+        hint = "" if re.fullmatch(r"[\w.\[\]]+", field) else f"; write {_BRACES}"
+        raise ValueError(
+            f"there is no field {field!r}; the row has {', '.join(row)}{hint}"
+        ) from None
     if not isinstance(value, (str, numbers.Number)):
         raise ValueError(
             f"field {field!r} is {value!r:.60}, a {type(value).__name__}; a template needs texts "
@@ -243,7 +263,10 @@ class JinjaTemplate(PromptTemplate):
                 variables[_CHOICES] = [choice.strip() for choice in choices]
             sides = _render_sides(self._compiled, variables)
         except jinja2.UndefinedError as error:
-            raise ValueError(f"missing field: {error}; the row has {', '.join(row)}") from None
+            odd = [name for name in row if not str(name).isidentifier()]
+            hint = f"; for Jinja, give {odd[0]!r} another name (Source.rename)" if odd else ""
+            known = ", ".join(row)
+            raise ValueError(f"missing field: {error}; the row has {known}{hint}") from None
         except ValueError:
             raise
         except Exception as error:  # From the template's expressions.

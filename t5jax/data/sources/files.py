@@ -164,11 +164,14 @@ def _open(path: str) -> Any:
 def read_lines(path: str, encoding: str) -> Iterator[str]:
     """Yields the lines of a file with their line breaks, without a byte order mark.
 
+    A line ends with \\n, which \\r may precede. No other character ends one: U+2028 and the like
+    are part of a text.
+
     Invalid bytes become lone surrogates, which `check_text` detects, so that only their line is
     affected and later ones can be read.
     """
     with open_file(path) as file:
-        text = io.TextIOWrapper(file, _with_mark(encoding), errors="surrogateescape", newline="")
+        text = io.TextIOWrapper(file, _with_mark(encoding), errors="surrogateescape", newline="\n")
         with text as lines:
             yield from lines
 

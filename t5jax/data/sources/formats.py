@@ -4,6 +4,7 @@ Instead of a row that cannot be read, a ValueError with its position is yielded,
 can raise it or skip the row; if the rest of a file cannot be read, it is raised. No TensorFlow.
 """
 
+import collections
 import csv
 import itertools
 import json
@@ -105,39 +106,40 @@ def _walk_object(
 
 
 def csv_rows(
-    path: str, delimiter: str, quotes: bool, columns: Sequence[str] | None, encoding: str
+    path: str,
+    delimiter: str,
+    quotes: bool,
+    columns: Sequence[str] | None,
+    skip_lines: int,
+    encoding: str,
 ) -> Iterator[Row | ValueError]:
     """Yields the records of a table; see `t5jax.data.csv` and `tsv`."""
-    csv.field_size_limit(2**31 - 1)  # Documents may be longer than 128 KiB.
-    quoting: Any = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    reader = csv.reader(
-        read_lines(path, encoding), delimiter=delimiter, quoting=quoting, strict=True
-    )
+    lines = itertools.islice(enumerate(read_lines(path, encoding), start=1), skip_lines, None)
     header = list(columns or [])
     empty = True
-    while True:
-        line = reader.line_num + 1  # The first line of the record; quoted ones may have several.
+    for number, record in _records(lines, delimiter, quotes, header):
+        empty = False
         try:
-            record = next(reader, None)
-            if record is None:
-                break
-            if not record:
-                continue
-            empty = False
+            if isinstance(record, csv.Error):
+                raise ValueError(f"is not CSV: {record}")
             for text in record:
                 check_text(text, encoding)
             if not header:
-                header = _checked_header(record, path)
+                header.extend(_header(record, path))
             elif len(record) != len(header):
                 raise ValueError(
                     f"has {len(record)} values; expected {len(header)}: {', '.join(header)}"
                 )
+            elif record == header and len(header) > 1:
+                raise ValueError(
+                    f"repeats the names of the columns, {', '.join(header)}; if it is the header, "
+                    "leave columns out, or skip it (skip_lines=1); otherwise remove the line, or "
+                    "let Source.skip_malformed() do that"
+                )
             else:
                 yield dict(zip(header, record, strict=True))
-        except csv.Error as error:
-            yield ValueError(f"{path}, line {line} is not CSV: {error}")
         except ValueError as error:
-            problem = ValueError(f"{path}, line {line} {error}")
+            problem = ValueError(f"{path}, line {number} {error}")
             if not header:
                 raise problem from None
             yield problem
@@ -145,13 +147,115 @@ def csv_rows(
         yield _empty(path, "a line of column names, and rows below it")
 
 
-def _checked_header(names: list[str], path: str) -> list[str]:
+def _records(
+    lines: Iterator[tuple[int, str]], delimiter: str, quotes: bool, header: Sequence[str]
+) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yields the number of a record's first line, and its values or what is wrong with it.
+
+    A quote that is never closed, or in some later record, only spoils the line that it is in:
+    reading goes on at the next one.
+    """
+    if not quotes:
+        for number, line in lines:
+            if text := line.rstrip("\r\n"):
+                yield number, text.split(delimiter)
+        return
+    csv.field_size_limit(2**31 - 1)  # Documents may be longer than 128 KiB.
+    taken: list[tuple[int, str]] = []  # The lines of the record.
+    again: collections.deque[tuple[int, str]] = collections.deque()  # Those to read once more.
+
+    def take() -> Iterator[str]:
+        while numbered := again.popleft() if again else next(lines, None):
+            taken.append(numbered)
+            yield numbered[1]
+
+    reader = csv.reader(take(), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            record = next(reader, None)
+            is_sound = record is None or not _hides_lines(record, taken, delimiter, header)
+        except csv.Error as error:
+            yield taken[0][0], error
+            is_sound = False
+        else:
+            if record is None:
+                return
+            if record and is_sound:
+                yield taken[0][0], record
+            elif record:
+                yield taken[0][0], csv.Error("a quote opens in it and closes in another record")
+        if not is_sound:
+            again.extendleft(reversed(taken[1:]))
+            reader = csv.reader(take(), delimiter=delimiter, strict=True)
+        taken.clear()
+
+
+def _hides_lines(
+    record: list[str], taken: Sequence[tuple[int, str]], delimiter: str, header: Sequence[str]
+) -> bool:
+    """Whether most lines within a record with the wrong number of values are records themselves."""
+    inner = [line for _, line in taken[1:-1]]
+    if not header or len(record) == len(header) or not inner:
+        return False
+    sizes = map(len, csv.reader(inner, delimiter=delimiter))
+    return 2 * sum(size == len(header) for size in sizes) > len(inner)
+
+
+def _header(names: list[str], path: str) -> list[str]:
+    """Returns the names of columns; one without a name, such as an index, is called "column_1"."""
+    names = [name or f"column_{i}" for i, name in enumerate(names, start=1)]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"names a column twice: {', '.join(names)}; name them yourself with columns=[...], and "
-            f"take the first line out of {path}"
+            f"names a column twice: {', '.join(names)}; name them yourself and skip this line: "
+            "columns=[...], skip_lines=1"
         )
     return names
+
+
+def conll_rows(
+    path: str, columns: Sequence[str | None], delimiter: str | None, encoding: str
+) -> Iterator[Row | ValueError]:
+    """Yields the sentences of a file in CoNLL's form; see `t5jax.data.conll`."""
+    lines = enumerate(read_lines(path, encoding), start=1)
+    empty = True
+    for is_blank, sentence in itertools.groupby(lines, lambda line: line[1].isspace()):
+        if is_blank:
+            continue
+        empty = False
+        try:
+            row = _sentence(sentence, columns, delimiter, encoding)
+        except ValueError as error:
+            yield ValueError(f"{path}, {error}")
+        else:
+            if any(row.values()):
+                yield row
+    if empty:
+        yield _empty(path, "a line for each word, and a blank one after each sentence")
+
+
+def _sentence(
+    lines: Iterable[tuple[int, str]],
+    columns: Sequence[str | None],
+    delimiter: str | None,
+    encoding: str,
+) -> Row:
+    row: dict[str, list[str]] = {name: [] for name in columns if name is not None}
+    lines = list(lines)  # The rest of a sentence is not read as the next one.
+    for number, line in lines:
+        values = check_text(line.rstrip("\r\n"), encoding).split(delimiter)
+        is_comment = delimiter is not None and len(values) == 1 and line.startswith("#")
+        if is_comment or values[0] == "-DOCSTART-":
+            continue
+        if len(values) != len(columns):
+            raise ValueError(
+                f"line {number} has {len(values)} values; expected {len(columns)}: "
+                f"{', '.join(name or 'one that is left out' for name in columns)}"
+            )
+        named = dict(zip(columns, values, strict=True))
+        if named.get("id", "1").isdigit():  # CoNLL-U also has "1-2" and "1.1", which are no words.
+            for name, column in row.items():
+                column.append(named[name])
+    return row
 
 
 def parquet_rows(path: str, columns: Sequence[str] | None) -> Iterator[Row]:

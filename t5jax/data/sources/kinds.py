@@ -10,10 +10,12 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from t5jax.checks import check_at_least
 from t5jax.data.fingerprint import DESCRIBED_AS
 from t5jax.data.sources.files import check_encoding, find_files, name_in_pattern
 from t5jax.data.sources.formats import (
     TEXT_PARTS,
+    conll_rows,
     csv_rows,
     json_rows,
     jsonl_rows,
@@ -99,6 +101,7 @@ def csv(
     *,
     delimiter: str = ",",
     columns: Sequence[str] | None = None,
+    skip_lines: int = 0,
     encoding: str = "utf-8",
 ) -> Source:
     """Returns a source of CSV files; all values are strings.
@@ -107,19 +110,23 @@ def csv(
       splits: as for `jsonl`.
       delimiter: the character between values. Values that contain it, a quote or a line break are
         in double quotes.
-      columns: the names of the columns. None: they are in the first line of each file.
+      columns: the names of the columns. None: they are in the first line of each file; a column
+        without a name is called "column_1" after its place.
+      skip_lines: the number of lines to skip at the beginning of each file, such as 1 for a header
+        that `columns` replaces.
       encoding: the encoding of the files, such as "utf-8" or "latin-1".
     Raises:
       ValueError: when rows are read, if there is no file, a file is empty, or a row has another
         number of columns or invalid quotes, with file and line.
     """
-    return _table(splits, delimiter, True, columns, encoding)
+    return _table(splits, delimiter, True, columns, skip_lines, encoding)
 
 
 def tsv(
     splits: Mapping[str, Files],
     *,
     columns: Sequence[str] | None = None,
+    skip_lines: int = 0,
     encoding: str = "utf-8",
 ) -> Source:
     """Returns a source of tab-separated files, in which quotes are ordinary characters.
@@ -127,7 +134,7 @@ def tsv(
     For tab-separated files with quoted values use `csv(splits, delimiter="\\t")`. Arguments and
     errors are those of `csv`.
     """
-    return _table(splits, "\t", False, columns, encoding)
+    return _table(splits, "\t", False, columns, skip_lines, encoding)
 
 
 def _table(
@@ -135,13 +142,52 @@ def _table(
     delimiter: str,
     quotes: bool,
     columns: Sequence[str] | None,
+    skip_lines: int,
     encoding: str,
 ) -> Source:
+    check_at_least(skip_lines, 0, "skip_lines")
     read = functools.partial(
         csv_rows,
         delimiter=delimiter,
         quotes=quotes,
         columns=None if columns is None else tuple(columns),
+        skip_lines=skip_lines,
+        encoding=check_encoding(encoding),
+    )
+    return _file_source(splits, read)
+
+
+def conll(
+    splits: Mapping[str, Files],
+    columns: Sequence[str | None] = ("tokens", "pos_tags", "chunk_tags", "ner_tags"),
+    *,
+    delimiter: str | None = None,
+    encoding: str = "utf-8",
+) -> Source:
+    """Returns a source of files with a line for each word and a blank line after each sentence.
+
+        conll({"train": "train.txt"}, ["tokens", None, None, "ner_tags"])   # CoNLL-2003
+        conll({"train": "en.conllu"}, ["id", "words", None, "upos", *[None] * 6], delimiter="\\t")
+
+    A row is a sentence; each of its fields is the list of a column's values. Lines of -DOCSTART-
+    are skipped. If there is a delimiter, so are comments; if there is a column "id", so are lines
+    of CoNLL-U whose id is no number.
+
+    Args:
+      splits: as for `jsonl`.
+      columns: the names of the columns; None for one that is left out.
+      delimiter: the character between values, such as a tab. None: white space.
+      encoding: the encoding of the files.
+    Raises:
+      ValueError: when rows are read, if there is no file, a file is empty, or a line has another
+        number of columns, with file and line.
+    """
+    if not any(columns):
+        raise ValueError(f"conll: columns are {columns!r}; name at least one")
+    read = functools.partial(
+        conll_rows,
+        columns=tuple(columns),
+        delimiter=delimiter,
         encoding=check_encoding(encoding),
     )
     return _file_source(splits, read)

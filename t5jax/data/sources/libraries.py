@@ -5,13 +5,15 @@
 No TensorFlow, except for datasets that TFDS has written as TFRecord.
 """
 
+import dataclasses
 import functools
+import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
-from t5jax.data.sources.files import answer
+from t5jax.data.sources.files import answer, find_files
 from t5jax.data.sources.formats import plain
 from t5jax.data.sources.source import Row, Source
 
@@ -39,35 +41,59 @@ def tfds(
       ValueError: when rows are read, if a dataset or split is unknown, or not prepared.
     """
     data_dir = None if data_dir is None else os.fspath(data_dir)
-    read = functools.partial(_tfds_rows, name, data_dir, download)
-    return Source({ours: functools.partial(read, split) for ours, split in splits.items()})
+    rows = {ours: _TfdsRows(name, data_dir, download, split) for ours, split in splits.items()}
+    return Source(rows)
 
 
-def _tfds_rows(name: str, data_dir: str | None, download: bool, split: str) -> Iterator[Row]:
-    import tensorflow_datasets as tfds
+@dataclasses.dataclass(frozen=True)
+class _TfdsRows:
+    """The rows of a split of a dataset of TensorFlow Datasets."""
 
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-        if download:
-            builder.download_and_prepare()
-        elif not builder.is_prepared():
-            raise ValueError(
-                f"it is not prepared in {builder.data_path}; prepare it with `tfds build {name}`, "
-                "or set download=True, or name its folder (data_dir)"
-            )
+    path: str
+    data_dir: str | None
+    download: bool
+    split: str
+    library: ClassVar[str] = "TFDS"
+
+    def __call__(self) -> Iterator[Row]:
+        name, split = self.path, self.split
         try:
-            rows = iter(builder.as_data_source(split=split))
-        except NotImplementedError:  # TFRecord.
-            from t5jax.data.bridge import tf  # noqa: F401  TensorFlow, quietly.
+            builder = self._builder()
+            if self.download:
+                builder.download_and_prepare()
+            elif not builder.is_prepared():
+                raise ValueError(
+                    f"it is not prepared in {builder.data_path}; prepare it with `tfds build "
+                    f"{name}`, or set download=True, or name its folder (data_dir)"
+                )
+            try:
+                rows = iter(builder.as_data_source(split=split))
+            except NotImplementedError:  # TFRecord.
+                import tensorflow_datasets as tfds
 
-            rows = iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
-    except Exception as error:
-        # After the first line, TFDS lists all known datasets.
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"cannot read the TFDS data set {name!r}, split {split!r}: {reason}"
-        ) from error
-    yield from map(plain, rows)
+                from t5jax.data.bridge import tf  # noqa: F401  TensorFlow, quietly.
+
+                rows = iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
+        except Exception as error:
+            # After the first line, TFDS lists all known datasets.
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"cannot read the TFDS data set {name!r}, split {split!r}: {reason}"
+            ) from error
+        yield from map(plain, rows)
+
+    def paths(self) -> list[str]:
+        """Returns the files of the prepared dataset on this machine."""
+        try:
+            folder = os.fspath(self._builder().data_path)
+        except Exception as error:
+            raise ValueError(f"cannot find the TFDS data set {self.path!r}: {error}") from error
+        return find_files([os.path.join(folder, "*")]) if os.path.isdir(folder) else []
+
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder(self.path, data_dir=self.data_dir, try_gcs=False)
 
 
 def hf_dataset(
@@ -98,25 +124,87 @@ def hf_dataset(
             "hf_dataset takes no token, which would be written wherever the task is; "
             "log in with `hf auth login`, or set HF_TOKEN"
         )
-    read = functools.partial(_hf_rows, os.fspath(path), name, options)
-    return Source({ours: functools.partial(read, split) for ours, split in splits.items()})
+    path = os.fspath(path)
+    return Source({ours: _HubRows(path, name, split, options) for ours, split in splits.items()})
 
 
-def _hf_rows(path: str, name: str | None, options: Mapping[str, Any], split: str) -> Iterator[Row]:
-    import datasets
+@dataclasses.dataclass(frozen=True)
+class _HubRows:
+    """The rows of a split of a Hugging Face dataset."""
 
-    if _is_on_hub(path, options):  # Or nowhere.
-        answer(functools.partial(_ask_hub, path, options), f"the Hugging Face data set {path!r}")
-    try:
-        if os.path.isfile(os.path.join(path, "state.json")):  # One split, of no name.
-            rows = iter(datasets.load_from_disk(path))
-        else:
-            rows = iter(datasets.load_dataset(path, name, split=split, **options))
-    except Exception as error:
-        raise ValueError(
-            f"cannot read the Hugging Face data set {path!r}, split {split!r}: {error}"
-        ) from error
-    yield from map(plain, rows)
+    path: str
+    name: str | None
+    split: str
+    options: Mapping[str, Any]
+    library: ClassVar[str] = "Hugging Face"
+
+    @property
+    def is_endless(self) -> bool:
+        return bool(self.options.get("streaming"))
+
+    def __call__(self) -> Iterator[Row]:
+        import datasets
+
+        path, split = self.path, self.split
+        if _is_on_hub(path, self.options):  # Or nowhere.
+            ask = functools.partial(_ask_hub, path, self.options)
+            answer(ask, f"the Hugging Face data set {path!r}")
+        try:
+            if _is_saved(path):
+                rows = iter(self._from_disk())
+            else:
+                rows = iter(datasets.load_dataset(path, self.name, split=split, **self.options))
+        except Exception as error:
+            raise ValueError(
+                f"cannot read the Hugging Face data set {path!r}, split {split!r}: {error}"
+            ) from error
+        yield from map(plain, rows)
+
+    def _from_disk(self) -> Iterable[Any]:
+        """Returns the rows of a folder written by `save_to_disk`."""
+        import datasets
+
+        if self.name is not None or self.options:
+            given = [*(["name"] if self.name is not None else []), *self.options]
+            raise ValueError(
+                f"save_to_disk wrote this folder, to which {', '.join(given)} cannot apply; leave "
+                "that out"
+            )
+        saved = datasets.load_from_disk(self.path)
+        if isinstance(saved, datasets.Dataset):
+            saved = {str(saved.split or "train"): saved}  # As load_dataset calls a single split.
+        sizes = {name: len(rows) for name, rows in saved.items()}
+        wanted = datasets.ReadInstruction.from_spec(self.split)
+        try:
+            parts = wanted.to_absolute(sizes)
+        except ValueError:
+            raise ValueError(
+                f"there is no such split; the folder has {', '.join(sizes)}, and slices of "
+                f'{"it" if len(sizes) == 1 else "them"}, such as "{next(iter(sizes))}[:90%]"'
+            ) from None
+        return itertools.chain.from_iterable(
+            saved[part.splitname].select(range(part.from_, part.to)) for part in parts
+        )
+
+    def paths(self) -> list[str]:
+        """Returns the files on this machine; a cache uses them to detect that they have changed."""
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as formats
+
+        folder = self.path if os.path.isdir(self.path) else ""
+        if not folder and self.path not in formats:
+            return []  # On the Hub.
+        folder = os.path.join(folder, self.options.get("data_dir") or "")
+        given = self.options.get("data_files") or ([os.path.join("**", "*")] if folder else [])
+        given = given.values() if isinstance(given, Mapping) else [given]
+        patterns = (x if isinstance(x, (list, tuple)) else [x] for x in given)
+        paths = [os.fspath(pattern) for part in patterns for pattern in part]
+        return find_files([p if "://" in p else os.path.join(folder, p) for p in paths])
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether `save_to_disk` wrote a folder, of one split or several."""
+    files = ("state.json", "dataset_dict.json")
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def _is_on_hub(path: str, options: Mapping[str, Any]) -> bool:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from t5jax.data.batches.examples import Example
-from t5jax.data.bridge.tf import elements, from_generator, seqio, tf
+from t5jax.data.bridge.tf import elements, from_generator, remembering_errors, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
 from t5jax.data.objectives.base import BoundObjective, Objective
-from t5jax.data.recipe import Recipe
+from t5jax.data.recipe import DOCUMENTS, Recipe
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Row, Source
 from t5jax.data.sources.spool import Spool
@@ -65,6 +65,10 @@ class Kind(abc.ABC):
         return [("", task)]
 
     @abc.abstractmethod
+    def files(self, split: str) -> list[str]:
+        """Returns the files that a split is read from, as far as they are known."""
+
+    @abc.abstractmethod
     def num_rows(self, split: str) -> int:
         """Returns the number of rows of a split by counting them."""
 
@@ -74,14 +78,22 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def once(
-        self, split: str, run: Run, dropped: Counter | None = None, *, whole: bool = False
+        self,
+        split: str,
+        run: Run,
+        dropped: Counter | None = None,
+        *,
+        most: int | None = None,
+        whole: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """Yields the examples of a split once and in order: tokens with eos, and texts.
+        """Yields the examples of a split once: tokens with eos, and texts.
 
         Args:
           split: the name of the split.
           run: the run; its lengths are those that exemplars have to fit and objectives fill.
           dropped: counts dropped rows, by reason.
+          most: the maximum number of examples. If there are more, they are drawn from the whole
+            split by a fixed seed; otherwise they come in order.
           whole: do not truncate.
         """
 
@@ -162,10 +174,9 @@ class OwnSource(seqio.DataSource, Kind):
             function = function.function
         if hasattr(function, "patterns"):
             return ", ".join(pattern.rpartition("/")[2] for pattern in function.patterns)
+        if hasattr(function, "library"):
+            return f"{function.library} {function.path}"
         if isinstance(function, functools.partial):
-            library = {"_tfds_rows": "TFDS", "_hf_rows": "Hugging Face"}.get(_name_of(function))
-            if library:
-                return f"{library} {function.args[0]}"
             function = function.func
         code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
         return Path(code.co_filename).name if code else type(function).__name__
@@ -178,12 +189,34 @@ class OwnSource(seqio.DataSource, Kind):
         except ValueError as error:
             raise ValueError(f"task {self.task!r}: {error}") from None
 
+    def files(self, split):
+        try:
+            return self.source.files(split)
+        except ValueError as error:
+            raise ValueError(f"task {self.task!r}: {error}") from None
+
     def num_rows(self, split):
         return sum(1 for _ in self.rows(split))
 
-    def once(self, split, run, dropped=None, *, whole=False):
-        encoded = self.encode(self.rows(split, dropped), split, run, dropped)
-        return self._finished(encoded, run, 0, whole)
+    def once(self, split, run, dropped=None, *, most=None, whole=False):
+        def examples(rows, dropped):
+            return self._finished(self.encode(rows, split, run, dropped), run, 0, whole)
+
+        if most is None:
+            yield from examples(self.rows(split, dropped), dropped)
+            return
+        rows = self.reachable(split, f"its first {most:,} examples stand for them", dropped)
+        if rows is None:
+            yield from itertools.islice(examples(self.rows(split, dropped), dropped), most)
+            return
+        order, counts = np.random.default_rng(0).permutation(len(rows)), Counter()
+        drawn = list(itertools.islice(examples(rows.read(order), counts), most + 1))
+        if len(drawn) > most:
+            if dropped is not None:
+                dropped.update(counts)
+            yield from drawn[:most]
+        else:
+            yield from examples(rows.read(np.arange(len(rows))), dropped)
 
     def _finished(self, encoded, run, seed, whole=False) -> Iterator[dict[str, Any]]:
         finish, lengths = self.finish(run), {} if whole else run.lengths
@@ -208,7 +241,12 @@ class OwnSource(seqio.DataSource, Kind):
             for number, place in enumerate(order, start):
                 yield number // size, kept[place]
         del kept
-        rows = self._reachable(split)
+        rows = self.reachable(
+            split,
+            f"they are shuffled among {SHUFFLE_BUFFER:,} examples at a time, so rows that are "
+            "sorted (by class, say) should be shuffled on disk first, or cached (data.cache), "
+            "which shuffles all of them",
+        )
         size = None
         for epoch in itertools.count():
             if size is not None and start >= size:
@@ -223,17 +261,19 @@ class OwnSource(seqio.DataSource, Kind):
                 number += 1
             size, start = number, max(start - number, 0)
 
-    def _reachable(self, split: str) -> Spool | None:
-        """Returns the rows of a split in a form in which they can be read in any order."""
+    def reachable(self, split: str, otherwise: str, dropped: Counter | None = None) -> Spool | None:
+        """Returns the rows of a split in a form in which they can be read in any order.
+
+        Args:
+          split: the name of the split.
+          otherwise: what is done instead if they are too many, for the log.
+          dropped: counts dropped rows, by reason.
+        """
         if not self.source.is_endless(split):
             with contextlib.suppress(OverflowError):
-                return Spool(self.rows(split))
-        _log.warning(
-            "task %s: the rows of its split %r are too many to be shuffled as a whole; they are "
-            "shuffled among %s examples at a time, so rows that are sorted (by class, say) should "
-            "be shuffled on disk first, or cached (data.cache), which shuffles all of them",
-            *(self.task, split, f"{SHUFFLE_BUFFER:,}"),
-        )
+                return Spool(self.rows(split, dropped))
+        message = "task %s: the rows of its split %r are too many to be reached in any order; %s"
+        _log.warning(message, self.task, split, otherwise)
         return None
 
     # --- Through SeqIO
@@ -258,22 +298,32 @@ class OwnSource(seqio.DataSource, Kind):
         own = isinstance(vocabulary, RunVocabulary)
         run = vocabulary.run if own else Run(as_tokenizer(vocabulary))
         run = run._replace(lengths=sequence_length or {})
-        seed = seqio.utils._NEXT_MAP_SEED  # SeqIO's own steps are seeded by it too.
+        finish = self.finish(run)
 
-        def examples():
-            received = elements(dataset)
-            for first in received:
-                received = itertools.chain([first], received)
-                rows = (pickle.loads(element["row"]) for element in received)
-                encoded = self.encode(rows, first["split"].decode(), run)
-                yield from self._finished(encoded, run, seed)
-                return
+        def encode(splits, rows):
+            encoded = self.encode(map(pickle.loads, rows), splits[0].decode(), run)
+            return np.array([pickle.dumps(one) for one in encoded], object)
 
-        return from_generator(examples, dict(self.features))
+        def look_up(one, *seeds):
+            example = finish(pickle.loads(one), *seeds)
+            return [cut(example[name], run.lengths.get(name)) for name in self.features]
 
+        def encode_tf(element):
+            inputs = element["split"], element["row"]
+            encoded = tf.numpy_function(remembering_errors(encode), inputs, tf.string)
+            return tf.ensure_shape(encoded, [None])
 
-def _name_of(function: functools.partial) -> str:
-    return getattr(function.func, "__name__", "")
+        def look_up_tf(*inputs):
+            types = [spec.dtype for spec in self.features.values()]
+            values = tf.numpy_function(remembering_errors(look_up), inputs, types)
+            named = zip(self.features.items(), values, strict=True)
+            return {name: tf.ensure_shape(value, spec.shape) for (name, spec), value in named}
+
+        # Rows are encoded in groups, since pieces of text are made of several documents.
+        encoded = dataset.batch(DOCUMENTS).map(encode_tf).unbatch()
+        seed = seqio.utils._NEXT_MAP_SEED  # As for SeqIO's own steps.
+        seeds = map(tf.data.Dataset.random, (None, None) if seed is None else (seed, seed + 1))
+        return tf.data.Dataset.zip(encoded, *seeds).map(look_up_tf)
 
 
 def cut(tokens: np.ndarray, length: int | None) -> np.ndarray:

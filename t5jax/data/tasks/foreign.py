@@ -12,6 +12,7 @@ from t5jax.data.bridge.vocabulary import building_for
 from t5jax.data.fingerprint import describe
 from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks
 from t5jax.data.tasks.base import Kind, OwnSource
+from t5jax.tokenizers.training import sample
 
 _LAST_STEPS = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
 
@@ -33,6 +34,10 @@ class ForeignTask(Kind):
             return f"TFDS {source.tfds_dataset.name}"
         return type(source).__name__
 
+    def files(self, split):
+        source = self.task.source
+        return list(source.list_shards(split)) if isinstance(source, seqio.FileDataSource) else []
+
     def num_rows(self, split):
         count = self.task.num_input_examples(split)
         if count is None:
@@ -46,7 +51,11 @@ class ForeignTask(Kind):
         for row in elements(dataset):
             yield from (row[name].decode() for name in names)
 
-    def once(self, split, run, dropped=None, *, whole=False):
+    def once(self, split, run, dropped=None, *, most=None, whole=False):
+        examples = self._once(split, run, whole)
+        return examples if most is None else iter(sample(examples, most))
+
+    def _once(self, split, run, whole):
         def dataset(sequence_length):
             return self.task.get_dataset(sequence_length, split, shuffle=False, seed=0)
 
@@ -112,11 +121,8 @@ class ForeignTask(Kind):
         }
         if any("sequence_length" in inspect.signature(step).parameters for step in before):
             content |= {f"data.{name}_length": length for name, length in lengths.items()}
-        files = []
-        if isinstance(task.source, seqio.FileDataSource):
-            files = list(task.source.list_shards(split))
         encoder = Encoder(features, eos_ids, tokenizer, tokenized=True)
-        return Recipe(task.name, split, run, chunks, encoder, content, files)
+        return Recipe(task.name, split, run, chunks, encoder, content, self.files(split))
 
     def _steps(self) -> tuple[list, bool]:
         """Returns the steps before what is cached, and whether eos is appended after them."""

@@ -17,6 +17,7 @@ Every task has variants, which are registered on demand: "en_fr:plain" has one t
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -37,6 +38,7 @@ from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.sources.source import Row, Source, get_field
 from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource
 from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers.training import sample
 
 # The texts of an example, in addition to the SeqIO features "inputs" and "targets".
 SOURCE_FEATURE = "prompt_source"
@@ -312,9 +314,7 @@ class PromptedSource(OwnSource):
         bound = self._bound(tokenizer)
         if not self.shots:
             return [(template, template.render) for template in bound]
-        rows = itertools.islice(self.rows(TRAIN_SPLIT), POOL_SIZE)
-        pool = [(number, row) for _, number, row in rows]
-        task = self.definition
+        pool, task = self._pool, self.definition
 
         def renderer(template):
             few_shot = FewShot(
@@ -329,6 +329,14 @@ class PromptedSource(OwnSource):
             return lambda row, number: few_shot.render(row, number, split)
 
         return [(template, renderer(template)) for template in bound]
+
+    @functools.cached_property
+    def _pool(self) -> list[tuple[int, Row]]:
+        """The training rows from which exemplars are drawn."""
+        rows = ((number, row) for _, number, row in self.rows(TRAIN_SPLIT))
+        if self.source.is_endless(TRAIN_SPLIT):
+            rows = itertools.islice(rows, POOL_SIZE)
+        return sample(rows, POOL_SIZE)
 
     def _bound(self, tokenizer: Tokenizer | None) -> list[PromptTemplate]:
         if tokenizer is None:

@@ -225,7 +225,7 @@ def test_masked_lm_masks_as_bert_does():
         example = bound(text(100), example_rng(0, index))
         inputs, targets = example["inputs"], example["targets"]
         chosen = np.flatnonzero(targets)
-        assert len(chosen) == 15
+        assert len(chosen) == 15  # Of 102.
         assert (inputs[0], inputs[-1], targets[0], targets[-1]) == (2, 1, 0, 0)
         assert np.where(targets, targets, inputs)[1:-1].tolist() == text(100).tolist()
         fates["mask"] += (inputs[chosen] == 3).sum()
@@ -246,10 +246,25 @@ def test_a_random_token_of_masked_lm_is_any_but_padding():
     assert any(5 in bound(np.full(100, 4, np.int32), example_rng(0, i))["inputs"] for i in range(9))
 
 
-@pytest.mark.parametrize(("n", "num_predicted"), [(1, 1), (3, 1), (10, 2), (16, 2), (17, 3)])
+@pytest.mark.parametrize(
+    ("n", "num_predicted"), [(1, 1), (3, 1), (8, 2), (14, 2), (15, 3), (126, 19), (510, 77)]
+)
 def test_masked_lm_predicts_its_share_and_at_least_one(n, num_predicted):
-    example = MaskedLM().bind(WORDS, 102, 102)(text(n), example_rng(0, n))
-    assert (example["targets"] != 0).sum() == num_predicted  # 15 %, rounded.
+    example = MaskedLM().bind(WORDS, 512, 512)(text(n), example_rng(0, n))
+    assert (example["targets"] != 0).sum() == num_predicted  # 15 % of n + 2, rounded.
+
+
+def test_masked_lm_never_predicts_what_frames_a_text():
+    documents = np.concatenate([text(3), [1], text(2), [1, 0, 3, 2], text(4), [1]])
+    bound, seen = MaskedLM(0.9).bind(WORDS, 32, 32), set()
+    for index in range(50):
+        example = bound(documents, example_rng(0, index))
+        seen |= set(np.flatnonzero(example["targets"]).tolist())
+        assert (example["targets"] != 0).sum() == 9  # There are no more words.
+    assert seen == {1, 2, 3, 5, 6, 11, 12, 13, 14}
+    frames = bound(np.array([1, 1]), example_rng(0, 0))
+    assert frames["inputs"].tolist() == [2, 1, 1, 1]
+    assert not frames["targets"].any()
 
 
 def test_masked_lm_needs_a_vocabulary_with_its_tokens():

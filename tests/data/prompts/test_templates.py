@@ -25,6 +25,7 @@ def test_a_format_renders_a_row():
         ("q}", "Single '}' encountered in format string in 'q}'; write {{ for a brace"),
         ("{}", "{} in '{}' must be the name of a field"),
         ("{0}", "{0} in '{0}' must be the name of a field"),
+        ('{"a": "{q}"}', '{"a"} in \'{"a": "{q}"}\' must be the name of a field; write {{ for a'),
         ("question", "'question' names no field; expected something like {question}"),
         ("{{q}}", "names no field"),
         ("", "'' names no field"),
@@ -288,3 +289,13 @@ print(few.render(row | {"input": "c"}, 0, "test").inputs.replace("\\n", ""))
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "Saya=b;Sayc\n"
+
+
+def test_columns_of_any_name():
+    row = {"Review.Text": "good", "#1 String": "one", "2nd": 2, "a": {"b": "nested"}, "a.b": "own"}
+    template = Template("{Review.Text}|{#1 String:>5}|{2nd:.1f}|{a[b]}", '{{"a": "{a.b}"}}')
+    assert template.render(row) == ("good|  one|2.0|nested", '{"a": "own"}', "good one 2 nested")
+    with pytest.raises(ValueError, match=r"no field '#2'; the row has .*; write {{ for a brace"):
+        Template("{#2}", "{2nd}").render(row)
+    with pytest.raises(ValueError, match=r"for Jinja, give 'Review.Text' another name"):
+        JinjaTemplate("{{ Review.Text }} ||| x").render(row)

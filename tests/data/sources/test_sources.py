@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from backports import zstd
 
 from t5jax.data.sources import files
-from t5jax.data.sources.kinds import csv, json_file, jsonl, parquet, text, tsv
+from t5jax.data.sources.kinds import conll, csv, json_file, jsonl, parquet, text, tsv
 from t5jax.data.sources.libraries import hf_dataset, tfds
 from t5jax.data.sources.source import MALFORMED, RowStep, Source, get_field
 
@@ -391,13 +392,90 @@ def test_tsv_takes_quotes_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "malformed"),
+    [
+        ('0,"zero', [1]),  # It would end with the file.
+        ('0,"zero\nx,"y', [1, 2]),
+        ('0,"zero\n1,one\n2,two\n3,three",x', [1, 4]),  # It would hide two rows.
+        ('0,"zero" x', [1]),
+        ("0", [1]),
+    ],
+)
+def test_a_stray_quote_spoils_its_own_line_alone(tmp_path, content, malformed):
+    lines = content.split("\n")
+    later = [f'{i},"row {i}"' for i in range(len(lines), 500)]
+    (tmp_path / "a.csv").write_text("\n".join(["number,text", *lines, *later]) + "\n")
+    rows = csv({"train": tmp_path / "a.csv"})
+    with pytest.raises(ValueError, match=r"a\.csv, line 2 (is not CSV|has 1 values)"):
+        read(rows)
+    dropped = Counter()
+    found = [int(row["number"]) for row in rows.skip_malformed().rows("train", dropped)]
+    assert found == [i for i in range(500) if i + 1 not in malformed]
+    assert dropped["malformed"] == len(malformed)
+
+
+def test_quoted_values_have_line_breaks(tmp_path):
+    (tmp_path / "a.csv").write_text('q,a\n"1\n2,3\n4,5\n6",7\n8,"9\n10"\n')
+    expected = [{"q": "1\n2,3\n4,5\n6", "a": "7"}, {"q": "8", "a": "9\n10"}]
+    assert read(csv({"train": tmp_path / "a.csv"})) == expected
+
+
+def test_columns_without_a_name_and_lines_to_skip(tmp_path):
+    (tmp_path / "a.csv").write_text(",Review.Text,,q\n0,a,b,c\n")
+    row = {"column_1": "0", "Review.Text": "a", "column_3": "b", "q": "c"}
+    assert read(csv({"train": tmp_path / "a.csv"})) == [row]
+    (tmp_path / "b.tsv").write_text("made by hand\nq\tq\n1\t2\n")
+    rows = tsv({"train": tmp_path / "b.tsv"}, columns=["a", "b"], skip_lines=2)
+    assert read(rows) == [{"a": "1", "b": "2"}]
+    with pytest.raises(ValueError, match="skip_lines is -1; it must be at least 0"):
+        csv({"train": "a.csv"}, skip_lines=-1)
+
+
+ODD = "a\u2028b\u0085c\x0cd\x1ce\rf"  # What str.splitlines splits, and a lone \r.
+
+
+def test_only_line_feeds_end_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(f"{ODD}\r\ntwo\n".encode())
+    assert read(text({"train": tmp_path / "a.txt"})) == [{"text": ODD}, {"text": "two"}]
+    (tmp_path / "a.tsv").write_bytes(f"q\ta\n{ODD}\t1\r\n".encode())
+    assert read(tsv({"train": tmp_path / "a.tsv"})) == [{"q": ODD, "a": "1"}]
+    (tmp_path / "a.csv").write_bytes(f'q,a\n"{ODD}",1\r\n'.encode())
+    assert read(csv({"train": tmp_path / "a.csv"})) == [{"q": ODD, "a": "1"}]
+    (tmp_path / "a.jsonl").write_text('{"q": "a\u2028b\u0085c"}\n')
+    assert read(jsonl({"train": tmp_path / "a.jsonl"})) == [{"q": "a\u2028b\u0085c"}]
+
+
+def test_sentences_in_conlls_form(tmp_path):
+    (tmp_path / "a.txt").write_text(
+        "-DOCSTART- -X- O O\n\nEU NNP B-NP B-ORG\n# NN I-NP O\n\n\nPeter NNP B-NP B-PER\n"
+    )
+    rows = conll({"train": tmp_path / "a.txt"}, ["words", None, None, "tags"])
+    assert read(rows) == [
+        {"words": ["EU", "#"], "tags": ["B-ORG", "O"]},
+        {"words": ["Peter"], "tags": ["B-PER"]},
+    ]
+    (tmp_path / "a.conllu").write_text(
+        "# text = du\n1-2\tdu\t_\n1\tde\tADP\n2\tle\tDET\n2.1\tx\tX\n\n"
+    )
+    rows = conll({"train": tmp_path / "a.conllu"}, ["id", "form", "upos"], delimiter="\t")
+    assert read(rows) == [{"id": ["1", "2"], "form": ["de", "le"], "upos": ["ADP", "DET"]}]
+    short = conll({"train": tmp_path / "a.txt"}, ["words", "tags"])
+    with pytest.raises(ValueError, match=r"a\.txt, line 3 has 4 values; expected 2: words, tags"):
+        read(short)
+    dropped = Counter()
+    with pytest.raises(ValueError, match="malformed dropped 2"):
+        list(short.skip_malformed().rows("train", dropped))
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"q,a\n1,2\n\n3\n", r"a\.csv, line 4 has 1 values; expected 2: q, a"),
         (b'q,a\n"1\n",2,3\n', r"a\.csv, line 2 has 3 values; expected 2"),
         (b'q,a\n"1,2\n3,4\n', r"a\.csv, line 2 is not CSV: unexpected end of data"),
         (b"q,a\n1,\xe9\n", r"a\.csv, line 2 is not utf-8: byte 0xe9"),
-        (b"q,q\n1,2\n", r"a\.csv, line 1 names a column twice: q, q; name them yourself"),
+        (b"q,q\n1,2\n", r"a\.csv, line 1 names a column twice: q, q; .* skip_lines=1"),
+        (b"q,a\n1,2\nq,a\n", r"a\.csv, line 3 repeats the names of the columns, q, a"),
         (b"\n", r"a\.csv is empty; expected a line of column names"),
         (b"q,a\n", "split 'train' has no rows"),
     ],
@@ -495,10 +573,39 @@ def test_hugging_face_data_sets_are_read_from_folders_and_files(hf_folder):
     assert read(rows) == ROWS
     assert read(rows, "half") == ROWS[:3]
     assert read(hf_dataset(hf_folder / "disk", {"dev": "test"}), "dev") == ROWS[1:2]
-    assert read(hf_dataset(hf_folder / "single", {"train": "train"})) == ROWS
     file = str(hf_folder / "files/train.jsonl")
     streamed = hf_dataset("json", {"train": "train"}, data_files=file, streaming=True)
     assert read(streamed) == ROWS
+
+
+@pytest.mark.parametrize("name", ["single", "disk"])
+def test_splits_and_slices_of_what_save_to_disk_wrote(hf_folder, name):
+    parts = {"train": "train[:60%]", "dev": "train[60%:]", "all": "train", "two": "train[1:3]"}
+    rows = hf_dataset(hf_folder / name, parts)
+    assert read(rows, "all") == ROWS
+    kept = round(0.6 * len(ROWS))
+    assert (read(rows, "train"), read(rows, "dev")) == (ROWS[:kept], ROWS[kept:])
+    assert read(rows, "two") == ROWS[1:3]
+    with pytest.raises(ValueError, match=r"there is no such split; the folder has train"):
+        read(hf_dataset(hf_folder / name, {"train": "dev"}))
+    with pytest.raises(ValueError, match=r"to which name, revision cannot apply"):
+        read(hf_dataset(hf_folder / name, {"train": "train"}, "en", revision="main"))
+    files = rows.files("train")
+    assert files
+    assert all(str(hf_folder / name) in file for file in files)
+    assert any(file.endswith(".arrow") for file in files)
+
+
+def test_the_files_of_a_hugging_face_data_set_are_known(hf_folder, monkeypatch):
+    file = str(hf_folder / "files/train.jsonl")
+    assert hf_dataset(hf_folder / "files", {"train": "train"}).files("train") == [file]
+    monkeypatch.chdir(hf_folder)
+    for data_files in ("files/*.jsonl", ["files/train.jsonl"], {"train": ["files/train.jsonl"]}):
+        rows = hf_dataset("json", {"train": "train"}, data_files=data_files)
+        assert list(map(os.path.abspath, rows.files("train"))) == [file]
+    rows = hf_dataset(hf_folder / "files", {"train": "train"}, data_files="train.jsonl")
+    assert rows.files("train") == [file]
+    assert hf_dataset("someone/texts", {"train": "train"}, data_files="a.csv").files("train") == []
 
 
 def test_a_hugging_face_data_set_that_is_not_there_is_named(hf_folder, monkeypatch):

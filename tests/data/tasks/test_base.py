@@ -76,9 +76,10 @@ def test_seqios_helpers_give_a_task_another_vocabulary(kind):
     )
     assert seqio.TaskRegistry.get("shifted_task") is other
     assert through_seqio(other) == ours(task, shifted) != ours(task)
+    if kind == "text":
+        return
     truncated = seqio.helpers.mixture_or_task_with_truncated_data(
         "task", "few", split_sizes={"train": 3}
     )
     few = through_seqio(truncated)
-    assert few == ours(task)[: len(few)]
-    assert 0 < len(few) <= 6
+    assert few == ours(task)[: 2 * 3]
