@@ -4,7 +4,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import itertools
-import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -117,7 +116,7 @@ class TaskReport:
     split: str
     tokenizers: Mapping[str, Tokenizer]
     shown: list[TextExample]
-    """Some of the examples, drawn at random."""
+    """The first of the examples that were read."""
     num_examples: int
     is_whole: bool
     """Whether all examples of the split were read."""
@@ -161,13 +160,10 @@ def show_task(
     more = None if num_examples is None else num_examples + 1
     examples = read_examples(task, split, tokenizers, lengths, dropped, more)
     shown, sizes, unknown, num_read = [], {f: [] for f in tokenizers}, Counter(), 0
-    rng = random.Random(0)
     for example in itertools.islice(examples, num_examples):
         num_read += 1
-        if len(shown) < num_shown:
+        if num_read <= num_shown:
             shown.append(example)
-        elif (place := rng.randrange(num_read)) < num_shown:
-            shown[place] = example
         for feature, ids in example.ids.items():
             sizes[feature].append(len(ids))
             if tokenizers[feature].unk_id != tokenizers[feature].eos_id:

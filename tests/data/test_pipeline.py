@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from t5jax.data.bridge.vocabulary import (
 )
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
+from t5jax.data.tasks import prompted
 from t5jax.data.tasks.prompted import prompted_task
 from t5jax.tokenizers import (
     ByteTokenizer,
@@ -299,8 +301,78 @@ def test_examples_come_once_in_order_cut_with_eos_and_capped():
     assert last.input_ids == [*BYTES.encode("question 5!"), 1]
     assert last.target_ids == [*BYTES.encode("answ"), 1]
     capped = dataclasses.replace(config, eval=EvalConfig(num_examples=2))
-    assert pipeline.eval_sets(capped)[0].examples == eval_set.examples[:2]
+    drawn = pipeline.eval_sets(capped)[0].examples
+    assert [example in eval_set.examples for example in drawn] == [True, True]
+    assert drawn == pipeline.eval_sets(capped)[0].examples
     assert pipeline.eval_sets(config, "train")[0].examples == eval_set.examples
+
+
+def test_a_part_of_a_split_stands_for_all_of_it():
+    rows = [{"q": f"question {i}", "a": "no" if i < 500 else "yes"} for i in range(1000)]
+    add_task("sorted", rows)
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {"inputs": [row["q"] for row in rows], "targets": [row["a"] for row in rows]}
+    )
+    seqio.TaskRegistry.add(
+        "theirs",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: dataset, ["validation"]
+        ),
+        output_features=dict.fromkeys(("inputs", "targets"), seqio.Feature(seqio.ByteVocabulary())),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    )
+    for name in ("sorted", "theirs"):
+        [eval_set] = pipeline.eval_sets(make_config(name, num_examples=100))
+        answers = [example.targets for example in eval_set.examples]
+        assert 30 < answers.count("yes") < 70  # 4 standard deviations.
+        assert len({example.inputs for example in eval_set.examples}) == 100
+        [whole] = pipeline.eval_sets(make_config(name, num_examples=1000))
+        assert [e.inputs for e in whole.examples] == [row["q"] for row in rows]
+    [few_shot] = pipeline.eval_sets(make_config("sorted:4shot", 100, inputs_length=500))
+    shots = "".join(example.inputs for example in few_shot.examples)
+    assert 140 < shots.count("yes") < 260  # Of 400.
+
+
+def test_a_sample_of_exemplars_is_drawn_from_all_rows(monkeypatch):
+    monkeypatch.setattr(prompted, "POOL_SIZE", 50)
+    rows = [{"q": f"question {i}", "a": "no" if i < 500 else "yes"} for i in range(1000)]
+    add_task("sorted", rows)
+    [few_shot] = pipeline.eval_sets(make_config("sorted:4shot", 50, inputs_length=500))
+    shots = "".join(example.inputs for example in few_shot.examples)
+    assert 50 < shots.count("yes") < 150  # Of 200.
+
+
+def test_an_example_with_an_empty_target_is_one_of_the_others():
+    features = dict.fromkeys(
+        ("inputs", "targets"), seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+    )
+    rows = {"inputs": ["one", "two", ""], "targets": ["1", "", "3"]}
+    dataset = tf.data.Dataset.from_tensor_slices(rows)
+    seqio.TaskRegistry.add(
+        "empty",
+        source=seqio.FunctionDataSource(
+            lambda split, shuffle_files, seed=None: dataset, ["train", "validation"]
+        ),
+        output_features=features,
+        preprocessors=[seqio.preprocessors.tokenize],
+        metric_fns=[metrics.exact_match],
+    )
+    [eval_set] = pipeline.eval_sets(make_config("empty"))
+    assert [e.target_ids for e in eval_set.examples] == [[52], [], [54]]
+    for pack in (False, True):
+        config = make_config("empty", batch_size=3, pack=pack)
+        batch = next(pipeline.train_iterator(config))
+        assert batch["decoder_loss_weights"].sum() >= 2
+        assert (batch["encoder_input_tokens"] == 1).any()  # An empty text is eos.
+    rows["targets"] = ["", "", ""]
+    empty = tf.data.Dataset.from_tensor_slices(rows)
+    source = seqio.FunctionDataSource(lambda split, shuffle_files, seed=None: empty, ["validation"])
+    preprocessors = [seqio.preprocessors.tokenize]
+    seqio.TaskRegistry.add(
+        "nothing", source=source, output_features=features, preprocessors=preprocessors
+    )
+    with pytest.raises(ValueError, match="task nothing in its split 'validation' are all empty"):
+        pipeline.eval_sets(make_config("nothing"))
 
 
 def test_tasks_without_the_split_are_left_out_and_said(caplog):
@@ -449,6 +521,43 @@ def test_task_files_load_once_and_a_broken_one_leaves_nothing(tmp_path):
     assert {"mine", "numbers", "numbers_en_fr"} <= set(registry.task_names())
     with pytest.raises(ValueError, match=r"there is no file .*absent\.py"):
         registry.load_tasks([str(tmp_path / "absent.py")])
+
+
+def test_task_files_import_their_neighbours_and_break_alone(tmp_path, monkeypatch, caplog):
+    task = """
+    from t5jax.data import Source, prompted_task
+    def make(name):
+        source = Source({"train": lambda: [{"q": "x", "a": "y"}]})
+        prompted_task(name, source, [("{q}", "{a}")], metrics=[], vocabulary="bytes")
+    make("%s")
+    """
+    files = {
+        "first_file": "from second_file import make\nmake('of_first')\n",
+        "second_file": textwrap.dedent(task % "of_second"),
+        "broken_file": "from second_file import make\nmake('of_broken')\n1 / 0\n",
+        "leaning_file": "import broken_file\n",
+        "_helpers": "VALUE = 3\n",
+        "with_helpers": "from _helpers import VALUE\nassert VALUE == 3\n",
+    }
+    (tmp_path / "tasks").mkdir()
+    for name, code in files.items():
+        (tmp_path / f"tasks/{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        registry.load_tasks()
+    assert {"of_first", "of_second", "numbers"} <= set(registry.task_names())
+    assert "of_broken" not in registry.task_names()
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    for message, name in zip(said, ("broken_file", "leaning_file"), strict=True):
+        assert re.search(
+            rf"task file \S+{name}\.py fails: .*ZeroDivisionError.*; its tasks are left out",
+            message,
+        )
+    with pytest.raises(ValueError, match=r"'of_broken', which no .*broken_file\.py fails: ZeroDiv"):
+        registry.check_mixture("of_broken")
+    with pytest.raises(ValueError, match=r"task file \S+broken_file\.py fails: ZeroDivisionError"):
+        registry.load_tasks(["tasks/broken_file.py"])
 
 
 @pytest.mark.slow

@@ -294,9 +294,7 @@ def test_streamed_and_cached_examples_are_classes(task, word_piece, tmp_path):
     assert max(len(inputs) for inputs, _ in expected) == 8  # Some are cut.
     run = Run(word_piece, labels, lengths)
     streamed = StreamedExamples(task, run, 0)
-    stream = streamed.read(0)
-    assert as_set(next(stream) for _ in range(12)) == expected
-    stream.close()
+    assert as_set(next(streamed.windows(0, 12))) == expected
     assert streamed.fingerprint["model.labels"] == repr(labels)
 
     (report,) = write_caches(task, tmp_path, run, processes=1)
@@ -346,7 +344,7 @@ def test_a_row_with_another_label_is_named(word_piece):
         "model.labels has 'bad', 'good'"
     )
     with pytest.raises(ValueError, match=message):
-        list(examples.read(0))
+        next(examples.windows(0, 1))
 
 
 def test_a_task_that_is_no_prompted_one_has_no_classes_to_cache(tmp_path):

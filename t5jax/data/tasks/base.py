@@ -33,6 +33,7 @@ SHUFFLE_BUFFER = 10_000
 tasks, the rows are shuffled in every epoch first."""
 
 TOKENS, TEXT = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.string)
+_NUMBER = tf.TensorSpec([], tf.int64)
 
 NumberedRow = tuple[int, int, Row]
 """A row after all steps, with its place among these and its number before them."""
@@ -133,7 +134,7 @@ class OwnSource(seqio.DataSource, Kind):
     """The features of an example, and their types."""
 
     def __init__(self, task: str, source: Source):
-        super().__init__(source.splits)
+        super().__init__(source.splits, performs_internal_shuffling=True)
         self.task, self.source = task, source
 
     def register(self, vocabulary: RunVocabulary, **settings: Any) -> seqio.Task:
@@ -145,7 +146,7 @@ class OwnSource(seqio.DataSource, Kind):
             source=self,
             preprocessors=[self.preprocess],
             output_features=dict.fromkeys(tokens, seqio.Feature(vocabulary)),
-            shuffle_buffer_size=SHUFFLE_BUFFER,
+            shuffle_buffer_size=None,
             **settings,
         )
 
@@ -284,13 +285,28 @@ class OwnSource(seqio.DataSource, Kind):
         return [split]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_):
-        """Returns the rows, pickled; `Task.get_dataset` shuffles the examples."""
+        """Returns the rows, pickled. An empty row ends each epoch.
 
-        def rows():
-            for row in self.rows(split):
-                yield {"split": split, "row": pickle.dumps(row)}
+        With a row comes the seed of the order of examples, which is -1 for that of the rows. If the
+        examples of all rows are made together, that is enough; otherwise rows are shuffled too.
+        """
+        epochs = itertools.count()
+        rows = None
 
-        return from_generator(rows, {"split": TEXT, "row": TEXT})
+        def elements():
+            nonlocal rows
+            rng = np.random.default_rng(None if seed is None else [seed, next(epochs)])
+            ordered = self.rows(split)
+            if shuffle:
+                first = list(itertools.islice(ordered, DOCUMENTS))
+                ordered = iter(first) if len(first) < DOCUMENTS else self.rows(split)
+                if len(first) == DOCUMENTS:
+                    rows = rows or self.reachable(split, "SeqIO reads them in order")
+                    ordered = rows.read(rng.permutation(len(rows))) if rows else ordered
+            for row in itertools.chain(map(pickle.dumps, ordered), [b""]):
+                yield {"split": split, "row": row, "seed": rng.integers(2**31) if shuffle else -1}
+
+        return from_generator(elements, {"split": TEXT, "row": TEXT, "seed": _NUMBER})
 
     def preprocess(self, dataset, sequence_length, output_features):
         """Returns the data set of the examples of rows."""
@@ -300,16 +316,25 @@ class OwnSource(seqio.DataSource, Kind):
         run = run._replace(lengths=sequence_length or {})
         finish = self.finish(run)
 
-        def encode(splits, rows):
-            encoded = self.encode(map(pickle.loads, rows), splits[0].decode(), run)
-            return np.array([pickle.dumps(one) for one in encoded], object)
+        def encode(splits, rows, seeds):
+            encoded = []
+            for is_row, epoch in itertools.groupby(
+                zip(rows, seeds, strict=True), lambda x: x[0] != b""
+            ):
+                if is_row:
+                    rows, seeds = zip(*epoch, strict=True)
+                    found = list(self.encode(map(pickle.loads, rows), splits[0].decode(), run))
+                    if seeds[0] >= 0:
+                        np.random.default_rng(seeds[0]).shuffle(found)
+                    encoded += map(pickle.dumps, found)
+            return np.array(encoded, object)
 
         def look_up(one, *seeds):
             example = finish(pickle.loads(one), *seeds)
             return [cut(example[name], run.lengths.get(name)) for name in self.features]
 
         def encode_tf(element):
-            inputs = element["split"], element["row"]
+            inputs = [element[name] for name in ("split", "row", "seed")]
             encoded = tf.numpy_function(remembering_errors(encode), inputs, tf.string)
             return tf.ensure_shape(encoded, [None])
 

@@ -398,7 +398,10 @@ class PromptedSource(OwnSource):
                 for example, tokens in zip(chunk, ids, strict=True):
                     example[f"{side}_pretokenized"] = example[side].encode()
                     example[side] = np.array([*tokens, tokenizer.eos_id], np.int32)
-            yield from chunk
+            for example in chunk:
+                for feature in (SOURCE_FEATURE, REFERENCES_FEATURE):
+                    example[feature] = example[feature].encode()
+                yield example
 
     def finish(self, run):
         """Returns a function that returns examples unchanged: nothing about them is random."""

@@ -1,5 +1,4 @@
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -127,10 +126,9 @@ def test_every_evaluation_asks_the_same():
 def test_the_source_gives_documents_and_pieces_without_tensorflow():
     source = add_task(CausalLM(), field="book.text", rows=[{"book": {"text": "abc"}}] * 3).source
     assert isinstance(source, CorpusSource)
-    dropped = Counter()
-    assert list(source.examples("train", dropped)) == [{"targets": "abc"}] * 3
+    assert list(source.texts("train")) == ["abc"] * 3
     run = Run(BYTES, lengths={"targets": 5})
-    pieces = [piece.tolist() for piece in source.encoded("train", run)]
+    pieces = [e["targets"].tolist() for e in source.once("train", run)]
     a, b, c = BYTES.encode("abc")
     assert pieces == [[a, b, c, 1, a], [b, c, 1, a, b], [c, 1]]
 
@@ -206,7 +204,7 @@ def novels(monkeypatch, tmp_path):
     names = [n for n in seqio.TaskRegistry.names() if n.startswith("novels")]
     for name in names:
         seqio.TaskRegistry.remove(name)
-    registry._import_tasks(path)
+    registry._load(path)
     return seqio.TaskRegistry.get("novels_spans").source
 
 
