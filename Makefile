@@ -79,10 +79,12 @@ test: install-torch  ## every test
 test-fast: install  ## the tests of a few seconds each, without torch
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
 
-# What may differ between versions of jax and Python: numerics, files, one task and one run.
-SMOKE := conformance tokenizers monitor hf data/test_fingerprint.py data/test_pipeline.py \
-	test_architecture.py test_checkpoint.py test_convert.py test_curves.py test_losses.py test_optimizers.py \
-	test_packaging.py test_train.py test_train_step.py
+# What may differ between versions of jax and Python: numerics, files, a mesh, one task and one run.
+SMOKE := conformance/test_numerics.py conformance/test_huggingface_files.py test_curves.py \
+	test_checkpoint.py test_packaging.py data/test_fingerprint.py tasks/test_numbers.py tokenizers \
+	test_sharding.py::test_a_mesh_trains_as_one_device_does \
+	test_train.py::test_loss_falls_and_metrics_have_each_step_once \
+	test_train.py::test_resumed_run_ends_in_the_same_bits
 
 .PHONY: test-smoke
 test-smoke: install  ## numerics and a run, for a second Python

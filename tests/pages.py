@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from processes import environment
 from t5jax.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -116,13 +117,8 @@ def run_page(text: str, folder: Path) -> int:
     for name, arguments in (("python", ""), ("t5jax", " -m t5jax.cli")):
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         (commands / name).chmod(0o755)
-    env = os.environ | {
-        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-    }
-    env.pop("XLA_FLAGS", None)  # One device, as readers have, not the tests' eight.
+    env = environment()  # One device, as readers have, not the tests' eight.
+    env["PATH"] = f"{commands}{os.pathsep}{env['PATH']}"
     num_run = 0
     for block in read_blocks(text):
         if block.comment.startswith("<!-- not run"):

@@ -1,16 +1,17 @@
 """Processes of their own, for what only a process shows: signals, streams, what is imported."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 
-def environment() -> dict[str, str]:
-    """Returns the environment of a process with one device, which imports this checkout."""
-    path = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | path
+def environment(devices: int = 1) -> dict[str, str]:
+    """Returns the environment of a process that imports this checkout and compiles as we do."""
+    flags = re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"])
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "XLA_FLAGS": flags}
 
 
 def run_python(code: str, *args, **options) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import re
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from conformance.cases import assert_trees_close, random_batch
 from conformance.families import T5_EVEN as EVEN
 from conformance.families import VARIANTS
+from processes import environment
 from t5jax import sharding
 from t5jax.architectures import published
 from t5jax.batch import BatchSpec
@@ -331,14 +331,13 @@ def test_two_processes_put_their_own_rows_together():
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
-        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
         runs = [
             subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(program), str(process), port, layout],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | flags,
+                env=environment(devices=4),
             )
             for process in range(2)
         ]

@@ -3,11 +3,9 @@
 import dataclasses
 import itertools
 import math
-import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -286,13 +284,6 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys):
     assert tiny.read_metrics(tmp_path) == tiny.read_metrics(trained_run())
 
 
-@pytest.mark.slow
-def test_steps_raised_goes_on_in_the_same_bits(tmp_path):
-    train(make_config(tmp_path, train={"steps": 5}))
-    train(make_config(tmp_path))
-    assert_same_bits(tmp_path, trained_run(), 10)
-
-
 def test_resume_with_packing_microbatches_and_another_optimizer(tmp_path, monkeypatch, capsys):
     """Packed rows hold examples whose number is not the number of rows."""
     sections = {
@@ -383,33 +374,24 @@ def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_killed_run_ends_in_the_same_bits(tmp_path):
-    """kill -9 at random moments, saving among them, until the run is through."""
+def test_killed_run_ends_in_the_same_bits(tmp_path, capsys):
+    """kill -9 at a random moment, saving among them."""
     sections = {"train": {"steps": 20}, "checkpoint": {"every": 2}, "eval": {"every": 10}}
     train(make_config(tmp_path / "whole", **sections))
-    config = tmp_path / "config.json"
-    config.write_text(to_json(make_config(tmp_path / "killed", **sections)))
-    folder = tmp_path / "killed" / "checkpoints"
-
-    def start():
-        command = [sys.executable, "-m", "t5jax.cli", "train", str(config)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, env=environment())
-
-    rng = random.Random(0)
-    for least in (1, 5):  # A later step than the first kill's has been saved by the second.
-        process = start()
-        while process.poll() is None and not any(
-            p.name.isdigit() and int(p.name) > least for p in folder.glob("*")
-        ):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        assert process.poll() is None, "it was through before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    final = start()
-    err = final.communicate()[1].decode()
-    assert final.returncode == 0, err
-    assert "going on from step" in err
+    config = make_config(tmp_path / "killed", **sections)
+    path, folder = tmp_path / "config.json", tmp_path / "killed" / "checkpoints"
+    path.write_text(to_json(config))
+    command = [sys.executable, "-m", "t5jax.cli", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
+    while process.poll() is None and not any(p.name.isdigit() for p in folder.glob("*")):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.3))
+    assert process.poll() is None, "it was through before it could be killed"
+    process.kill()
+    process.wait()
+    capsys.readouterr()
+    train(config)
+    assert "going on from step" in capsys.readouterr().err
     assert_same_bits(tmp_path / "whole", tmp_path / "killed", 20)
     assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
     names = {p.name for p in folder.iterdir()}

@@ -111,11 +111,6 @@ def test_masks_are_a_function_of_seed_and_step():
     assert all(abs(loss - plain) > 1e-2 for loss in losses)
 
 
-def test_without_dropout_all_steps_are_alike():
-    step = sgd_step()
-    assert loss_at(0, step, MODEL) == loss_at(1, step, MODEL)
-
-
 def test_microbatches_have_masks_of_their_own():
     # Two microbatches of the same rows: with the same masks their losses would be the same, and
     # so would be their sum and twice the loss of the first half.

@@ -38,11 +38,18 @@ WITH_LOGITS = tuple(name for name, model in VARIANTS.items() if model.num_output
 WRITERS = tuple(name for name, model in VARIANTS.items() if model.kind != "encoder")
 
 
+def _loss(params, model, batch, dropout_rng=None):
+    return batch_loss(model, params, batch, LOSS, dropout_rng=dropout_rng)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_of(model, params, batch, dropout_rng=None):
+    return _loss(params, model, batch, dropout_rng)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_grads(model, params, batch, dropout_rng=None):
-    return jax.value_and_grad(
-        lambda p: batch_loss(model, p, batch, LOSS, dropout_rng=dropout_rng), has_aux=True
-    )(params)
+    return jax.value_and_grad(_loss, has_aux=True)(params, model, batch, dropout_rng)
 
 
 def path_of(path) -> str:
@@ -52,6 +59,11 @@ def path_of(path) -> str:
 def random_params(model, seed=0, dtype=None):
     """Parameters all of which matter: norms away from where they begin, biases of T5's attention as
     large as its scores."""
+    return jax.tree.map(lambda x: x, _random_params(model, seed, dtype))  # A tree to change.
+
+
+@functools.cache
+def _random_params(model, seed, dtype):
     rng = np.random.default_rng(seed)
 
     def one(path, x):

@@ -359,6 +359,12 @@ VARIANTS: dict[str, Architecture] = {
     name: model for family in FAMILIES.values() for name, model in family.variants.items()
 }
 FAST: tuple[str, ...] = tuple(name for family in FAMILIES.values() for name in family.fast)
+# One of each network, and of each way its layers are stacked, for what families have in common.
+NETWORKS: tuple[str, ...] = (
+    *("t5_1_0", "umt5", "llama_scaled", "gemma3", "t5gemma", "bert_masked_lm"),
+)
+# One of each kind of batch.
+KINDS: tuple[str, ...] = ("t5_1_0", "gpt2", "bert_sequence_classification")
 
 
 def family_of(model: Architecture) -> Family:

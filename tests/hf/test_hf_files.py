@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import safetensors.numpy
 
 from conformance.cases import assert_same
+from processes import environment
 from t5jax.architectures import T5Config
 from t5jax.config import to_json
 from t5jax.hf import io
@@ -127,16 +127,11 @@ def test_two_processes_write_one_folder(folder, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     arguments = (address, str(folder), str(tmp_path / "out"), to_json(SMALL))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, str(rank), *arguments],
-            env=environment,
+            env=environment(devices=2),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
