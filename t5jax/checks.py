@@ -15,6 +15,11 @@ def did_you_mean(name: object, known: Iterable[object], most: int = 1) -> str:
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its class if it has none."""
+    return (str(error) or type(error).__name__).split("\n")[0][:200]
+
+
 def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:
     """Raises ValueError if `value` is not one of `allowed`, suggesting the most similar one."""
     allowed = tuple(allowed)

@@ -1,11 +1,14 @@
 """Conversion of models: export to a Hugging Face folder, import as a run."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
+from typing import Literal
 
 from t5jax import checkpoint, sharding
 from t5jax.architectures import Dtype
 from t5jax.config import MeshConfig
+from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
 from t5jax.source import Source, find
 
@@ -18,8 +21,10 @@ def export_model(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     encoder_only: bool = False,
+    format: Literal["huggingface", "ctranslate2"] = "huggingface",
+    quantization: ctranslate2.Quantization | None = None,
 ) -> None:
-    """Writes a model as a Hugging Face folder.
+    """Writes a model as a folder for Hugging Face or CTranslate2.
 
     Args:
       model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
@@ -28,9 +33,26 @@ def export_model(
       max_shard_bytes: the largest size of a file of weights; several files get an index.
       overwrite: replace an existing model.
       encoder_only: only write the encoder of a T5, as for transformers' T5EncoderModel.
+      format: what is to read the folder.
+      quantization: for CTranslate2: the type of its weights; None: dtype.
     Raises:
       ValueError: if the model cannot be read, or the output cannot be written.
     """
+    if format == "ctranslate2":
+        if encoder_only:
+            raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
+        if Path(output).exists() and not overwrite:
+            raise ValueError(f"{output} exists already; choose another folder, or set overwrite")
+        parent = Path(output).absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as made:
+            export_model(model, f"{made}/model", dtype=dtype)
+            ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite)
+        return
+    if quantization:
+        raise ValueError(
+            f"quantization {quantization} is for CTranslate2; set format to ctranslate2"
+        )
     source = find(model) if isinstance(model, str) else model
     description, params = source.read(encoder_only=encoder_only)
     hf_io.save_params(

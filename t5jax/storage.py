@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically, and their JSON. No heavy imports."""
+"""Files and folders that are written atomically, JSON, and the lines of texts."""
 
 import contextlib
 import glob
@@ -29,6 +29,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def split_lines(text: str) -> list[str]:
+    """Returns the lines of a text, which end at \\n or \\r\\n alone.
+
+    `str.splitlines` also splits at ten other characters, such as U+2028, which are part of texts.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def write_file(path: Path, content: bytes) -> Path:

@@ -70,7 +70,8 @@ def train(config: Config) -> Path:
     # --- Data ---
     say("reading tasks")
     registry.load_tasks(config.data.task_files)
-    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
+    has_own = source and not config.data.vocabulary
+    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if has_own else None)
     rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
     if loop.iterator:

@@ -196,6 +196,13 @@ def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
     assert fake.asked[-1][0] == ["a b", ""]
 
 
+def test_a_line_of_standard_input_ends_at_a_newline_alone(fake, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO("a\u2028b\u0085c\x0cd\re\r\n\n f".encode()), "utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    run(capsys, "infer", "m")
+    assert fake.asked[-1][0] == ["a\u2028b\u0085c\x0cd\re", "", " f"]
+
+
 def test_options_of_embed_reach_the_model(fake, tmp_path, capsys):
     options = ["--pooling", "max", "--max-length", "7", "--batch-size", "2"]
     command = ["embed", "--model", "m", *options, "--text", "a", "b"]

@@ -12,6 +12,12 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_lines_end_at_newlines_alone():
+    assert storage.split_lines("a\u2028b\x0b\r c\r\n\nd\n") == ["a\u2028b\x0b\r c", "", "d"]
+    assert storage.split_lines("a") == ["a"]
+    assert storage.split_lines("") == []
+
+
 def test_a_file_is_written_in_place_of_the_old_one(tmp_path):
     path = tmp_path / "deep" / "file"
     for content in (b"old and long", b"new"):

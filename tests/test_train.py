@@ -423,16 +423,32 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("folder", "float32"), ("run", "bfloat16"), ("checkpoint", "float32")]
+    ("kind", "dtype"),
+    [
+        ("folder", "float32"),
+        ("weights alone", "float32"),
+        ("run", "bfloat16"),
+        ("checkpoint", "float32"),
+    ],
 )
 def test_fine_tuning_starts_from_the_source(kind, dtype, exported, tmp_path):
+    alone = tmp_path / "weights"
     source, step = {
         "folder": (exported, 10),
+        "weights alone": (alone, 10),
         "run": (trained_run(), 10),  # Step 10 has the lower validation loss.
         "checkpoint": (trained_run() / "checkpoints" / "5", 5),
     }[kind]
     dtypes = {"dtype": dtype, "param_dtype": dtype}
-    train(make_config(tmp_path, init={"model": str(source)}, model=dtypes, **STILL))
+    config = make_config(tmp_path, init={"model": str(source)}, model=dtypes, **STILL)
+    if kind == "weights alone":
+        shutil.copytree(exported, alone, ignore=shutil.ignore_patterns("tokenizer*"))
+        with pytest.raises(ValueError, match="holds no tokenizer"):
+            train(config)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, vocabulary="bytes")
+        )
+    train(config)
     expected, ours = params_of(trained_run(), step), params_of(tmp_path, 1)
     assert ours.keys() == expected.keys()
     for name, value in ours.items():

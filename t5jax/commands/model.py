@@ -1,13 +1,14 @@
 """`t5jax eval`, `infer`, `embed`, `export` and `import`, the commands that take a model."""
 
 import dataclasses
+import io
 import sys
 from pathlib import Path
 from typing import Literal
 
 from t5jax.commands.parse import check_options, fields, model_first, parse
 from t5jax.config import MeshConfig
-from t5jax.storage import to_json
+from t5jax.storage import split_lines, to_json
 
 # --- eval ---------------------------------------------------------------------------------------
 
@@ -97,7 +98,9 @@ def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
         return list(given)
     if sys.stdin.isatty():
         print(f"one {what} a line; Ctrl-D ends", file=sys.stderr)
-    lines = sys.stdin.read().splitlines()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(newline="\n")  # Otherwise a lone \r ends a line as well.
+    lines = split_lines(sys.stdin.read())
     if not lines:
         raise ValueError(f"there is no {what}; give --{what} TEXT, or lines on standard input")
     return lines
@@ -169,7 +172,8 @@ def embed(args: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a model as a Hugging Face folder: safetensors, config.json and the tokenizer."""
+    """Writes a model as a Hugging Face folder: safetensors, config.json and the tokenizer; or for
+    CTranslate2."""
 
     model: str
     """Run (its best checkpoint), one checkpoint, hub name, or Hugging Face folder."""
@@ -183,6 +187,13 @@ class Export:
     """Replace an existing model."""
     encoder_only: bool = False
     """Only write the encoder of a T5, as for transformers' T5EncoderModel."""
+    format: Literal["huggingface", "ctranslate2"] = "huggingface"
+    """What is to read the folder. CTranslate2's own converter scales the logits of T5 1.1, mT5 and
+    UMT5 wrongly under transformers 5."""
+    quantization: (
+        Literal["int8", "int8_float32", "int8_bfloat16", "int16", "float16", "bfloat16"] | None
+    ) = None
+    """For CTranslate2: type of its weights. None: --dtype."""
 
 
 @dataclasses.dataclass(frozen=True)

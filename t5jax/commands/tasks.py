@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from t5jax.commands.parse import check_options, parse, run_group
+from t5jax.storage import split_lines
 
 USAGE = """\
 usage: t5jax tasks COMMAND ...
@@ -121,7 +122,7 @@ def _print_report(report) -> None:
         print(f"--- example {number} of {report.task}, {report.split} ---")
         for feature, text in example.texts.items():
             ids = example.ids[feature]
-            print(f"{feature}:", *text.splitlines() or [""], sep="\n  ")
+            print(f"{feature}:", *split_lines(text) or [""], sep="\n  ")
             pieces = _pieces(report.tokenizers[feature], ids[:_MAX_TOKENS])
             more = "" if len(ids) <= _MAX_TOKENS else f" ... {len(ids) - _MAX_TOKENS:,} more"
             print(f"  {len(ids):,} tokens: {' '.join(pieces)}{more}")
@@ -157,7 +158,7 @@ def _pieces(tokenizer, ids: list[int]) -> Iterator[str]:
     """Yields each token as its id, followed by its text in brackets if it has any."""
     # In GPT-2 all three are the same id, which is shown as eos.
     names = {tokenizer.unk_id: "<unk>", tokenizer.pad_id: "<pad>"} | {tokenizer.eos_id: "<eos>"}
-    names |= {i: tokenizer.decode([i]) for i in tokenizer.sentinel_ids}
+    names |= {i: text for i in tokenizer.sentinel_ids if (text := tokenizer.decode([i]))}
     # Decoded after another token, since the first token of a text loses its leading space.
     before = tokenizer.encode("e")[-1:]
     start = len(tokenizer.decode(before))

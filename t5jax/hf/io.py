@@ -30,6 +30,7 @@ from t5jax.hf.files import (
 )
 from t5jax.hf.mapping import Row, Table, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
+from t5jax.tokenizers.as_transformers import write_tokenizer_json
 
 # --- Config -------------------------------------------------------------------------------------
 
@@ -293,6 +294,8 @@ def save_params(
             write_json(where / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save(where)
+            if description["model_type"] in table.needs_tokenizer_json:
+                write_tokenizer_json(where)
         shapes = [
             (name, shape)
             for row in rows

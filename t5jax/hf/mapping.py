@@ -233,6 +233,8 @@ class Table:
     """Patterns and replacements, for re.sub, from names in some files to those of the table."""
     token_ids: tuple[tuple[str, str], ...] = ()
     """Keys that config.json may omit, and their attributes of `t5jax.tokenizers.Tokenizer`."""
+    needs_tokenizer_json: tuple[str, ...] = ()
+    """Those of model_types for which transformers reads a tokenizer from tokenizer.json alone."""
 
     def rename(self, tensors: Tensors) -> Tensors:
         """Returns the tensors of a file under the names of the table."""

@@ -320,4 +320,5 @@ TABLE = Table(
     rows=rows,
     # T5 1.0's published files have a position bias for cross-attention, which is not used.
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    needs_tokenizer_json=("umt5",),
 )

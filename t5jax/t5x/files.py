@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore
 from flax import serialization
 
+from t5jax.checks import first_line
 from t5jax.hf.mapping import Tensors
 
 _MSGPACK = "checkpoint"
@@ -98,12 +99,8 @@ class _Array:
             return self.array[index].read().result()
         except ValueError as error:
             raise ValueError(
-                f"{self.where} cannot be read ({_first_line(error)}); copy the checkpoint again"
+                f"{self.where} cannot be read ({first_line(error)}); copy the checkpoint again"
             ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _steps(folder: Path) -> list[str]:
@@ -133,7 +130,7 @@ def _read_msgpack(file: Path) -> dict[str, Any]:
                 tree = serialization.msgpack_restore(mapped)
         except Exception as error:
             raise ValueError(
-                f"{file} is not a whole msgpack file of T5X's ({_first_line(error)}): "
+                f"{file} is not a whole msgpack file of T5X's ({first_line(error)}): "
                 f"{file.stat().st_size} bytes are here; if it is one, it was cut short or damaged "
                 "on its way, and must be copied again (of a Hugging Face model give the folder)"
             ) from None
@@ -172,7 +169,7 @@ def _read_metadata(file: Path) -> list[list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is not a list of arrays as Orbax writes it ({type(error).__name__}: "
-            f"{_first_line(error)}); copy the checkpoint again"
+            f"{first_line(error)}); copy the checkpoint again"
         ) from None
 
 
@@ -214,7 +211,7 @@ def _open_arrays(folder: Path, names: dict[str, str]) -> Tensors:
             tensors[name] = _Array(opened.result(), where)
         except ValueError as error:
             lacks = "NOT_FOUND" in str(error)
-            failed.append(f"{names[name]} ({'not there' if lacks else _first_line(error)})")
+            failed.append(f"{names[name]} ({'not there' if lacks else first_line(error)})")
     if failed:
         more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
         raise ValueError(

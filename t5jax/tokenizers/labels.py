@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 
 from t5jax.architectures import Architecture
@@ -83,7 +84,9 @@ class LabelTokenizer:
         self.encode(targets)  # Checks the labels.
         if not self.per_word:
             return targets
-        words, labels = inputs.split(), targets.split()
+        # A word may contain another space of Unicode's, such as one that does not break.
+        words = [word for word in re.split(r"[ \t\r\n]+", inputs) if word]
+        labels = targets.split()
         if len(words) != len(labels):
             raise ValueError(
                 f"its inputs have {len(words)} words and its targets {len(labels)} labels "

@@ -1,17 +1,22 @@
 """Loads the tokenizer for a name, a file or a folder."""
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from t5jax.tokenizers import tokenizer_model
+from t5jax.tokenizers.as_transformers import CONFIG, build
 from t5jax.tokenizers.byt5 import ByteTokenizer
-from t5jax.tokenizers.common import SENTINEL, Tokenizer, read_file, read_json
-from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer, bpe_files, word_piece_files
+from t5jax.tokenizers.common import SENTINEL, Tokenizer, read_file, read_json, write_files
+from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from t5jax.tokenizers.sentence_piece import SentencePieceTokenizer
 
 # A tokenizer's files in a Hugging Face folder; all are read, and saved again unchanged.
 _FILES = (
     "spiece.model",
+    "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,9 +33,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     Args:
       source: "bytes"; a SentencePiece .model file; a tokenizer.json; a vocab.json of byte-level BPE
-        next to its merges.txt; a WordPiece vocab.txt (prefixes are allowed: gpt2_vocab.json,
-        gpt2_merges.txt); a folder with such files, as written by t5jax and Hugging Face; or a Hub
-        name.
+        next to its merges.txt; a WordPiece vocab.txt, read as transformers does by default
+        (prefixes are allowed: gpt2_vocab.json, gpt2_merges.txt); a folder with such files or a
+        tokenizer.model, as written by t5jax and Hugging Face; or a Hub name.
     Raises:
       ValueError: if there is no such tokenizer, or its files are damaged.
     """
@@ -60,52 +65,91 @@ def _not_found(source: str | Path) -> str:
 
 
 def _load_file(path: Path) -> Tokenizer:
+    name, beside = str(path), path.with_name("tokenizer_config.json")
+    if path.name in ("tokenizer.json", "vocab.json", "vocab.txt") and beside.is_file():
+        return _load_folder(path.parent)  # Whose settings count.
     if path.name.endswith("vocab.json"):
         merges = path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")
-        return HuggingFaceTokenizer(
-            bpe_files(read_file(path), read_file(merges), {}, str(path)), str(path)
-        )
+        return _load_files({"vocab.json": read_file(path), "merges.txt": read_file(merges)}, name)
     if path.name.endswith("vocab.txt"):
-        return HuggingFaceTokenizer(word_piece_files(read_file(path), {}, str(path)), str(path))
+        return _load_files({"vocab.txt": read_file(path)}, name)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer({"tokenizer.json": read_file(path)}, str(path))
+        return HuggingFaceTokenizer({"tokenizer.json": read_file(path)}, name)
+    if path.name == tokenizer_model.FILE:
+        return _load_files({tokenizer_model.FILE: read_file(path)}, name)
     return SentencePieceTokenizer(path)
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    files = {name: read_file(folder / name) for name in _FILES if (folder / name).is_file()}
-    config = read_json(files, "tokenizer_config.json", str(folder))
+    name = str(folder)
+    files = {file: read_file(folder / file) for file in _FILES if (folder / file).is_file()}
+    config, added = read_json(files, CONFIG, name), _added_tokens(files, name)
     if config.get("tokenizer_class") == "ByT5Tokenizer":
-        return ByteTokenizer(files=files)
-    if "spiece.model" in files and not (added := _added_tokens(files, str(folder))):
-        extra_ids = config.get("extra_ids")
-        if extra_ids is None:
-            names = config.get("additional_special_tokens") or []
-            extra_ids = sum(bool(SENTINEL.search(str(name))) for name in names) or 100
-        return SentencePieceTokenizer(files["spiece.model"], extra_ids, files=files)
-    if "tokenizer.json" in files:
-        return HuggingFaceTokenizer(files, str(folder))
-    if {"vocab.json", "merges.txt"} <= set(files):
-        files = bpe_files(files["vocab.json"], files["merges.txt"], files, str(folder))
-        return HuggingFaceTokenizer(files, str(folder))
-    if "vocab.txt" in files:
-        files = word_piece_files(files["vocab.txt"], files, str(folder))
-        return HuggingFaceTokenizer(files, str(folder))
-    if "spiece.model" in files:
+        if added := [token for token in added if not re.fullmatch(r"<unused_\d+>", token)]:
+            raise ValueError(
+                f"{name} adds tokens to the bytes of ByT5 ({', '.join(added[:3])}), which is not "
+                "supported; leave them out of its files"
+            )
+        last = max(map(int, config.get("added_tokens_decoder", {})), default=0)
+        return ByteTokenizer(max(_extra_ids(config, 125), last - 258), files=files)
+    if "spiece.model" in files and not added:
+        return SentencePieceTokenizer(files["spiece.model"], _extra_ids(config, 100), files=files)
+    if "spiece.model" in files and "tokenizer.json" not in files:
         raise ValueError(
-            f"{folder} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "
+            f"{name} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "
             "tokenizer.json that assigns their ids; save it again with Hugging Face's tokenizer"
         )
-    raise ValueError(
-        f"{folder} holds no tokenizer; expected spiece.model, tokenizer.json, vocab.json with "
-        "merges.txt, vocab.txt, or a tokenizer_config.json of a ByT5Tokenizer"
-    )
+    return _load_files(files, name, folder)
+
+
+def _load_files(
+    files: Mapping[str, bytes], name: str, folder: Path | None = None
+) -> HuggingFaceTokenizer:
+    """Returns the tokenizer of files of Hugging Face's.
+
+    Args:
+      files: their content by name.
+      name: their folder in error messages.
+      folder: the folder in which they are, if there is one.
+    """
+    complete = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
+    if not any(names <= set(files) for names in complete):
+        if tokenizer_model.FILE not in files:
+            raise ValueError(
+                f"{name} holds no tokenizer; expected spiece.model, tokenizer.model, "
+                "tokenizer.json, vocab.json with merges.txt, vocab.txt, or a tokenizer_config.json "
+                "of a ByT5Tokenizer"
+            )
+        files, folder = tokenizer_model.tokenizer_json_files(files, name), None
+    if folder is None:
+        with tempfile.TemporaryDirectory() as made:
+            write_files(made, files)
+            built = build(Path(made), files, name)
+    else:
+        model = folder / "config.json"
+        of_model = {model.name: read_file(model)} if model.is_file() else {}
+        built = build(folder, {**files, **of_model}, name)
+    return HuggingFaceTokenizer(built.files, name, built)
+
+
+def _extra_ids(config: Mapping[str, Any], default: int) -> int:
+    """Returns the number of ids after the vocabulary, which a list of sentinels may imply."""
+    if config.get("extra_ids") is not None:
+        return int(config["extra_ids"])
+    names = config.get("additional_special_tokens") or []
+    return sum(bool(SENTINEL.search(str(name))) for name in names) or default
 
 
 def _added_tokens(files: Mapping[str, bytes], name: str) -> list[str]:
-    """Returns the tokens that were added to those of the SentencePiece model."""
+    """Returns the tokens that were added to those of the vocabulary file."""
     listed = read_json(files, "tokenizer.json", name).get("added_tokens", [])
-    tokens = [token["content"] for token in listed]
-    tokens += list(read_json(files, "added_tokens.json", name))
+    listed += list(read_json(files, "added_tokens.json", name))
+    for file in ("special_tokens_map.json", CONFIG):
+        config = read_json(files, file, name)
+        listed += config.get("added_tokens_decoder", {}).values()
+        for field in ("additional_special_tokens", "extra_special_tokens"):
+            more = config.get(field) or []
+            listed += more.values() if isinstance(more, dict) else more
+    tokens = [token["content"] if isinstance(token, dict) else token for token in listed]
     own = ("<pad>", "</s>", "<unk>", "<s>")
     return [t for t in dict.fromkeys(tokens) if t not in own and not SENTINEL.fullmatch(t)]

@@ -49,16 +49,7 @@ class SentencePieceTokenizer:
         name = "the SentencePiece model"
         if not isinstance(model, bytes):
             name, model = str(model), read_file(Path(model))
-        proto = sentencepiece_model_pb2.ModelProto()
-        try:
-            proto.ParseFromString(model)
-        except DecodeError:
-            proto.Clear()
-        if not proto.pieces:
-            raise ValueError(
-                f"{name} is not a SentencePiece model ({len(model)} bytes were read); give the "
-                "spiece.model of a T5 model, or train one (`t5jax vocab train`)"
-            )
+        proto = read_model(model, name)
         if any(SENTINEL.fullmatch(piece.piece.lstrip("▁")) for piece in proto.pieces):
             extra_ids = 0
         # As SeqIO does it: user-defined pieces that begin a word, the last sentinel first.
@@ -117,6 +108,21 @@ class SentencePieceTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {"spiece.model": model, "tokenizer_config.json": json_bytes(config)}
+
+
+def read_model(model: bytes, name: str) -> sentencepiece_model_pb2.ModelProto:
+    """Returns the content of a SentencePiece model. Raises ValueError if it is damaged."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError:
+        proto.Clear()
+    if not proto.pieces:
+        raise ValueError(
+            f"{name} is not a SentencePiece model ({len(model)} bytes were read); give the "
+            "spiece.model of a T5 model, or train one (`t5jax vocab train`)"
+        )
+    return proto
 
 
 def _spaced(text: str) -> str:

@@ -1,8 +1,6 @@
 """Exports in CTranslate2: the same tokens, and the same scores, which alone show a wrong scale."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +11,7 @@ from conformance.families import GPT2, LLAMA, QWEN3, VARIANTS, change
 from conformance.families import T5 as SMALL
 from t5jax import batch as features
 from t5jax import decoding
+from t5jax.hf import ctranslate2 as ct2
 from t5jax.hf import io
 from t5jax.models import api
 
@@ -46,20 +45,6 @@ def token(i: int) -> str:
     return f"t{i}"
 
 
-class Converter(ctranslate2.converters.TransformersConverter):
-    """One that reads whether a T5's head is tied as transformers 4 did, from config.json.
-
-    Since version 5 transformers says of every T5 that it is, and CTranslate2 4.8 takes this to mean
-    that its logits are scaled: it converts no T5 1.1 rightly, be it Google's own or an export.
-    """
-
-    def load_model(self, model_class, folder, **options):
-        model = super().load_model(model_class, folder, **options)
-        raw = json.loads((Path(folder) / "config.json").read_text())
-        model.config.tie_word_embeddings = raw["tie_word_embeddings"]
-        return model
-
-
 def convert(folder, config, params):
     """Exports a model with a tokenizer whose tokens are t0, t1, ..., and converts it."""
     io.save_params(folder / "hf", config, params)
@@ -73,7 +58,8 @@ def convert(folder, config, params):
         eos_token=token(config.eos_token_id),
         bos_token=token(config.decoder_start_token_id),
     ).save_pretrained(folder / "hf")
-    return Converter(str(folder / "hf")).convert(str(folder / "ct2"))
+    ct2.convert(folder / "hf", folder / "ct2")
+    return str(folder / "ct2")
 
 
 def expect(config, logits, tokens, results):

@@ -133,6 +133,16 @@ def test_a_word_without_pieces_has_no_place(word_piece):
     assert labels.encode(labels.arrange("a \x7f b", "PER O LOC", word_piece)) == [1, 2]
 
 
+def test_a_no_break_space_does_not_end_a_word(word_piece):
+    labels = LabelTokenizer(ENTITIES, per_word=True)
+    assert labels.encode(labels.arrange("a\u00a0b c\u2028the", "PER LOC", word_piece)) == [
+        1,
+        4,
+        2,
+        4,
+    ]
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
@@ -322,6 +332,37 @@ def test_metrics_compare_with_the_labels_of_words(word_piece):
         dataset = task.get_dataset(None, "validation", shuffle=False)
     found = [task.postprocess_fn("", example=row, is_target=True) for row in elements(dataset)]
     assert found == [row["entities"] for row in rows("validation")]
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (9, "PER LOC O PER"),  # The second word has no pieces.
+        (6, "PER LOC O"),  # Four pieces and eos: the third word's second piece is cut.
+        (3, "PER LOC"),
+    ],
+)
+def test_metrics_compare_with_the_labels_that_a_model_is_asked_for(word_piece, length, expected):
+    """So that one which answers each rightly scores 100."""
+    labels = LabelTokenizer(ENTITIES, per_word=True)
+    row = {"text": "a \u200d b unkindly the", "entities": "PER O LOC O PER"}
+    task = prompted_task(
+        f"asked_{length}",
+        Source({"validation": lambda: iter([row])}),
+        [("{text}", "{entities}")],
+        metrics=[accuracy],
+    )
+    lengths = {"inputs": length, "targets": length}
+    with building_for(Run(word_piece, labels, lengths)):
+        dataset = task.get_dataset(lengths, "validation", shuffle=False)
+    (example,) = elements(dataset)
+    assert task.postprocess_fn("", example=example, is_target=True) == expected
+    spec = BatchSpec(1, 10, 10, False, "encoder")
+    form = ExampleFormat(start_id=2, head="token_classification", num_labels=3)
+    ids = {name: example[name] for name in ("inputs", "targets")}
+    batch = make_converter(spec, form)([[ids]])
+    asked = batch["encoder_loss_weights"][0] > 0
+    assert labels.decode(batch["encoder_target_tokens"][0][asked].tolist()) == expected
 
 
 def test_targets_that_are_too_long_are_counted_in_pieces(word_piece):

@@ -113,7 +113,7 @@ def test_hugging_face_reads_a_saved_byte_tokenizer(tmp_path):
     ours.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == ours.vocab_size == 384
-    for text in ["naïve 😀", "<extra_id_0>", "a<extra_id_124> b", "<extra_id_125>", ""]:
+    for text in ["naïve 😀", "<extra_id_0>", "a<extra_id_10> b", "<extra_id_125>", ""]:
         assert theirs(text).input_ids == [*ours.encode(text), ours.eos_id], text
     assert isinstance(load_tokenizer(tmp_path), ByteTokenizer)
 
@@ -195,10 +195,23 @@ def test_bytes_are_shifted_by_three():
     tokenizer = load_tokenizer("bytes")
     assert tokenizer.encode("aé") == [100, 198, 172]
     assert tokenizer.decode([0, 100, 198, 172, 1, 100]) == "aé"
-    assert tokenizer.decode([100, 198, 101, 2, 383, 400]) == "ab<extra_id_124>"
+    assert tokenizer.decode([100, 198, 101, 2, 248, 259, 383, 400]) == "ab<extra_id_10>"
     # What decodes reads up to the first eos, without padding, and ids up to the last one.
     assert clean_ids(tokenizer, [0, 5, 383, 0, 384, 385, 1, 6]) == [5, 383, 2, 2]
     assert tokenizer.decode(tokenizer.encode("é <extra_id_5>ß")) == "é <extra_id_5>ß"
+
+
+def test_the_sentinels_of_bytes_are_the_last_bytes():
+    """As in the published checkpoints, where a span is 258, 257, ...
+
+    SeqIO's ByteVocabulary has 259 ids, and T5 counts its sentinels down from the last.
+    """
+    tokenizer = ByteTokenizer()
+    assert tokenizer.sentinel_ids == tuple(range(258, 158, -1))
+    assert tokenizer.encode("a<extra_id_0>b<extra_id_99>") == [100, 258, 101, 159]
+    # Bytes of text stay text, though further sentinels share their ids.
+    for text in ("ÿ ÷ é 日本 😀", "\U0010ffff"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 # --- Names and errors ---------------------------------------------------------------------------

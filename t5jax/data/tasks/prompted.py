@@ -285,11 +285,13 @@ class PromptedSource(OwnSource):
                     prompt = render(row, number)
                     references = self._references_of(row)
                     if labels is not None and not prompt.is_empty:
-                        # Metrics compare with the labels.
-                        found = labels.decode(labels.encode(prompt.targets))
-                        references = references or json.dumps(found)
                         arranged = labels.arrange(prompt.inputs, prompt.targets, tokenizer)
                         prompt = prompt._replace(targets=arranged)
+                        # Metrics compare with the labels that a model is asked for: a word without
+                        # pieces has none, nor has one beyond the cut.
+                        length = lengths.get("targets")
+                        asked = labels.encode(arranged)[: length and length - 1]
+                        references = references or json.dumps(labels.decode(asked))
                     reason = self._reason_to_drop(prompt, is_train, labels or tokenizer, lengths)
                 except ValueError as error:
                     where = f"split {split!r}, row {number}, template {template}"

@@ -90,18 +90,6 @@ def test_same_as_transformers_before_and_after_saving(name, folders, tmp_path):
 
 
 @needs_files
-def test_a_cased_word_piece_vocabulary_keeps_capitals(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Paris", "paris", "##ian"]
-    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    assert load_tokenizer(tmp_path).encode("Parisian paris") == [5, 7, 6]
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-    assert load_tokenizer(tmp_path).encode("Parisian paris") == [6, 7, 6]
-    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
-    assert theirs.encode("Parisian paris", add_special_tokens=False) == [6, 7, 6]
-
-
-@needs_files
 @pytest.mark.parametrize(
     "file", ["gpt2_vocab.json", "bert_base_uncased_vocab.txt", "t5_spiece.model", "bytes"]
 )

@@ -51,15 +51,15 @@ def read_examples(name, num_epochs=1, shuffle=False, seed=0, lengths=(48, 48)):
 
 
 def rebuild(example) -> list[int]:
-    """Returns the text of a span-corrupted example; byte sentinels begin at id 259."""
+    """Returns the text of a span-corrupted example; byte sentinels are the ids from 159 on."""
     spans, tokens = {}, []
     for i in example["targets"][:-1]:
-        if i >= 259:
+        if i >= 159:
             span = spans.setdefault(i, [])
         else:
             span.append(i)
     for i in example["inputs"][:-1]:
-        tokens += spans[i] if i >= 259 else [i]
+        tokens += spans[i] if i >= 159 else [i]
     return tokens
 
 
