@@ -10,6 +10,7 @@ from t5jax.architectures import Dtype
 from t5jax.config import MeshConfig
 from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
+from t5jax.hf.files import check_destination
 from t5jax.source import Source, find
 
 
@@ -41,17 +42,16 @@ def export_model(
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
-        if Path(output).exists() and not overwrite:
-            raise ValueError(f"{output} exists already; choose another folder, or set overwrite")
+        check_destination(Path(output), overwrite)
         parent = Path(output).absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as made:
             export_model(model, f"{made}/model", dtype=dtype)
-            ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite)
+            ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite=True)
         return
     if quantization:
         raise ValueError(
-            f"quantization {quantization} is for CTranslate2; set format to ctranslate2"
+            f"quantization {quantization} is for CTranslate2; set format to ctranslate2 (--format "
+            "ctranslate2), or leave it out"
         )
     source = find(model) if isinstance(model, str) else model
     description, params = source.read(encoder_only=encoder_only)

@@ -48,3 +48,14 @@ def test_places_that_are_taken_or_cannot_be_written(tmp_path):
         import_model(str(tmp_path / "hf"), str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match=r"holds a run already; choose another folder"):
         import_model(str(tmp_path / "hf"), str(trained_run()))
+
+
+def test_what_does_not_go_with_a_format(tmp_path):
+    with pytest.raises(ValueError, match="quantization int8 is for CTranslate2; set format to"):
+        export(trained_run(), tmp_path / "hf", quantization="int8")
+    with pytest.raises(ValueError, match="has no encoder of a T5 alone; leave encoder_only out"):
+        export(trained_run(), tmp_path / "ct2", format="ctranslate2", encoder_only=True)
+    (tmp_path / "ct2").mkdir()
+    (tmp_path / "ct2" / "file").write_text("")
+    with pytest.raises(ValueError, match="ct2 is not empty"):
+        export(trained_run(), tmp_path / "ct2", format="ctranslate2")

@@ -8,7 +8,7 @@ from t5jax.hf.files import CONFIG
 
 Quantization = Literal["int8", "int8_float32", "int8_bfloat16", "int16", "float16", "bfloat16"]
 # Files that CTranslate2 makes of the folder's, rather than copying them.
-_CONVERTED = (".safetensors", ".index.json", CONFIG)
+_CONVERTED = ("*.safetensors", "*.index.json", CONFIG)
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
             model.config.tie_word_embeddings = raw.get("tie_word_embeddings", True)
             return model
 
-    copied = [p.name for p in folder.iterdir() if not p.name.endswith(_CONVERTED)]
+    copied = [p.name for p in folder.iterdir() if not any(map(p.match, _CONVERTED))]
     try:
         Converter(str(folder), copy_files=sorted(copied)).convert(
             str(output), quantization=quantization, force=overwrite

@@ -66,7 +66,8 @@ def build(folder: Path, files: Mapping[str, bytes], name: str) -> Built:
         if (token := getattr(theirs, f"{what}_token", None)) is not None
     }
     if "vocab.txt" in files and "tokenizer.json" not in files:
-        _check_word_pieces(theirs, special.values(), name)
+        own = read_json(files, "special_tokens_map.json", name) | read_json(files, CONFIG, name)
+        _check_word_pieces(theirs, [t for key, t in special.items() if key not in own], name)
     tokenizer = theirs.backend_tokenizer
     cleans_up = theirs.clean_up_tokenization_spaces and (
         type(tokenizer.model).__name__ != "BPE"
@@ -108,10 +109,9 @@ def _check_merges(folder: Path, files: Mapping[str, bytes], name: str) -> None:
 
 
 def _check_word_pieces(theirs: Any, special: Iterable[str], name: str) -> None:
-    """Raises ValueError if special tokens are neither in vocab.txt nor added by another file."""
-    added = {str(token) for token in theirs.init_kwargs.get("added_tokens_decoder", {}).values()}
+    """Raises ValueError if BERT's special tokens are not in vocab.txt."""
     has = theirs.backend_tokenizer.model.token_to_id
-    if missing := [token for token in special if token not in added and has(token) is None]:
+    if missing := [token for token in special if has(token) is None]:
         raise ValueError(
             f"{name} is not a WordPiece vocabulary: it lacks {', '.join(missing)}; expected one "
             "token per line, as in BERT's vocab.txt"

@@ -26,6 +26,8 @@ _FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+# They do not say what is in a folder's other files.
+_GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -92,9 +94,12 @@ def _load_folder(folder: Path) -> Tokenizer:
             )
         last = max(map(int, config.get("added_tokens_decoder", {})), default=0)
         return ByteTokenizer(max(_extra_ids(config, 125), last - 258), files=files)
-    if "spiece.model" in files and not added:
+    # Others have such a file as well, which is not read as T5's (ALBERT).
+    kind = (config.get("tokenizer_class") or "T5Tokenizer").removesuffix("Fast")
+    is_t5s = "spiece.model" in files and ("T5" in kind or kind in _GENERIC_CLASSES)
+    if is_t5s and not added:
         return SentencePieceTokenizer(files["spiece.model"], _extra_ids(config, 100), files=files)
-    if "spiece.model" in files and "tokenizer.json" not in files:
+    if is_t5s and "tokenizer.json" not in files:
         raise ValueError(
             f"{name} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "
             "tokenizer.json that assigns their ids; save it again with Hugging Face's tokenizer"
@@ -114,13 +119,14 @@ def _load_files(
     """
     complete = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
     if not any(names <= set(files) for names in complete):
-        if tokenizer_model.FILE not in files:
+        if "spiece.model" not in files and tokenizer_model.FILE not in files:
             raise ValueError(
                 f"{name} holds no tokenizer; expected spiece.model, tokenizer.model, "
                 "tokenizer.json, vocab.json with merges.txt, vocab.txt, or a tokenizer_config.json "
                 "of a ByT5Tokenizer"
             )
-        files, folder = tokenizer_model.tokenizer_json_files(files, name), None
+        if "spiece.model" not in files:
+            files, folder = tokenizer_model.tokenizer_json_files(files, name), None
     if folder is None:
         with tempfile.TemporaryDirectory() as made:
             write_files(made, files)

@@ -113,7 +113,8 @@ def make_folder(folder, vocabularies, kind, setting):
     if setting == "added_tokens.json":
         contents[setting] = json.dumps({"<new>": size, "[X]": size + 1})
     if setting == "special_tokens_map.json":
-        contents[setting] = json.dumps({"additional_special_tokens": ["<new>", "<special>"]})
+        names = {"additional_special_tokens": ["<new>", "<special>"], "pad_token": "<plain>"}
+        contents[setting] = json.dumps(names)
     for name, content in contents.items():
         (folder / name).write_text(content, encoding="utf-8", newline="")
 
@@ -181,6 +182,18 @@ def test_what_cannot_be_honoured_is_named(vocabularies, tmp_path):
     path.write_text(json.dumps({"auto_map": {"AutoTokenizer": ["theirs.Own", None]}}))
     with pytest.raises(ValueError, match="transformers cannot build the tokenizer of"):
         load_tokenizer(tmp_path)
+
+
+def test_a_spiece_model_that_is_not_t5s_is_read_as_what_it_is(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(
+        train_model(vocab_size=60, control_symbols="[CLS],[SEP]")
+    )
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "AlbertTokenizer"}')
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, text
+    assert ours.sentinel_ids == ()
 
 
 # --- tokenizer.model ----------------------------------------------------------------------------
