@@ -140,4 +140,5 @@ def _version_of(tokenizer: Tokenizer) -> str:
     """Returns the version of the tokenizer's library, since others may split words differently."""
     library = {"SentencePieceTokenizer": "sentencepiece", "HuggingFaceTokenizer": "tokenizers"}
     name = library.get(type(tokenizer).__name__)
-    return f"{name} {importlib.metadata.version(name)}" if name else "none"
+    # 2: the sentinels of bytes count down from 258.
+    return f"{name} {importlib.metadata.version(name)}" if name else "2"
