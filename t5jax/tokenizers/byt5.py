@@ -43,7 +43,7 @@ class ByteTokenizer:
         self._files = dict(files) if files else None
 
     def __repr__(self) -> str:
-        return f"ByteTokenizer({self.vocab_size} ids, sentinels from {_LAST_BYTE} down)"
+        return f"ByteTokenizer({self.vocab_size} ids)"
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
