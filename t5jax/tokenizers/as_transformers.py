@@ -145,15 +145,18 @@ def _load(folder: Path, files: Mapping[str, bytes], name: str, kind: str = "") -
 
     model, own = read_json(files, "config.json", name), read_json(files, CONFIG, name)
     says = own.get("tokenizer_class"), own.get("auto_map"), *map(model.get, _OF_MODEL)
+    options = {}
     if not kind and any(says):
-        kind = "AutoTokenizer"
+        kind, options = "AutoTokenizer", {"config": _config(model)}
     elif not kind:
         kind = next(kind for file, kind in _CLASSES.items() if file in files)
     loader = getattr(transformers, kind)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return loader.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
     except Exception as error:  # Of any class, from three libraries.
         if "tokenizer.json" in files:
             read_tokenizer(files, name)
@@ -164,3 +167,20 @@ def _load(folder: Path, files: Mapping[str, bytes], name: str, kind: str = "") -
         ) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+
+
+def _config(model: Mapping[str, Any]) -> Any:
+    """Returns what the choice of a tokenizer depends on in config.json, as AutoTokenizer takes it.
+
+    The rest of it is not checked: transformers refuses models of which it needs no more than this.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(model.get("model_type"))
+    except ValueError:  # It does not know the type.
+        config = transformers.PreTrainedConfig()
+    for key in ("tokenizer_class", "_name_or_path"):
+        if key in model:
+            setattr(config, key, model[key])
+    return config

@@ -184,6 +184,16 @@ def test_what_cannot_be_honoured_is_named(vocabularies, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_of_the_models_config_no_more_counts_than_what_its_tokenizer_needs(vocabularies, tmp_path):
+    """transformers refuses such a config.json as a whole, and then a tokenizer beside it."""
+    make_folder(tmp_path, vocabularies, "qwen", "class from the model")
+    expected = repr(load_tokenizer(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "hidden_size": "many"}')
+    assert repr(load_tokenizer(tmp_path)) == expected
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert repr(load_tokenizer(tmp_path)) != expected  # Qwen's rule for words is another.
+
+
 def test_a_spiece_model_that_is_not_t5s_is_read_as_what_it_is(tmp_path):
     (tmp_path / "spiece.model").write_bytes(
         train_model(vocab_size=60, control_symbols="[CLS],[SEP]")
