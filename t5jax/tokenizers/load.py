@@ -11,7 +11,11 @@ from t5jax.tokenizers.as_transformers import CONFIG, build
 from t5jax.tokenizers.byt5 import ByteTokenizer
 from t5jax.tokenizers.common import SENTINEL, Tokenizer, read_file, read_json, write_files
 from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer
-from t5jax.tokenizers.sentence_piece import SentencePieceTokenizer
+from t5jax.tokenizers.sentence_piece import (
+    SentencePieceTokenizer,
+    is_of_t5_form,
+    read_model,
+)
 
 # A tokenizer's files in a Hugging Face folder; all are read, and saved again unchanged.
 _FILES = (
@@ -34,10 +38,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """Returns the tokenizer for a name, a file or a folder.
 
     Args:
-      source: "bytes"; a SentencePiece .model file; a tokenizer.json; a vocab.json of byte-level BPE
-        next to its merges.txt; a WordPiece vocab.txt, read as transformers does by default
-        (prefixes are allowed: gpt2_vocab.json, gpt2_merges.txt); a folder with such files or a
-        tokenizer.model, as written by t5jax and Hugging Face; or a Hub name.
+      source: "bytes"; a SentencePiece .model file, of T5's form or of Llama's and Gemma's; a
+        tokenizer.json; a vocab.json of byte-level BPE next to its merges.txt, or a WordPiece
+        vocab.txt, read as transformers does by default (prefixes are allowed: gpt2_vocab.json,
+        gpt2_merges.txt); a folder with such files, as written by t5jax and Hugging Face; or a Hub
+        name.
     Raises:
       ValueError: if there is no such tokenizer, or its files are damaged.
     """
@@ -77,9 +82,10 @@ def _load_file(path: Path) -> Tokenizer:
         return _load_files({"vocab.txt": read_file(path)}, name)
     if path.suffix == ".json":
         return HuggingFaceTokenizer({"tokenizer.json": read_file(path)}, name)
-    if path.name == tokenizer_model.FILE:
-        return _load_files({tokenizer_model.FILE: read_file(path)}, name)
-    return SentencePieceTokenizer(path)
+    model = read_file(path)
+    if is_of_t5_form(read_model(model, name)):
+        return SentencePieceTokenizer(path)
+    return _load_files({tokenizer_model.FILE: model}, name)
 
 
 def _load_folder(folder: Path) -> Tokenizer:

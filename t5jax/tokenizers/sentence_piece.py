@@ -125,6 +125,14 @@ def read_model(model: bytes, name: str) -> sentencepiece_model_pb2.ModelProto:
     return proto
 
 
+def is_of_t5_form(proto: sentencepiece_model_pb2.ModelProto) -> bool:
+    """Returns whether a model is one of T5's, mT5's, UMT5's or our own, rather than Llama's, which
+    does not pad, or Gemma's, which is a BPE model that begins texts."""
+    spec = proto.trainer_spec
+    is_unigram = spec.model_type == sentencepiece_model_pb2.TrainerSpec.UNIGRAM
+    return spec.pad_id >= 0 and (is_unigram or spec.bos_id < 0)
+
+
 def _spaced(text: str) -> str:
     # Sentinels are pieces that begin a word, so they need a space in front.
     return _SPACED_SENTINEL.sub(r" \1", text) if "<extra_id_" in text else text

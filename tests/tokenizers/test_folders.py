@@ -239,6 +239,7 @@ def test_a_tokenizer_model_alone_is_as_sentencepiece_has_it(name, tmp_path):
     model = train_model(**MODELS[name])
     (tmp_path / "tokenizer.model").write_bytes(model)
     theirs, ours = sentencepiece.SentencePieceProcessor(model_proto=model), load_tokenizer(tmp_path)
+    assert repr(load_tokenizer(tmp_path / "tokenizer.model")) == repr(ours)
     ours.save(tmp_path / "saved")
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert ours.vocab_size == len(saved) == theirs.vocab_size()
@@ -250,6 +251,14 @@ def test_a_tokenizer_model_alone_is_as_sentencepiece_has_it(name, tmp_path):
         assert saved.encode(text) == [theirs.bos_id(), *ids], text
         if unknown not in ids:  # SentencePiece shows it as ⁇.
             assert ours.decode(ids) == theirs.decode(ids), text
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_model_file_of_t5s_form_has_sentinels_whatever_its_name(kind, tmp_path):
+    settings = {"model_type": kind, "vocab_size": 60, "pad_id": 0, "eos_id": 1, "unk_id": 2}
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_model(bos_id=3 if kind == "unigram" else -1, **settings))
+    assert isinstance(load_tokenizer(path), SentencePieceTokenizer)
 
 
 def test_added_tokens_and_settings_of_a_tokenizer_model_count(tmp_path):
