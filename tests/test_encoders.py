@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 import t5jax
-from conformance.cases import random_params
+from conformance.cases import HIDDEN, random_params
 from conformance.families import BERT, GPT2, VARIANTS
 from t5jax import checkpoint, sharding
 from t5jax.architectures import BertConfig
@@ -95,7 +95,7 @@ def folders(tmp_path_factory):
 def started(source, asked=ASKED):
     """The model and the parameters that a run starts from, and the seed's."""
     model = adopt(asked, source, "x")
-    seed = api.init_params(model, jax.random.key(3))
+    seed = jax.jit(api.init_params, static_argnums=0)(model, jax.random.key(3))
     shardings = sharding.param_shardings(
         api.param_axes(model), seed, sharding.make_mesh(), AxisRules()
     )
@@ -191,12 +191,15 @@ def models(tmp_path_factory):
     return {name: str(path / name) for name in ("t5", "t5_encoder", "bert")}
 
 
+ENCODE = jax.jit(api.encode, static_argnums=0)
+
+
 def plain_embedding(model, params, ids, pooling):
     """One text by itself, without padding."""
     batch = {"encoder_input_tokens": np.array([ids], "int32")}
     if pooling == "pooler":
-        return np.asarray(api.hidden(model, params, batch))[0, 0]
-    x_SD = np.asarray(api.encode(model, params, batch))[0]
+        return np.asarray(HIDDEN(model, params, batch))[0, 0]
+    x_SD = np.asarray(ENCODE(model, params, batch))[0]
     return {"mean": x_SD.mean(axis=0), "max": x_SD.max(axis=0), "first": x_SD[0]}[pooling]
 
 

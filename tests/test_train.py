@@ -496,7 +496,7 @@ def test_imported_run_is_no_run_to_go_on_with(exported, tmp_path):
 
 def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
     run_dir = trained_run(copy_to=tmp_path / "run")
-    sections = {"train": {"steps": 15}, "checkpoint": {"every": 1}}
+    sections = {"train": {"steps": 15}, "checkpoint": {"every": 1}, "eval": NO_EVAL}
     config = make_config(run_dir, optimizer={"learning_rate": 1e30}, **sections)
     with pytest.raises(NonFiniteLoss, match=r"(loss|grad_norm) is nan at step 12; the last good"):
         train(config)

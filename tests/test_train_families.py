@@ -4,6 +4,7 @@ T5 is in test_train.py, whose properties of the loop are not shown again here.
 """
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -81,22 +82,22 @@ LONG = {
 
 
 def assert_goes_on_in_the_same_bits(whole):
-    """Trains once more, in two parts."""
-    parts = dataclasses.replace(whole, run_dir=f"{whole.run_dir}_parts")
-    train(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=30)))
-    train(parts)
-    assert_same_bits(whole.run_dir, parts.run_dir, 60)
+    """Trains the second half once more."""
+    again = dataclasses.replace(whole, run_dir=f"{whole.run_dir}_again")
+    shutil.copytree(whole.run_dir, again.run_dir)
+    shutil.rmtree(f"{again.run_dir}/checkpoints/60")
+    train(again)
+    assert_same_bits(whole.run_dir, again.run_dir, 60)
 
 
 @pytest.mark.parametrize("name", GPT)
-def test_a_decoder_learns_goes_on_and_writes(name, tmp_path):
+def test_a_decoder_learns_and_writes(name, tmp_path):
     packs = name == "llama"
     data = {"pack": True, "inputs_length": 24} if packs else {}
     whole = config_of(GPT[name], tmp_path / "whole", data=data, **LONG)
     train(whole)
     assert losses(whole.run_dir)[-1] < losses(whole.run_dir)[0] - 0.5
     if packs:
-        assert_goes_on_in_the_same_bits(whole)
         return
     model = pretrained.load(whole.run_dir)
     prompts = ["capitals: ab", "capitals: abcd", "c"]

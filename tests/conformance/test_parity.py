@@ -138,7 +138,7 @@ def test_the_same_there_and_back(variant, tmp_path):
     assert expected[real].std() > 0.05  # The comparison can fail.
     np.testing.assert_allclose(ours[real], expected[real], atol=1e-4, rtol=1e-4)
     write_down(variant, output_sample(model, expected, batch))
-    if model.num_outputs:
+    if model.num_outputs and variant in FAST:
         sums = NLL(model, params, plain)
         np.testing.assert_allclose(sums["nll"] / sums["tokens"], their_loss, rtol=2e-5)
 

@@ -211,7 +211,7 @@ def test_xquad_is_measured_by_em_and_f1(load):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "vocab_size", "inputs_length", "targets_length"),
-    [("gsm8k", 2048, 192, 128), ("scitldr", 4096, 320, 48), ("xquad", 4096, 320, 16)],
+    [("gsm8k", 2048, 96, 64), ("scitldr", 4096, 96, 32), ("xquad", 4096, 96, 16)],
 )
 def test_from_scratch_improves_the_validation_loss(
     name, vocab_size, inputs_length, targets_length, load, tmp_path, monkeypatch
@@ -223,7 +223,7 @@ def test_from_scratch_improves_the_validation_loss(
     config = load_config("from_scratch")
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, vocab_size=vocab_size),
+        model=dataclasses.replace(config.model, vocab_size=vocab_size, d_model=32, d_ff=64),
         data=dataclasses.replace(
             config.data,
             mixture=name,
@@ -231,8 +231,9 @@ def test_from_scratch_improves_the_validation_loss(
             targets_length=targets_length,
         ),
         run_dir=str(tmp_path / "run"),
-        train=dataclasses.replace(config.train, steps=24),
-        eval=dataclasses.replace(config.eval, every=12, num_examples=32),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=4),
+        train=dataclasses.replace(config.train, steps=16),
+        eval=dataclasses.replace(config.eval, every=8, num_examples=32),
     )
     monkeypatch.setattr(registry, "load_tasks", lambda files=(): None)  # The loaded ones stay.
     train(config)
