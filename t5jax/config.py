@@ -218,7 +218,7 @@ class EvalConfig:
     batch_size: int = 64
     """Rows per batch."""
     num_examples: int | None = None
-    """Maximum number of examples of each task. None: all."""
+    """Maximum number of examples of each task, drawn from all of them. None: all."""
     max_tokens: int | None = None
     """Maximum number of tokens to generate. None: data.targets_length."""
     generate: bool = True

@@ -260,15 +260,8 @@ def evaluate_model(
             result = evaluator.evaluate(params, eval_set)
             results[eval_set.task] = eval_set, result
             if num_samples:
-                examples = eval_set.examples[:num_samples]
-                tables.print_table(
-                    tables.samples_table(
-                        [e.inputs for e in examples],
-                        [e.targets for e in examples],
-                        result.predictions[:num_samples],
-                        title=eval_set.task,
-                    )
-                )
+                columns = eval_set.samples(result.predictions, num_samples)
+                tables.print_table(tables.samples_table(*columns, title=eval_set.task))
     table = as_table(results)
     tables.print_table(tables.results_table(table), sys.stdout)
     if json:

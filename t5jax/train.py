@@ -312,14 +312,8 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
             f"{name} {value:.2f}" for name, value in result.scores.items() if name != "loss"
         )
         bar.print(f"  {task}: {scores}")
-        shown = min(config.eval.num_samples, len(result.predictions))
-        if shown:
-            examples = eval_set.examples[:shown]
-            columns = (
-                [e.inputs for e in examples],
-                [e.targets for e in examples],
-                result.predictions[:shown],
-            )
+        columns = eval_set.samples(result.predictions, config.eval.num_samples)
+        if columns[0]:
             bar.print(tables.samples_table(*columns))
             writer.write_texts(step, {f"{split}/{task}/samples": tables.samples_markdown(*columns)})
     writer.write_scalars(step, scalars)

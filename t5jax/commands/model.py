@@ -30,7 +30,7 @@ class Eval:
     batch_size: int = 64
     """Rows per batch."""
     num_examples: int | None = None
-    """Maximum number of examples of each task. None: all."""
+    """Maximum number of examples of each task, drawn from all of them. None: all."""
     inputs_length: int | None = None
     """Maximum length of inputs in tokens; longer ones are truncated. None: as in the run, or
     512."""

@@ -15,6 +15,7 @@ from t5jax.data.bridge.tf import elements, seqio, tf
 from t5jax.data.fingerprint import sketch
 from t5jax.data.registry import check_mixture
 from t5jax.data.run import TRAIN_SPLIT, Run
+from t5jax.data.tasks.base import OwnSource
 from t5jax.data.tasks.foreign import kind_of
 
 
@@ -27,6 +28,8 @@ class StreamedExamples:
         self.fingerprint = {"data.mixture": mixture, "data.cache": None} | run.fingerprint
         for task in self._tasks:
             files = kind_of(task).files(TRAIN_SPLIT)
+            if any("://" in file for file in files) and not isinstance(task.source, OwnSource):
+                continue  # TensorFlow reads them, which knows other stores.
             names = [Path(file).name for file in files]
             if files:
                 self.fingerprint[f"the files of {task.name}"] = names

@@ -114,7 +114,8 @@ def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
     assert sorted(inputs for inputs, _ in found) == sorted(
         tuple([*BYTES.encode(row["q"]), 1]) for row in ROWS
     )
-    assert "task large: the rows of its split 'train' are too many" in caplog.text
+    assert "task large: the rows of its split 'train' cannot be reached" in caplog.text
+    assert "more than 1,000 bytes" in caplog.text
     assert "shuffled among 20 examples at a time" in caplog.text
 
 

@@ -1,6 +1,7 @@
 """The interface of the data to training and evaluation: plain Python and NumPy, no TensorFlow."""
 
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -99,3 +100,19 @@ class EvalSet:
     """Functions of (targets, predictions), both postprocessed."""
     postprocess: Callable[[str], Any]
     """Applied to a predicted text before metrics."""
+
+    def samples(
+        self, predictions: Sequence[str], num: int
+    ) -> tuple[list[str], list[Any], list[str]]:
+        """Returns the prompts, targets and predictions of at most `num` examples.
+
+        They are drawn from all of them, the same ones each time, since examples may be sorted.
+        """
+        numbers = range(len(predictions))
+        places = sorted(random.Random(0).sample(numbers, min(num, len(numbers))))
+        shown = [self.examples[i] for i in places]
+        return (
+            [example.inputs for example in shown],
+            [example.targets for example in shown],
+            [predictions[i] for i in places],
+        )

@@ -347,6 +347,10 @@ class _Part:
             if (group % self.every == 0) == self.held_out:
                 yield row
 
+    @property
+    def is_endless(self) -> bool:
+        return getattr(self.function, "is_endless", False)
+
     def paths(self) -> list[str]:
         return self.function.paths() if hasattr(self.function, "paths") else []
 

@@ -23,17 +23,19 @@ class Spool:
         """Reads all values.
 
         Raises:
-          OverflowError: if they take too much space.
+          OverflowError: if they take too much space, or cannot be written.
         """
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
         self._ends = array("Q", [0])
         most = min(MOST, IN_MEMORY + shutil.disk_usage(tempfile.gettempdir()).free // 2)
         for value in values:
-            self._file.write(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+            try:
+                self._file.write(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+            except Exception as error:  # The disk is full, or a user's object cannot be pickled.
+                raise OverflowError(f"{type(error).__name__}: {error}") from None
             self._ends.append(self._file.tell())
             if self._ends[-1] > most:
-                self._file.close()
-                raise OverflowError(f"more than {most} bytes")
+                raise OverflowError(f"they take more than {most:,} bytes")
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -5,10 +5,10 @@ if it is one of t5jax's, which needs no TensorFlow, otherwise an adapter that re
 """
 
 import abc
-import contextlib
 import functools
 import itertools
 import logging
+import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,8 +23,8 @@ from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
 from t5jax.data.objectives.base import BoundObjective, Objective
 from t5jax.data.recipe import DOCUMENTS, Recipe
 from t5jax.data.run import Run
+from t5jax.data.sources import spool
 from t5jax.data.sources.source import Row, Source
-from t5jax.data.sources.spool import Spool
 
 _log = logging.getLogger(__name__)
 
@@ -262,7 +262,9 @@ class OwnSource(seqio.DataSource, Kind):
                 number += 1
             size, start = number, max(start - number, 0)
 
-    def reachable(self, split: str, otherwise: str, dropped: Counter | None = None) -> Spool | None:
+    def reachable(
+        self, split: str, otherwise: str, dropped: Counter | None = None
+    ) -> spool.Spool | None:
         """Returns the rows of a split in a form in which they can be read in any order.
 
         Args:
@@ -270,11 +272,15 @@ class OwnSource(seqio.DataSource, Kind):
           otherwise: what is done instead if they are too many, for the log.
           dropped: counts dropped rows, by reason.
         """
-        if not self.source.is_endless(split):
-            with contextlib.suppress(OverflowError):
-                return Spool(self.rows(split, dropped))
-        message = "task %s: the rows of its split %r are too many to be reached in any order; %s"
-        _log.warning(message, self.task, split, otherwise)
+        size = sum(os.path.getsize(f) for f in self.files(split) if os.path.isfile(f))
+        reason = "they are too large" if size > spool.MOST else "they are streamed"
+        if size <= spool.MOST and not self.source.is_endless(split):
+            try:
+                return spool.Spool(self.rows(split, dropped))
+            except OverflowError as error:
+                reason = str(error)
+        message = "task %s: the rows of its split %r cannot be reached in any order (%s); %s"
+        _log.warning(message, self.task, split, reason, otherwise)
         return None
 
     # --- Through SeqIO
