@@ -275,6 +275,7 @@ class OwnSource(seqio.DataSource, Kind):
         size = sum(os.path.getsize(f) for f in self.files(split) if os.path.isfile(f))
         reason = "they are too large" if size > spool.MOST else "they are streamed"
         if size <= spool.MOST and not self.source.is_endless(split):
+            _log.info("task %s: the rows of its split %r are read once", self.task, split)
             try:
                 return spool.Spool(self.rows(split, dropped))
             except OverflowError as error:
