@@ -79,6 +79,17 @@ def test_loss_is_that_of_a_plain_computation_and_does_not_depend_on_the_batch():
         assert result.scores["exact_match"] == results[0].scores["exact_match"]
 
 
+def test_an_empty_target_is_predicted_and_has_no_loss():
+    examples = eval_set()
+    rest = [*examples.examples[:2], *examples.examples[3:]]
+    empty = dataclasses.replace(examples.examples[2], targets="", target_ids=[])
+    with_empty = dataclasses.replace(examples, examples=[*rest, empty])
+    result, others = run(with_empty, 64), run(dataclasses.replace(examples, examples=rest), 64)
+    assert result.sums == pytest.approx(others.sums)
+    assert result.predictions[:-1] == others.predictions
+    assert len(result.predictions) == 7
+
+
 def test_metrics_see_what_the_task_makes_of_a_prediction():
     """And the baselines, which are texts of the task, do not."""
     asked = []
