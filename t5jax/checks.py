@@ -1,6 +1,9 @@
 """Checks of values that a user sets, and the wording of their errors. Plain Python."""
 
 import difflib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,3 +44,26 @@ def check_positive(value: float, name: str) -> None:
     """Raises ValueError if a number is not greater than 0."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+# --- A user's code --------------------------------------------------------------------------------
+
+
+def name_of(function: Any) -> str:
+    """Returns the name of a function, of the one that a partial calls, or of an object's class."""
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def users_error(error: BaseException) -> str:
+    """Returns what a user's code raised and where: "KeyError: 'x' (tasks/mine.py, line 12)"."""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    others = tuple(os.path.join(path, "") for path in (os.path.dirname(__file__), *libraries))
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith((*others, "<"))]
+    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    text = " ".join(
+        [*(f"{note}:" for note in getattr(error, "__notes__", ())), *str(error).split()]
+    )
+    kind = "" if isinstance(error, ValueError) and text else type(error).__name__
+    return f"{': '.join(filter(None, (kind, text)))}{where}"

@@ -201,10 +201,15 @@ class TrainConfig:
     """Steps between two reports of metrics."""
     seed: int = 0
     """Seed of the initial parameters and of dropout."""
+    epochs: float | None = None
+    """Passes over the training examples of one task, in place of `steps`, which is computed from
+    it. None: `steps` counts."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "microbatches", "log_every"):
             check_at_least(getattr(self, name), 1, f"train.{name}")
+        if self.epochs is not None:
+            check_positive(self.epochs, "train.epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +349,11 @@ class Config:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not divisible by train.microbatches "
                 f"{self.train.microbatches}; change one of them"
+            )
+        if self.train.epochs is not None and self.data.mixture_changes:
+            raise ValueError(
+                f"train.epochs is {self.train.epochs:g}, but data.mixture_changes reads several "
+                "mixtures, whose epochs differ; set train.steps, and leave train.epochs out"
             )
         if self.data.prefix_lm and self.model.kind != "decoder":
             raise ValueError(

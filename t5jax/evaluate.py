@@ -3,13 +3,16 @@
 Every example counts exactly once: the last batch is padded with rows of weight 0.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ import numpy as np
 from t5jax import batch as features
 from t5jax import metrics, sharding
 from t5jax.architectures import Architecture, Dtype
+from t5jax.checks import name_of, users_error
 from t5jax.config import AxisRules, LossConfig, MeshConfig, override
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
@@ -45,6 +49,8 @@ class Result:
     """The task's metrics for copying the source, and for the most frequent target."""
     predictions: list[str]
     """Generated texts, in the order of the examples; empty if nothing was generated."""
+    error: str = ""
+    """Why there are no metrics: which of the task's functions failed, on what."""
 
 
 class Evaluator:
@@ -83,7 +89,7 @@ class Evaluator:
         self._model, self._mesh, self._rules = model, mesh, rules
         self._batch_size, self._generate = batch_size, generate
         generator = Generator(model, tokenizer, mesh, rules, prefix_lm)
-        self._kind = generator.kind
+        self._kind, self._tokenizer = generator.kind, tokenizer
         self._predict = predict or functools.partial(
             generator, max_tokens=max_tokens, batch_size=batch_size
         )
@@ -96,30 +102,55 @@ class Evaluator:
         )
 
     def evaluate(self, params: api.Params, eval_set: EvalSet) -> Result:
-        """Evaluates one task."""
-        examples = eval_set.examples
+        """Evaluates one task; an error of the task's own code is part of the result."""
         sums = self._sum_losses(params, eval_set)
-        loss = sums["nll"] / sums["tokens"]
+        loss = _per_token(sums, "nll")
         scores = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "token_accuracy": 100 * sums["correct"] / sums["tokens"],
+            "token_accuracy": 100 * _per_token(sums, "correct"),
         }
-        predicts = self._model.kind != "encoder" or self._labels
-        if not (self._generate and eval_set.metric_fns and predicts):
+        if not self._predicts(eval_set):
             return Result(scores, sums, {}, [])
         if self._labels:
             predictions = self._classify(params, eval_set)
         else:
             predictions = self._predict(params, [e.input_ids for e in eval_set.examples])
-        targets = [example.targets for example in examples]
-        scores |= metrics.compute(
-            targets, [eval_set.postprocess(text) for text in predictions], eval_set.metric_fns
-        )
-        baselines = metrics.baselines(
-            [example.source for example in examples], targets, targets, eval_set.metric_fns
-        )
-        return Result(scores, sums, baselines, predictions)
+        try:
+            found = _score(eval_set, eval_set.examples, predictions)
+        except ValueError as error:
+            return Result(scores, sums, {}, predictions, error=str(error))
+        return Result(scores | found, sums, _baselines(eval_set), predictions)
+
+    def try_metrics(self, eval_set: EvalSet) -> None:
+        """Scores the targets as their own predictions, before it takes hours to get there.
+
+        Raises:
+          ValueError: if the task's postprocessing or one of its metrics fails.
+        """
+        if not self._predicts(eval_set):
+            return
+        few = eval_set.examples[:: -(-len(eval_set.examples) // _TRIED)]
+        for examples in (few, eval_set.examples):
+            try:
+                _score(eval_set, examples, [self._text_of_target(e) for e in examples])
+                return
+            except ValueError as error:
+                # A few may be of one class, which a metric may not bear.
+                if examples is eval_set.examples:
+                    raise ValueError(
+                        f"{error} (tried on the targets as their own predictions)"
+                    ) from error
+
+    def _predicts(self, eval_set: EvalSet) -> bool:
+        predicts = self._model.kind != "encoder" or self._labels is not None
+        return bool(self._generate and eval_set.metric_fns and predicts)
+
+    def _text_of_target(self, example: EvalExample) -> str:
+        if self._labels:
+            classes = [i for i in example.target_ids[:-1] if i < len(self._model.labels)]
+            return self._labels.decode(classes)
+        return self._tokenizer.decode(self._model.answer(example.target_ids))
 
     def _sum_losses(self, params, eval_set: EvalSet) -> dict[str, float]:
         total = Counter()
@@ -132,17 +163,17 @@ class Evaluator:
         examples = eval_set.examples
         form = features.ExampleFormat.of(self._model)
         starts = self._labels is not None or form.inputs_start_id is not None
-        spec = features.BatchSpec(
-            self._batch_size,
-            _length([e.input_ids for e in examples], more=starts),
-            _length([e.target_ids for e in examples]),
-            kind=self._kind,
-        )
+        sides = ["inputs", "targets"] if any(e.input_ids for e in examples) else ["targets"]
+        # Without inputs, an encoder reads eos.
+        inputs_length = 8 if self._kind == "encoder_decoder" else 0
+        if "inputs" in sides:
+            inputs_length = _length([e.input_ids for e in examples], more=starts)
+        targets_length = _length([e.target_ids for e in examples])
+        spec = features.BatchSpec(self._batch_size, inputs_length, targets_length, kind=self._kind)
         convert = make_converter(spec, form)
-        has_inputs = any(example.input_ids for example in examples)
         for start in range(0, len(examples), self._batch_size):
-            rows = examples[start : start + self._batch_size]
-            yield convert([[_as_example(example, has_inputs)] for example in rows])
+            chunk = examples[start : start + self._batch_size]
+            yield convert([[_as_example(e, sides)] for e in chunk])
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:
         """Returns the most probable label of each text, or of each of its words."""
@@ -163,7 +194,8 @@ class Evaluator:
 
 def mean_loss(results: Sequence[Result]) -> float:
     """Returns the mean loss over all target tokens of several tasks, in nats."""
-    return sum(r.sums["nll"] for r in results) / sum(r.sums["tokens"] for r in results)
+    sums = {name: sum(r.sums[name] for r in results) for name in ("nll", "tokens")}
+    return _per_token(sums, "nll")
 
 
 def as_table(results: dict[str, tuple[EvalSet, Result]]) -> dict[str, dict]:
@@ -193,6 +225,7 @@ def evaluate_model(
     rules: AxisRules | None = None,
     num_samples: int = 0,
     json: Path | None = None,
+    show: bool = True,
 ) -> dict[str, dict]:
     """Evaluates a model, prints a table of the results, and returns them as plain values.
 
@@ -209,11 +242,14 @@ def evaluate_model(
       max_tokens: the maximum length of targets and answers in tokens. None: as in the run, or 128.
       dtype: the dtype of computation and parameters. None: as in training.
       mesh: the devices.
-      rules: how arrays are sharded over them. None: as in the run.
+      rules: how arrays are sharded over them; an axis that they do not divide stays whole. None: as
+        in the run.
       num_samples: the number of predictions to print for each task.
       json: a file for the scores, in addition to the table.
+      show: print the table on standard output.
     Raises:
-      ValueError: if the model or the task cannot be found or read.
+      ValueError: if the model or the task cannot be found or read, or the task's postprocessing or
+        metrics fail.
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
@@ -241,7 +277,8 @@ def evaluate_model(
     )
     registry.load_tasks(task_files)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
-    rules = rules or source.config.axes
+    rules = source.rules(mesh, rules)
+    sharding.check_batch_size(batch_size, mesh, rules, "batch_size")
     description, params = source.read(dtype, mesh, rules)
     tokenizer = source.tokenizer()
     eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)
@@ -256,25 +293,93 @@ def evaluate_model(
             max_tokens=config.data.targets_length,
             prefix_lm=trained.prefix_lm,
         )
+        for eval_set in eval_sets:
+            evaluator.try_metrics(eval_set)
         for eval_set in progress.track(eval_sets, f"evaluating on {split}"):
             result = evaluator.evaluate(params, eval_set)
+            if result.error:
+                raise ValueError(result.error)
             results[eval_set.task] = eval_set, result
-            if num_samples:
+            if num_samples and result.predictions:
                 columns = eval_set.samples(result.predictions, num_samples)
                 tables.print_table(tables.samples_table(*columns, title=eval_set.task))
     table = as_table(results)
-    tables.print_table(tables.results_table(table), sys.stdout)
+    if show:
+        tables.print_table(tables.results_table(table), sys.stdout)
     if json:
         json.write_text(to_json(table, indent=2) + "\n", encoding="utf-8")
     return table
 
 
-def _as_example(example: EvalExample, has_inputs: bool) -> Example:
-    sides = {"inputs": example.input_ids} if has_inputs else {}
-    sides["targets"] = example.target_ids
-    return {name: np.array(ids, np.int32) for name, ids in sides.items()}
+# --- A task's own code ----------------------------------------------------------------------------
+
+_TRIED = 64  # Targets on which metrics are tried first: enough for most, and quick with all.
+
+
+def _score(
+    eval_set: EvalSet, examples: Sequence[EvalExample], predictions: Sequence[str]
+) -> dict[str, float]:
+    """Returns the scores of a task's metrics.
+
+    Raises:
+      ValueError: if its code fails, with task, function and text.
+    """
+    targets = [example.targets for example in examples]
+    try:
+        return metrics.compute(
+            targets, _postprocess(eval_set, examples, predictions), eval_set.metric_fns
+        )
+    except ValueError as error:
+        raise ValueError(f"task {eval_set.task}: {error}") from error
+
+
+def _postprocess(
+    eval_set: EvalSet, examples: Sequence[EvalExample], texts: Sequence[str]
+) -> list[Any]:
+    values = []
+    for example, text in zip(examples, texts, strict=True):
+        row = {} if example.row is None else {"example": example.row}
+        try:
+            values.append(eval_set.postprocess(text, **row))
+        except Exception as error:  # Of a user's code.
+            raise ValueError(
+                f"postprocess {name_of(eval_set.postprocess)} fails on the prediction "
+                f"{text!r:.80}: {users_error(error)}"
+            ) from error
+    return values
+
+
+def _baselines(eval_set: EvalSet) -> dict[str, dict[str, float]]:
+    """Returns the scores of trivial predictors, without one that the task's code cannot read."""
+    examples, metric_fns = eval_set.examples, eval_set.metric_fns
+    targets = [example.targets for example in examples]
+    copies: list[Any] | None = None
+    with contextlib.suppress(ValueError):
+        copies = _postprocess(eval_set, examples, [example.source for example in examples])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A constant has no correlation.
+        with contextlib.suppress(ValueError):
+            return metrics.baselines(copies, targets, targets, metric_fns)
+        found = {}
+        for sources, frequent in ((copies, None), (None, targets)):
+            with contextlib.suppress(ValueError):
+                found |= metrics.baselines(sources, targets, frequent, metric_fns)
+    return found
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def _per_token(sums: Mapping[str, float], name: str) -> float:
+    """Returns a sum divided by the number of target tokens; NaN if there are none."""
+    return sums[name] / sums["tokens"] if sums["tokens"] else math.nan
+
+
+def _as_example(example: EvalExample, sides: Sequence[str]) -> Example:
+    ids = {"inputs": example.input_ids, "targets": example.target_ids}
+    return {name: np.array(ids[name], np.int32) for name in sides}
 
 
 def _length(ids: Sequence[Sequence[int]], more: int = 0) -> int:
     """Returns the longest row and `more`, rounded up to a multiple of 8: one shape for a task."""
-    return -(-(max(map(len, ids)) + more) // 8) * 8
+    return -(-(max(*map(len, ids), 1) + more) // 8) * 8

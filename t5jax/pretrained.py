@@ -141,9 +141,10 @@ class Pretrained:
           mixture: the name of the task or mixture.
           **options: other arguments of `evaluate.evaluate_model`.
         Returns:
-          The scores of each task, which are also printed.
+          The scores of each task, with those of the baselines.
         """
-        options = {"dtype": self.dtype, "mesh": self.mesh, "rules": self.rules} | options
+        given = {"dtype": self.dtype, "mesh": self.mesh, "rules": self.rules, "show": False}
+        options = given | options
         return evaluate_model(self._found(), mixture, **options)
 
     def export(self, output: str, **options: Any) -> None:
@@ -197,7 +198,7 @@ def load(
     *,
     dtype: Dtype | None = None,
     mesh: MeshConfig = MeshConfig(),
-    rules: AxisRules = AxisRules(),
+    rules: AxisRules | None = None,
 ) -> Pretrained:
     """Loads a model and its tokenizer.
 
@@ -206,11 +207,13 @@ def load(
       dtype: the dtype of computation and parameters, "float32" or "bfloat16". None: float32
         parameters, computation as in training.
       mesh: the devices; fsdp and model shard the parameters, data replicates them.
-      rules: how arrays are sharded over the mesh.
+      rules: how arrays are sharded over the mesh; an axis that it does not divide stays whole.
+        None: as in the run.
     Raises:
       ValueError: if the model cannot be found or read.
     """
     source, mesh = find(name_or_path), sharding.make_mesh(mesh)
+    rules = source.rules(mesh, rules)
     model, params = source.read(dtype, mesh, rules)
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
     model = dataclasses.replace(model, scan_layers=False)

@@ -7,6 +7,7 @@ axes data, fsdp and model. An unknown logical axis is an error, never silently r
 import contextlib
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -130,6 +131,44 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Any
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def divisible_rules(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> AxisRules:
+    """Returns rules under which the mesh divides every parameter of a model as it is.
+
+    A logical axis that the mesh does not divide evenly in some parameter, such as the vocabulary of
+    a published model, is left whole in all parameters and activations, with a warning.
+
+    Args:
+      axes: as for `param_shardings`.
+      shapes: likewise.
+      mesh: the mesh.
+      rules: the rules to begin with.
+    """
+    whole: dict[str, str] = {}
+
+    def visit(path: Any, shape: Any, names: tuple[str, ...]) -> None:
+        spec = partition_spec(names, rules)
+        for size, name, mesh_axes in zip(shape.shape, names, spec, strict=True):
+            if size % _num_devices(mesh, mesh_axes):
+                axis = mesh_axes if isinstance(mesh_axes, str) else " x ".join(mesh_axes)
+                sizes = f"{_num_devices(mesh, mesh_axes)} devices of {axis}"
+                whole[name] = f"{name} ({size:,}) by the {sizes}"
+
+    while True:
+        known = len(whole)
+        jax.tree_util.tree_map_with_path(visit, shapes, axes)
+        if len(whole) == known:
+            break
+        # A mesh axis that one dimension gives up may be taken by the next one of its array.
+        rules = dataclasses.replace(rules, **dict.fromkeys(whole, None))
+    if whole:
+        warnings.warn(
+            f"the mesh does not divide {' and '.join(whole.values())} evenly; each device holds "
+            "all of it",
+            stacklevel=3,
+        )
+    return rules
 
 
 def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:

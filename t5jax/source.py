@@ -39,11 +39,30 @@ class Source:
         run_dir = self.path.parent.parent / checkpoint.TOKENIZER_DIR
         return load_tokenizer(run_dir if self.is_checkpoint else self.path)
 
+    def rules(
+        self,
+        mesh: jax.sharding.Mesh,
+        rules: AxisRules | None = None,
+        model: Architecture | None = None,
+    ) -> AxisRules:
+        """Returns how its arrays are sharded over a mesh; warns of an axis that must stay whole.
+
+        Args:
+          mesh: the mesh.
+          rules: rules to begin with. None: those of the run.
+          model: the network, if it is not the source's own; see `adopt`.
+        """
+        model, rules = model or self.model, rules or self.config.axes
+        if mesh.size == 1:
+            return rules
+        axes, shapes = api.param_axes(model), api.param_shapes(model)
+        return sharding.divisible_rules(axes, shapes, mesh, rules)
+
     def read(
         self,
         dtype: Dtype | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        rules: AxisRules = AxisRules(),
+        rules: AxisRules | None = None,
         *,
         encoder_only: bool = False,
     ) -> tuple[Architecture, api.Params]:
@@ -52,7 +71,7 @@ class Source:
         Args:
           dtype: as for `load`.
           mesh: the mesh for the parameters; by default they are replicated on all devices.
-          rules: how they are sharded over the mesh.
+          rules: how they are sharded over the mesh, see `rules`. None: as in the run.
           encoder_only: only read the encoder.
         Raises:
           ValueError: if encoder_only is set and the model has no separate encoder.
@@ -70,9 +89,9 @@ class Source:
         if dtype:
             model = dataclasses.replace(model, dtype=dtype)
         mesh = mesh or sharding.make_mesh()
-        shardings = sharding.param_shardings(
-            api.param_axes(model), api.param_shapes(model), mesh, rules
-        )
+        axes, shapes = api.param_axes(model), api.param_shapes(model)
+        rules = sharding.divisible_rules(axes, shapes, mesh, rules or self.config.axes)
+        shardings = sharding.param_shardings(axes, shapes, mesh, rules)
         return model, self.params(model, shardings)
 
     def params(

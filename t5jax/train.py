@@ -59,13 +59,22 @@ def train(config: Config) -> Path:
         config = dataclasses.replace(config, model=adopt(config.model, source, name))
     if last:
         saved = checkpoint.read_config(last)
+        if config.train.epochs is not None and config.train.epochs == saved.train.epochs:
+            config = _with_steps(config, saved.train.steps)  # Counted when the run began.
         checkpoint.check_same_run(saved, config, begun=bool(loop.iterator))
-        if reason := loop.is_over(int(last.name), config):
+        is_counted = config.train.epochs in (None, saved.train.epochs)
+        if is_counted and (reason := loop.is_over(int(last.name), config)):
             say(f"nothing to do in {run_dir}: {reason}")
             return _finish(run_dir, loop, config)
 
     # --- The program: what cannot work is said before a cache is written ---
-    run = program(config, sharding.make_mesh(config.mesh))
+    mesh = sharding.make_mesh(config.mesh)
+    # The sizes of a published model cannot be changed to suit the mesh.
+    rules = source.rules(mesh, config.axes, config.model) if source else config.axes
+    # How many steps the epochs are is only known of the data.
+    counts = config.train.epochs is not None and not (last and is_counted)
+    early = _with_steps(config, _UNKNOWN_STEPS) if counts else config
+    run = program(dataclasses.replace(early, axes=rules), mesh)
 
     # --- Data ---
     say("reading tasks")
@@ -74,6 +83,15 @@ def train(config: Config) -> Path:
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if has_own else None)
     rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
+    epoch = iterator.epoch(config.train.epochs if counts else None)
+    if counts:
+        # A state that was imported has steps of its own, before the first epoch.
+        before = int(last.name) if last and not loop.iterator else 0
+        config = _with_steps(config, before + epoch.total_steps)
+        if last and (reason := loop.is_over(int(last.name), config)):
+            say(f"nothing to do in {run_dir}: {reason}")
+            return _finish(run_dir, loop, config)
+        run = program(dataclasses.replace(config, axes=rules), mesh)
     if loop.iterator:
         iterator.restore(loop.iterator)
     eval_sets, evaluator = [], None
@@ -89,6 +107,8 @@ def train(config: Config) -> Path:
             generate=config.eval.generate,
             prefix_lm=config.data.prefix_lm,
         )
+        for eval_set in eval_sets:
+            evaluator.try_metrics(eval_set)
 
     with run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
         # --- Resume, or begin ---
@@ -109,7 +129,8 @@ def train(config: Config) -> Path:
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
-        say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}")
+        size = f"; an epoch is {epoch}" if epoch else ""
+        say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}{size}")
 
         # --- Train ---
         throughput = progress.Throughput()
@@ -122,29 +143,46 @@ def train(config: Config) -> Path:
                 # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"):
                     state, metrics = run.step(state, batch)
-                batches.fetch()  # While the devices work on the step.
+                done = step == config.train.steps
+                # What fails in the data or in an evaluation is raised when the step is saved.
+                failure = None if done else batches.try_fetch()  # While the devices work.
                 reports.add(step, metrics, num_tokens)
 
-                done = step == config.train.steps
-                evaluates = eval_sets and (done or step % config.eval.every == 0)
-                if evaluates or done or step % config.checkpoint.every == 0:
+                evaluates = not failure and eval_sets and (done or step % config.eval.every == 0)
+                if evaluates or done or failure or step % config.checkpoint.every == 0:
                     reports.flush()  # Raises before a state that is not finite could be saved.
                     loop.iterator, loop.sums = position, reports.sums
                     with throughput.pause():
                         loss = None
                         if evaluates:
-                            results = run_evaluation(evaluator, state.params, eval_sets)
-                            loss = mean_loss([result for _, result in results.values()])
-                            report_evaluation(step, results, loss, config, writer, bar)
-                            loop.add(step, loss)
-                            if loop.stops(config.eval.patience):
-                                bar.print(f"stopping at step {step}: {loop.reason()}")
-                                done = True
+                            try:
+                                results = run_evaluation(evaluator, state.params, eval_sets)
+                            except Exception as error:  # Such as too little memory to generate.
+                                _raise_among_several(error)
+                                failure = error
+                            else:
+                                loss = mean_loss([result for _, result in results.values()])
+                                report_evaluation(step, results, loss, config, writer, bar)
+                                loop.add(step, loss)
+                                failure = _failure_of(results)
+                                if loop.stops(config.eval.patience):
+                                    bar.print(f"stopping at step {step}: {loop.reason()}")
+                                    done = True
                         checkpoints.save(step, state, dataclasses.asdict(loop), config, loss)
+                if failure:
+                    say(f"the checkpoint of step {step} is saved")
+                    raise failure
                 if done:
                     break
 
     return _finish(run_dir, loop, config)
+
+
+_UNKNOWN_STEPS = 10**9
+
+
+def _with_steps(config: Config, steps: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Array]:
@@ -235,6 +273,15 @@ class Prefetch:
         # is one batch ahead.
         self._slot = on_devices, num_tokens, self._iterator.state()
 
+    def try_fetch(self) -> Exception | None:
+        """Fetches; returns the error of the data instead of raising it."""
+        try:
+            self.fetch()
+        except Exception as error:
+            _raise_among_several(error)
+            return error
+        return None
+
     def __next__(self):
         if self._slot is None:
             self.fetch()
@@ -301,11 +348,29 @@ def run_evaluation(
     return {s.task: (s, evaluator.evaluate(params, s)) for s in eval_sets}
 
 
+def _failure_of(results: dict[str, tuple[EvalSet, Result]]) -> ValueError | None:
+    """Returns the error of the first task whose own code failed."""
+    errors = [result.error for _, result in results.values() if result.error]
+    if not errors:
+        return None
+    return ValueError(
+        f"{errors[0]}; mend the function, and the same command goes on from the last step"
+    )
+
+
+def _raise_among_several(error: Exception) -> None:
+    """Raises the error if there are other processes: they would wait in vain for this one."""
+    if jax.process_count() > 1:
+        raise error
+
+
 def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
     """Writes the scores of an evaluation, and prints a line and samples for each task."""
     split = config.eval.split
-    scalars = {f"{split}/loss": loss}
     bar.print(f"step {step}: {split} loss {loss:.4f}")
+    if split == "train":  # Metrics of training steps have that name.
+        split = "eval/train"
+    scalars = {f"{split}/loss": loss}
     for task, (eval_set, result) in results.items():
         scalars |= {f"{split}/{task}/{name}": value for name, value in result.scores.items()}
         scores = ", ".join(

@@ -91,6 +91,7 @@ REFUSED = [
     (TrainConfig, {"steps": 0}, "train.steps is 0; it must be at least 1"),
     (TrainConfig, {"microbatches": 0}, "train.microbatches is 0; it must be at least 1"),
     (TrainConfig, {"log_every": 0}, "train.log_every is 0; it must be at least 1"),
+    (TrainConfig, {"epochs": -1.0}, "train.epochs is -1.0; it must be above 0"),
     (EvalConfig, {"every": -1}, "eval.every is -1; it must be at least 0"),
     (EvalConfig, {"batch_size": 0}, "eval.batch_size is 0; it must be at least 1"),
     (EvalConfig, {"num_samples": -1}, "eval.num_samples is -1; it must be at least 0"),
@@ -322,7 +323,10 @@ def test_config_files(tmp_path, monkeypatch):
 # are in tests/conformance.
 
 LOSS_FIELDS = {"z_loss": 0.5, "label_smoothing": 0.3}
-TRAIN_FIELDS_HERE, TRAIN_FIELDS_ELSEWHERE = {"seed", "microbatches"}, {"steps", "log_every"}
+TRAIN_FIELDS_HERE, TRAIN_FIELDS_ELSEWHERE = (
+    {"seed", "microbatches"},
+    {"steps", "log_every", "epochs"},
+)
 # Whole sections in another file's table.
 ELSEWHERE = {
     T5Config: "conformance/test_options.py",

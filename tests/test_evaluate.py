@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
+import seqio
 
 import tiny
 from conformance.cases import random_params
 from conformance.families import T5 as SMALL
-from t5jax import evaluate, sharding
+from t5jax import evaluate, pretrained, sharding
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
 from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
 from t5jax.metrics import exact_match
 from t5jax.models import api
+from t5jax.monitor import tables
 from t5jax.tokenizers import ByteTokenizer
 from tiny import TASK_FILE, one_device, trained_run  # noqa: F401
 
@@ -109,6 +112,94 @@ def test_metrics_see_what_the_task_makes_of_a_prediction():
     assert result.baselines == plain.baselines
 
 
+def numbers(size=6):
+    """An eval set as STS-B has it in T5: targets and predictions are numbers."""
+
+    def postprocess(text, example=None):
+        assert example["row"] in range(size)
+        return float(text)
+
+    def mean_error(targets, predictions):
+        assert all(type(x) is float for x in [*targets, *predictions])
+        return {"error": np.mean([abs(t - p) for t, p in zip(targets, predictions, strict=True)])}
+
+    def details(targets, predictions):
+        return {"pairs": seqio.metrics.Text("0"), "sum": seqio.metrics.Scalar(sum(predictions))}
+
+    examples = []
+    for i in range(size):
+        target = 3.5 if i else 2.0
+        ids = [[*ByteTokenizer().encode(text), 1] for text in ("asked", str(target))]
+        source = str(i) if size == 6 else "no number"
+        examples.append(EvalExample("asked", source, target, *ids, {"row": i}))
+    return EvalSet("stsb", examples, [mean_error, details], postprocess)
+
+
+def test_a_task_may_make_numbers_of_texts():
+    """In its metrics, its baselines and its tables; and SeqIO's values of metrics are read."""
+    result = run(numbers(), 8, predict=lambda params, inputs: ["3.5"] * len(inputs))
+    scores = {name: result.scores[name] for name in ("error", "sum")}
+    assert scores == pytest.approx({"error": 1.5 / 6, "sum": 21.0})
+    # Copied: |2 - 0| + |3.5 - i| for i of 1 to 5.
+    assert result.baselines["copy the input"] == pytest.approx({"error": 8.5 / 6, "sum": 15.0})
+    assert result.baselines["most frequent target"] == pytest.approx(scores)
+    table = tables.samples_markdown(["asked"], [numbers().examples[0].targets], ["3.5"])
+    assert "target: `2.0`" in table
+
+
+def test_a_baseline_that_the_task_cannot_read_is_left_out():
+    result = run(numbers(5), 8, predict=lambda params, inputs: ["3.5"] * len(inputs))
+    assert list(result.baselines) == ["most frequent target"]
+    assert result.error == ""
+
+
+def test_an_error_of_a_task_names_its_function_and_the_text():
+    result = run(numbers(), 8, predict=lambda params, inputs: ["half"] * len(inputs))
+    assert re.match(
+        r"task stsb: postprocess postprocess fails on the prediction 'half': could not convert "
+        rf"string to float: 'half' \({__file__}, line \d+\)",
+        result.error,
+    )
+    assert set(result.scores) == {"loss", "perplexity", "token_accuracy"}
+
+
+def test_an_example_without_an_answer_counts_for_nothing():
+    """As a SeqIO task with add_eos=False may have it."""
+    with_one = eval_set()
+    empty = dataclasses.replace(with_one.examples[0], target_ids=[], targets="")
+    with_one.examples.append(empty)
+    result, without = run(with_one, 4), run(eval_set(), 4)
+    assert result.sums == pytest.approx(without.sums)
+    assert len(result.predictions) == 8
+    alone = run(EvalSet("empty", [empty], (exact_match,), lambda text: text), 4)
+    assert math.isnan(alone.scores["loss"])
+    no_inputs = [dataclasses.replace(e, input_ids=[]) for e in with_one.examples]
+    result = run(dataclasses.replace(with_one, examples=no_inputs, metric_fns=()), 4)
+    assert math.isfinite(result.scores["loss"])
+
+
+def test_a_metric_that_cannot_score_a_few_is_tried_on_all():
+    """As one that needs both classes, of a table that is sorted by class."""
+    asked = []
+
+    def needs_both(targets, predictions):
+        assert targets == predictions
+        asked.append(len(targets))
+        if len(targets) < 130:
+            raise ValueError("only one class")
+        return {"score": 1.0}
+
+    examples = [dataclasses.replace(eval_set(1).examples[0], targets="copied") for _ in range(130)]
+    ids = [*ByteTokenizer().encode("copied"), 1]
+    examples = [dataclasses.replace(e, target_ids=ids) for e in examples]
+    mesh = sharding.make_mesh(MeshConfig())
+    evaluator = Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5)
+    evaluator.try_metrics(EvalSet("sorted", examples, [needs_both], lambda text: text))
+    assert asked == [44, 130]
+    with pytest.raises(ValueError, match=r"task few: metric needs_both fails: only one class"):
+        evaluator.try_metrics(EvalSet("few", examples[:9], [needs_both], lambda text: text))
+
+
 def test_a_loss_beyond_all_bounds_has_a_perplexity(monkeypatch):
     sums = {"nll": 4000.0, "tokens": 5.0, "correct": 1.0, "loss": 4000.0}
     monkeypatch.setattr(Evaluator, "_sum_losses", lambda *_: sums)
@@ -178,6 +269,10 @@ def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
     for name, value in of_run["capitals"]["model"].items():
         assert value == pytest.approx(logged[f"validation/capitals/{name}"], rel=1e-6)
 
+    # From Python the scores are returned, and nothing is printed.
+    capsys.readouterr()
+    assert pretrained.load(str(run_dir)).evaluate(**OPTIONS) == of_run
+    assert capsys.readouterr().out == ""
     assert evaluate_model(str(run_dir / "checkpoints/10"), **OPTIONS) == of_run
     assert evaluate_model(str(run_dir / "checkpoints/5"), **OPTIONS) != of_run
 

@@ -4,14 +4,18 @@ import dataclasses
 
 import pytest
 
+import tiny
 from conformance.cases import random_params
 from conformance.families import T5 as SMALL
+from t5jax import pretrained
 from t5jax.architectures import T5Config
-from t5jax.config import Config
+from t5jax.config import AxisRules, Config, MeshConfig
+from t5jax.convert import import_model
 from t5jax.hf import io as hf_io
 from t5jax.source import Source, adopt, find
 from t5jax.tokenizers import ByteTokenizer
-from tiny import one_device, trained_run  # noqa: F401
+from t5jax.train import train
+from tiny import eight_devices, one_device, trained_run  # noqa: F401
 
 
 def test_found_folder_run_and_checkpoint(tmp_path):
@@ -39,6 +43,48 @@ def test_found_folder_run_and_checkpoint(tmp_path):
 def test_not_found(name, message):
     with pytest.raises(ValueError, match=message):
         find(name.replace("RUN", str(trained_run())))
+
+
+# --- On a mesh ------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_axes_wherever_it_is_used():
+    mesh = tiny._make_mesh(MeshConfig(model=2))
+    own = AxisRules(vocab=None, mlp=None)
+    run = Source(trained_run(), Config(model=tiny.TINY.model, axes=own))
+    assert run.rules(mesh) == own
+    assert run.rules(mesh, AxisRules()) == AxisRules()
+    odd = dataclasses.replace(tiny.TINY.model, vocab_size=385)
+    with pytest.warns(
+        UserWarning, match=r"not divide vocab \(385\) by the 2 devices of model even"
+    ):
+        assert run.rules(mesh, AxisRules(), odd) == AxisRules(vocab=None)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_a_run_is_used_and_trained_further_on_a_mesh_that_does_not_divide_it(tmp_path):
+    """By every command, as on one device."""
+    odd = dataclasses.replace(SMALL, vocab_size=385, num_heads=3)
+    folder = tmp_path / "model"
+    hf_io.save_params(folder, odd, random_params(odd), tokenizer=ByteTokenizer())
+    mesh = MeshConfig(model=2, fsdp=4)
+    whole = r"heads \(3\) by the 2 devices of model"
+    one = pretrained.load(str(folder), mesh=MeshConfig()).generate(["a", "bc"], max_tokens=4)
+    with pytest.warns(UserWarning, match=whole):
+        assert pretrained.load(str(folder), mesh=mesh).generate(["a", "bc"], max_tokens=4) == one
+    with pytest.warns(UserWarning, match=whole):
+        import_model(str(folder), str(tmp_path / "run"), mesh=mesh)
+    config = tiny.make_config(
+        tmp_path / "tuned",
+        init={"model": str(tmp_path / "run")},
+        train={"steps": 1},
+        eval=tiny.NO_EVAL,
+    )
+    config = dataclasses.replace(config, model=T5Config(), mesh=mesh)
+    with pytest.warns(UserWarning, match=whole):
+        train(config)
+    # The mesh may be another one later: what it could not do is no part of the run.
+    assert find(str(tmp_path / "tuned")).config.axes == AxisRules()
 
 
 # --- Architecture of the source, settings of the run ----------------------------------------------

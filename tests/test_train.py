@@ -40,6 +40,7 @@ from tiny import (
     eight_devices,  # noqa: F401
     make_config,
     one_device,  # noqa: F401
+    read_loop,
     read_state,
     trained_run,
 )
@@ -491,6 +492,114 @@ def test_imported_run_is_no_run_to_go_on_with(exported, tmp_path):
         import_model(str(exported), str(tmp_path / "imported"))
 
 
+def test_epochs_in_place_of_steps(tmp_path, capsys):
+    """The 40 rows of the task are 5 steps of 8."""
+    schedule = {"schedule": "linear", "final_fraction": 0.5}
+
+    def epochs(number):
+        return make_config(
+            tmp_path, eval=NO_EVAL, optimizer=schedule, train={"epochs": number, "log_every": 1}
+        )
+
+    train(epochs(0.4))
+    assert "; an epoch is 40 examples, 5 steps\n" in capsys.readouterr().err
+    rates = [line["train/learning_rate"] for line in log.read_metrics(tmp_path)]
+    assert rates == pytest.approx([1e-2, 0.75e-2])  # It falls until the end that was counted.
+    train(epochs(0.4))
+    assert "step 2 is reached, train.steps is 2" in capsys.readouterr().err
+    train(epochs(0.6))
+    assert [line["step"] for line in log.read_metrics(tmp_path)] == [1, 2, 3]
+
+
+# --- A task's own code fails ----------------------------------------------------------------------
+
+
+def failing(monkeypatch, **functions):
+    """Replaces the metrics or the postprocessing of every set of examples."""
+    made = pipeline.eval_sets
+
+    def eval_sets(*args, **options):
+        return [dataclasses.replace(s, **functions) for s in made(*args, **options)]
+
+    monkeypatch.setattr(pipeline, "eval_sets", eval_sets)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("metric", "task capitals: metric precision fails: ZeroDivisionError: division by zero"),
+        ("postprocess", "task capitals: postprocess last_word fails on the prediction '"),
+        ("evaluation", "out of memory"),
+    ],
+)
+def test_the_step_is_saved_before_what_failed_in_an_evaluation_is_raised(
+    kind, message, tmp_path, monkeypatch, capsys
+):
+    def precision(targets, predictions):
+        wrong = sum(t != p for t, p in zip(targets, predictions, strict=True))
+        return {"precision": 1 / (not wrong)}
+
+    def last_word(text, example):
+        return {t: t for t in "ABCD"}[text[:1]]  # As the targets begin, and not what is made up.
+
+    if kind == "metric":
+        failing(monkeypatch, metric_fns=[precision])
+    elif kind == "postprocess":
+        failing(monkeypatch, postprocess=last_word)
+    else:
+
+        def evaluate(*_):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(loop.Evaluator, "evaluate", evaluate)
+    sections = {"train": {"steps": 9}, "eval": {"every": 3}, "checkpoint": {"every": 100}}
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(message)) as caught:
+        train(make_config(tmp_path, **sections))
+    if kind != "evaluation":
+        assert f"({__file__}, line " in str(caught.value)
+    assert "the checkpoint of step 3 is saved" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    # The loss was there before the metrics, and counts.
+    assert find(str(tmp_path)).path.name == "3"
+    assert (read_loop(tmp_path, 3)["best_loss"] is None) == (kind == "evaluation")
+
+
+def test_metrics_are_tried_before_the_first_step(tmp_path, monkeypatch):
+    failing(monkeypatch, metric_fns=[lambda targets, predictions: targets["word"]])
+    message = r"task capitals: metric <lambda> fails: TypeError: list indices .*test_train.py, line"
+    with pytest.raises(ValueError, match=message):
+        train(make_config(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_step_is_saved_before_what_failed_in_the_data_is_raised(tmp_path, monkeypatch, capsys):
+    fetch, calls = loop.Prefetch.fetch, itertools.count(1)
+
+    def fail_at_the_fourth(self):
+        if next(calls) == 4:
+            raise ValueError("row 31 has no field 'word'")
+        fetch(self)
+
+    monkeypatch.setattr(loop.Prefetch, "fetch", fail_at_the_fourth)
+    config = make_config(tmp_path / "run", eval=NO_EVAL)
+    with pytest.raises(ValueError, match="row 31 has no field"):
+        train(config)
+    assert "the checkpoint of step 3 is saved" in capsys.readouterr().err
+    monkeypatch.setattr(loop.Prefetch, "fetch", fetch)
+    train(config)
+    train(make_config(tmp_path / "other", eval=NO_EVAL))
+    assert_same_bits(tmp_path / "run", tmp_path / "other", 10)
+
+
+def test_an_evaluation_on_the_training_split_has_names_of_its_own(tmp_path):
+    sections = {"train": {"steps": 2, "log_every": 1}, "eval": {"every": 1, "split": "train"}}
+    train(make_config(tmp_path, **sections))
+    lines = log.read_metrics(tmp_path)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2]
+    assert [line["step"] for line in lines if "eval/train/loss" in line] == [1, 2]
+    assert not any(name.startswith("train/capitals") for line in lines for name in line)
+
+
 # --- What goes wrong ------------------------------------------------------------------------------
 
 
@@ -594,6 +703,7 @@ CHANGES = {
     "eval.patience": (0, "eval.patience is 0"),  # 2 and 4: in the test of early stopping.
     "checkpoint.every": (4, test_how_often_and_how_much_is_measured),
     "checkpoint.keep": (0, "checkpoint.keep is 0"),  # 1: in the test of early stopping.
+    "train.epochs": (0.0, "train.epochs is 0.0; it must be above 0"),  # Others: in its own test.
     "train.steps": (5, test_how_often_and_how_much_is_measured),
     "train.microbatches": (3, "data.batch_size 8 is not divisible by train.microbatches 3"),
     "train.log_every": (2, test_how_often_and_how_much_is_measured),

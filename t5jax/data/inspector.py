@@ -8,11 +8,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from t5jax.checks import did_you_mean
+from t5jax.checks import did_you_mean, name_of
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.registry import broken_files, check_mixture, task_names
 from t5jax.data.run import TRAIN_SPLIT
@@ -62,7 +61,7 @@ def _summary(found: seqio.Task | seqio.Mixture) -> TaskSummary:
     templates = ", ".join(template.name for template in kind.templates)
     if kind.objective is not None:
         templates = type(kind.objective).__name__
-    metrics = ", ".join(_name_of(function) for function in found.metric_fns)
+    metrics = ", ".join(name_of(function) for function in found.metric_fns)
     return TaskSummary(found.name, kind.origin(), ", ".join(_splits(found)), templates, metrics)
 
 
@@ -76,11 +75,6 @@ def _splits(task: seqio.Task) -> Sequence[str]:
         return list(task.splits)
     except Exception as error:  # TFDS has to find the dataset for this.
         return [f"unknown ({type(error).__name__})"]
-
-
-def _name_of(function: Any) -> str:
-    function = getattr(function, "func", function)
-    return getattr(function, "__name__", type(function).__name__)
 
 
 # --- What the model sees ------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from t5jax.architectures import Architecture
 from t5jax.batch import ExampleFormat, train_spec
+from t5jax.checks import name_of, users_error
 from t5jax.config import Config
 from t5jax.data.batches.converters import example_lengths, make_converter
 from t5jax.data.batches.examples import BatchIterator, EvalExample, EvalSet
@@ -228,7 +229,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
         task=task.name,
         examples=[_eval_example(task, row, tokenizer) for row in rows],
         metric_fns=task.predict_metric_fns,
-        postprocess=functools.partial(task.postprocess_fn, example=None, is_target=False)
+        postprocess=functools.partial(task.postprocessor, is_target=False)
         if task.postprocessor
         else _unchanged,
     )
@@ -239,10 +240,17 @@ def _eval_example(task: seqio.Task, row: dict[str, Any], tokenizer: Tokenizer) -
     target_ids = row["targets"].tolist()
     inputs = _text(row, "inputs_pretokenized", tokenizer.decode(input_ids))
     targets = _text(row, "targets_pretokenized", tokenizer.decode(target_ids))
-    if task.postprocessor:
-        targets = task.postprocess_fn(targets, example=row, is_target=True)
     source = _text(row, SOURCE_FEATURE, inputs)
-    return EvalExample(inputs, source, targets, input_ids, target_ids)
+    if not task.postprocessor:
+        return EvalExample(inputs, source, targets, input_ids, target_ids)
+    try:
+        targets = task.postprocess_fn(targets, example=row, is_target=True)
+    except Exception as error:  # Of a user's code.
+        raise ValueError(
+            f"task {task.name}: postprocess {name_of(task.postprocessor)} fails on the target "
+            f"{targets!r:.80}: {users_error(error)}"
+        ) from error
+    return EvalExample(inputs, source, targets, input_ids, target_ids, row)
 
 
 def _text(row: dict[str, Any], feature: str, default: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t5jax.data.batches.examples import Example
+from t5jax.data.batches.examples import Example, several_tasks
 from t5jax.data.bridge.tf import elements, seqio, tf
 from t5jax.data.fingerprint import sketch
 from t5jax.data.registry import check_mixture
@@ -70,6 +70,28 @@ class StreamedExamples:
                 window = []
             window.append(example)
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
+
+    @property
+    def is_one_task(self) -> bool:
+        return len(self._tasks) == 1
+
+    def epoch(self) -> int:
+        """Returns the number of examples of an epoch, by making them once.
+
+        Raises:
+          ValueError: for several tasks, or one of SeqIO's own.
+        """
+        if not self.is_one_task:
+            raise ValueError(several_tasks([task.name for task in self._tasks]))
+        (task,) = self._tasks
+        kind = kind_of(task)
+        if not isinstance(kind, OwnSource):
+            raise ValueError(
+                f"train.epochs is set, but {task.name} is a task of SeqIO's own, whose examples "
+                "are only counted in a cache; set data.cache to a folder, or give train.steps and "
+                "leave train.epochs out"
+            )
+        return sum(1 for _ in kind.encode(kind.rows(TRAIN_SPLIT), TRAIN_SPLIT, self._run))
 
     def _choices(self) -> Iterator[int]:
         """Yields the index of each example's task."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from t5jax.architectures import BertActivation, BertConfig, BertHead
 from t5jax.hf.mapping import (
+    GELU_EXACT,
+    GELU_TANH,
     Key,
     Rearrange,
     Row,
@@ -123,8 +125,8 @@ _KEYS = {
 
 # Our names to theirs, of which the first one is written.
 _ACTIVATIONS: dict[BertActivation, tuple[str, ...]] = {
-    "gelu-exact": ("gelu", "gelu_python"),
-    "gelu": ("gelu_new", "gelu_pytorch_tanh"),
+    "gelu-exact": GELU_EXACT,
+    "gelu": GELU_TANH,
     "relu": ("relu",),
 }
 

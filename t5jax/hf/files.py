@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from t5jax.hf.mapping import Tensors
 CONFIG = "config.json"
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
+_ADAPTER = "adapter_config.json"
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -52,6 +54,29 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file with its keys in order."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_adapter(folder: Path) -> None:
+    """Warns of an adapter (PEFT's LoRA) in a model's folder, which is not applied.
+
+    transformers applies it, where peft is installed.
+
+    Raises:
+      ValueError: if the folder holds an adapter alone.
+    """
+    if not (folder / _ADAPTER).is_file():
+        return
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    merge = "merge it into the weights first (peft's merge_and_unload, then save_pretrained)"
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{folder} holds an adapter of {base}, which is no model by itself; {merge}"
+        )
+    warnings.warn(
+        f"{folder} also holds an adapter ({_ADAPTER}, of {base}), which is not applied; {merge}, "
+        "or remove it",
+        stacklevel=3,
+    )
 
 
 # --- Reading tensors ----------------------------------------------------------------------------
@@ -157,6 +182,8 @@ def open_tensors(folder: str | os.PathLike[str]) -> Iterator[Tensors]:
 def _open_safetensors(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (safetensors.SafetensorError, OSError) as error:
         with contextlib.suppress(OSError), path.open("rb") as file:
             if file.read(20).startswith(b"version https://git"):
@@ -184,6 +211,8 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, mmap=True, **options)
         except RuntimeError:
             content = torch.load(path, **options)
+    except (PermissionError, MemoryError) as error:  # Which say nothing about the file.
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from None
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

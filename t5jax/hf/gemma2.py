@@ -9,7 +9,7 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
-from t5jax.hf.mapping import Key, Row, Table, Tensors
+from t5jax.hf.mapping import GELU_TANH, Key, Row, Table, Tensors
 
 _NORMS = {
     "pre_attention_norm": "input_layernorm",
@@ -49,7 +49,7 @@ _KEYS = (
 )
 REQUIRED = {
     # If it is absent, transformers assumes this one, regardless of hidden_act.
-    "hidden_activation": ("gelu_pytorch_tanh",),
+    "hidden_activation": ("gelu_pytorch_tanh", *GELU_TANH),
     "use_bidirectional_attention": (False,),
 }
 
@@ -132,4 +132,5 @@ TABLE = Table(
     write_config=write_config,
     rows=rows,
     ignored=llama.IGNORED,
+    renames=llama.RENAMES,
 )

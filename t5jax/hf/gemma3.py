@@ -83,5 +83,6 @@ TABLE = Table(
     renames=(
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^(model\.)?language_model\.(model\.)?", "model."),
+        *llama.RENAMES,
     ),
 )

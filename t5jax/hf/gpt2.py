@@ -12,6 +12,8 @@ from typing import Any
 
 from t5jax.architectures import GPTActivation, GPTConfig
 from t5jax.hf.mapping import (
+    GELU_EXACT,
+    GELU_TANH,
     Key,
     Part,
     Rearrange,
@@ -105,8 +107,8 @@ _SYNONYMS = {
 
 # Our names to theirs, of which the first one is written.
 _ACTIVATIONS: dict[GPTActivation, tuple[str, ...]] = {
-    "gelu": ("gelu_new", "gelu_pytorch_tanh"),
-    "gelu-exact": ("gelu",),
+    "gelu": GELU_TANH,
+    "gelu-exact": GELU_EXACT,
     "relu": ("relu",),
 }
 

@@ -20,6 +20,7 @@ from t5jax.architectures import FAMILIES, Architecture, check_dtype
 from t5jax.checks import check_at_least
 from t5jax.hf.files import (
     CONFIG,
+    check_adapter,
     check_destination,
     has_weights,
     open_tensors,
@@ -54,6 +55,7 @@ def read_config(
         is not implemented.
     """
     folder = Path(folder)
+    check_adapter(folder)
     raw = read_json(folder / CONFIG)
     model_type, classes = raw.get("model_type"), raw.get("architectures") or []
     tables = [family.load_table() for family in FAMILIES.values()]

@@ -7,12 +7,13 @@ it.
 Axes: v vocab, d model, h heads, k head dim, f mlp.
 """
 
+import dataclasses
 import warnings
 from typing import Any
 
 from t5jax.architectures import GPTConfig
 from t5jax.hf import rope, tokens
-from t5jax.hf.mapping import Key, Rearrange, Row, Table, Tensors, check_required, read_keys
+from t5jax.hf.mapping import SILU, Key, Rearrange, Row, Table, Tensors, check_required, read_keys
 
 _HEAD = "lm_head.weight"
 
@@ -99,8 +100,8 @@ _KEYS = {
     "intermediate_size": Key(int, 11008),
     "num_hidden_layers": Key(int, 32),
     "num_attention_heads": Key(int, 32),
-    "num_key_value_heads": Key(int),
-    "head_dim": Key(int),
+    "num_key_value_heads": Key(int, may_be_null=True),
+    "head_dim": Key(int, may_be_null=True),
     "max_position_embeddings": Key(int, 2048),
     "initializer_range": Key(float, 0.02),
     "rms_norm_eps": Key(float, 1e-6),
@@ -120,7 +121,9 @@ REQUIRED = {
 
 def keys(**defaults: Any) -> dict[str, Key]:
     """Returns the keys of all families with Llama's names, with other defaults."""
-    return _KEYS | {name: Key(_KEYS[name].kind, value) for name, value in defaults.items()}
+    return _KEYS | {
+        name: dataclasses.replace(_KEYS[name], default=value) for name, value in defaults.items()
+    }
 
 
 def read_shape(
@@ -159,6 +162,10 @@ def write_shape(config: GPTConfig) -> dict[str, Any]:
     }
 
 
+# rope_interleaved: pairs of neighbours, as SmolLM's training had them.
+_REQUIRED = {"hidden_act": SILU, "rope_interleaved": (False,)}
+
+
 def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """Returns the description of the network in config.json.
 
@@ -167,7 +174,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     """
     known = keys() | {"mlp_bias": Key(bool, False)}
     # pretraining_tp: the number of parts of a product in transformers 4.
-    values, fields = read_shape(raw, known, {"hidden_act": ("silu",)}, ("pretraining_tp",))
+    values, fields = read_shape(raw, known, _REQUIRED, ("pretraining_tp",))
     return GPTConfig(
         family="llama",
         mlp_activation="gated-silu",
@@ -200,6 +207,9 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
 
 
 # Files from 2023 contain the wavelengths of rotary embeddings.
+# Files of a network without its head, as of an embedding model, lack the prefix.
+RENAMES = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
+
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 TABLE = Table(
@@ -209,4 +219,5 @@ TABLE = Table(
     write_config=write_config,
     rows=rows,
     ignored=IGNORED,
+    renames=RENAMES,
 )

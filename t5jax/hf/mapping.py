@@ -402,14 +402,26 @@ def same_values(a: Tensor, b: Tensor) -> bool:
 
 # --- config.json --------------------------------------------------------------------------------
 
+# Names of the same function in transformers' ACT2FN, of which the first is the usual one.
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate")
+GELU_EXACT = ("gelu", "gelu_python")
+SILU = ("silu", "swish")
+
 # Keys of any config.json that do not affect the network: the origin of a file, settings of training
-# and of former users, labels of other heads, defaults of generation.
+# and of former users, of other libraries, labels of other heads, defaults of generation.
 BOOKKEEPING = frozenset(
     re.findall(
-        r"\w+",
+        r"[\w.]+",
         """
-        _name_or_path _commit_hash _attn_implementation_autoset architectures auto_map
-        model_type name
+        _name_or_path _commit_hash _attn_implementation_autoset _attn_implementation
+        _attn_implementation_internal _experts_implementation _flash_attn_2_enabled
+        attn_implementation architectures auto_map model_type name license language revision
+        transformers.js_config unsloth_version unsloth_fixed unsloth_traced_weights
+        tokenizer_model_max_length tokenizer_padding_side model_max_length max_sequence_length
+        neftune_noise_alpha is_llama_config is_composition tf_legacy_loss use_return_dict
+        cross_attention_hidden_size summary_type summary_use_proj summary_activation
+        summary_proj_to_labels summary_first_dropout n_special predict_special_tokens
+        _num_labels xla_device
         transformers_version torch_dtype dtype torchscript use_bfloat16 gradient_checkpointing
         return_dict output_attentions output_hidden_states output_past use_cache
         chunk_size_feed_forward task_specific_params finetuning_task problem_type id2label label2id
@@ -419,6 +431,14 @@ BOOKKEEPING = frozenset(
         diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
         no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences output_scores
         return_dict_in_generate remove_invalid_values exponential_decay_length_penalty
+        _from_model_config assistant_confidence_threshold assistant_early_exit
+        assistant_lookbehind target_lookbehind cache_config cache_implementation
+        compile_config disable_compile constraints force_words_ids dola_layers
+        encoder_repetition_penalty epsilon_cutoff eta_cutoff guidance_scale is_assistant low_memory
+        max_cache_len max_matching_ngram_size max_time min_new_tokens min_p num_assistant_tokens
+        num_assistant_tokens_schedule output_logits penalty_alpha prefill_chunk_size
+        prompt_lookup_num_tokens renormalize_logits return_legacy_cache sequence_bias stop_strings
+        token_healing top_h watermarking_config
         """,
     )
 )

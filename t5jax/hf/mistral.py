@@ -7,12 +7,12 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig
 from t5jax.hf import llama, rope, tokens
-from t5jax.hf.mapping import Key, Table, Tensors
+from t5jax.hf.mapping import SILU, Key, Table, Tensors
 
 _KEYS = llama.keys(
     intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
 ) | {"sliding_window": Key(int, 4096, may_be_null=True)}
-_REQUIRED = {"hidden_act": ("silu",), "attention_bias": (False,)}
+_REQUIRED = {"hidden_act": SILU, "attention_bias": (False,)}
 
 
 def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
@@ -53,4 +53,5 @@ TABLE = Table(
     write_config=write_config,
     rows=llama.rows,
     ignored=llama.IGNORED,
+    renames=llama.RENAMES,
 )

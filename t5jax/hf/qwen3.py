@@ -7,7 +7,7 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
-from t5jax.hf.mapping import Key, Table, Tensors
+from t5jax.hf.mapping import SILU, Key, Table, Tensors
 
 _KEYS = llama.keys(
     vocab_size=151936,
@@ -28,7 +28,7 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     Raises:
       ValueError: if a value is not implemented here, or has another type than its key.
     """
-    values, fields = llama.read_shape(raw, _KEYS, {"hidden_act": ("silu",)}, ("layer_types",))
+    values, fields = llama.read_shape(raw, _KEYS, {"hidden_act": SILU}, ("layer_types",))
     num_layers, window = fields["num_layers"], None
     kinds: list[LayerKind] = ["global"] * num_layers
     if values["use_sliding_window"]:
@@ -70,4 +70,5 @@ TABLE = Table(
     write_config=write_config,
     rows=llama.rows,
     ignored=llama.IGNORED,
+    renames=llama.RENAMES,
 )

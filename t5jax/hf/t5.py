@@ -11,6 +11,8 @@ from typing import Any
 
 from t5jax.architectures import MlpActivation, T5Config
 from t5jax.hf.mapping import (
+    GELU_TANH,
+    SILU,
     Rearrange,
     Row,
     Table,
@@ -132,10 +134,9 @@ _SYNONYMS = {
 # feed_forward_proj: (ours, names of the inner function, of which the first is written).
 _ACTIVATIONS: dict[str, tuple[MlpActivation, tuple[str, ...]]] = {
     "relu": ("relu", ("relu",)),
-    "gated-gelu": ("gated-gelu", ("gelu_new",)),
-    "gated-gelu_new": ("gated-gelu", ("gelu_new",)),
-    "gated-silu": ("gated-silu", ("silu", "swish")),
-    "gated-swish": ("gated-silu", ("silu", "swish")),
+    "gated-gelu": ("gated-gelu", GELU_TANH),
+    **{f"gated-{name}": ("gated-gelu", GELU_TANH) for name in GELU_TANH},
+    **{f"gated-{name}": ("gated-silu", SILU) for name in SILU},
 }
 
 # Keys for which other values mean a network that is not implemented here.
@@ -150,8 +151,15 @@ _REQUIRED = {
 # Classes of encoders, whose config.json often is that of the complete model.
 _ENCODERS = ("T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 
-# A former limit of T5 1.0's inputs, which the network does not have; dropout of a classifier.
-_HARMLESS = ("n_positions", "classifier_dropout", "add_cross_attention")
+# A former limit of T5 1.0's inputs, which the network does not have; dropout of a classifier;
+# settings of T5X and of encoders' classes that transformers does not read.
+_HARMLESS = (
+    "n_positions",
+    "classifier_dropout",
+    "add_cross_attention",
+    "scalable_attention",
+    "initializer_range",
+)
 
 _OPTIONAL = (
     "num_decoder_layers",

@@ -71,7 +71,7 @@ def _score(metric: str, value: float) -> str:
 
 def samples_table(
     inputs: Sequence[str],
-    targets: Sequence[str | Sequence[str]],
+    targets: Sequence[Any],
     predictions: Sequence[str],
     *,
     title: str = "",
@@ -81,7 +81,7 @@ def samples_table(
 
     Args:
       inputs: N texts.
-      targets: N texts or lists of references.
+      targets: N texts or lists of references, or other values, which are shown as text.
       predictions: N texts.
       title: the table's title.
       max_chars: the middle of longer texts is left out.
@@ -105,7 +105,7 @@ def samples_table(
 
 def samples_markdown(
     inputs: Sequence[str],
-    targets: Sequence[str | Sequence[str]],
+    targets: Sequence[Any],
     predictions: Sequence[str],
     *,
     max_chars: int = 2000,
@@ -120,14 +120,17 @@ def samples_markdown(
 
 
 def _samples(
-    inputs: Sequence[str], targets: Sequence[str | Sequence[str]], predictions: Sequence[str]
+    inputs: Sequence[str], targets: Sequence[Any], predictions: Sequence[str]
 ) -> list[tuple[str, list[str], str]]:
     if not len(inputs) == len(targets) == len(predictions):
         raise ValueError(
             f"samples are {len(inputs)} inputs, {len(targets)} targets and {len(predictions)} "
             "predictions; expected the same number of each"
         )
-    references = [[target] if isinstance(target, str) else list(target) for target in targets]
+    references = [
+        [str(value) for value in (target if isinstance(target, (list, tuple)) else [target])]
+        for target in targets
+    ]
     return list(zip(inputs, references, predictions, strict=True))
 
 

@@ -49,6 +49,11 @@ def open_tensors(path: Path) -> Tensors:
     Raises:
       ValueError: if it is not a T5X checkpoint, or incomplete, or refers to missing arrays.
     """
+    if "\\" in str(path.absolute()):
+        raise ValueError(
+            f"{path.absolute()} cannot be read where it is, since TensorStore takes a backslash "
+            "for a slash; rename the folder"
+        )
     if path.is_file():
         file, folder = path, path.parent
     else:

@@ -89,7 +89,11 @@ def import_t5x(
     config = Config(model=description, optimizer=OptimizerConfig(b1=momentum), run_dir=output)
     tx = make_optimizer(config.optimizer, step, api.param_axes(description))
     shapes = train_state_shapes(description, tx)
-    places = train_state_shardings(description, tx, sharding.make_mesh(mesh), AxisRules())
+    devices = sharding.make_mesh(mesh)
+    rules = sharding.divisible_rules(
+        api.param_axes(description), shapes.params, devices, AxisRules()
+    )
+    places = train_state_shardings(description, tx, devices, rules)
     params = mapping.load_params(tensors, description, model, places.params)
     lost: list[str] = []
     if loss_tokens is not None:

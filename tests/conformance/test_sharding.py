@@ -92,6 +92,26 @@ def test_loss_and_gradients_are_those_of_one_device(variant, mesh):
         assert_trees_close(got, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_sizes_that_a_mesh_does_not_divide_stay_whole():
+    """Those of a published model are as they are: one KV head, an odd vocabulary."""
+    model, rules = VARIANTS["gemma3"], AxisRules()
+    mesh = sharding.make_mesh(MESHES["mixed"][0])
+    axes, shapes = api.param_axes(model), api.param_shapes(model)
+    with pytest.warns(UserWarning, match="the mesh does not divide") as caught:
+        rules = sharding.divisible_rules(axes, shapes, mesh, rules)
+    (warning,) = caught
+    assert "vocab (61) by the 2 devices of model" in str(warning.message)
+    assert "kv_heads (1) by the 2 devices of model" in str(warning.message)
+    assert rules == AxisRules(heads=None, kv_heads=None, vocab=None)
+    assert sharding.divisible_rules(axes, shapes, mesh, rules) == rules  # Without a warning.
+    batch = pack(model, random_examples(model), ALONE)
+    expected = loss_and_grads(model, random_params(model), batch)
+    with sharding.use_mesh(mesh, rules):
+        params, _ = placed(model, mesh, rules)
+        got = loss_and_grads(model, params, sharding.shard_batch(batch, mesh, rules))
+    assert_trees_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
 def test_golden_constraints():
     """What of each network's activations is split, and how; how often, in a layer once."""
     mesh, rules, text = sharding.make_mesh(MESHES["mixed"][0]), AxisRules(), ""

@@ -124,6 +124,19 @@ def windows(name, num, start=0, most=16) -> list[list]:
     return [[BYTES.decode(e["inputs"]) for e in window] for window in itertools.islice(found, num)]
 
 
+def test_the_examples_of_an_epoch_are_counted():
+    add_tasks()
+    counts = {name: StreamedExamples(name, RUN, 7).epoch() for name in ("asked", "texts")}
+    assert counts["asked"] == 80  # Two templates.
+    # Bytes and an eos after each document, cut into pieces that fill a row.
+    piece = seqio.get_mixture_or_task("texts").source.bind(RUN).tokens_length
+    assert counts["texts"] == -(-sum(len(row["text"]) + 1 for row in TEXTS) // piece)
+    with pytest.raises(ValueError, match=r"the mixture has 2 tasks \(asked, texts\), of which"):
+        StreamedExamples("ours", RUN, 7).epoch()
+    with pytest.raises(ValueError, match="foreign is a task of SeqIO's own, whose examples are"):
+        StreamedExamples("foreign", RUN, 7).epoch()
+
+
 def test_a_window_ends_with_the_epoch():
     add_tasks()
     found = windows("asked", 6, most=30)

@@ -136,6 +136,24 @@ def test_config_json_of_transformers_4():
         assert (tied.tie_word_embeddings, tied.scale_decoder_outputs) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("changes", "activation"),
+    [
+        ({"dense_act_fn": "gelu_pytorch_tanh"}, "gated-gelu"),
+        ({"dense_act_fn": "gelu_fast"}, "gated-gelu"),
+        ({"feed_forward_proj": "gated-gelu_pytorch_tanh"}, "gated-gelu"),
+        ({"feed_forward_proj": "gated-swish", "dense_act_fn": "silu"}, "gated-silu"),
+    ],
+)
+def test_other_names_of_the_same_function(changes, activation):
+    """As encoders for diffusion have them; ACT2FN of transformers says that they are the same."""
+    raw = {**t5.write_config(T5), "architectures": ["T5EncoderModel"], "dense_act_fn": None}
+    assert t5.read_config(raw | changes, {}).mlp_activation == activation
+    exact = raw | {"dense_act_fn": "gelu"}
+    with pytest.raises(ValueError, match=r"dense_act_fn is 'gelu' with .* not implemented"):
+        t5.read_config(exact, {})
+
+
 def test_a_scaled_head_of_its_own_warns(tmp_path):
     config = dataclasses.replace(T5, scale_decoder_outputs=True)
     with pytest.warns(UserWarning, match="transformers 4 and CTranslate2 do not scale"):
@@ -497,6 +515,76 @@ def test_dropout_rates_that_differ_are_told(tmp_path):
     edit_config(folder, attn_pdrop=0.3)
     with pytest.warns(UserWarning, match=r"attn_pdrop differ \(0\.0, 0\.0, 0\.3\)"):
         assert io.read_config(folder) == GPT2
+
+
+# --- Whatever a published folder may hold ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral", "gemma2", "gemma3"])
+def test_names_without_the_prefix_of_a_head(variant, tmp_path):
+    """As Qwen3-Embedding has them."""
+    config = change(VARIANTS[variant], tie_word_embeddings=True)
+    folder, params = saved(tmp_path, config)
+    edit_tensors(folder, lambda t: {name.removeprefix("model."): x for name, x in t.items()})
+    assert_same(io.load_params(folder, io.read_config(folder)), params)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "mistral"])
+def test_null_for_the_number_of_key_and_value_heads_means_as_many_as_queries(variant, tmp_path):
+    folder, _ = saved(tmp_path, VARIANTS[variant])
+    edit_config(folder, num_key_value_heads=None)
+    assert io.read_config(folder).num_kv_heads == VARIANTS[variant].num_heads
+
+
+def test_an_adapter_is_named(tmp_path):
+    folder, _ = saved(tmp_path, T5)
+    adapter = {"base_model_name_or_path": "google/flan-t5-small", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    message = (
+        r"also holds an adapter \(adapter_config.json, of google/flan-t5-small\), which is not"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert io.read_config(folder) == T5
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"an adapter of google/flan-t5-small, which is no model by"
+    ):
+        io.read_config(folder)
+
+
+# What publishers' tools and libraries write beside the network's own keys.
+_BESIDE = {
+    "_attn_implementation": "sdpa",
+    "_num_labels": 2,
+    "cache_implementation": "hybrid",
+    "license": "mit",
+    "max_sequence_length": 2048,
+    "min_p": 0.1,
+    "model_max_length": 512,
+    "tf_legacy_loss": False,
+    "tokenizer_padding_side": "left",
+    "transformers.js_config": {"dtype": "q8"},
+    "unsloth_fixed": True,
+    "unsloth_version": "2025.1",
+    "use_return_dict": True,
+}
+
+
+@pytest.mark.parametrize("config", [T5, GPT2, LLAMA, QWEN3, GEMMA3, BERT], ids=lambda c: c.family)
+def test_harmless_keys_are_not_told(config, tmp_path):
+    folder, _ = saved(tmp_path, config)
+    own = {
+        "t5": {"scalable_attention": True},
+        "llama": {"is_llama_config": True, "rope_interleaved": False},
+    }
+    edit_config(folder, **_BESIDE, **own.get(config.family, {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert io.read_config(folder) == config
+    if config.family == "llama":
+        edit_config(folder, rope_interleaved=True)
+        with pytest.raises(ValueError, match="rope_interleaved is True, which is not implemented"):
+            io.read_config(folder)
 
 
 # --- T5Gemma --------------------------------------------------------------------------------------

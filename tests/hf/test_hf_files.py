@@ -17,7 +17,7 @@ from conformance.cases import assert_same
 from processes import environment
 from t5jax.architectures import T5Config
 from t5jax.config import to_json
-from t5jax.hf import io
+from t5jax.hf import files, io
 from t5jax.models import api
 
 SMALL = T5Config(
@@ -55,6 +55,17 @@ def edit_tensors(folder, change):
 
 
 # --- Weights --------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "model.safetensors").write_bytes(b"whole")
+    monkeypatch.setattr(files.safetensors, "safe_open", refuse)
+    message = r"model.safetensors cannot be read: Permission denied$"
+    with pytest.raises(ValueError, match=message), files.open_tensors(tmp_path):
+        pass
 
 
 def test_bfloat16_and_float16_files_are_widened_exactly(folder):
@@ -105,7 +116,7 @@ import jax
 import numpy as np
 from t5jax.config import AxisRules, MeshConfig, from_json
 from t5jax.architectures import T5Config
-from t5jax.hf import io
+from t5jax.hf import files, io
 from t5jax.models import api
 from t5jax.sharding import make_mesh, param_shardings
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,14 @@ from t5jax.batch import Batch, BatchSpec
 Example = dict[str, np.ndarray]
 """Features "inputs" and "targets", or only "targets": tokens int32 [n] for the model, truncated to
 the run's lengths, with eos, after the task's objective."""
+
+
+def several_tasks(names: Sequence[str]) -> str:
+    """Returns the error of epochs of a mixture."""
+    return (
+        f"train.epochs is set, but the mixture has {len(names)} tasks ({', '.join(names)}), of "
+        "which each has epochs of its own; set train.steps, and leave train.epochs out"
+    )
 
 
 class StreamOfExamples(Protocol):
@@ -50,6 +58,25 @@ class RandomAccessExamples(Protocol):
         """Returns the end of the window from `start` on in which examples may be reordered."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The size of one pass over the examples of a task."""
+
+    num_examples: int
+    num_rows: int | None = None
+    """Rows of batches; None if packing has not been computed."""
+    num_steps: int | None = None
+    """Steps to read them all."""
+    total_steps: int | None = None
+    """Steps to read all examples of the epochs that were asked for."""
+
+    def __str__(self) -> str:
+        packed = self.num_rows is not None and self.num_rows != self.num_examples
+        rows = f" in {self.num_rows:,} rows" if packed else ""
+        steps = f", {self.num_steps:,} steps" if self.num_steps else ""
+        return f"{self.num_examples:,} examples{rows}{steps}"
+
+
 class BatchIterator(Protocol):
     """An infinite iterator of batches, whose position can be saved and restored.
 
@@ -65,6 +92,15 @@ class BatchIterator(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Returns the position as JSON values: the batches read, and what they depend on."""
+
+    def epoch(self, epochs: float | None = None) -> "Epoch | None":
+        """Returns the size of an epoch, and how many steps hold all examples of several.
+
+        Args:
+          epochs: the number of epochs. None: return what is known without reading anything.
+        Raises:
+          ValueError: if the examples or the rows of an epoch cannot be counted.
+        """
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores the position of a state; the next batch is the one that followed it.
@@ -83,11 +119,14 @@ class EvalExample:
     source: str
     """The values of the row's fields in the prompt, joined by spaces: a copy of the input."""
     targets: Any
-    """For metrics: a text or a list of references, postprocessed."""
+    """For metrics, postprocessed: a text or a list of references, or whatever the task makes of
+    them."""
     input_ids: list[int]
     """Tokens of the prompt with eos, truncated to data.inputs_length; empty without inputs."""
     target_ids: list[int]
     """Tokens of the target with eos, truncated to data.targets_length."""
+    row: Mapping[str, Any] | None = None
+    """The example as SeqIO gives it to `postprocess`; None for one that takes the text alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +137,8 @@ class EvalSet:
     examples: list[EvalExample]
     metric_fns: Sequence[Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]]
     """Functions of (targets, predictions), both postprocessed."""
-    postprocess: Callable[[str], Any]
-    """Applied to a predicted text before metrics."""
+    postprocess: Callable[..., Any]
+    """Applied to a predicted text before metrics; `example` is the row, where there is one."""
 
     def samples(
         self, predictions: Sequence[str], num: int

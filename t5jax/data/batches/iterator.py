@@ -8,6 +8,7 @@ random access, rows are planned from lengths alone, and a process only reads its
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from t5jax.batch import Batch, BatchSpec
 from t5jax.data.batches.converters import Converter, pack
 from t5jax.data.batches.examples import (
     BatchIterator,
+    Epoch,
     Example,
     RandomAccessExamples,
     StreamOfExamples,
@@ -92,6 +94,38 @@ class Batches:
         check_fingerprint(state["fingerprint"], self._fingerprint)
         self._go(state["example"], state["row"], state["batches"])
 
+    def epoch(self, epochs: float | None = None) -> Epoch | None:
+        source: Any = self._examples
+        has_lengths, size = isinstance(source, RandomAccessExamples), self.spec.batch_size
+        # Streamed examples are only counted if that is asked for, since it takes reading them all.
+        if epochs is None and not (has_lengths and source.is_one_task):
+            return None
+        num_examples = source.epoch()
+        if self.spec.pack and epochs is None:
+            return Epoch(num_examples)
+        counts = num_examples, math.ceil(num_examples * (epochs or 1))
+        if self.spec.pack:
+            counts = self._count_rows(counts[0]), self._count_rows(counts[1])
+        return Epoch(num_examples, counts[0], *(-(-rows // size) for rows in counts))
+
+    def _count_rows(self, stop: int) -> int:
+        """Returns the number of packed rows up to the window that contains the last example."""
+        source: Any = self._examples
+        streamed = None
+        if not isinstance(source, RandomAccessExamples):
+            streamed = source.windows(0, self._window_size)
+        start = rows = 0
+        while start < stop:
+            if streamed is not None:
+                lengths = _lengths_of(window := next(streamed))
+                end = start + len(window)
+            else:
+                end = source.window(start, self._window_size)
+                lengths = source.lengths(start, end)
+            rows += len(self._plan(start, lengths))
+            start = end
+        return rows
+
     def _go(self, start: int, row: int, num_batches: int) -> None:
         # The first example and the next row of the current window.
         self._start, self._row, self._num_batches = start, row, num_batches
@@ -136,7 +170,7 @@ class Batches:
                 self._stream = source.windows(start, self._window_size)
             examples = next(self._stream)
             stop = start + len(examples)
-            lengths = {f: np.array([len(e[f]) for e in examples]) for f in examples[0]}
+            lengths = _lengths_of(examples)
 
             def get(numbers: list[int]) -> list[Example]:
                 return [examples[k] for k in numbers]
@@ -158,6 +192,10 @@ class Batches:
         # Packed rows are in the order of their largest examples.
         order = np.random.default_rng([self._seed, start]).permutation(len(rows))
         return [rows[i] for i in order]
+
+
+def _lengths_of(examples: list[Example]) -> dict[str, np.ndarray]:
+    return {f: np.array([len(e[f]) for e in examples]) for f in examples[0]}
 
 
 class _Window:
@@ -206,6 +244,10 @@ class ChangingBatches:
         check_fingerprint(state["fingerprint"], {"data.mixture_changes": changes})
         self._go(len(changes), num_batches)
         self._iterator.restore(state)
+
+    def epoch(self, epochs: float | None = None) -> Epoch | None:
+        """As `Batches.epoch`; None if the iterator changes."""
+        return None if len(self._stages) > 1 else self._iterator.epoch(epochs)
 
     def _go(self, stage: int, num_batches: int) -> None:
         self._stage, self._num_batches = stage, num_batches

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from t5jax.data.batches.examples import Example
+from t5jax.data.batches.examples import Example, several_tasks
 from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.objectives.base import BoundObjective, example_rng
 from t5jax.data.run import Run
@@ -84,6 +84,20 @@ class CachedExamples:
         ]
         self._places = functools.lru_cache(maxsize=64)(self._find_block)
         self._orders = functools.lru_cache(maxsize=2 * len(self._parts))(self._order)
+
+    @property
+    def is_one_task(self) -> bool:
+        return len(self._parts) == 1
+
+    def epoch(self) -> int:
+        """Returns the number of examples of an epoch.
+
+        Raises:
+          ValueError: for several tasks.
+        """
+        if not self.is_one_task:
+            raise ValueError(several_tasks([part.name for part in self._parts]))
+        return len(self._parts[0].task)
 
     def lengths(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Returns the length of each feature, int32 [stop - start], without reading records."""

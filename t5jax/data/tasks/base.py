@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from t5jax.checks import users_error
 from t5jax.data.batches.examples import Example
 from t5jax.data.bridge.tf import elements, from_generator, remembering_errors, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
@@ -189,6 +190,8 @@ class OwnSource(seqio.DataSource, Kind):
                 yield place, number, row
         except ValueError as error:
             raise ValueError(f"task {self.task!r}: {error}") from None
+        except Exception as error:  # Of a user's code, such as a function of `Source.map`.
+            raise ValueError(f"task {self.task!r}: {users_error(error)}") from error
 
     def files(self, split):
         try:

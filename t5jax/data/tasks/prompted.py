@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from t5jax.checks import check_choice, did_you_mean
+from t5jax.checks import check_choice, did_you_mean, name_of
 from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary
 from t5jax.data.fingerprint import describe
@@ -439,6 +439,7 @@ def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:
         answer = json.loads(encoded) if encoded else text
         return [postprocess(a) for a in answer] if isinstance(answer, list) else postprocess(answer)
 
+    postprocess_fn.__name__ = name_of(postprocess)
     return postprocess_fn
 
 

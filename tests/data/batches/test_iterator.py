@@ -1,5 +1,6 @@
 """Batches over examples that can be told apart: streamed and with random access."""
 
+import collections
 import json
 
 import numpy as np
@@ -128,6 +129,55 @@ def test_a_window_ends_where_the_examples_say():
         part = seen[epoch * EPOCH : (epoch + 1) * EPOCH]
         assert sorted(part) == sorted(expected(range(EPOCH)))
         assert sorted(part[:WINDOW]) == sorted(expected(range(WINDOW)))
+
+
+class Counted(InEpochs):
+    is_one_task = True
+
+    def epoch(self):
+        return EPOCH
+
+
+def test_the_steps_of_epochs_read_every_example_that_often_and_no_fewer_do():
+    size = make(Counted()).epoch(2)
+    assert size.num_examples == EPOCH
+    read = [
+        examples_in(batch)
+        for batch, _ in zip(make(Counted()), range(size.total_steps), strict=False)
+    ]
+
+    def least(batches):
+        counts = collections.Counter(example for batch in batches for example in batch)
+        assert len(counts) == EPOCH
+        return min(counts.values())
+
+    assert (least(read), least(read[:-1])) == (2, 1)
+    assert size.num_steps == -(-size.num_rows // 16)
+    assert str(size) == f"1,500 examples in {size.num_rows:,} rows, {size.num_steps:,} steps"
+    # Without packing a row is an example. What is known anyway is said without being asked for.
+    unpacked = make(Counted(), UNPACKED).epoch(1.5)
+    assert (unpacked.num_steps, unpacked.total_steps) == (94, 141)
+    assert str(make(Counted(), UNPACKED).epoch()) == "1,500 examples, 94 steps"
+    assert str(make(Counted()).epoch()) == "1,500 examples"
+
+
+class CountedStream(Streamed):
+    is_one_task = True
+
+    def epoch(self):
+        return EPOCH
+
+    def windows(self, start, most):
+        while True:
+            end = Counted().window(start, most)
+            yield [self.example(k) for k in range(start, end)]
+            start = end
+
+
+def test_the_epochs_of_a_stream_are_counted_if_that_is_asked_for():
+    assert make(CountedStream()).epoch() is None
+    assert make(CountedStream()).epoch(2) == make(Counted()).epoch(2)
+    assert make(CountedStream(), UNPACKED).epoch(1).total_steps == 94
 
 
 def test_unpacked_rows_are_the_examples_in_order_over_the_ends_of_epochs():
