@@ -15,6 +15,7 @@ from t5jax.tokenizers.sentence_piece import (
     SentencePieceTokenizer,
     is_of_t5_form,
     read_model,
+    user_defined,
 )
 
 # A tokenizer's files in a Hugging Face folder; all are read, and saved again unchanged.
@@ -103,6 +104,9 @@ def _load_folder(folder: Path) -> Tokenizer:
     # Others have such a file as well, which is not read as T5's (ALBERT).
     kind = (config.get("tokenizer_class") or "T5Tokenizer").removesuffix("Fast")
     is_t5s = "spiece.model" in files and ("T5" in kind or kind in _GENERIC_CLASSES)
+    if is_t5s:
+        own = user_defined(read_model(files["spiece.model"], f"spiece.model in {name}"))
+        added = [token for token in added if token not in own]
     if is_t5s and not added:
         return SentencePieceTokenizer(files["spiece.model"], _extra_ids(config, 100), files=files)
     if is_t5s and "tokenizer.json" not in files:
@@ -164,4 +168,5 @@ def _added_tokens(files: Mapping[str, bytes], name: str) -> list[str]:
             listed += more.values() if isinstance(more, dict) else more
     tokens = [token["content"] if isinstance(token, dict) else token for token in listed]
     own = ("<pad>", "</s>", "<unk>", "<s>")
-    return [t for t in dict.fromkeys(tokens) if t not in own and not SENTINEL.fullmatch(t)]
+    tokens = [t for t in dict.fromkeys(tokens) if t not in own]
+    return [t for t in tokens if not SENTINEL.fullmatch(t.lstrip("▁"))]

@@ -125,6 +125,12 @@ def read_model(model: bytes, name: str) -> sentencepiece_model_pb2.ModelProto:
     return proto
 
 
+def user_defined(proto: sentencepiece_model_pb2.ModelProto) -> list[str]:
+    """Returns the pieces of a model that it always splits off."""
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    return [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+
+
 def is_of_t5_form(proto: sentencepiece_model_pb2.ModelProto) -> bool:
     """Returns whether a model is one of T5's, mT5's, UMT5's or our own, rather than Llama's, which
     does not pad, or Gemma's, which is a BPE model that begins texts."""

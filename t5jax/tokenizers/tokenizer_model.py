@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from t5jax.tokenizers.as_transformers import CONFIG
 from t5jax.tokenizers.common import json_bytes, read_json
-from t5jax.tokenizers.sentence_piece import read_model
+from t5jax.tokenizers.sentence_piece import read_model, user_defined
 
 FILE = "tokenizer.model"
 _NAMES = ("unk", "bos", "eos", "pad")
@@ -36,8 +36,8 @@ def tokenizer_json_files(files: Mapping[str, bytes], name: str) -> dict[str, byt
     proto = read_model(files[FILE], f"{FILE} in {name}")
     processor = sentencepiece.SentencePieceProcessor(model_proto=files[FILE])
     tokenizer = _convert(proto)
-    own = [p.piece for p in proto.pieces if p.type == sp.ModelProto.SentencePiece.USER_DEFINED]
-    for text in (*_PROBES, *(f"a{piece} b".replace(_SPACE, " ") for piece in own[:3])):
+    own = user_defined(proto)[:3]
+    for text in (*_PROBES, *(f"a{piece} b".replace(_SPACE, " ") for piece in own)):
         theirs, ours = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
         if theirs != ours:
             raise ValueError(

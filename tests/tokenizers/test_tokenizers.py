@@ -172,6 +172,18 @@ def test_tokens_that_a_user_has_added_come_from_tokenizer_json(model, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_tokens_that_the_model_has_itself_are_not_added(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(train_model(user_defined_symbols=["<sep>"]))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"additional_special_tokens": ["<sep>", "▁<extra_id_0>"]}))
+    ours = load_tokenizer(tmp_path)
+    assert isinstance(ours, SentencePieceTokenizer)
+    assert len(ours.encode("<sep>")) == 2  # And the space in front.
+    path.write_text(json.dumps({"additional_special_tokens": ["<new>"]}))
+    with pytest.raises(ValueError, match=r"adds tokens to its spiece.model \(<new>\) but has no"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_folder_says_how_many_sentinels_there_are(model, tmp_path):
     (tmp_path / "spiece.model").write_bytes(model)
     assert load_tokenizer(tmp_path).vocab_size == 140
