@@ -119,6 +119,13 @@ def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
     assert "shuffled among 20 examples at a time" in caplog.text
 
 
+def test_that_seqio_shuffles_a_part_at_a_time_is_said(caplog):
+    add_tasks()
+    with caplog.at_level(logging.WARNING):
+        assert len(take(9, "foreign")) == 9
+    assert "task foreign: SeqIO shuffles its examples among 1,000 at a time" in caplog.text
+
+
 def windows(name, num, start=0, most=16) -> list[list]:
     found = StreamedExamples(name, RUN, 7).windows(start, most)
     return [[BYTES.decode(e["inputs"]) for e in window] for window in itertools.islice(found, num)]

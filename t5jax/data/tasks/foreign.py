@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,6 +14,8 @@ from t5jax.data.fingerprint import describe
 from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks
 from t5jax.data.tasks.base import Kind, OwnSource
 from t5jax.tokenizers.training import sample
+
+_log = logging.getLogger(__name__)
 
 _LAST_STEPS = (seqio.preprocessors.append_eos, seqio.preprocessors.append_eos_after_trim)
 
@@ -67,6 +70,14 @@ class ForeignTask(Kind):
             return elements(dataset(run.lengths))
 
     def stream(self, split, run, seed, start=0):
+        buffer, size = self.task.shuffle_buffer_size or 0, self.task.num_input_examples(split)
+        if size is None or size > buffer:
+            _log.warning(
+                "task %s: SeqIO shuffles its examples among %s at a time; rows that are sorted (by "
+                "class, say) should be shuffled on disk first, or cached (data.cache), which "
+                "shuffles all of them",
+                *(self.task.name, f"{buffer:,}"),
+            )
         with building_for(run):
             dataset = self.task.get_dataset(
                 run.lengths, split, shuffle=True, num_epochs=None, seed=seed
