@@ -119,6 +119,14 @@ def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
     assert "shuffled among 20 examples at a time" in caplog.text
 
 
+def test_a_task_of_which_nothing_is_left_is_an_error():
+    rows = Source({"train": lambda: ROWS})
+    options = {"metrics": [], "too_long": "drop"}
+    prompted_task("long", rows, [("{q}", "{a} " + 24 * "x")], **options)
+    with pytest.raises(ValueError, match="long has no examples in its split 'train'"):
+        take(1, "long")
+
+
 def test_that_seqio_shuffles_a_part_at_a_time_is_said(caplog):
     add_tasks()
     with caplog.at_level(logging.WARNING):

@@ -240,7 +240,9 @@ class OwnSource(seqio.DataSource, Kind):
         encoded = self.encode(self.rows(split), split, run)
         kept = list(itertools.islice(encoded, SHUFFLE_BUFFER + 1))
         if len(kept) <= SHUFFLE_BUFFER:
-            size = max(len(kept), 1)  # `rows` raises an error if there are none.
+            if not kept:
+                return
+            size = len(kept)
             order = _numbers(tf.data.Dataset.range(size).shuffle(size, seed=seed), start)
             for number, place in enumerate(order, start):
                 yield number // size, kept[place]
