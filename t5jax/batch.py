@@ -20,6 +20,7 @@ ENCODER_TARGET_TOKENS = "encoder_target_tokens"
 ENCODER_LOSS_WEIGHTS = "encoder_loss_weights"
 ENCODER_SEGMENT_IDS = "encoder_segment_ids"
 ENCODER_POSITIONS = "encoder_positions"
+ENCODER_TOKEN_TYPES = "encoder_token_types"
 DECODER_INPUT_TOKENS = "decoder_input_tokens"
 DECODER_TARGET_TOKENS = "decoder_target_tokens"
 DECODER_LOSS_WEIGHTS = "decoder_loss_weights"
@@ -46,6 +47,8 @@ class BatchSpec:
     only targets.
     prefix_lm: the same with bidirectional attention among inputs. encoder: rows of inputs_length,
     in which targets are aligned with inputs."""
+    has_pairs: bool = False
+    """Of an encoder: whether its rows may have two texts, as token types 0 and 1."""
 
     @property
     def decoder_length(self) -> int:
@@ -60,6 +63,8 @@ class BatchSpec:
             lengths = dict.fromkeys((ENCODER_INPUT_TOKENS, ENCODER_TARGET_TOKENS), source)
             weights = {ENCODER_LOSS_WEIGHTS: source}
             packed = dict.fromkeys((ENCODER_SEGMENT_IDS, ENCODER_POSITIONS), source)
+            if self.has_pairs:
+                lengths |= {ENCODER_TOKEN_TYPES: source}
         else:
             lengths = dict.fromkeys((DECODER_INPUT_TOKENS, DECODER_TARGET_TOKENS), target)
             weights = {DECODER_LOSS_WEIGHTS: target}
@@ -91,6 +96,8 @@ class ExampleFormat:
     """The head of an encoder."""
     num_labels: int = 0
     """The number of classes of a classifier."""
+    pad_id: int = 0
+    """Padding; in the inputs of an example, what stands between two texts."""
 
     @staticmethod
     def of(model: Architecture) -> "ExampleFormat":
@@ -104,15 +111,18 @@ class ExampleFormat:
         )
 
 
-def train_spec(config: Config, *, has_inputs: bool = True) -> BatchSpec:
+def train_spec(config: Config, *, has_inputs: bool = True, has_pairs: bool = False) -> BatchSpec:
     """Returns the shape of the batches that a run trains on.
 
     Args:
       has_inputs: whether the examples of its tasks have inputs in addition to targets.
+      has_pairs: whether the inputs of some of them are two texts.
     """
     data, kind = config.data, config.model.kind
     if kind != "decoder":
-        return BatchSpec(data.batch_size, data.inputs_length, data.targets_length, data.pack, kind)
+        return BatchSpec(
+            data.batch_size, data.inputs_length, data.targets_length, data.pack, kind, has_pairs
+        )
     return BatchSpec(
         data.batch_size,
         data.inputs_length if has_inputs else 0,

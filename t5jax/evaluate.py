@@ -169,7 +169,13 @@ class Evaluator:
         if "inputs" in sides:
             inputs_length = _length([e.input_ids for e in examples], more=starts)
         targets_length = _length([e.target_ids for e in examples])
-        spec = features.BatchSpec(self._batch_size, inputs_length, targets_length, kind=self._kind)
+        spec = features.BatchSpec(
+            self._batch_size,
+            inputs_length,
+            targets_length,
+            kind=self._kind,
+            has_pairs=eval_set.has_pairs,
+        )
         convert = make_converter(spec, form)
         for start in range(0, len(examples), self._batch_size):
             chunk = examples[start : start + self._batch_size]

@@ -47,7 +47,7 @@ DATA_ORDER = [
     {"prompts", "recipe"},
     {"sources", "objectives"},
     {"batches", "bridge", "fingerprint"},
-    {"run"},
+    {"run", "segments"},
 ]
 # Leaves: what they import is as light as they need it, who imports them does so in functions.
 LEAVES = "t5jax.data"

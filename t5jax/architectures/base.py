@@ -155,6 +155,11 @@ class Architecture(abc.ABC):
         """Whether there is a layer that pools a text into one vector."""
         return False
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether inputs may be two texts, which the model tells apart by their token types."""
+        return False
+
     def check_head(self) -> None:
         """Raises ValueError if the network has no head, and so cannot be trained."""
         if not self.num_outputs:

@@ -31,7 +31,7 @@ class BertConfig(Architecture):
     max_positions: int = 512
     """Maximum length of a row in tokens; the number of learned positions."""
     type_vocab_size: int = 2
-    """Number of token types in pre-training; only the first one is used here."""
+    """Number of token types: 0 for a text, 1 for the second of two."""
     activation: BertActivation = "gelu-exact"
     """gelu-exact (erf), gelu (tanh approximation) or relu, in the MLP and the masked-LM head."""
     layer_norm_epsilon: float = 1e-12
@@ -105,6 +105,10 @@ class BertConfig(Architecture):
     @property
     def has_pooler(self) -> bool:
         return self.head in ("pooler", "sequence_classification")
+
+    @property
+    def reads_pairs(self) -> bool:
+        return self.head == "sequence_classification" and self.type_vocab_size > 1
 
     @property
     def longest_row(self) -> int:

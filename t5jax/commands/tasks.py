@@ -126,6 +126,9 @@ def _print_report(report) -> None:
             pieces = _pieces(report.tokenizers[feature], ids[:_MAX_TOKENS])
             more = "" if len(ids) <= _MAX_TOKENS else f" ... {len(ids) - _MAX_TOKENS:,} more"
             print(f"  {len(ids):,} tokens: {' '.join(pieces)}{more}")
+            if len(ids) > (limit := report.features[feature].limit):
+                kept = report.tokenizers[feature].decode(ids[: limit - 1])
+                print(f"  cut to {limit:,}: the model sees it up to {kept[-40:]!r}")
         print()
     part = "" if report.is_whole else " drawn from all"
     print(f"lengths in tokens with eos, of {report.num_examples:,} examples{part}")
@@ -210,8 +213,10 @@ def _histogram(feature) -> Iterator[str]:
 class Check:
     """Reads every split of tasks, every row with every template; fails if any of them fails.
 
-    Empty targets and missing data are failures. Prompts and documents of other splits that also
-    occur in train are counted, ignoring case and white space.
+    Empty targets, missing data, labels that are none, and metrics that fail on the targets
+    themselves are failures. Targets that are -1 or "nan", and those that the vocabulary cannot give
+    back, are doubts: such a split is not sound. Prompts and documents of other splits that also
+    occur in train are counted, ignoring case and white space, and so is what is cut.
     """
 
     name: str
@@ -222,6 +227,10 @@ class Check:
     """data.inputs_length of a run, for few-shot prompts and objectives."""
     targets_length: int = 512
     """data.targets_length of a run; tasks may drop or reject longer targets."""
+    labels: tuple[str, ...] = ()
+    """model.labels of a run with a classifier: the classes that targets must be."""
+    per_word: bool = False
+    """Targets have one of the labels for each word."""
     task_files: tuple[str, ...] = ()
     """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
@@ -232,10 +241,13 @@ def check(args: list[str]) -> int:
     lengths = _lengths(options)
     from t5jax.data.inspector import check_tasks
     from t5jax.data.registry import load_tasks
+    from t5jax.tokenizers import LabelTokenizer
 
     load_tasks(options.task_files)
-    failed = num_parts = 0
-    checks = check_tasks(options.name, tokenizer=_tokenizer(options.vocabulary), lengths=lengths)
+    failed = num_sound = num_parts = 0
+    labels = LabelTokenizer(options.labels, options.per_word) if options.labels else None
+    tokenizer = _tokenizer(options.vocabulary)
+    checks = check_tasks(options.name, tokenizer=tokenizer, labels=labels, lengths=lengths)
     for part in checks:
         num_parts += 1
         failed += bool(part.error)
@@ -250,8 +262,11 @@ def check(args: list[str]) -> int:
                 others = part.num_prompts_in_train - part.num_in_train
                 other = f" ({others:,} with another answer)" if others else ""
                 notes.append(f"{part.num_prompts_in_train:,} also in train{other}")
-            print(f"ok     {where}: {', '.join(notes)}", flush=True)
-    print(f"{num_parts - failed} of {num_parts} are sound")
+            notes += [f"{n:,} {name} cut" for name, n in part.num_cut.items()]
+            num_sound += not part.doubts
+            state = "DOUBTFUL" if part.doubts else "ok    "
+            print(f"{state} {where}: {', '.join([*notes, *part.doubts])}", flush=True)
+    print(f"{num_sound} of {num_parts} are sound")
     return 1 if failed else 0
 
 

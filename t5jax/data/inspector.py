@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import itertools
+import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from t5jax.data.registry import broken_files, check_mixture, task_names
 from t5jax.data.run import TRAIN_SPLIT
 from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
-from t5jax.tokenizers import Tokenizer
+from t5jax.metrics.targets import canonical
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 # --- What there is ------------------------------------------------------------------------------
 
@@ -242,14 +244,25 @@ class Check:
     (NFKC). 0 for "train" itself; not known for prompts with exemplars."""
     num_in_train: int = 0
     """Those that occur there with the same answer."""
+    num_cut: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Number of examples of which a feature is cut."""
+    doubts: tuple[str, ...] = ()
+    """What is wrong with it, though it can be read."""
 
 
-def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> Iterator[Check]:
+def check_tasks(
+    name: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    labels: LabelTokenizer | None = None,
+    lengths: Mapping[str, int],
+) -> Iterator[Check]:
     """Reads every split of tasks, each row with each template, and yields the results.
 
     Args:
       name: the name of a task, a variant or a mixture, or "all".
       tokenizer: replaces the tasks' own, if they do not fix them.
+      labels: the classes of a classifier, which targets must be.
       lengths: the lengths of "inputs" and "targets" in tokens in a run.
     Raises:
       ValueError: if the name is not registered. Errors of tasks are yielded.
@@ -267,10 +280,12 @@ def check_tasks(name: str, *, tokenizer: Tokenizer | None = None, lengths) -> It
         for template, part in kind_of(task).parts(task):
             in_train: set[bytes] = set()
             for split in splits:
-                yield _check(part, split, template, tokenizer, lengths, in_train)
+                yield _check(part, split, template, tokenizer, labels, lengths, in_train)
 
 
-def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[bytes]) -> Check:
+def _check(
+    task, split: str, template: str, tokenizer, labels, lengths, in_train: set[bytes]
+) -> Check:
     """Checks one split of a task with one template.
 
     Args:
@@ -288,16 +303,28 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
         else:
             doubles.update(prompts=prompt in in_train, rows=row in in_train)
 
+    targets = _Targets(task)
+    num_cut: Counter = Counter()
     try:
         tokenizers = feature_tokenizers(task, tokenizer)
         eos_ids = {name: tokenizer.eos_id for name, tokenizer in tokenizers.items()}
-        for example in read_examples(task, split, tokenizers, lengths, dropped):
+        if labels is not None:
+            eos_ids["targets"] = labels.eos_id
+        # Classes are not written, and an encoder's vocabulary writes nothing.
+        writes = labels is None and not is_corpus and tokenizers["targets"].mask_id is None
+        for example in read_examples(task, split, tokenizers, lengths, dropped, labels=labels):
             missing = set(task.output_features) - set(example.ids)
             empty = [f for f, ids in example.ids.items() if not set(ids) - {eos_ids[f]}]
             if missing or "targets" in empty:
                 what = "no " + ", ".join(sorted(missing)) if missing else "empty targets"
                 raise ValueError(f"example {num_examples} has {what}")
             num_examples += 1
+            if not is_corpus:
+                limits = {name: n for name, n in lengths.items() if name in example.ids}
+                if labels is not None:
+                    del limits["targets"]
+                num_cut.update(name for name, n in limits.items() if len(example.ids[name]) > n)
+                targets.add(example, tokenizers["targets"] if writes else None)
             if not is_corpus and not kind.shots:
                 compare([example.texts[name] for name in task.output_features])
         if not num_examples:
@@ -305,10 +332,119 @@ def _check(task, split: str, template: str, tokenizer, lengths, in_train: set[by
         if is_corpus:  # Its examples are pieces of documents, which depend on the lengths.
             for document in kind.texts(split):
                 compare([document])
+        targets.try_metrics()
     except Exception as problem:
         error = _message(problem)
     found = doubles["prompts"], doubles["rows"]
-    return Check(task.name, split, template, num_examples, dropped.total(), error, *found)
+    return Check(
+        task.name,
+        split,
+        template,
+        num_examples,
+        dropped.total(),
+        error,
+        *found,
+        num_cut=num_cut,
+        doubts=tuple(targets.doubts()),
+    )
+
+
+class _Targets:
+    """Looks for targets that are none, and for what no model can answer."""
+
+    _MISSING = ("nan", "None", "null", "<NA>")
+    _NUM_TRIED = 256
+
+    def __init__(self, task: seqio.Task):
+        self._task, self._rng = task, random.Random(0)
+        self._num_read, self._counts = 0, Counter()
+        self._changed: tuple[str, str] | None = None
+        self._tried: list[TextExample] = []
+        self._imperfect: dict[str, float] = {}
+
+    def add(self, example: TextExample, tokenizer: Tokenizer | None) -> None:
+        """Looks at the targets of an example.
+
+        Args:
+          example: the example.
+          tokenizer: has to give the targets back; None if they are not written.
+        """
+        text = example.texts["targets"].strip()
+        self._num_read += 1
+        self._counts[text if text in self._MISSING else _number_of_label(text)] += 1
+        if tokenizer is not None:
+            back = tokenizer.decode(example.ids["targets"]).strip()
+            if canonical(back) != canonical(text):
+                self._counts["changed"] += 1
+                self._changed = self._changed or (text, back)
+        if len(self._tried) < self._NUM_TRIED:
+            self._tried.append(example)
+        elif (place := self._rng.randrange(self._num_read)) < self._NUM_TRIED:
+            self._tried[place] = example
+
+    def try_metrics(self) -> None:
+        """Scores targets as if they were predictions.
+
+        Raises:
+          ValueError: if a metric or the postprocessing fails.
+        """
+        task = self._task
+        if not self._tried or not task.predict_metric_fns:
+            return
+        texts = [_labels_alone(example.texts["targets"]) for example in self._tried]
+        targets, predictions = texts, texts
+        if task.postprocessor:
+            try:
+                targets = [
+                    task.postprocess_fn(text, example=example.row, is_target=True)
+                    for text, example in zip(texts, self._tried, strict=True)
+                ]
+                predictions = [
+                    task.postprocess_fn(text, example=example.row, is_target=False)
+                    for text, example in zip(texts, self._tried, strict=True)
+                ]
+            except Exception as error:
+                raise ValueError(f"its postprocess fails on its targets: {error!r}") from None
+        for metric in task.predict_metric_fns:
+            try:
+                scores = metric(targets, predictions)
+            except Exception as error:
+                what = f"its metric {name_of(metric)} fails on its own targets"
+                raise ValueError(f"{what}: {_message(error)}") from None
+            self._imperfect |= {
+                name: value
+                for name, value in scores.items()
+                if name in ("accuracy", "exact_match", "em") and value < 100
+            }
+
+    def doubts(self) -> Iterator[str]:
+        """Yields what is wrong with the targets."""
+        counts = self._counts
+        for word in self._MISSING:
+            if counts[word]:
+                yield f"{counts[word]:,} targets are {word!r}"
+        if counts["no label"] and counts["no label"] + counts["label"] == self._num_read:
+            yield f"{counts['no label']:,} targets are -1, which often says that there is no label"
+        if counts["changed"]:
+            text, back = self._changed
+            yield (
+                f"{counts['changed']:,} targets come back from the vocabulary changed: "
+                f"{text!r:.40} as {back!r:.40}"
+            )
+        for name, score in self._imperfect.items():
+            yield f"the targets themselves score {name} {score:.2f}"
+
+
+def _labels_alone(text: str) -> str:
+    """Returns a target without the marks of pieces that have no label."""
+    return " ".join(text.replace("\0", "").split()) if "\0" in text else text
+
+
+def _number_of_label(text: str) -> str:
+    """Returns whether a text is the number of a label, or -1, which is none."""
+    if text in ("-1", "-1.0"):
+        return "no label"
+    return "label" if text.removesuffix(".0").isdecimal() else "other"
 
 
 def _hashes(texts: Sequence[str]) -> tuple[bytes, bytes]:

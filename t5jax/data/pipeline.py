@@ -120,7 +120,7 @@ def train_iterator(
     """
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
-    spec = train_spec(config, has_inputs=_have_inputs(mixtures))
+    spec = train_spec(config, has_inputs=_have_inputs(mixtures), has_pairs=_have_pairs(mixtures))
     form = ExampleFormat.of(config.model)
     run = Run(tokenizer, LabelTokenizer.of(config.model), example_lengths(spec, form))
     for name, mixture in mixtures:
@@ -166,6 +166,12 @@ def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> 
     return all(having.values())
 
 
+def _have_pairs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> bool:
+    """Returns whether some examples have two texts as inputs."""
+    tasks = [task for _, mixture in mixtures for task in seqio.get_subtasks(mixture)]
+    return any(kind_of(task).has_pairs for task in tasks)
+
+
 def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
     """Raises ValueError if a task does not suit the model's head."""
     kind = kind_of(task)
@@ -183,6 +189,12 @@ def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
         raise ValueError(
             f"task {task.name} has the objective {objective}, which is for a model with a decoder; "
             "choose another task or another model"
+        )
+    if kind.has_pairs and not model.reads_pairs:
+        raise ValueError(
+            f"task {task.name} has a template of two texts, which only an encoder with model.head "
+            "sequence_classification and two token types (model.type_vocab_size) reads, and not "
+            f"this {model.family}; write both texts as one"
         )
     try:
         kind.finish(run)
@@ -227,22 +239,27 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
         _log.warning("task %s: only metrics of (targets, predictions) are computed", task.name)
     return EvalSet(
         task=task.name,
-        examples=[_eval_example(task, row, tokenizer) for row in rows],
+        examples=[_eval_example(task, row, run) for row in rows],
         metric_fns=task.predict_metric_fns,
         postprocess=functools.partial(task.postprocessor, is_target=False)
         if task.postprocessor
         else _unchanged,
+        has_pairs=kind_of(task).has_pairs,
     )
 
 
-def _eval_example(task: seqio.Task, row: dict[str, Any], tokenizer: Tokenizer) -> EvalExample:
+def _eval_example(task: seqio.Task, row: dict[str, Any], run: Run) -> EvalExample:
+    tokenizer = run.tokenizer
     input_ids = row["inputs"].tolist() if "inputs" in row else []
     target_ids = row["targets"].tolist()
     inputs = _text(row, "inputs_pretokenized", tokenizer.decode(input_ids))
     targets = _text(row, "targets_pretokenized", tokenizer.decode(target_ids))
     source = _text(row, SOURCE_FEATURE, inputs)
+    seen, fills = inputs, len(input_ids) == run.lengths.get("inputs")
+    if fills and len(tokenizer.encode(inputs)) >= len(input_ids):  # Its end is cut.
+        seen = f"{tokenizer.decode(input_ids)} […]"
     if not task.postprocessor:
-        return EvalExample(inputs, source, targets, input_ids, target_ids)
+        return EvalExample(inputs, source, targets, input_ids, target_ids, None, seen)
     try:
         targets = task.postprocess_fn(targets, example=row, is_target=True)
     except Exception as error:  # Of a user's code.
@@ -250,7 +267,7 @@ def _eval_example(task: seqio.Task, row: dict[str, Any], tokenizer: Tokenizer) -
             f"task {task.name}: postprocess {name_of(task.postprocessor)} fails on the target "
             f"{targets!r:.80}: {users_error(error)}"
         ) from error
-    return EvalExample(inputs, source, targets, input_ids, target_ids, row)
+    return EvalExample(inputs, source, targets, input_ids, target_ids, row, seen)
 
 
 def _text(row: dict[str, Any], feature: str, default: str) -> str:

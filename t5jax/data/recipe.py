@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from t5jax.data import segments
 from t5jax.data.objectives.base import cut
 from t5jax.data.run import Run
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
@@ -120,7 +121,8 @@ class Encoder:
             return np.asarray(example[feature])
         eos_id = self.eos_ids[feature]
         of_labels = self.labels is not None and feature == "targets"
-        ids = (self.labels if of_labels else self.tokenizer).encode(example[feature])
+        text = example[feature]
+        ids = self.labels.encode(text) if of_labels else segments.encode(self.tokenizer, text)
         return np.array(ids if eos_id is None else [*ids, eos_id], np.int32)
 
 

@@ -19,6 +19,12 @@ class Run(NamedTuple):
     """The maximum lengths of "inputs" and "targets" in tokens with eos; unlimited if missing."""
 
     @property
+    def break_id(self) -> int | None:
+        """The id between the two texts of a prompt, if the model reads such."""
+        is_of_texts = self.labels is not None and not self.labels.per_word
+        return self.tokenizer.pad_id if is_of_texts else None
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """The settings other than the lengths, as JSON values."""
         labels = {"model.labels": repr(self.labels)} if self.labels else {}

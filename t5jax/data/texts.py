@@ -5,6 +5,7 @@ import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from t5jax.data.registry import check_mixture
 from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.sources.kinds import text
 from t5jax.data.tasks.foreign import kind_of
-from t5jax.tokenizers import Tokenizer
+from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class TextExample:
     """The text of each feature: as rendered, or decoded if there are only tokens."""
     ids: Mapping[str, list[int]]
     """The tokens of each feature with eos, not truncated."""
+    row: Mapping[str, Any]
+    """The whole example, as a task's postprocessing takes it."""
 
 
 def read_examples(
@@ -34,6 +37,7 @@ def read_examples(
     lengths: Mapping[str, int],
     dropped: Counter,
     most: int | None = None,
+    labels: LabelTokenizer | None = None,
 ) -> Generator[TextExample, None, None]:
     """Yields the examples of a split once.
 
@@ -46,18 +50,23 @@ def read_examples(
       dropped: counts dropped rows, by reason.
       most: the maximum number of examples. If there are more, they are drawn from the whole split;
         otherwise they come in order.
+      labels: the classes of a classifier, which targets must be.
     Raises:
       ValueError: if the task cannot read a row.
     """
-    run = Run(tokenizers["targets"], lengths=task_lengths(task, lengths))
-    for row in kind_of(task).once(split, run, dropped, most=most, whole=True):
+    run = Run(tokenizers["targets"], labels, task_lengths(task, lengths))
+    kind = kind_of(task)
+    for row in kind.once(split, run, dropped, most=most, whole=True):
         ids = {name: np.ravel(row[name]).tolist() for name in tokenizers if name in row}
+        if kind.has_pairs:  # As a model reads them.
+            ends = tokenizers["inputs"].pad_id, tokenizers["inputs"].eos_id
+            ids["inputs"] = [ends[1] if i == ends[0] else i for i in ids["inputs"]]
         texts = {}
         for name, feature_ids in ids.items():
             text = row.get(f"{name}_pretokenized")
             is_text = isinstance(text, bytes)
             texts[name] = text.decode() if is_text else _decode(tokenizers[name], feature_ids)
-        yield TextExample(texts, ids)
+        yield TextExample(texts, ids, row)
 
 
 def feature_tokenizers(

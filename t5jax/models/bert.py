@@ -1,9 +1,8 @@
 """BERT: an encoder with post-norm layers, and its heads.
 
-Devlin et al. 2019 (arXiv:1810.04805), and the released checkpoints. Differences: all tokens have
-the first token type (segment A), as there are no tasks with pairs of texts; dropout draws one mask
-for all positions of a row (`layers.Dropout`); sequence classification pools at every position, so
-that packed rows work, although only the first position of each text is used.
+Devlin et al. 2019 (arXiv:1810.04805), and the released checkpoints. Differences: dropout draws one
+mask for all positions of a row (`layers.Dropout`); sequence classification pools at every position,
+so that packed rows work, although only the first position of each text is used.
 
 B batch, S length, D model, H heads, K head dim, V vocab or classes.
 """
@@ -158,7 +157,8 @@ class Network(nn.Module):
             mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
 
         x_BSD = self.token_embedder(tokens_BS) + self.position_embedder(positions_BS)
-        x_BSD += self.type_embedder(jnp.zeros((1, 1), jnp.int32))
+        first_type = jnp.zeros((1, 1), jnp.int32)
+        x_BSD += self.type_embedder(batch.get(features.ENCODER_TOKEN_TYPES, first_type))
         x_BSD = self.dropout(self.embedding_norm(x_BSD))
         return self.encoder(constrain(x_BSD, "batch", "length", "activation_embed"), mask)
 

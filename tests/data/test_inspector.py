@@ -1,9 +1,11 @@
 """`t5jax tasks` and `t5jax vocab train`: what they find in tasks, and say of broken ones."""
 
+import math
 import re
 
 import numpy as np
 import pytest
+import tokenizers
 
 from t5jax.cli import main
 from t5jax.data.bridge.tf import seqio
@@ -16,8 +18,8 @@ from t5jax.data.sources.source import Source
 from t5jax.data.tasks.corpus import text_task
 from t5jax.data.tasks.prompted import prompted_task
 from t5jax.data.texts import common_tokenizer, read_lines
-from t5jax.metrics import bleu, exact_match
-from t5jax.tokenizers import ByteTokenizer, load_tokenizer
+from t5jax.metrics import bleu, exact_match, pearson
+from t5jax.tokenizers import ByteTokenizer, LabelTokenizer, load_tokenizer
 from t5jax.tokenizers.training import Measure, measure, sample
 
 LENGTHS = {"inputs": 20, "targets": 4}
@@ -195,6 +197,70 @@ def test_check_reads_every_split_under_every_template():
     assert names == ["inspect_prompted"] * 4 + ["inspect_seqio"]
 
 
+def answers(*texts, **options):
+    """Returns the check of a task with these answers."""
+    if "inspect_answers" in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove("inspect_answers")
+    rows = [{"q": f"{i}", "a": text} for i, text in enumerate(texts)]
+    settings = {k: options.pop(k) for k in ("metrics", "postprocess") if k in options}
+    add("inspect_answers", source=Source({"train": lambda: rows}), **settings)
+    (found,) = checks("inspect_answers", **options).values()
+    return found
+
+
+def test_check_doubts_targets_that_are_none():
+    assert answers("0", "-1", "2").doubts == (
+        "1 targets are -1, which often says that there is no label",
+    )
+    assert answers("0", "-1", "x").doubts == ()  # No numbers of labels.
+    assert answers("-2", "-1", "0").doubts == ()
+    assert answers("nan", "a", "None", "nan").doubts == (
+        "2 targets are 'nan'",
+        "1 targets are 'None'",
+    )
+    assert "nan, so it is missing" in answers(math.nan).error
+
+
+def test_check_doubts_targets_that_the_vocabulary_cannot_give_back(tmp_path):
+    vocabulary = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>")
+    )
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    found = answers("a", "é", "a", tokenizer=load_tokenizer(tmp_path))
+    assert found.doubts == ("1 targets come back from the vocabulary changed: 'é' as '<unk>'",)
+    assert answers("a", "é", "a b ").doubts == ()
+
+
+def test_check_tries_metrics_on_the_targets():
+    def fails(targets, predictions):
+        raise KeyError("x")
+
+    found = answers("a", metrics=[exact_match, fails])
+    assert found.error == "its metric fails fails on its own targets: KeyError: 'x'"
+    assert answers("a", metrics=[pearson]).error.startswith("its metric pearson fails on its own t")
+    assert answers("1", "2", metrics=[pearson]).error == ""
+    found = answers("a", postprocess=int)
+    assert found.error.startswith("its postprocess fails on its targets: ValueError")
+    odd = iter(range(100))
+    found = answers("a", "b", postprocess=lambda text: text + str(next(odd)))
+    assert found.doubts == ("the targets themselves score exact_match 0.00",)
+
+
+def test_check_knows_labels_and_cuts():
+    labels = LabelTokenizer(["yes", "no"])
+    found = answers("yes", "no", labels=labels)
+    assert (found.error, found.num_examples, found.num_cut) == ("", 2, {})
+    assert (
+        "row 1, template 'say {q}': 'nay' is not a class"
+        in answers("yes", "nay", labels=labels).error
+    )
+    words = LabelTokenizer(["yes", "no"], per_word=True)
+    assert answers("yes", "no", labels=words).doubts == ()
+    assert answers("yes", "no").num_cut == {}  # LENGTHS has 4 with eos.
+    assert answers("yes!", "no").num_cut == {"targets": 1}
+
+
 def test_check_counts_what_stands_in_train_too():
     train = [{"q": "Where is it?", "a": "Here"}, {"q": "Who", "a": "I"}, {"q": "x", "a": "y"}]
     test = [
@@ -282,6 +348,13 @@ def test_commands_print_what_was_found(capsys, tmp_path):
     assert "ok     inspect_prompted train say: 3 examples, 2 dropped\n" in out
     assert "ok     inspect_prompted test say: 1 examples, 1 dropped, 1 also in train\n" in out
     assert out.endswith("4 of 4 are sound\n")
+    status, out, err = run(
+        capsys, "tasks", "check", "inspect_prompted:ask", "--labels", "2", "--inputs-length", "4"
+    )
+    assert status == 1
+    assert "FAILED inspect_prompted:ask train ask: " in out
+    assert "'3' is not a class of the model" in out
+    assert "ok     inspect_prompted:ask test ask: 1 examples, 1 dropped\n" in out
     status, out, _ = run(capsys, "tasks", "check", "inspect_file")
     assert status == 1
     assert out.startswith("FAILED inspect_file train 0: task 'inspect_file': there is no file")

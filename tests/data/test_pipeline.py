@@ -299,6 +299,7 @@ def test_examples_come_once_in_order_cut_with_eos_and_capped():
     assert eval_set.postprocess("x") == "X"
     last = eval_set.examples[-1]
     assert last.input_ids == [*BYTES.encode("question 5!"), 1]
+    assert [e.seen for e in eval_set.examples][1::4] == ["question 1!", "question 5! […]"]
     assert last.target_ids == [*BYTES.encode("answ"), 1]
     capped = dataclasses.replace(config, eval=EvalConfig(num_examples=2))
     drawn = pipeline.eval_sets(capped)[0].examples

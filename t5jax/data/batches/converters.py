@@ -52,7 +52,7 @@ def make_converter(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> Co
         return _Decoder(spec, form.eos_id, form.start_id)
     if form.head == "masked_lm":
         return _Encoder(spec)
-    return _Classifier(spec, form.start_id, form.head == "token_classification", form.num_labels)
+    return _Classifier(spec, form)
 
 
 def example_lengths(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> dict[str, int]:
@@ -170,9 +170,11 @@ class _Classifier:
 
     features: tuple[str, ...] = ("inputs", "targets")
 
-    def __init__(self, spec: BatchSpec, start_id: int, per_word: bool, num_labels: int):
-        self._spec, self._start = spec, np.array([start_id], np.int32)
-        self._per_word, self._num_labels = per_word, num_labels
+    def __init__(self, spec: BatchSpec, form: ExampleFormat):
+        self._spec, self._form = spec, form
+        self._start = np.array([form.start_id], np.int32)
+        self._per_word = form.head == "token_classification"
+        self._num_labels = form.num_labels
         self.capacity = {"data.inputs_length": spec.inputs_length}
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
@@ -183,7 +185,16 @@ class _Classifier:
         encoder = _Layout(inputs, self._spec.inputs_length)
         examples = [e for row in rows for e in row]
         classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
-        return _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
+        batch = _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
+        if self._spec.has_pairs:
+            # Between two texts, the id of padding stands for eos.
+            is_break = [tokens == self._form.pad_id for row in inputs for tokens in row]
+            types = np.concatenate([np.cumsum(x) - x for x in is_break])
+            batch[features.ENCODER_TOKEN_TYPES] = encoder.put(types)
+            batch[features.ENCODER_INPUT_TOKENS][encoder.put(np.concatenate(is_break), bool)] = (
+                self._form.eos_id
+            )
+        return batch
 
     def _classes(self, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Returns a class for [CLS] and each token of the inputs; num_labels or more for none."""

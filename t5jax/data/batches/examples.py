@@ -125,8 +125,10 @@ class EvalExample:
     """Tokens of the prompt with eos, truncated to data.inputs_length; empty without inputs."""
     target_ids: list[int]
     """Tokens of the target with eos, truncated to data.targets_length."""
-    row: Mapping[str, Any] | None = None
+    row: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
     """The example as SeqIO gives it to `postprocess`; None for one that takes the text alone."""
+    seen: str = ""
+    """The prompt as far as the model sees it, for people."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +141,8 @@ class EvalSet:
     """Functions of (targets, predictions), both postprocessed."""
     postprocess: Callable[..., Any]
     """Applied to a predicted text before metrics; `example` is the row, where there is one."""
+    has_pairs: bool = False
+    """Whether inputs may be two texts, with the id of padding between them."""
 
     def samples(
         self, predictions: Sequence[str], num: int
@@ -151,7 +155,7 @@ class EvalSet:
         places = sorted(random.Random(0).sample(numbers, min(num, len(numbers))))
         shown = [self.examples[i] for i in places]
         return (
-            [example.inputs for example in shown],
+            [example.seen or example.inputs for example in shown],
             [example.targets for example in shown],
             [predictions[i] for i in places],
         )

@@ -17,6 +17,7 @@ from t5jax.data.batches.examples import Example, several_tasks
 from t5jax.data.cache.reader import CachedTask, split_folder
 from t5jax.data.objectives.base import BoundObjective, example_rng
 from t5jax.data.run import Run
+from t5jax.data.segments import cut
 
 _BLOCK = 1024  # Examples that are looked up together.
 _SMALL = 1 << 16  # Up to this size the order of an epoch is a permutation in memory.
@@ -48,6 +49,7 @@ class CachedExamples:
         lengths: Mapping[str, int],
         seed: int,
         fingerprint: Mapping[str, Any] | None = None,
+        break_id: int | None = None,
     ):
         """Reads nothing yet.
 
@@ -57,6 +59,7 @@ class CachedExamples:
             except by objectives, which choose their lengths.
           seed: the seed of the order and of objectives, at least 0.
           fingerprint: what else the examples depend on.
+          break_id: the id between the two texts of inputs. None: there is one.
         Raises:
           ValueError: if there are no parts, a rate is not greater than 0, or a task is empty.
         """
@@ -71,6 +74,7 @@ class CachedExamples:
             if not len(part.task):
                 raise ValueError(f"the cache {part.task.path} has no examples; rewrite it")
         self._parts, self._lengths, self._seed = list(parts), dict(lengths), seed
+        self._break_ids = {"inputs": break_id}
         total = sum(part.rate for part in parts)
         self._weights = [max(round(part.rate / total * _WEIGHTS), 1) for part in parts]
         tasks = {
@@ -160,7 +164,9 @@ class CachedExamples:
             places = zip(read, rows.tolist(), epochs.tolist(), strict=True)
             return [part.objective(x[0], example_rng(seed, row, e)) for x, row, e in places]
         features = part.task.features
-        limits = [(self._lengths[f], part.task.eos_ids[f]) for f in features]
+        limits = [
+            (self._lengths[f], part.task.eos_ids[f], self._break_ids.get(f)) for f in features
+        ]
         return [
             {f: _cut(x, *limit) for f, x, limit in zip(features, example, limits, strict=True)}
             for example in read
@@ -231,13 +237,8 @@ def mix(numbers: np.ndarray, weights: Sequence[int]) -> tuple[np.ndarray, np.nda
     return parts, positions
 
 
-def _cut(tokens: np.ndarray, limit: int, eos_id: int | None) -> np.ndarray:
-    if len(tokens) <= limit:
-        return tokens
-    cut = tokens[:limit].copy()
-    if eos_id is not None:
-        cut[-1] = eos_id
-    return cut
+def _cut(tokens: np.ndarray, limit: int, eos_id: int | None, break_id: int | None) -> np.ndarray:
+    return tokens[:limit] if eos_id is None else cut(tokens, limit, break_id)
 
 
 def open_cached(
@@ -262,6 +263,7 @@ def open_cached(
       ValueError: where a task has no cache, or a damaged one.
     """
     from t5jax.data.bridge.tf import seqio
+    from t5jax.data.tasks.cuts import log_cuts
     from t5jax.data.tasks.foreign import kind_of
 
     found = seqio.get_mixture_or_task(mixture)
@@ -275,5 +277,9 @@ def open_cached(
             fingerprint[f"objective of {task.name}"] = repr(kind.objective)
         rate = found.get_rate(task) if isinstance(found, seqio.Mixture) else 1.0
         cached = CachedTask(split_folder(folder, task.name, split))
+        if kind.objective is None:
+            for feature, sizes in zip(cached.features, cached.lengths.T, strict=True):
+                if num_cut := int((sizes > run.lengths[feature]).sum()):
+                    log_cuts(task.name, feature, run.lengths[feature], num_cut, len(cached))
         parts.append(Part(task.name, cached, rate, kind.bind(run)))
-    return CachedExamples(parts, run.lengths, seed, fingerprint)
+    return CachedExamples(parts, run.lengths, seed, fingerprint, run.break_id)

@@ -138,6 +138,8 @@ class ChatTemplate(PromptTemplate):
     """Field with the list of messages."""
     special_tokens: tuple[tuple[str, str], ...] = ()
     """Names and texts of tokens that the template uses, such as ("bos_token", "<s>")."""
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
+    """The run's tokenizer, after `bind`."""
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -160,7 +162,7 @@ class ChatTemplate(PromptTemplate):
 
     def bind(self, tokenizer: Tokenizer) -> "ChatTemplate":
         if self.text is not None:
-            return self
+            return dataclasses.replace(self, tokenizer=tokenizer)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"template {self} takes the tokenizer's chat template, but {tokenizer} has none; "
@@ -169,7 +171,10 @@ class ChatTemplate(PromptTemplate):
             )
         special_tokens = tuple(sorted(tokenizer.special_tokens.items()))
         return dataclasses.replace(
-            self, text=tokenizer.chat_template, special_tokens=special_tokens
+            self,
+            text=tokenizer.chat_template,
+            special_tokens=special_tokens,
+            tokenizer=tokenizer,
         )
 
     def render(self, row: Row, number: int = 0) -> Prompt:
@@ -194,8 +199,23 @@ class ChatTemplate(PromptTemplate):
             )
         answer = whole.removeprefix(prompt).rstrip()
         answer = answer.removesuffix(dict(self.special_tokens).get("eos_token") or "")
+        answer = self._after(prompt, answer)
         said = [m["content"] for m in messages[:-1] if m["role"] == "user"]
         return Prompt(prompt, answer, said[-1] if said else "")
+
+    def _after(self, prompt: str, answer: str) -> str:
+        """Returns the answer as the text that has, alone, the tokens that it has after the prompt.
+
+        Llama 2's tokenizer, for instance, puts a space of its own before every text.
+        """
+        if not answer.startswith(" ") or not hasattr(self.tokenizer, "encode"):
+            return answer
+        before, whole = map(self.tokenizer.encode, (prompt, prompt + answer))
+        after = whole[len(before) :] if whole[: len(before)] == before else None
+        for text in (answer, answer[1:]):
+            if self.tokenizer.encode(text) == after:
+                return text
+        return answer
 
     def render_few_shot(
         self, row: Row, number: int, exemplars: Sequence[tuple[Row, Prompt]], form: str

@@ -27,6 +27,7 @@ import jinja2
 import jinja2.sandbox
 import yaml
 
+from t5jax.data.segments import BREAK
 from t5jax.data.sources.source import Row
 
 SEPARATOR = "|||"
@@ -45,8 +46,8 @@ class Prompt(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the rendered prompt or answer is empty."""
-        return not (self.inputs.strip() and self.targets.strip())
+        """Whether the rendered prompt, one of its texts, or the answer is empty."""
+        return not all(text.strip() for text in (*self.inputs.split(BREAK), self.targets))
 
 
 class PromptTemplate(abc.ABC):
@@ -58,6 +59,11 @@ class PromptTemplate(abc.ABC):
     @property
     def needs_tokenizer(self) -> bool:
         """Whether `bind` has to be called before `render`."""
+        return False
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether prompts have two texts, with `segments.BREAK` between them."""
         return False
 
     @property
@@ -119,6 +125,8 @@ _FORMATTER = _Formatter()
 class Template(PromptTemplate):
     """Two Python format strings over the row's fields.
 
+    Inputs may be a pair of format strings, the segments of BERT: ("{premise}", "{hypothesis}").
+
     "{question}", "{score:.1f}", "{answers[text][0]}", "{Review.Text}" (a column, if there is one of
     that name); "{{" is a brace.
     """
@@ -128,12 +136,19 @@ class Template(PromptTemplate):
     name: str = ""
 
     def __post_init__(self):
+        given: Any = self.inputs
+        if isinstance(given, (tuple, list)):
+            object.__setattr__(self, "inputs", BREAK.join(given))
         for side in ("inputs", "targets"):
             _fields(getattr(self, side), f"{side} of template {self}")
 
     @property
+    def is_pair(self) -> bool:
+        return BREAK in self.inputs
+
+    @property
     def _text(self) -> str:
-        return self.inputs
+        return self.inputs.replace(BREAK, " | ")
 
     def render(self, row: Row, number: int = 0) -> Prompt:
         source = [str(_value(field, row)) for field in _fields(self.inputs, "inputs")]
@@ -216,6 +231,8 @@ class JinjaTemplate(PromptTemplate):
     choices: str = ""
     """The answer choices, as Jinja separated by "|||"; in `text` they are the list
     `answer_choices`."""
+    second: str = dataclasses.field(default="", repr=False)
+    """Jinja of the second text of a prompt, as the second segment of BERT."""
 
     def __post_init__(self):
         if SEPARATOR not in self.text:
@@ -223,7 +240,11 @@ class JinjaTemplate(PromptTemplate):
                 f"template {self} has no {SEPARATOR!r} between prompt and answer; expected "
                 f"something like '{{{{ question }}}} {SEPARATOR} {{{{ answer }}}}'"
             )
-        _ = self._compiled, self._compiled_choices  # Raises for syntax errors.
+        _ = self._compiled, self._compiled_choices, self._compiled_second  # For syntax errors.
+
+    @property
+    def is_pair(self) -> bool:
+        return bool(self.second)
 
     @property
     def _text(self) -> str:
@@ -232,6 +253,10 @@ class JinjaTemplate(PromptTemplate):
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         return self._compile(self.text)
+
+    @functools.cached_property
+    def _compiled_second(self) -> jinja2.Template:
+        return self._compile(self.second)
 
     @functools.cached_property
     def _compiled_choices(self) -> jinja2.Template:
@@ -262,6 +287,10 @@ class JinjaTemplate(PromptTemplate):
                 choices = self._compiled_choices.render(variables).split(SEPARATOR)
                 variables[_CHOICES] = [choice.strip() for choice in choices]
             sides = _render_sides(self._compiled, variables)
+            if self.second and sides[0][0].strip():
+                text, values = sides[0]
+                second, more_values = _render_sides(self._compiled_second, variables)[0]
+                sides[0] = f"{text}{BREAK}{second}", f"{values} {more_values}"
         except jinja2.UndefinedError as error:
             odd = [name for name in row if not str(name).isidentifier()]
             hint = f"; for Jinja, give {odd[0]!r} another name (Source.rename)" if odd else ""
@@ -273,8 +302,12 @@ class JinjaTemplate(PromptTemplate):
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if len(sides) > 2:
             raise ValueError(f"it renders {len(sides)} parts; expected a prompt and an answer")
-        texts = [text.strip() for text, _ in sides] + [""]  # Without a rendered answer.
+        texts = [_stripped(text) for text, _ in sides] + [""]  # Without a rendered answer.
         return Prompt(texts[0], texts[1], sides[0][1])
+
+
+def _stripped(text: str) -> str:
+    return BREAK.join(part.strip() for part in text.split(BREAK))
 
 
 _CHOICES = "answer_choices"

@@ -26,6 +26,7 @@ from t5jax.data.recipe import DOCUMENTS, Recipe
 from t5jax.data.run import Run
 from t5jax.data.sources import spool
 from t5jax.data.sources.source import Row, Source
+from t5jax.data.tasks.cuts import Cuts
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Kind(abc.ABC):
     """The templates of prompts."""
     shots: int = 0
     """Number of exemplars before each prompt."""
+    has_pairs: bool = False
+    """Whether prompts have two texts."""
 
     @abc.abstractmethod
     def origin(self) -> str:
@@ -223,17 +226,17 @@ class OwnSource(seqio.DataSource, Kind):
             yield from examples(rows.read(np.arange(len(rows))), dropped)
 
     def _finished(self, encoded, run, seed, whole=False) -> Iterator[dict[str, Any]]:
-        finish, lengths = self.finish(run), {} if whole else run.lengths
+        finish, cuts = self.finish(run), Cuts(self.task, {} if whole else run.lengths, run.break_id)
         for one, *seeds in zip(encoded, *_seeds(seed), strict=False):
-            yield {name: cut(x, lengths.get(name)) for name, x in finish(one, *seeds).items()}
+            yield {name: cuts(name, x) for name, x in finish(one, *seeds).items()}
 
     def stream(self, split, run, seed, start=0):
-        finish = self.finish(run)
+        finish, cuts = self.finish(run), Cuts(self.task, run.lengths, run.break_id)
         shuffled = self._shuffled(split, run, seed, start)
         for (epoch, one), *seeds in zip(shuffled, *_seeds(seed, start), strict=False):
             example = finish(one, *seeds)
             tokens = (f for f, spec in self.features.items() if spec is TOKENS)
-            yield epoch, {f: cut(example[f], run.lengths.get(f)) for f in tokens}
+            yield epoch, {f: cuts(f, example[f]) for f in tokens}
 
     def _shuffled(self, split, run, seed, start) -> Iterator[tuple[int, Any]]:
         """Yields pairs of an epoch and what `encode` yields, from number `start` on."""
@@ -326,7 +329,7 @@ class OwnSource(seqio.DataSource, Kind):
         own = isinstance(vocabulary, RunVocabulary)
         run = vocabulary.run if own else Run(as_tokenizer(vocabulary))
         run = run._replace(lengths=sequence_length or {})
-        finish = self.finish(run)
+        finish, cuts = self.finish(run), Cuts(self.task, run.lengths, run.break_id)
 
         def encode(splits, rows, seeds):
             encoded = []
@@ -343,7 +346,7 @@ class OwnSource(seqio.DataSource, Kind):
 
         def look_up(one, *seeds):
             example = finish(pickle.loads(one), *seeds)
-            return [cut(example[name], run.lengths.get(name)) for name in self.features]
+            return [cuts(name, example[name]) for name in self.features]
 
         def encode_tf(element):
             inputs = [element[name] for name in ("split", "row", "seed")]
@@ -361,12 +364,6 @@ class OwnSource(seqio.DataSource, Kind):
         seed = seqio.utils._NEXT_MAP_SEED  # As for SeqIO's own steps.
         seeds = map(tf.data.Dataset.random, (None, None) if seed is None else (seed, seed + 1))
         return tf.data.Dataset.zip(encoded, *seeds).map(look_up_tf)
-
-
-def cut(tokens: np.ndarray, length: int | None) -> np.ndarray:
-    """Returns tokens as they are, or where they are longer, their beginning and what ends them."""
-    is_longer = length is not None and len(tokens) > length
-    return np.append(tokens[: length - 1], tokens[-1]) if is_longer else tokens
 
 
 def _shuffle(examples: Iterable[Any], rng: np.random.Generator) -> Iterator[Any]:

@@ -35,6 +35,7 @@ from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
 from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
 from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks, source_files
 from t5jax.data.run import TRAIN_SPLIT, Run
+from t5jax.data.segments import BREAK, encode, encode_batch, shown
 from t5jax.data.sources.source import Row, Source, get_field
 from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource
 from t5jax.tokenizers import Tokenizer
@@ -60,6 +61,8 @@ def prompted_task(
     postprocess: Callable[[str], Any] | None = None,
     references: str | None = None,
     too_long: TooLong = "cut",
+    may_cut: str | Sequence[str] = (),
+    long_inputs: TooLong = "cut",
     empty: Empty = "error",
     exemplar: str = "{inputs}\n{targets}\n\n",
     seed: int = 0,
@@ -69,7 +72,8 @@ def prompted_task(
     Args:
       name: the name of the task in configs and mixtures.
       source: the rows; training reads its split "train".
-      templates: a list, or a dict by name, of pairs of format strings (inputs, targets), Jinja
+      templates: a list, or a dict by name, of pairs of format strings (inputs, targets), where
+        inputs may be a pair itself: the two segments that a BERT classifier reads; Jinja
         templates "inputs ||| targets", or `PromptTemplate`s such as those of `promptsource(file)`.
       metrics: functions of (targets, predictions), such as those of `t5jax.metrics`.
       vocabulary: the vocabulary of runs that set neither data.vocabulary nor init.model: anything
@@ -81,6 +85,10 @@ def prompted_task(
         select nested fields ("answers.text"). None: the rendered targets.
       too_long: what to do with targets longer than the run's targets_length. "cut": truncate them.
         "drop": exclude them from training; evaluation keeps every row. "error": raise an error.
+      may_cut: the fields, or the one field, that lose their end if a prompt is longer than the
+        run's inputs_length, the first one first: the context, so that the question is kept. By
+        default the prompt as a whole loses its end.
+      long_inputs: what to do with prompts that are too long all the same; as too_long.
       empty: what to do with a row for which a template renders an empty prompt or answer. "error":
         raise an error. "drop": training excludes the row with this template; evaluation uses the
         next template that renders it.
@@ -93,6 +101,7 @@ def prompted_task(
         row does not fit a template, with task, split, row and field.
     """
     check_choice(too_long, get_args(TooLong), f"too_long of task {name!r}")
+    check_choice(long_inputs, get_args(TooLong), f"long_inputs of task {name!r}")
     check_choice(empty, get_args(Empty), f"empty of task {name!r}")
     try:
         parsed = _as_templates(templates)
@@ -106,6 +115,8 @@ def prompted_task(
             templates=parsed,
             references=references,
             too_long=too_long,
+            may_cut=(may_cut,) if isinstance(may_cut, str) else tuple(may_cut),
+            long_inputs=long_inputs,
             empty=empty,
             exemplar=exemplar,
             seed=seed,
@@ -125,6 +136,8 @@ class _Definition:
     templates: tuple[PromptTemplate, ...]
     references: str | None
     too_long: TooLong
+    may_cut: tuple[str, ...]
+    long_inputs: TooLong
     empty: Empty
     exemplar: str
     seed: int
@@ -173,6 +186,11 @@ def register_variant(name: str) -> None:
             f"task {task.name!r} has no variant {name!r}; {hint}there are {', '.join(known)}, each "
             f"also with exemplars ({known[0]}:5shot), and {task.name}:5shot"
         )
+    if shots and any(template.is_pair for template in templates):
+        raise ValueError(
+            f"{name!r} asks for exemplars, but a template of task {task.name!r} has two texts, "
+            "before which they cannot be put; leave them out, or write both texts as one"
+        )
     if shots and TRAIN_SPLIT not in task.source.splits:
         raise ValueError(
             f"{name!r} needs exemplars, but task {task.name!r} has no split {TRAIN_SPLIT!r} to "
@@ -218,6 +236,7 @@ class PromptedSource(OwnSource):
         super().__init__(definition.name, definition.source)
         self.definition = definition
         self.templates, self.shots = definition.templates, definition.shots
+        self.has_pairs = any(template.is_pair for template in definition.templates)
 
     def parts(self, task):
         parts = []
@@ -233,13 +252,25 @@ class PromptedSource(OwnSource):
           tokenizer: the run's tokenizer, whose chat template may be used.
         """
         task = self.definition
-        return {
+        found: dict[str, Any] = {
             "templates": [repr(template) for template in self._bound(tokenizer)],
             "references": task.references,
             "too_long": task.too_long,
             "empty": task.empty,
             "shots": task.shots,
-        } | ({"exemplar": task.exemplar, "seed": task.seed} if task.shots else {})
+        }
+        if task.shots:
+            found |= {"exemplar": task.exemplar, "seed": task.seed}
+        if self.has_pairs:
+            found |= {"second texts": [getattr(t, "second", "") for t in self.templates]}
+        if self._fits_inputs:
+            found |= {"may_cut": task.may_cut, "long_inputs": task.long_inputs}
+        return found
+
+    @property
+    def _fits_inputs(self) -> bool:
+        """Whether texts depend on the length of inputs, apart from exemplars."""
+        return bool(self.definition.may_cut) or self.definition.long_inputs != "cut"
 
     def examples(
         self,
@@ -264,7 +295,9 @@ class PromptedSource(OwnSource):
         return self._rendered(self.rows(split, dropped), split, dropped, run)
 
     def texts(self, split):
-        return (example[name] for example in self.examples(split) for name in _SIDES)
+        for example in self.examples(split):
+            for name in _SIDES:
+                yield from example[name].split(BREAK)
 
     def _rendered(
         self,
@@ -282,7 +315,12 @@ class PromptedSource(OwnSource):
             first = 0 if is_train else place % len(renderers)
             for template, render in renderers[first:] + renderers[:first]:
                 try:
-                    prompt = render(row, number)
+                    prompt = self._shortened(render, row, number, tokenizer, lengths)
+                    if not prompt.is_empty and prompt.inputs.count(BREAK) != template.is_pair:
+                        raise ValueError(
+                            f"it has the character {BREAK!r}, which is none for texts; remove it "
+                            "by Source.clean(remove_control_characters())"
+                        )
                     references = self._references_of(row)
                     if labels is not None and not prompt.is_empty:
                         arranged = labels.arrange(prompt.inputs, prompt.targets, tokenizer)
@@ -292,7 +330,8 @@ class PromptedSource(OwnSource):
                         length = lengths.get("targets")
                         asked = labels.encode(arranged)[: length and length - 1]
                         references = references or json.dumps(labels.decode(asked))
-                    reason = self._reason_to_drop(prompt, is_train, labels or tokenizer, lengths)
+                    sides = {"inputs": tokenizer, "targets": labels or tokenizer}
+                    reason = self._reason_to_drop(prompt, is_train, sides, lengths)
                 except ValueError as error:
                     where = f"split {split!r}, row {number}, template {template}"
                     raise ValueError(f"task {self.task!r}: {where}: {error}") from None
@@ -348,7 +387,41 @@ class PromptedSource(OwnSource):
         except ValueError as error:
             raise ValueError(f"task {self.task!r}: {error}") from None
 
-    def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizer, lengths) -> str:
+    def _shortened(self, render, row: Row, number: int, tokenizer, lengths) -> Prompt:
+        """Returns the row's prompt; of one that is too long, the task's `may_cut` lose their end.
+
+        Raises:
+          ValueError: if one of these is no text of the row.
+        """
+        prompt, fields = render(row, number), self.definition.may_cut
+        for field in fields:
+            if not isinstance(row.get(field), str):
+                raise ValueError(
+                    f"field {field!r}, which may_cut names, is {row.get(field)!r:.60}; expected a "
+                    f"text; the row has {', '.join(row)}"
+                )
+        if "inputs" not in lengths:
+            return prompt
+
+        def fits(prompt: Prompt) -> bool:
+            return len(encode(tokenizer, prompt.inputs)) < lengths["inputs"]  # And eos.
+
+        for field in fields:
+            if prompt.is_empty or fits(prompt):
+                break
+            # The most characters with which it fits, by bisection.
+            text, fitting, failing = row[field], 0, len(row[field])
+            while failing - fitting > 1:
+                middle = (fitting + failing) // 2
+                if fits(render(row | {field: text[:middle]}, number)):
+                    fitting = middle
+                else:
+                    failing = middle
+            row = row | {field: _without_part_of_word(text, fitting)}
+            prompt = render(row, number)
+        return prompt
+
+    def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizers, lengths) -> str:
         """Returns why an example is dropped, or "" if it is kept.
 
         Raises:
@@ -363,18 +436,25 @@ class PromptedSource(OwnSource):
                 f"its {side} are empty; filter such rows out (Source.filter), or let "
                 'prompted_task(..., empty="drop") leave them out'
             )
-        if task.too_long == "cut" or "targets" not in lengths:
-            return ""
-        length = len(tokenizer.encode(prompt.targets)) + 1
-        if length <= lengths["targets"]:
-            return ""
-        if task.too_long == "error":
-            raise ValueError(
-                f"its targets are {length} tokens long with eos; expected at most "
-                f"{lengths['targets']}; raise data.targets_length, or let prompted_task(..., "
-                'too_long="cut") cut them, or "drop" leave them out'
-            )
-        return "targets too long" if is_train else ""
+        rules = {
+            "inputs": ("long_inputs", task.long_inputs),
+            "targets": ("too_long", task.too_long),
+        }
+        for side, (name, rule) in rules.items():
+            if rule == "cut" or side not in lengths:
+                continue
+            length = len(encode(tokenizers[side], getattr(prompt, side))) + 1
+            if length <= lengths[side]:
+                continue
+            if rule == "error":
+                raise ValueError(
+                    f"its {side} are {length} tokens long with eos; expected at most "
+                    f"{lengths[side]}; raise data.{side}_length, or let prompted_task(..., "
+                    f'{name}="cut") cut them, or "drop" leave them out'
+                )
+            if is_train:
+                return f"{side} too long"
+        return ""
 
     def _references_of(self, row: Row) -> str:
         field = self.definition.references
@@ -396,9 +476,9 @@ class PromptedSource(OwnSource):
         tokenizers = {"inputs": run.tokenizer, "targets": run.labels or run.tokenizer}
         for chunk in in_chunks(examples, CHUNK):
             for side, tokenizer in tokenizers.items():
-                ids = tokenizer.encode_batch([example[side] for example in chunk])
+                ids = encode_batch(tokenizer, [example[side] for example in chunk])
                 for example, tokens in zip(chunk, ids, strict=True):
-                    example[f"{side}_pretokenized"] = example[side].encode()
+                    example[f"{side}_pretokenized"] = shown(example[side], tokenizer).encode()
                     example[side] = np.array([*tokens, tokenizer.eos_id], np.int32)
             for example in chunk:
                 for feature in (SOURCE_FEATURE, REFERENCES_FEATURE):
@@ -418,6 +498,7 @@ class PromptedSource(OwnSource):
         files = source_files(self.source, split)
         if self.shots:
             files += source_files(self.source, TRAIN_SPLIT)
+        if self.shots or self._fits_inputs:
             content["data.inputs_length"] = lengths["inputs"]
         if self.definition.too_long != "cut":
             content["data.targets_length"] = lengths["targets"]
@@ -429,6 +510,18 @@ class PromptedSource(OwnSource):
         eos_ids = {"inputs": tokenizer.eos_id, "targets": (labels or tokenizer).eos_id}
         encoder = Encoder(_SIDES, eos_ids, tokenizer, labels)
         return Recipe(self.task, split, run, chunks, encoder, content, files)
+
+
+_WORD_LENGTH = 40  # What is longer is no word, but text without spaces.
+
+
+def _without_part_of_word(text: str, length: int) -> str:
+    """Returns the first characters of a text, at most `length`, without a part of a word."""
+    kept = text[:length]
+    if length < len(text) and not text[length].isspace():
+        words, _, part = kept.rpartition(" ")
+        kept = words if words and len(part) <= _WORD_LENGTH else kept
+    return kept.rstrip()
 
 
 def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:
@@ -480,8 +573,12 @@ def _as_template(template) -> PromptTemplate:
         return template
     if isinstance(template, str) and SEPARATOR in template:
         return JinjaTemplate(template)
-    is_pair = isinstance(template, (tuple, list)) and len(template) == 2
-    if not is_pair or not all(isinstance(text, str) for text in template):
+    texts: list[Any] = []
+    if isinstance(template, (tuple, list)) and len(template) == 2:
+        inputs, targets = template
+        is_pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
+        texts = [*(inputs if is_pair else [inputs]), targets]
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{template!r} is not a template; expected {_EXPECTED}")
     return Template(*template)
 

@@ -93,20 +93,47 @@ LLAMA_3 = """\
 """
 
 
-@pytest.mark.hf
-@pytest.mark.parametrize("eos", ["<|eot|>", "<|text_end|>"])
-def test_tokens_are_those_of_transformers(eos, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    specials = ["<|text|>", "<|start|>", "<|end|>", "<|eot|>", "<|text_end|>"]
+LLAMA_2 = """\
+{{- bos_token }}
+{%- for m in messages %}
+    {{- '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + ' ' }}
+    {{- eos_token if m.role == 'assistant' else '' }}
+{%- endfor %}
+"""
+
+
+def byte_level():
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    return bpe
+
+
+def with_a_space_before():
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<|text|>"))
+    steps = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    bpe.normalizer = tokenizers.normalizers.Sequence(steps)
+    return bpe
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    ("make", "template", "eos"),
+    [
+        (byte_level, LLAMA_3, "<|eot|>"),
+        (byte_level, LLAMA_3, "<|text_end|>"),
+        (with_a_space_before, LLAMA_2, "<|eot|>"),
+    ],
+)
+def test_tokens_are_those_of_transformers(make, template, eos, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    specials = ["<|text|>", "<|start|>", "<|end|>", "<|eot|>", "<|text_end|>"]
+    bpe, alphabet = make(), tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([json.dumps(CHAT, indent=1)], trainer)
     bpe.save(str(tmp_path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": LLAMA_3}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
     config |= {"bos_token": "<|text|>", "eos_token": eos}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)

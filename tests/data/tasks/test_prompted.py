@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -210,6 +211,66 @@ def test_a_template_that_renders_nothing_is_a_counted_drop_where_the_task_says_s
     task = make_task(ROWS, [ODD["odd"]], empty="drop")
     assert [inputs for inputs, _ in prompts(task, "validation", dropped=dropped)] == ["q1", "q3"]
     assert dropped == {"rendered by no template": 3}
+
+
+ASKED = [
+    {"c": "one two three four", "q": "Which?", "a": "x"},
+    {"c": "one", "q": "Which?", "a": "x"},
+    {"c": "onetwothreefourfive" * 3, "q": "Why?", "a": "x"},
+    {"c": "one", "q": "Which one of all of these?", "a": "x"},
+]
+ABOUT = [("{c} | {q}", "{a}")]
+
+
+def test_the_context_is_cut_and_the_question_is_kept():
+    task = make_task(ASKED, ABOUT, may_cut="c")
+    run = Run(ByteTokenizer(), lengths={"inputs": 24, "targets": 5})  # 23 bytes and eos.
+    assert [inputs for inputs, _ in prompts(task, "validation", run=run)] == [
+        "one two three | Which?",
+        "one | Which?",
+        "onetwothreefourf | Why?",
+        " | Which one of all of these?",  # Its end is cut after tokenization.
+    ]
+    assert prompts(task, "train")[0][0] == "one two three four | Which?"
+
+
+def test_long_prompts_are_dropped_or_refused():
+    run = Run(ByteTokenizer(), lengths={"inputs": 24, "targets": 5})
+    task = make_task(ASKED, ABOUT, may_cut=("c",), long_inputs="drop")
+    dropped = Counter()
+    assert len(prompts(task, "train", run=run, dropped=dropped)) == 3
+    assert dropped == {"inputs too long (template '{c} | {q}')": 1}
+    assert len(prompts(task, "validation", run=run)) == 4
+    seqio.TaskRegistry.remove("prompted")
+    task = make_task(ASKED, ABOUT, long_inputs="error")
+    with pytest.raises(
+        ValueError, match=r"row 0, .*its inputs are 28 tokens long with eos; .*24; "
+    ):
+        prompts(task, "train", run=run)
+    seqio.TaskRegistry.remove("prompted")
+    task = make_task(ASKED, ABOUT, may_cut="context")
+    with pytest.raises(ValueError, match="field 'context', which may_cut names, is None; expected"):
+        prompts(task, "train")
+
+
+def test_a_prompt_that_is_cut_is_counted_in_the_log(caplog):
+    # Three of four are: the first, and the tenth of these among 13.
+    task = make_task(ASKED * 4, ABOUT)
+    run = Run(ByteTokenizer(), lengths={"inputs": 20, "targets": 5})
+    for read, counts in [
+        (task.source.once("validation", run), [(1, 1), (13, 10)]),
+        (task.source.stream("train", run, 0), None),
+    ]:
+        caplog.clear()
+        assert len(list(itertools.islice(read, 16))) == 16
+        if counts is None:
+            assert len(caplog.records) == 2  # In another order.
+            continue
+        assert [record.message for record in caplog.records] == [
+            f"task prompted: of {read} examples so far {cut} are longer than data.inputs_length 20 "
+            "and lose the end of their inputs; `t5jax tasks show` counts all"
+            for read, cut in counts
+        ]
 
 
 LONG = [{"q": "x", "a": "four"}, {"q": "y", "a": "seven"}, {"q": "z", "a": "no"}]
