@@ -7,12 +7,11 @@ each example.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from t5jax.architectures import Architecture, Head
-from t5jax.architectures.base import without_eos as without_eos
+from t5jax.architectures import Head
 from t5jax.config import Config
 
 ENCODER_INPUT_TOKENS = "encoder_input_tokens"
@@ -82,33 +81,65 @@ class BatchSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleFormat:
-    """How a model reads an example, besides the shape of its batches."""
+    """How a model reads an example, besides the shape of its batches.
+
+    `special_tokens.example_format` returns that of a model with its tokenizer.
+    """
 
     eos_id: int = 1
-    """What an encoder-decoder reads if an example has no inputs, and what a decoder's inputs lose
-    at their end."""
+    """What the tokenizer appends to the inputs of an example."""
     start_id: int = 0
-    """What a decoder reads before the first token of an example, and a classifier before the text,
+    """What a decoder reads before the first token of a text, and a classifier before the text,
     which comes without it."""
-    inputs_start_id: int | None = None
-    """What an encoder-decoder reads before its inputs, which then have no eos. None: nothing."""
+    pad_id: int = 0
+    """Padding of an encoder's rows; in the inputs of an example, what stands between two texts."""
+    num_embeddings: int | None = None
+    """Ids must be below. None: not checked."""
+    prompt_start: tuple[int, ...] = ()
+    """What inputs begin with."""
+    prompt_end: tuple[int, ...] = (1,)
+    """What inputs end with, instead of eos."""
+    nothing: int = 1
+    """What is read instead of a prompt without tokens."""
     head: Head = "masked_lm"
     """The head of an encoder."""
     num_labels: int = 0
     """The number of classes of a classifier."""
-    pad_id: int = 0
-    """Padding; in the inputs of an example, what stands between two texts."""
 
-    @staticmethod
-    def of(model: Architecture) -> "ExampleFormat":
-        """Returns the format that a model reads."""
-        return ExampleFormat(
-            eos_id=model.eos_token_id,
-            start_id=model.start_token_id,
-            inputs_start_id=model.inputs_start_id if model.kind == "encoder_decoder" else None,
-            head=model.head,
-            num_labels=len(model.labels),
-        )
+    def prompt(self, inputs: Any) -> np.ndarray:
+        """Returns what the model reads for the inputs of an example, int32 [n], n at least 1.
+
+        Args:
+          inputs: token ids, with or without the tokenizer's eos. A start that is written in the
+            text, as by chat templates, is not repeated.
+        """
+        inputs, start = np.asarray(inputs, np.int32), self.prompt_start
+        if self.prompt_end != (self.eos_id,):
+            inputs = without_eos(inputs, self.eos_id)
+            inputs = np.append(inputs, np.array(self.prompt_end, np.int32))
+        if start and tuple(inputs[: len(start)].tolist()) != start:
+            inputs = np.concatenate([np.array(start, np.int32), inputs])
+        return inputs if len(inputs) else np.array([self.nothing], np.int32)
+
+    def check_ids(self, tokens: np.ndarray) -> None:
+        """Raises ValueError if one of the token ids has no embedding."""
+        largest = tokens.max(initial=0)
+        if self.num_embeddings is not None and largest >= self.num_embeddings:
+            raise ValueError(
+                f"an example has id {largest}, but model.vocab_size is {self.num_embeddings}: it "
+                "has no embedding; take this special token out of the data"
+            )
+
+    @property
+    def num_added(self) -> int:
+        """How much longer a prompt may be than inputs with eos."""
+        ends = () if self.prompt_end == (self.eos_id,) else self.prompt_end
+        return len(self.prompt_start) + len(ends)
+
+
+def without_eos(inputs: Any, eos_id: int) -> Any:
+    """Returns token ids without the eos at their end."""
+    return inputs[:-1] if len(inputs) and inputs[-1] == eos_id else inputs
 
 
 def train_spec(config: Config, *, has_inputs: bool = True, has_pairs: bool = False) -> BatchSpec:
@@ -171,15 +202,18 @@ def pad_ids(
 def prompt_batch(
     prompts: Sequence[Sequence[int]], kind: Kind, batch_size: int, length: int
 ) -> Batch:
-    """Returns the batch of prompts for `prefill`; rows beyond the prompts are padding.
+    """Returns the batch of prompts for `prefill` and `encode`.
+
+    Segment ids are 1 at tokens and 0 at padding, so that any id may be a token; rows beyond the
+    prompts are padding.
 
     Args:
-      prompts: the tokens of each, at most `length`; a decoder's begin with its start token.
+      prompts: the tokens of each, at most `length`, as `ExampleFormat.prompt` returns them.
       kind: the kind of the model.
     """
-    if kind not in ("decoder", "prefix_lm"):
-        return {ENCODER_INPUT_TOKENS: pad_ids(prompts, batch_size, length)}
-    names = (DECODER_INPUT_TOKENS, DECODER_SEGMENT_IDS, DECODER_POSITIONS)
+    names = (ENCODER_INPUT_TOKENS, ENCODER_SEGMENT_IDS, ENCODER_POSITIONS)
+    if kind in ("decoder", "prefix_lm"):
+        names = (DECODER_INPUT_TOKENS, DECODER_SEGMENT_IDS, DECODER_POSITIONS)
     batch = {name: np.zeros((batch_size, length), np.int32) for name in names}
     for i, prompt in enumerate(prompts):
         values = dict(zip(names, (prompt, 1, range(len(prompt))), strict=True))

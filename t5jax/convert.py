@@ -3,10 +3,10 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from t5jax import checkpoint, sharding
-from t5jax.architectures import Dtype
+from t5jax.architectures import Architecture, Dtype
 from t5jax.config import MeshConfig
 from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
@@ -62,8 +62,18 @@ def export_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer=source.tokenizer(),
+        generation=_stopping(source.generation(), description),
         overwrite=overwrite,
     )
+
+
+def _stopping(generation: dict[str, Any], model: Architecture) -> dict[str, Any]:
+    """Returns generation_config.json with every id that ends a text here, those it has first."""
+    ends = generation.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not ends or set(model.end_token_ids) <= set(ends):
+        return generation
+    return generation | {"eos_token_id": list(dict.fromkeys([*ends, *model.end_token_ids]))}
 
 
 def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) -> None:
@@ -83,6 +93,7 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
     description, params = source.read(mesh=sharding.make_mesh(mesh))
     config = dataclasses.replace(source.config, model=description, run_dir=output)
     source.tokenizer().save(run_dir / checkpoint.TOKENIZER_DIR)
+    hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
     checkpoint.write_config(run_dir, config)
     with checkpoint.Checkpoints(run_dir) as checkpoints:
         checkpoints.save_params(params, config)

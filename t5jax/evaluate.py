@@ -29,6 +29,7 @@ from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.monitor import progress, tables
 from t5jax.source import Source, find
+from t5jax.special_tokens import check_vocabulary, example_format
 from t5jax.storage import to_json
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
 
@@ -87,6 +88,7 @@ class Evaluator:
         """
         sharding.check_batch_size(batch_size, mesh, rules, "eval.batch_size")
         self._model, self._mesh, self._rules = model, mesh, rules
+        self._format = example_format(model, tokenizer)
         self._batch_size, self._generate = batch_size, generate
         generator = Generator(model, tokenizer, mesh, rules, prefix_lm)
         self._kind, self._tokenizer = generator.kind, tokenizer
@@ -161,25 +163,36 @@ class Evaluator:
     def _batches(self, eval_set: EvalSet) -> Iterator[features.Batch]:
         """Yields batches with inputs and targets, all of one shape but for the last one's rows."""
         examples = eval_set.examples
-        form = features.ExampleFormat.of(self._model)
-        starts = self._labels is not None or form.inputs_start_id is not None
         sides = ["inputs", "targets"] if any(e.input_ids for e in examples) else ["targets"]
-        # Without inputs, an encoder reads eos.
-        inputs_length = 8 if self._kind == "encoder_decoder" else 0
-        if "inputs" in sides:
-            inputs_length = _length([e.input_ids for e in examples], more=starts)
-        targets_length = _length([e.target_ids for e in examples])
+        inputs, targets = self._lengths(examples)
         spec = features.BatchSpec(
-            self._batch_size,
-            inputs_length,
-            targets_length,
-            kind=self._kind,
-            has_pairs=eval_set.has_pairs,
+            self._batch_size, inputs, targets, kind=self._kind, has_pairs=eval_set.has_pairs
         )
-        convert = make_converter(spec, form)
+        convert = make_converter(spec, self._format)
         for start in range(0, len(examples), self._batch_size):
             chunk = examples[start : start + self._batch_size]
             yield convert([[_as_example(e, sides)] for e in chunk])
+
+    def _lengths(self, examples: Sequence[EvalExample]) -> tuple[int, int]:
+        """Returns the lengths of inputs and targets in which all examples fit."""
+        targets = [len(e.target_ids) for e in examples]
+        if self._kind == "encoder":
+            inputs = [len(e.input_ids) + bool(self._labels) for e in examples]
+            rows = inputs
+        elif self._kind == "encoder_decoder" or any(e.input_ids for e in examples):
+            inputs = [len(self._format.prompt(e.input_ids)) for e in examples]
+            rows = [i + t for i, t in zip(inputs, targets, strict=True)]
+        else:
+            inputs, rows = [0], targets
+        longest = self._model.longest_row
+        shape = _rounded(max(inputs)) if max(inputs) else 0, _rounded(max(targets))
+        if longest is None or max(rows) > longest:
+            return shape
+        # A row that fits must not be rounded up beyond the positions.
+        if self._kind == "encoder":
+            return min(shape[0], longest), shape[1]
+        inputs_length = min(shape[0], longest - 1)
+        return inputs_length, min(shape[1], longest - inputs_length)
 
     def _classify(self, params, eval_set: EvalSet) -> list[str]:
         """Returns the most probable label of each text, or of each of its words."""
@@ -287,6 +300,7 @@ def evaluate_model(
     sharding.check_batch_size(batch_size, mesh, rules, "batch_size")
     description, params = source.read(dtype, mesh, rules)
     tokenizer = source.tokenizer()
+    check_vocabulary(description, tokenizer)
     eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer)
     results = {}
     with sharding.use_mesh(mesh, rules):
@@ -386,6 +400,6 @@ def _as_example(example: EvalExample, sides: Sequence[str]) -> Example:
     return {name: np.array(ids[name], np.int32) for name in sides}
 
 
-def _length(ids: Sequence[Sequence[int]], more: int = 0) -> int:
-    """Returns the longest row and `more`, rounded up to a multiple of 8: one shape for a task."""
-    return -(-(max(*map(len, ids), 1) + more) // 8) * 8
+def _rounded(length: int) -> int:
+    """Returns a length rounded up to a multiple of 8: tasks share shapes."""
+    return -(-max(length, 1) // 8) * 8

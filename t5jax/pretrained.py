@@ -9,6 +9,7 @@ t5jax.load("runs/numbers").export("exported")
 
 import dataclasses
 import functools
+import logging
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,7 +27,10 @@ from t5jax.convert import export_model
 from t5jax.evaluate import evaluate_model
 from t5jax.models import api
 from t5jax.source import Source, find
+from t5jax.special_tokens import check_prompts, check_vocabulary, example_format
 from t5jax.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "first", "max", "pooler"]
 """How the vectors of a text's tokens are combined."""
@@ -51,16 +55,23 @@ class Pretrained:
     """The dtype passed to `load`."""
 
     def generate(
-        self, prompts: Sequence[str], *, max_tokens: int = 64, batch_size: int = 32
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int = 64,
+        batch_size: int = 32,
+        special_tokens: bool = False,
     ) -> list[str]:
         """Returns the greedy answer to each prompt.
 
         Args:
-          prompts: texts. For an encoder-decoder, eos is appended; a decoder reads its start token
-            first, and continues the text.
+          prompts: texts, which begin and end as the model's tokenizer begins and ends them. A
+            decoder continues the text; an empty one has the start of a text for it to read.
           max_tokens: the maximum length of an answer in tokens.
           batch_size: the number of prompts per batch. Rows and lengths are padded to powers of two,
             so that few shapes are compiled.
+          special_tokens: keep special tokens in the answers, such as T5's "<extra_id_0>", which
+            separate the texts of gaps.
         Raises:
           ValueError: if the model does not generate text, or has too few positions.
         """
@@ -72,7 +83,7 @@ class Pretrained:
         eos = self.tokenizer.eos_id
         inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
         generate = decoding.Generator(
-            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm
+            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm, special_tokens
         )
         return generate(self.params, inputs, max_tokens=max_tokens, batch_size=batch_size)
 
@@ -115,6 +126,7 @@ class Pretrained:
         if max_length is not None:
             check_at_least(max_length, 3, "max_length")
         ids = [self._encode(text, max_length) for text in texts]
+        check_prompts(model, self.tokenizer, ids)
         longest = model.longest_row
         for number, row in enumerate(ids):
             if longest is not None and len(row) > longest:
@@ -126,8 +138,7 @@ class Pretrained:
         vectors = [np.empty((0, model.d_model), np.float32)]
         for chunk, rows, length in decoding.padded_batches(ids, batch_size, parts):
             length = min(length, longest or length)
-            tokens = features.pad_ids(chunk, rows, length, model.pad_token_id)
-            batch = {features.ENCODER_INPUT_TOKENS: tokens}
+            batch = features.prompt_batch(chunk, "encoder", rows, length)
             with sharding.use_mesh(self.mesh, self.rules):
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
                 x_BD = _embed(model, self.params, batch, pooling)
@@ -167,9 +178,11 @@ class Pretrained:
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         """Returns the tokens of a text for the encoder."""
         tokenizer = self.tokenizer
-        ids = self.model.prompt([*tokenizer.encode(text), tokenizer.eos_id])
+        form = example_format(self.model, tokenizer)
+        ids: list[int] = form.prompt([*tokenizer.encode(text), tokenizer.eos_id]).tolist()
         if max_length is not None and len(ids) > max_length:
-            ids = [*ids[: max_length - 1], tokenizer.eos_id]
+            end = ids[len(ids) - len(form.prompt_end) :]
+            ids = [*ids[: max_length - len(end)], *end]
         return ids
 
 
@@ -182,7 +195,7 @@ def _embed(
         x_BD = api.hidden(model, params, batch)[:, 0]
     else:
         x_BSD = api.encode(model, params, batch).astype(jnp.float32)
-        is_token_BS1 = (batch[features.ENCODER_INPUT_TOKENS] != model.pad_token_id)[..., None]
+        is_token_BS1 = (batch[features.ENCODER_SEGMENT_IDS] != 0)[..., None]
         if pooling == "first":
             x_BD = x_BSD[:, 0]
         elif pooling == "max":
@@ -191,6 +204,36 @@ def _embed(
             x_BD = jnp.mean(x_BSD, axis=1, where=is_token_BS1)
     # Replicated, so that every host can read it.
     return sharding.constrain(x_BD.astype(jnp.float32), None, None)
+
+
+# Settings of generation_config.json that change greedy answers, with the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "repetition_penalty": (1, 1.0),
+    "encoder_repetition_penalty": (1, 1.0),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+}
+
+
+def _warn_of_settings(generation: dict[str, Any]) -> None:
+    asked = [
+        f"{name} {generation[name]}"
+        for name, neutral in _NEUTRAL.items()
+        if generation.get(name) is not None and generation[name] not in neutral
+    ]
+    if asked:
+        _log.warning(
+            "generation_config.json sets %s, which is not implemented; answers are plainly greedy",
+            ", ".join(asked),
+        )
 
 
 def load(
@@ -210,15 +253,19 @@ def load(
       rules: how arrays are sharded over the mesh; an axis that it does not divide stays whole.
         None: as in the run.
     Raises:
-      ValueError: if the model cannot be found or read.
+      ValueError: if the model cannot be found or read, or its tokenizer writes ids that have no
+        embedding.
     """
     source, mesh = find(name_or_path), sharding.make_mesh(mesh)
     rules = source.rules(mesh, rules)
+    tokenizer = source.tokenizer()
+    check_vocabulary(source.model, tokenizer)
     model, params = source.read(dtype, mesh, rules)
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
     model = dataclasses.replace(model, scan_layers=False)
     if model.kind != "encoder":
+        _warn_of_settings(source.generation())
         with sharding.use_mesh(mesh, rules):
             params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
     prefix_lm = source.config.data.prefix_lm
-    return Pretrained(model, params, source.tokenizer(), mesh, rules, prefix_lm, source, dtype)
+    return Pretrained(model, params, tokenizer, mesh, rules, prefix_lm, source, dtype)

@@ -26,6 +26,8 @@ class Source:
     """A Hugging Face folder, or one checkpoint of a run."""
     config: Config
     """The config of the run; for a Hugging Face folder, its model with defaults."""
+    loaded_tokenizer: Tokenizer | None = dataclasses.field(default=None, compare=False, repr=False)
+    """The tokenizer, if it has been loaded."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -36,8 +38,16 @@ class Source:
         return self.config.model
 
     def tokenizer(self) -> Tokenizer:
-        run_dir = self.path.parent.parent / checkpoint.TOKENIZER_DIR
-        return load_tokenizer(run_dir if self.is_checkpoint else self.path)
+        return self.loaded_tokenizer or load_tokenizer(self._tokenizer_folder)
+
+    def generation(self) -> dict[str, Any]:
+        """Returns the generation_config.json that the model was published with, {} for none."""
+        return hf_io.read_generation(self._tokenizer_folder)
+
+    @property
+    def _tokenizer_folder(self) -> Path:
+        run_dir = self.path.parent.parent
+        return run_dir / checkpoint.TOKENIZER_DIR if self.is_checkpoint else self.path
 
     def rules(
         self,
@@ -155,22 +165,11 @@ def find(name_or_path: str) -> Source:
             "--vocabulary FILE`, and give OUTPUT here"
         )
     path = hub.resolve(name_or_path)
-    model = _tokenizers_eos_first(hf_io.read_config(path, load_tokenizer), path)
-    return Source(path, Config(model=model))
-
-
-def _tokenizers_eos_first(model: Architecture, folder: Path) -> Architecture:
-    """Returns the same description with the tokenizer's eos as eos_token_id.
-
-    config.json may have several ids that end a text, as for chat models, in any order; training
-    uses the tokenizer's.
-    """
-    if len(model.end_token_ids) == 1:
-        return model
     try:
-        return model.ended_by(load_tokenizer(folder).eos_id)
-    except ValueError:  # There is no tokenizer; a run sets its vocabulary.
-        return model
+        tokenizer = load_tokenizer(path)
+    except ValueError:  # There is none, or `Source.tokenizer` will say what is wrong with it.
+        tokenizer = None
+    return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer)
 
 
 def adopt(model: Architecture, source: Source, name: str) -> Architecture:

@@ -22,6 +22,7 @@ from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluate import Evaluator, Result, mean_loss
+from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables
 from t5jax.program import program
@@ -128,6 +129,8 @@ def train(config: Config) -> Path:
         log.truncate_metrics(run_dir, start)
         checkpoint.write_config(run_dir, config)
         tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
+        if source:
+            hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         size = f"; an epoch is {epoch}" if epoch else ""
         say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}{size}")

@@ -31,7 +31,7 @@ ORDER = [
     {"t5jax.train_state", "t5jax.losses", "t5jax.optimizers"},
     {"t5jax.models"},
     {"t5jax.sharding"},
-    {"t5jax.data.batches.converters"},
+    {"t5jax.data.batches.converters", "t5jax.special_tokens"},
     {"t5jax.data.batches.examples", "t5jax.tokenizers", "t5jax.metrics"},
     {"t5jax.batch"},
     {"t5jax.config"},

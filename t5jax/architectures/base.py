@@ -189,19 +189,28 @@ class Architecture(abc.ABC):
         """Id that begins the rows for which targets are predicted."""
 
     @property
-    def inputs_start_id(self) -> int | None:
-        """Id in front of the inputs; None if there is none."""
-        return self.start_token_id
+    def prompt_start(self) -> tuple[int, ...]:
+        """What inputs begin with if the tokenizer's files do not say."""
+        return ()
 
     @property
-    def inputs_keep_eos(self) -> bool:
-        """Whether the eos at the end of an example's inputs is kept."""
-        return self.inputs_start_id is None
+    def prompt_end(self) -> tuple[int, ...]:
+        """What inputs end with if the tokenizer's files do not say."""
+        return ()
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text; the first is the one used in training."""
         return (self.eos_token_id,)
+
+    def _check_ends(self) -> None:
+        ends = self.end_token_ids
+        if len(set(ends)) < len(ends) or not all(0 <= i < self.vocab_size for i in ends):
+            raise ValueError(
+                f"model.more_eos_token_ids is {ends[1:]}; expected different ids in "
+                f"[0, {self.vocab_size}), the vocabulary, other than model.eos_token_id "
+                f"{self.eos_token_id}"
+            )
 
     @property
     def tokenizer_ids(self) -> dict[str, str]:
@@ -211,22 +220,6 @@ class Architecture(abc.ABC):
         """
         padding = {} if self.kind == "decoder" else {"pad_token_id": "pad_id"}
         return {"eos_token_id": "eos_id", **padding}
-
-    def ended_by(self, eos_id: int) -> Self:
-        """Returns the same description with `eos_id` as the first of the ids that end a text, if it
-        is one of them."""
-        return self
-
-    def prompt(self, inputs: Sequence[int]) -> list[int]:
-        """Returns the tokens that the network reads for an example's inputs, which end with eos.
-
-        Empty inputs without a start token become a single eos.
-        """
-        if not self.inputs_keep_eos:
-            inputs = without_eos(inputs, self.eos_token_id)
-        if self.inputs_start_id is None:
-            return list(inputs) or [self.eos_token_id]
-        return [self.inputs_start_id, *inputs]
 
     def answer(self, tokens: Sequence[int]) -> list[int]:
         """Returns the generated tokens before the first one that ends a text."""
@@ -249,11 +242,6 @@ class Architecture(abc.ABC):
     def has_params_of(self, other: "Architecture") -> bool:
         """Returns whether both describe the same network, apart from `COMPUTE_FIELDS`."""
         return self.computed_as(other) == other
-
-
-def without_eos(inputs: Any, eos_id: int) -> Any:
-    """Returns inputs without the eos at their end, as a decoder continues after them."""
-    return inputs[:-1] if len(inputs) and inputs[-1] == eos_id else inputs
 
 
 def check_dtype(value: str, name: str) -> None:

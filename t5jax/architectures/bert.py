@@ -119,8 +119,12 @@ class BertConfig(Architecture):
         return self.cls_token_id
 
     @property
-    def inputs_keep_eos(self) -> bool:
-        return True
+    def prompt_start(self) -> tuple[int, ...]:
+        return (self.cls_token_id,)
+
+    @property
+    def prompt_end(self) -> tuple[int, ...]:
+        return (self.eos_token_id,)
 
     @property
     def tokenizer_ids(self) -> dict[str, str]:

@@ -3,8 +3,7 @@
 `GPTConfig` is one stack, `T5GemmaConfig` two.
 """
 
-import dataclasses
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from t5jax.architectures.base import Architecture, description
 from t5jax.checks import check_choice, check_positive
@@ -69,13 +68,7 @@ class StackConfig(Architecture):
         for name in ("attention_softcap", "final_softcap"):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), f"model.{name}")
-        ends = self.end_token_ids
-        if len(set(ends)) < len(ends) or not all(0 <= i < self.vocab_size for i in ends):
-            raise ValueError(
-                f"model.more_eos_token_ids is {self.more_eos_token_ids}; expected different ids in "
-                f"[0, {self.vocab_size}), the vocabulary, other than model.eos_token_id "
-                f"{self.eos_token_id}"
-            )
+        self._check_ends()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads {self.num_heads} is not divisible by model.num_kv_heads "
@@ -96,9 +89,3 @@ class StackConfig(Architecture):
     @property
     def end_token_ids(self) -> tuple[int, ...]:
         return (self.eos_token_id, *self.more_eos_token_ids)
-
-    def ended_by(self, eos_id: int) -> Self:
-        if eos_id not in self.end_token_ids:
-            return self
-        rest = tuple(i for i in self.end_token_ids if i != eos_id)
-        return dataclasses.replace(self, eos_token_id=eos_id, more_eos_token_ids=rest)

@@ -54,6 +54,8 @@ class T5Config(Architecture):
     """Id of padding."""
     eos_token_id: int = 1
     """Id that ends a sequence."""
+    more_eos_token_ids: tuple[int, ...] = ()
+    """Further ids that end generation."""
     decoder_start_token_id: int = 0
     """Id that begins the decoder's text."""
 
@@ -62,6 +64,7 @@ class T5Config(Architecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("layer_norm_epsilon", "initializer_factor")
+        self._check_ends()
         for name in ("tie_word_embeddings", "scale_decoder_outputs"):
             if self.kind == "encoder" and getattr(self, name):
                 raise ValueError(
@@ -89,8 +92,12 @@ class T5Config(Architecture):
         return self.decoder_start_token_id
 
     @property
-    def inputs_start_id(self) -> None:
-        return None
+    def prompt_end(self) -> tuple[int, ...]:
+        return (self.eos_token_id,)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return (self.eos_token_id, *self.more_eos_token_ids)
 
     @property
     def gated(self) -> bool:

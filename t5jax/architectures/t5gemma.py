@@ -61,6 +61,10 @@ class T5GemmaConfig(StackConfig):
         return "encoder_decoder"
 
     @property
+    def prompt_start(self) -> tuple[int, ...]:
+        return (self.decoder_start_token_id,)
+
+    @property
     def encoder(self) -> GPTConfig:
         """The encoder's layers, as a Gemma 2."""
         return self._gemma2("", self.num_encoder_layers)

@@ -72,6 +72,8 @@ class Infer:
     """Maximum length of an answer in tokens."""
     batch_size: int = 32
     """Prompts per batch."""
+    special_tokens: bool = False
+    """Show special tokens in answers, such as T5's <extra_id_0> in front of the text of a gap."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and parameters. None: as in training."""
     mesh: MeshConfig = MeshConfig()
@@ -86,7 +88,10 @@ def infer(args: list[str]) -> None:
     from t5jax.pretrained import load
 
     answers = load(options.model, dtype=options.dtype, mesh=options.mesh).generate(
-        prompts, max_tokens=options.max_tokens, batch_size=options.batch_size
+        prompts,
+        max_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        special_tokens=options.special_tokens,
     )
     for answer in answers:
         print(answer if options.prompt else answer.replace("\n", " "))

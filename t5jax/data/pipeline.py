@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from t5jax.architectures import Architecture
-from t5jax.batch import ExampleFormat, train_spec
+from t5jax.batch import BatchSpec, train_spec
 from t5jax.checks import name_of, users_error
 from t5jax.config import Config
 from t5jax.data.batches.converters import example_lengths, make_converter
@@ -26,6 +26,7 @@ from t5jax.data.streamed import StreamedExamples
 from t5jax.data.tasks.base import OwnSource
 from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.tasks.prompted import SOURCE_FEATURE
+from t5jax.special_tokens import check_vocabulary, example_format
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -78,12 +79,7 @@ def _own_tokenizer(vocabulary: seqio.Vocabulary, run_has_one: bool) -> Tokenizer
 
 def _check_model(config: Config, tokenizer: Tokenizer) -> None:
     model = config.model
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the vocabulary {tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size is "
-            f"{model.vocab_size}; set it to {-(-tokenizer.vocab_size // 128) * 128}, or choose "
-            "another vocabulary"
-        )
+    check_vocabulary(model, tokenizer)
     expected = {field: getattr(tokenizer, name) for field, name in model.tokenizer_ids.items()}
     if "bos_id" in model.tokenizer_ids.values() and tokenizer.bos_id is None:
         raise ValueError(
@@ -95,8 +91,6 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
             raise ValueError(
                 f"model.{field} is {getattr(model, field)}; expected {value}, as {tokenizer} has it"
             )
-    if model.kind != "decoder" and tokenizer.pad_id != 0:
-        raise ValueError(f"{tokenizer} pads with id {tokenizer.pad_id}; batches are padded with 0")
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -121,7 +115,8 @@ def train_iterator(
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
     spec = train_spec(config, has_inputs=_have_inputs(mixtures), has_pairs=_have_pairs(mixtures))
-    form = ExampleFormat.of(config.model)
+    form = example_format(config.model, tokenizer)
+    _check_positions(config.model, spec)
     run = Run(tokenizer, LabelTokenizer.of(config.model), example_lengths(spec, form))
     for name, mixture in mixtures:
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
@@ -148,6 +143,19 @@ def train_iterator(
             for number, (first, name) in enumerate(config.data.mixtures)
         ]
     )
+
+
+def _check_positions(model: Architecture, spec: BatchSpec) -> None:
+    """Raises ValueError if examples may be longer than the positions that the model learned."""
+    positions = model.longest_row
+    encoder = spec.kind == "encoder"
+    length = spec.inputs_length if encoder else spec.decoder_length
+    if positions is not None and length > positions:
+        names = "data.inputs_length" if encoder else "data.inputs_length + data.targets_length"
+        raise ValueError(
+            f"a text of {length} tokens has no positions in this model; {model.family} learned "
+            f"{positions} (model.max_positions); make {names} at most as much"
+        )
 
 
 def _have_inputs(mixtures: Sequence[tuple[str, seqio.Task | seqio.Mixture]]) -> bool:
@@ -227,7 +235,7 @@ def eval_sets(
 
 def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer) -> EvalSet:
     spec = train_spec(config, has_inputs="inputs" in task.output_features)
-    lengths = example_lengths(spec, ExampleFormat.of(config.model))
+    lengths = example_lengths(spec, example_format(config.model, tokenizer))
     run = Run(tokenizer, LabelTokenizer.of(config.model), lengths)
     _check_objective(task, config.model, run)
     rows = list(kind_of(task).once(split, run, most=config.eval.num_examples))
@@ -237,9 +245,12 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
         raise ValueError(f"the targets of task {task.name} in its split {split!r} are all empty")
     if len(task.metric_fns) > len(task.predict_metric_fns):
         _log.warning("task %s: only metrics of (targets, predictions) are computed", task.name)
+    # A model stops at any of the ids that end a text, so its answers lack these tokens.
+    others = [i for i in config.model.end_token_ids if i != tokenizer.eos_id]
+    ends = tuple(tokenizer.decode([i]) for i in others if i in tokenizer.special_ids)
     return EvalSet(
         task=task.name,
-        examples=[_eval_example(task, row, run) for row in rows],
+        examples=[_eval_example(task, row, run, ends) for row in rows],
         metric_fns=task.predict_metric_fns,
         postprocess=functools.partial(task.postprocessor, is_target=False)
         if task.postprocessor
@@ -248,12 +259,16 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
     )
 
 
-def _eval_example(task: seqio.Task, row: dict[str, Any], run: Run) -> EvalExample:
+def _eval_example(
+    task: seqio.Task, row: dict[str, Any], run: Run, ends: tuple[str, ...]
+) -> EvalExample:
     tokenizer = run.tokenizer
     input_ids = row["inputs"].tolist() if "inputs" in row else []
     target_ids = row["targets"].tolist()
     inputs = _text(row, "inputs_pretokenized", tokenizer.decode(input_ids))
     targets = _text(row, "targets_pretokenized", tokenizer.decode(target_ids))
+    for end in ends:
+        targets = targets.removesuffix(end)
     source = _text(row, SOURCE_FEATURE, inputs)
     seen, fills = inputs, len(input_ids) == run.lengths.get("inputs")
     if fills and len(tokenizer.encode(inputs)) >= len(input_ids):  # Its end is cut.

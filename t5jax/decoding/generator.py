@@ -12,6 +12,7 @@ from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
 from t5jax.decoding.greedy import greedy
 from t5jax.models import api
+from t5jax.special_tokens import check_prompts, example_format
 from t5jax.tokenizers import Tokenizer
 
 
@@ -25,6 +26,8 @@ class Generator:
     rules: AxisRules = AxisRules()
     prefix_lm: bool = False
     """Use bidirectional attention in a decoder's prompt, as with data.prefix_lm."""
+    special_tokens: bool = True
+    """Keep special tokens, such as sentinels, in the texts."""
 
     @property
     def kind(self) -> features.Kind:
@@ -42,15 +45,17 @@ class Generator:
 
         Args:
           params: the parameters of the model, arranged for decoding or not.
-          inputs: the token ids of each prompt with eos, like the inputs of an example;
-            `Architecture.prompt` converts them for the model.
+          inputs: the token ids of each prompt with eos, like the inputs of an example.
           max_tokens: the maximum length of an answer in tokens.
           batch_size: the maximum number of prompts per batch, rounded up to a multiple of the
             devices that share it.
         Raises:
-          ValueError: for a prompt after which a decoder has no positions for so many tokens.
+          ValueError: for a prompt with an id that has no embedding, or after which a decoder has no
+            positions for so many tokens.
         """
-        prompts = [self.model.prompt(ids) for ids in inputs]
+        form = example_format(self.model, self.tokenizer)
+        prompts = [form.prompt(ids).tolist() for ids in inputs]
+        check_prompts(self.model, self.tokenizer, prompts)
         self._check_positions(prompts, max_tokens)
         parts = sharding.batch_parts(self.mesh, self.rules)
         texts: list[str] = []
@@ -60,9 +65,15 @@ class Generator:
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
                 tokens_BT = greedy(self.model, params, batch, max_tokens)
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
-            answers = (self.model.answer(row.tolist()) for row in tokens_BT)
-            texts += [self.tokenizer.decode(answer) for answer in answers]
+            texts += [self._text(row.tolist()) for row in tokens_BT]
         return texts
+
+    def _text(self, tokens: list[int]) -> str:
+        """Returns the text of an answer. As in transformers, a word that ends it is part of it."""
+        answer = self.model.answer(tokens)
+        end = tokens[len(answer) : len(answer) + 1]
+        words = [i for i in end if i not in self.tokenizer.special_ids]
+        return self.tokenizer.decode([*answer, *words], special_tokens=self.special_tokens)
 
     def _check_positions(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         positions = self.model.longest_row

@@ -61,6 +61,8 @@ def greedy(
 
 def _is_filler(model: Architecture, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Returns bool [B], the rows that only pad the batch, whose answers are not needed."""
-    if model.kind == "decoder":
-        return ~jnp.any(batch[features.DECODER_SEGMENT_IDS], axis=-1)
-    return jnp.all(batch[features.ENCODER_INPUT_TOKENS] == model.pad_token_id, axis=-1)
+    decoder = model.kind == "decoder"
+    name = features.DECODER_SEGMENT_IDS if decoder else features.ENCODER_SEGMENT_IDS
+    if name not in batch:
+        return jnp.zeros(len(next(iter(batch.values()))), bool)
+    return ~jnp.any(batch[name], axis=-1)

@@ -22,6 +22,7 @@ from t5jax import storage
 from t5jax.hf.mapping import Tensors
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
 _ADAPTER = "adapter_config.json"

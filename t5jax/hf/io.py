@@ -7,7 +7,7 @@ whole model. transformers is not needed.
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from t5jax.architectures import FAMILIES, Architecture, check_dtype
 from t5jax.checks import check_at_least
 from t5jax.hf.files import (
     CONFIG,
+    GENERATION,
     check_adapter,
     check_destination,
     has_weights,
@@ -31,24 +32,23 @@ from t5jax.hf.files import (
 )
 from t5jax.hf.mapping import Row, Table, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
+from t5jax.special_tokens import adapt, reconcile
+from t5jax.tokenizers import Tokenizer
 from t5jax.tokenizers.as_transformers import write_tokenizer_json
 
 # --- Config -------------------------------------------------------------------------------------
 
 
-def read_config(
-    folder: str | os.PathLike[str], load_tokenizer: Callable[[Path], Any] | None = None
-) -> Architecture:
+def read_config(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Architecture:
     """Returns the description of the network in a folder's config.json.
 
-    dtype, param_dtype, scan_layers and remat have their defaults, since they are not in
-    config.json.
+    Token ids are those that config.json, generation_config.json and the tokenizer agree on (see
+    `special_tokens`). dtype, param_dtype, scan_layers and remat have their defaults, since they are
+    not in config.json.
 
     Args:
       folder: as returned by `hub.resolve`.
-      load_tokenizer: returns a folder's tokenizer, for ids that config.json may omit; without it,
-      or
-        if there is none, they have the description's defaults.
+      tokenizer: the folder's tokenizer, if there is one.
     Raises:
       ValueError: if there is no config.json, its architecture is unknown, or it needs something
       that
@@ -71,27 +71,29 @@ def read_config(
             f"{folder / CONFIG}: architectures is {classes}; expected one of "
             f"{', '.join(table.architectures)}, whose checkpoints hold the whole network"
         )
-    if load_tokenizer is not None:
-        raw = raw | _missing_token_ids(folder, table, raw, load_tokenizer)
+    if not table.token_ids:
+        raw = raw | reconcile(raw, read_generation(folder), tokenizer)
+    elif tokenizer is not None:
+        missing = {key: name for key, name in table.token_ids if raw.get(key) is None}
+        raw = raw | {key: getattr(tokenizer, name) for key, name in missing.items()}
     opened: contextlib.AbstractContextManager[Tensors] = (
         open_tensors(folder) if has_weights(folder) else contextlib.nullcontext({})
     )
     with opened as tensors:
-        return table.read_config(raw, table.rename(tensors))
+        config = table.read_config(raw, table.rename(tensors))
+    return config if tokenizer is None else adapt(config, tokenizer)
 
 
-def _missing_token_ids(
-    folder: Path, table: Table, raw: dict[str, Any], load_tokenizer: Callable[[Path], Any]
-) -> dict[str, Any]:
-    """Returns the ids that config.json omits and the folder's tokenizer has, if there is one."""
-    missing = {key: name for key, name in table.token_ids if raw.get(key) is None}
-    if not missing:
-        return {}
-    try:
-        tokenizer = load_tokenizer(folder)
-    except ValueError:
-        return {}
-    return {key: getattr(tokenizer, name) for key, name in missing.items()}
+def read_generation(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the content of a folder's generation_config.json; {} if there is none."""
+    path = Path(folder) / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def save_generation(folder: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Writes generation_config.json into a folder, unless it is empty."""
+    if content:
+        write_json(Path(folder) / GENERATION, content)
 
 
 def _table(config: Architecture) -> Table:
@@ -256,7 +258,7 @@ def save_params(
     *,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     generation: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -273,7 +275,7 @@ def save_params(
       max_shard_bytes: the largest size of a file of weights; about this much and one leaf are held
         in memory.
       tokenizer: an object with save(folder), whose files are added.
-      generation: further keys of generation_config.json, such as {"num_beams": 4}.
+      generation: the generation_config.json that the model was loaded with.
       overwrite: replace an existing model.
     Raises:
       ValueError: if the folder is not empty or cannot be written; if parameters are missing, have
@@ -287,13 +289,13 @@ def save_params(
     rows, leaves = table.rows(config), _flatten(params)
     check_leaves(rows, _flatten(api.param_shapes(config)), leaves)
     description = table.write_config(config) | {"dtype": dtype, "torch_dtype": dtype}
-    generation = _token_ids(config) | (generation or {})
+    generation = _generation(config, generation or {})
     tensors = write_rows(rows, lambda name: _to_host(leaves[name]), np.dtype(dtype))
 
     def write(where: Path) -> None:
         write_json(where / CONFIG, description)
         if generation:
-            write_json(where / "generation_config.json", generation)
+            write_json(where / GENERATION, generation)
         if tokenizer is not None:
             tokenizer.save(where)
             if description["model_type"] in table.needs_tokenizer_json:
@@ -315,17 +317,18 @@ def save_params(
         multihost_utils.sync_global_devices("save_params")
 
 
-def _token_ids(config: Architecture) -> dict[str, Any]:
-    """Returns the content of generation_config.json for a network with a decoder."""
+def _generation(config: Architecture, loaded: dict[str, Any]) -> dict[str, Any]:
+    """Returns generation_config.json: what was loaded, and the network's ids that it lacks."""
     if config.kind == "encoder":
         return {}
     ends = list(config.end_token_ids)
     start = "bos_token_id" if config.kind == "decoder" else "decoder_start_token_id"
-    return {
+    ids = {
         start: config.start_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": config.pad_token_id,
     }
+    return ids | loaded
 
 
 def _to_host(leaf: Any) -> np.ndarray:

@@ -197,8 +197,9 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
     values: dict[str, Any] = defaults | {
         key: given[key] for key in (*defaults, *_OPTIONAL) if key in given
     }
-    if isinstance(values["eos_token_id"], list) and len(values["eos_token_id"]) == 1:
-        values["eos_token_id"] = values["eos_token_id"][0]
+    ends = values["eos_token_id"]
+    ends = ends if isinstance(ends, list) and ends else [ends]
+    values["eos_token_id"] = ends[0]
     values.setdefault("num_decoder_layers", values["num_layers"])
     values.setdefault("decoder_start_token_id", values["pad_token_id"])
     tied = values["tie_word_embeddings"]
@@ -229,7 +230,8 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> T5Config:
         dropout_rate=float(values["dropout_rate"]),
         initializer_factor=float(values["initializer_factor"]),
         pad_token_id=values["pad_token_id"],
-        eos_token_id=values["eos_token_id"],
+        eos_token_id=ends[0],
+        more_eos_token_ids=tuple(ends[1:]),
         decoder_start_token_id=values["decoder_start_token_id"],
     )
 
@@ -284,6 +286,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
     # to the model's.
     tied = is_encoder or (config.tie_word_embeddings and config.scale_decoder_outputs)
     kind = "EncoderModel" if is_encoder else "ForConditionalGeneration"
+    ends = config.end_token_ids
     return {
         "architectures": [f"{'UMT5' if umt5 else 'T5'}{kind}"],
         "model_type": "umt5" if umt5 else "t5",
@@ -309,7 +312,7 @@ def write_config(config: T5Config) -> dict[str, Any]:
         "is_decoder": False,
         "use_cache": not is_encoder,
         "pad_token_id": config.pad_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": list(ends) if len(ends) > 1 else ends[0],
         "decoder_start_token_id": config.decoder_start_token_id,
     }
 

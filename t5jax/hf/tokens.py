@@ -1,9 +1,8 @@
 """The special tokens in a decoder-only model's config.json.
 
 Our decoder_start_token_id is their bos_token_id, or if there is none, the id that ends a text.
-Theirs
-may have no id of padding: here padding is recognized by segment ids, so eos is used for it, as in
-transformers.
+Theirs may have no id of padding: here padding is recognized by segment ids, so eos is used for it,
+as in transformers.
 """
 
 import warnings
@@ -31,8 +30,11 @@ def read_token_ids(
     Raises:
       ValueError: if a value is not an id, or not a list of ids that end a text.
     """
+    # A smaller vocabulary does not have the defaults of the published one.
+    rows = raw.get("vocab_size")
     bos, eos, pad = (
-        raw.get(key, default) for key, default in zip(KEYS, (bos, eos, pad), strict=True)
+        raw.get(key, None if type(rows) is int and default and default >= rows else default)
+        for key, default in zip(KEYS, (bos, eos, pad), strict=True)
     )
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     ids = [i for i in (bos, pad) if i is not None]

@@ -217,6 +217,8 @@ def _scaled(embedder: Embedding, tokens):
 
 def _is_token(cfg: T5GemmaConfig, batch):
     """Returns bool [B, S], the encoder's tokens."""
+    if features.ENCODER_SEGMENT_IDS in batch:
+        return batch[features.ENCODER_SEGMENT_IDS] != 0
     return batch[features.ENCODER_INPUT_TOKENS] != cfg.pad_token_id
 
 

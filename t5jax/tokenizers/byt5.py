@@ -28,6 +28,7 @@ class ByteTokenizer:
     chat_template: str | None = None
     # Most of them are bytes of ordinary text as well: a text must not lose them.
     sentinel_ids = tuple(range(_LAST_BYTE, _LAST_BYTE - _NUM_SENTINELS, -1))
+    prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None = ((), (1,))
     special_tokens: Mapping[str, str] = MappingProxyType(
         {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     )
@@ -40,6 +41,8 @@ class ByteTokenizer:
           files: Hugging Face files that `save` writes unchanged.
         """
         self.vocab_size: int = _LAST_BYTE + 1 + extra_ids
+        free = range(_LAST_BYTE + 1 - _NUM_FREE, self.vocab_size)
+        self.special_ids = frozenset((self.pad_id, self.eos_id, self.unk_id, *free))
         self._files = dict(files) if files else None
 
     def __repr__(self) -> str:
@@ -60,10 +63,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
         """Returns the text, without unknown tokens and bytes that are not valid UTF-8."""
         data = bytearray()
-        for i in clean_ids(self, ids):
+        for i in clean_ids(self, ids, special_tokens):
             if _LAST_BYTE - _NUM_FREE < i <= _LAST_BYTE:
                 data += f"<extra_id_{_LAST_BYTE - i}>".encode()
             elif _FIRST_BYTE <= i <= _LAST_BYTE:

@@ -25,6 +25,10 @@ class Tokenizer(Protocol):
     """Id of the mask in masked language modelling, such as BERT's [MASK]; None if there is none."""
     sentinel_ids: tuple[int, ...]
     """Ids of "<extra_id_0>", "<extra_id_1>", ...; empty if the vocabulary has none."""
+    special_ids: frozenset[int]
+    """Ids that are no text: those above, sentinels, and what the files mark as special."""
+    prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None
+    """What the tokenizer puts in front of a text and after it; None if its files do not say."""
     chat_template: str | None
     """The model's Jinja template that turns a conversation into a prompt, if it has one."""
     special_tokens: Mapping[str, str]
@@ -36,9 +40,14 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, using all cores if the library has threads."""
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of the ids before the first eos. Padding is skipped, ids beyond the
-        vocabulary are unknown tokens, and sentinels are kept as text."""
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
+        """Returns the text of the ids before the first eos. Padding is skipped, and ids beyond the
+        vocabulary are unknown tokens.
+
+        Args:
+          ids: token ids.
+          special_tokens: keep other special tokens, such as sentinels, as text.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that Hugging Face's AutoTokenizer loads, unchanged if the tokenizer was
@@ -48,15 +57,18 @@ class Tokenizer(Protocol):
 # --- Ids ----------------------------------------------------------------------------------------
 
 
-def clean_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    """Returns the ids before the first eos, without padding; ids beyond the vocabulary become
-    unk."""
+def clean_ids(tokenizer: Tokenizer, ids: Iterable[int], special_tokens: bool = True) -> list[int]:
+    """Returns the ids before the first eos, without padding; ids beyond the vocabulary become unk.
+
+    Without special_tokens, these and all other special ids are left out.
+    """
     clean = []
     for i in ids:
         if i == tokenizer.eos_id:
             break
-        if i != tokenizer.pad_id:
-            clean.append(int(i) if i < tokenizer.vocab_size else tokenizer.unk_id)
+        known = int(i) if i < tokenizer.vocab_size else tokenizer.unk_id
+        if i != tokenizer.pad_id and (special_tokens or known not in tokenizer.special_ids):
+            clean.append(known)
     return clean
 
 

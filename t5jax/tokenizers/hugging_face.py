@@ -2,9 +2,13 @@
 
 import functools
 import hashlib
+import itertools
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from t5jax.tokenizers.as_transformers import Built, read_tokenizer
 from t5jax.tokenizers.common import (
@@ -24,6 +28,9 @@ _SPECIAL_TOKENS = {
     "bos": (("bos_token", "cls_token"), ("[CLS]",)),
     "mask": (("mask_token",), ("[MASK]", "<mask>")),
 }
+
+
+_log = logging.getLogger(__name__)
 
 
 class HuggingFaceTokenizer:
@@ -88,6 +95,16 @@ class HuggingFaceTokenizer:
         self.mask_id: int | None = ids[chosen["mask"]] if chosen["mask"] else None
         matches = ((SENTINEL.fullmatch(token), i) for token, i in ids.items())
         self.sentinel_ids = first_sentinels({int(match[1]): i for match, i in matches if match})
+        self.special_ids = _special_ids(self._tokenizer, config, ids)
+        self.prompt_affixes = _prompt_affixes(self._tokenizer)
+        for what, affix in zip(("bos", "eos"), self.prompt_affixes or (), strict=False):
+            asked = config.get(f"add_{what}_token")
+            if asked is not None and asked != bool(affix):
+                _log.warning(
+                    "%s: add_%s_token is %s in tokenizer_config.json, but tokenizer.json %s; the "
+                    "latter holds, as in transformers",
+                    *(name, what, asked, "adds none" if asked else "adds one"),
+                )
         self.chat_template = read_chat_template(files, name)
 
     def __repr__(self) -> str:
@@ -103,8 +120,9 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [x.ids for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        text = self._tokenizer.decode(clean_ids(self, ids), skip_special_tokens=False)
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
+        kept = clean_ids(self, ids, special_tokens)
+        text = self._tokenizer.decode(kept, skip_special_tokens=False)
         if self._cleans_up:
             from transformers import PreTrainedTokenizerBase
 
@@ -120,3 +138,35 @@ def _special_token(what: str, config: Mapping[str, Any], ids: Mapping[str, int])
     configured = [config.get(field) for field in fields]
     configured = [token["content"] if isinstance(token, dict) else token for token in configured]
     return next((token for token in (*configured, *names) if token in ids), None)
+
+
+def _special_ids(
+    tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], ids: Mapping[str, int]
+) -> frozenset[int]:
+    """Returns the ids that tokenizer.json marks as special or the configuration names."""
+    marked = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    fields = [field for names, _ in _SPECIAL_TOKENS.values() for field in names]
+    named = [config.get(field) for field in fields]
+    for field in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(field) or []
+        named += more.values() if isinstance(more, dict) else more
+    texts = {token["content"] if isinstance(token, dict) else token for token in named}
+    return frozenset(marked | {i for text, i in ids.items() if text in texts})
+
+
+def _prompt_affixes(
+    tokenizer: tokenizers.Tokenizer,
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns what the post-processor adds before and after a text; None if there is none.
+
+    transformers, too, reads add_bos_token and add_eos_token only if there is no tokenizer.json.
+    """
+    if tokenizer.post_processor is None:
+        return None
+    for text in ("a", *itertools.islice(tokenizer.get_vocab(), 100)):
+        encoding = tokenizer.encode(text, add_special_tokens=True)
+        ids, is_added = tuple(encoding.ids), encoding.special_tokens_mask
+        if 0 in is_added:  # Some vocabularies have no "a".
+            end = len(ids) - is_added[::-1].index(0)
+            return ids[: is_added.index(0)], ids[end:]
+    return None

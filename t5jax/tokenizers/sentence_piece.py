@@ -71,6 +71,9 @@ class SentencePieceTokenizer:
             if (match := SENTINEL.fullmatch(piece.piece.lstrip("▁")))
         }
         self.sentinel_ids = first_sentinels(found)
+        own = (self.pad_id, self.eos_id, self.unk_id)
+        self.special_ids = frozenset((*own, *found.values()))
+        self.prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None = ((), (self.eos_id,))
         self._files = dict(files) if files else self._hugging_face_files(model, extra_ids)
         self.chat_template = read_chat_template(self._files, name)
         self.special_tokens: Mapping[str, str] = {
@@ -90,8 +93,8 @@ class SentencePieceTokenizer:
         ids: list[list[int]] = self._processor.encode([_spaced(text) for text in texts])
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        text: str = self._processor.decode(clean_ids(self, ids))
+    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
+        text: str = self._processor.decode(clean_ids(self, ids, special_tokens))
         return text
 
     def save(self, folder: str | Path) -> None:

@@ -157,21 +157,6 @@ def test_only_the_head_of_a_description_is_another_ones():
     assert change(BERT, head="none").with_head_of(BertConfig()) == BERT
 
 
-@pytest.mark.parametrize(
-    ("model", "prompt", "of_nothing"),
-    [
-        (T5, [7, 8, 1], [1]),
-        (GPT2, [2, 7, 8], [2]),
-        (T5GEMMA, [2, 7, 8], [2]),
-        (BERT, [2, 7, 8, 3], [2]),
-    ],
-    ids=["t5", "gpt2", "t5gemma", "bert"],
-)
-def test_what_is_read_of_inputs(model, prompt, of_nothing):
-    assert model.prompt([7, 8, model.eos_token_id]) == prompt
-    assert model.prompt([]) == of_nothing
-
-
 # --- What cannot be -------------------------------------------------------------------------------
 
 CLASSES = {"head": "sequence_classification", "labels": ("a", "b")}

@@ -80,17 +80,17 @@ def test_no_model_type_is_of_two_families():
 _LM = {"eos_token_id": "eos_id"}
 _PADDED = _LM | {"pad_token_id": "pad_id"}
 ANSWERS = {
-    # Size: kind, head, prompt of [9, eos], prompt of nothing, longest row, ids of the tokenizer.
-    "t5_small": ("encoder_decoder", "seq2seq_lm", [9, 1], [1], None, _PADDED),
-    "t5gemma_s_s": ("encoder_decoder", "seq2seq_lm", [2, 9], [2], None, _PADDED),
-    "gpt2": ("decoder", "causal_lm", [50256, 9], [50256], 1024, _LM),
-    "llama3_8b": ("decoder", "causal_lm", [128000, 9], [128000], None, _LM),
-    "mistral_7b_v0_1": ("decoder", "causal_lm", [1, 9], [1], None, _LM),
-    "qwen3_8b": ("decoder", "causal_lm", [151643, 9], [151643], None, _LM),
-    "gemma2_2b": ("decoder", "causal_lm", [2, 9], [2], None, _LM),
-    "gemma3_1b": ("decoder", "causal_lm", [2, 9], [2], None, _LM),
+    # Size: kind, head, what prompts begin and end with, longest row, ids of the tokenizer.
+    "t5_small": ("encoder_decoder", "seq2seq_lm", (), (1,), None, _PADDED),
+    "t5gemma_s_s": ("encoder_decoder", "seq2seq_lm", (2,), (), None, _PADDED),
+    "gpt2": ("decoder", "causal_lm", (), (), 1024, _LM),
+    "llama3_8b": ("decoder", "causal_lm", (), (), None, _LM),
+    "mistral_7b_v0_1": ("decoder", "causal_lm", (), (), None, _LM),
+    "qwen3_8b": ("decoder", "causal_lm", (), (), None, _LM),
+    "gemma2_2b": ("decoder", "causal_lm", (), (), None, _LM),
+    "gemma3_1b": ("decoder", "causal_lm", (), (), None, _LM),
     "bert_tiny": (
-        *("encoder", "masked_lm", [101, 9, 102], [101], 512),
+        *("encoder", "masked_lm", (101,), (102,), 512),
         _PADDED | {"cls_token_id": "bos_id"},
     ),
 }
@@ -103,10 +103,9 @@ def test_every_family_is_asked():
 @pytest.mark.parametrize("size", ANSWERS)
 def test_what_a_family_answers(size):
     model = published(size)
-    kind, head, prompt, empty, longest_row, tokenizer_ids = ANSWERS[size]
+    kind, head, start, end, longest_row, tokenizer_ids = ANSWERS[size]
     assert (model.kind, model.head, model.longest_row) == (kind, head, longest_row)
-    assert model.prompt([9, model.eos_token_id]) == prompt
-    assert model.prompt([]) == empty
+    assert (model.prompt_start, model.prompt_end) == (start, end)
     assert model.tokenizer_ids == tokenizer_ids
     assert (model.num_outputs, model.labels, model.has_pooler) == (model.vocab_size, (), False)
     model.check_head()
@@ -117,9 +116,6 @@ def test_what_a_family_answers(size):
 def test_ends():
     llama = published("llama3_8b", eos_token_id=5, more_eos_token_ids=(7, 9))
     assert llama.answer([1, 2, 9, 3]) == [1, 2]
-    assert llama.ended_by(7).end_token_ids == (7, 5, 9)
-    assert llama.ended_by(8) == llama
-    assert published("t5_small").ended_by(8) == published("t5_small")
 
 
 def test_heads():

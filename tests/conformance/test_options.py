@@ -82,7 +82,14 @@ def accepted(model, field, kind):
 
 def answers(model) -> str:
     """What a description is asked by others than its network."""
-    asked = ("start_token_id", "inputs_start_id", "end_token_ids", "tokenizer_ids", "longest_row")
+    asked = (
+        "start_token_id",
+        "prompt_start",
+        "prompt_end",
+        "end_token_ids",
+        "tokenizer_ids",
+        "longest_row",
+    )
     return str([getattr(model, name) for name in asked])
 
 

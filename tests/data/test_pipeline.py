@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 
 from t5jax import metrics
-from t5jax.architectures import T5Config
+from t5jax.architectures import GPTConfig, T5Config
 from t5jax.batch import shift_right, train_spec
 from t5jax.config import Config, DataConfig, EvalConfig, InitConfig
 from t5jax.data import pipeline, registry
@@ -483,6 +483,29 @@ def test_the_decoder_starts_as_the_model_says():
     assert (batch["decoder_input_tokens"] == shift_right(batch["decoder_target_tokens"], 2)).all()
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_beyond_the_positions_that_were_learned_are_refused(pack):
+    add_task()
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    model = GPTConfig(vocab_size=384, max_positions=35, **ids)
+    config = dataclasses.replace(make_config(pack=pack), model=model)
+    with pytest.raises(ValueError, match="of 36 tokens has no positions .*; gpt2 learned 35"):
+        pipeline.train_iterator(config)
+    assert pipeline.train_iterator(
+        dataclasses.replace(config, model=dataclasses.replace(model, max_positions=36))
+    )
+
+
+def test_what_else_ends_an_answer_is_no_part_of_what_is_expected():
+    """A model stops there, so its answers lack it."""
+    add_task(rows=[{"q": "q", "a": "yes<extra_id_0>"}, {"q": "q", "a": "<extra_id_0>, no"}])
+    config = make_config(targets_length=20)
+    model = dataclasses.replace(config.model, more_eos_token_ids=BYTES.sentinel_ids[:1])
+    [found] = pipeline.eval_sets(dataclasses.replace(config, model=model), "validation")
+    assert [e.targets for e in found.examples] == ["yes", "<extra_id_0>, no"]
+    assert found.examples[0].target_ids[-2:] == [BYTES.sentinel_ids[0], 1]
+
+
 def test_sentencepiece_training_is_repeatable_and_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("T5JAX_CACHE", str(tmp_path / "cache"))
     lines = make_lines()
@@ -564,7 +587,7 @@ def test_task_files_import_their_neighbours_and_break_alone(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_another_process_reads_the_same_batches_and_starts_and_ends_quietly():
     program = """
-    from t5jax.architectures import T5Config
+    from t5jax.architectures import GPTConfig, T5Config
     from t5jax.config import Config, DataConfig
     from t5jax.data import pipeline, registry
     registry.load_tasks()

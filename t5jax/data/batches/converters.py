@@ -47,12 +47,10 @@ def make_converter(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> Co
       form: how the model reads an example.
     """
     if spec.kind == "encoder_decoder":
-        return _EncoderDecoder(spec, form.eos_id, form.start_id, form.inputs_start_id)
+        return _EncoderDecoder(spec, form)
     if spec.kind in ("decoder", "prefix_lm"):
-        return _Decoder(spec, form.eos_id, form.start_id)
-    if form.head == "masked_lm":
-        return _Encoder(spec)
-    return _Classifier(spec, form)
+        return _Decoder(spec, form)
+    return _Encoder(spec, form) if form.head == "masked_lm" else _Classifier(spec, form)
 
 
 def example_lengths(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> dict[str, int]:
@@ -63,8 +61,10 @@ def example_lengths(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> d
       form: how the model reads an example.
     """
     inputs, targets = max(spec.inputs_length, 1), spec.targets_length
-    if form.inputs_start_id is not None:
-        inputs -= 1
+    if spec.kind == "encoder_decoder":
+        inputs -= form.num_added
+    if spec.kind in ("decoder", "prefix_lm"):
+        inputs -= max(form.num_added - 1, 0)  # The last token of a row is not read.
     if spec.kind == "encoder":
         if form.head != "masked_lm":
             inputs -= 1  # For the token that begins the text.
@@ -75,11 +75,8 @@ def example_lengths(spec: BatchSpec, form: ExampleFormat = ExampleFormat()) -> d
 class _EncoderDecoder:
     features: tuple[str, ...] = ("targets",)
 
-    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int, inputs_start_id: int | None):
-        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
-        self._no_inputs = np.array([eos_id], np.int32)
-        starts = [] if inputs_start_id is None else [inputs_start_id]
-        self._inputs_start = np.array(starts, np.int32)
+    def __init__(self, spec: BatchSpec, form: ExampleFormat):
+        self._spec, self._form = spec, form
         self.capacity = {
             "data.inputs_length": spec.inputs_length,
             "data.targets_length": spec.targets_length,
@@ -87,31 +84,29 @@ class _EncoderDecoder:
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         targets = lengths["targets"]
-        inputs = np.maximum(lengths.get("inputs", 1), np.ones_like(targets))
-        return np.stack([inputs + len(self._inputs_start), targets], axis=1)
+        if "inputs" in lengths:
+            inputs = np.maximum(lengths["inputs"], 1) + self._form.num_added
+        else:
+            inputs = np.full_like(targets, len(self._form.prompt(())))
+        return np.stack([inputs, targets], axis=1)
 
     def __call__(self, rows: Rows) -> Batch:
-        inputs = [[self._inputs(e) for e in row] for row in rows]
+        inputs = [[self._form.prompt(e.get("inputs", ())) for e in row] for row in rows]
         targets = [[e["targets"] for e in row] for row in rows]
         encoder = _Layout(inputs, self._spec.inputs_length)
         decoder = _Layout(targets, self._spec.targets_length)
-        batch = {features.ENCODER_INPUT_TOKENS: encoder.tokens}
+        self._form.check_ids(encoder.tokens)
+        self._form.check_ids(decoder.tokens)
+        batch = {features.ENCODER_INPUT_TOKENS: encoder.padded(self._form.pad_id)}
         if self._spec.pack:
             batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
             batch[features.ENCODER_POSITIONS] = encoder.positions()
-        return batch | _decoder_features(decoder, self._spec.pack, self._start_id)
-
-    def _inputs(self, example: Example) -> np.ndarray:
-        inputs = example.get("inputs", ())
-        inputs = inputs if len(inputs) else self._no_inputs
-        if not len(self._inputs_start):
-            return inputs
-        return np.concatenate([self._inputs_start, features.without_eos(inputs, self._eos_id)])
+        return batch | _decoder_features(decoder, self._spec.pack, self._form.start_id)
 
 
 class _Decoder:
-    def __init__(self, spec: BatchSpec, eos_id: int, start_id: int):
-        self._spec, self._eos_id, self._start_id = spec, eos_id, start_id
+    def __init__(self, spec: BatchSpec, form: ExampleFormat):
+        self._spec, self._form = spec, form
         self.features: tuple[str, ...] = ("targets",)
         side = "data.targets_length"
         if spec.inputs_length:
@@ -121,25 +116,30 @@ class _Decoder:
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
         # Including an eos of the inputs, since lengths do not show whether there is one.
-        return np.sum([lengths[name] for name in self.features], axis=0)[:, None]
+        total = np.sum([lengths[name] for name in self.features], axis=0)[:, None]
+        return total + max(self._form.num_added - 1, 0) if self._spec.inputs_length else total
 
     def __call__(self, rows: Rows) -> Batch:
         length = self._spec.decoder_length
         if not self._spec.inputs_length:
             decoder = _Layout([[e["targets"] for e in row] for row in rows], length)
-            return _decoder_features(decoder, self._spec.pack, self._start_id)
-        inputs = [[features.without_eos(e["inputs"], self._eos_id) for e in row] for row in rows]
-        parts = [
-            [np.concatenate([i, e["targets"]]) for i, e in zip(*row, strict=True)]
-            for row in zip(inputs, rows, strict=True)
+            self._form.check_ids(decoder.tokens)
+            return _decoder_features(decoder, self._spec.pack, self._form.start_id)
+        prompts = [[self._form.prompt(e["inputs"]) for e in row] for row in rows]
+        # The first token is read, but not predicted.
+        predicted = [
+            [np.concatenate([p[1:], e["targets"]]) for p, e in zip(*row, strict=True)]
+            for row in zip(prompts, rows, strict=True)
         ]
-        decoder = _Layout(parts, length)
-        batch = _decoder_features(decoder, self._spec.pack, self._start_id)
-        num_inputs = np.repeat([len(i) for row in inputs for i in row], decoder.sizes)
+        decoder = _Layout(predicted, length)
+        self._form.check_ids(decoder.tokens)
+        starts = [prompt[0] for row in prompts for prompt in row]
+        batch = _decoder_features(decoder, self._spec.pack, np.array(starts)[decoder.sizes > 0])
+        num_inputs = np.repeat([len(p) - 1 for row in prompts for p in row], decoder.sizes)
         is_target = decoder.offsets >= num_inputs
         batch[features.DECODER_LOSS_WEIGHTS] = decoder.put(is_target, np.float32)
         if self._spec.kind == "prefix_lm":
-            # One more position than inputs, because of the start token, as in T5 and SeqIO.
+            # The position of the last token of the prompt predicts the first target.
             batch[features.DECODER_CAUSAL_ATTENTION] = decoder.put(decoder.offsets <= num_inputs)
         return batch
 
@@ -149,8 +149,8 @@ class _Encoder:
 
     features: tuple[str, ...] = ("inputs", "targets")
 
-    def __init__(self, spec: BatchSpec):
-        self._spec = spec
+    def __init__(self, spec: BatchSpec, form: ExampleFormat):
+        self._spec, self._form = spec, form
         self.capacity = {"data.inputs_length": spec.inputs_length}
 
     def sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
@@ -159,7 +159,7 @@ class _Encoder:
     def __call__(self, rows: Rows) -> Batch:
         encoder = _Layout([[e["inputs"] for e in row] for row in rows], self._spec.inputs_length)
         targets = np.concatenate([e["targets"] for row in rows for e in row])
-        return _encoder_features(encoder, self._spec.pack, targets, targets != 0)
+        return _encoder_features(encoder, self._spec.pack, self._form, targets, targets != 0)
 
 
 class _Classifier:
@@ -185,7 +185,8 @@ class _Classifier:
         encoder = _Layout(inputs, self._spec.inputs_length)
         examples = [e for row in rows for e in row]
         classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
-        batch = _encoder_features(encoder, self._spec.pack, classes, classes < self._num_labels)
+        is_asked = classes < self._num_labels
+        batch = _encoder_features(encoder, self._spec.pack, self._form, classes, is_asked)
         if self._spec.has_pairs:
             # Between two texts, the id of padding stands for eos.
             is_break = [tokens == self._form.pad_id for row in inputs for tokens in row]
@@ -214,10 +215,11 @@ class _Classifier:
 
 
 def _encoder_features(
-    encoder: "_Layout", pack: bool, targets: np.ndarray, is_asked: np.ndarray
+    encoder: "_Layout", pack: bool, form: ExampleFormat, targets: np.ndarray, is_asked: np.ndarray
 ) -> Batch:
+    form.check_ids(encoder.tokens)
     batch = {
-        features.ENCODER_INPUT_TOKENS: encoder.tokens,
+        features.ENCODER_INPUT_TOKENS: encoder.padded(form.pad_id),
         features.ENCODER_TARGET_TOKENS: encoder.put(np.where(is_asked, targets, 0)),
         features.ENCODER_LOSS_WEIGHTS: encoder.put(is_asked, np.float32),
     }
@@ -227,8 +229,11 @@ def _encoder_features(
     return batch
 
 
-def _decoder_features(decoder: "_Layout", pack: bool, start_id: int) -> Batch:
-    inputs = features.shift_right(decoder.tokens, start_id)
+def _decoder_features(decoder: "_Layout", pack: bool, start_ids: int | np.ndarray) -> Batch:
+    """Returns the features of targets; `start_ids` come before those that have tokens."""
+    inputs = np.roll(decoder.tokens, 1, axis=-1)
+    inputs[:, 0] = 0
+    inputs.flat[decoder.first] = start_ids
     batch = {
         features.DECODER_INPUT_TOKENS: inputs,
         features.DECODER_TARGET_TOKENS: decoder.tokens,
@@ -236,7 +241,6 @@ def _decoder_features(decoder: "_Layout", pack: bool, start_id: int) -> Batch:
     }
     if pack:
         segment_ids = decoder.segment_ids()
-        inputs.flat[decoder.first] = start_id
         inputs[segment_ids == 0] = 0  # The last token of a row, shifted into the padding.
         batch[features.DECODER_SEGMENT_IDS] = segment_ids
         batch[features.DECODER_POSITIONS] = decoder.positions()
@@ -271,6 +275,10 @@ class _Layout:
         array = np.zeros(self._shape, dtype)
         array.ravel()[self._index] = values
         return array
+
+    def padded(self, pad_id: int) -> np.ndarray:
+        """Returns the tokens, with `pad_id` elsewhere."""
+        return self.tokens if pad_id == 0 else np.where(self.put(1) == 1, self.tokens, pad_id)
 
     def segment_ids(self) -> np.ndarray:
         return self.put(np.repeat(self._number, self.sizes))

@@ -27,6 +27,10 @@ CONVERTERS = {
 }
 
 
+# SeqIO has the start of a text in front of inputs, and leaves an eos behind them.
+FORMS = {"prefix_lm": ExampleFormat(eos_id=1, prompt_start=(0,), prompt_end=(1,))}
+
+
 def spec_of(kind, packed, rows=2):
     targets_length = 10 if kind == "encoder" else 8
     return BatchSpec(rows, 0 if kind == "decoder" else 10, targets_length, packed, kind)
@@ -56,8 +60,7 @@ def test_features_are_seqios_token_for_token(kind, packed):
         rows = [[e] for row in rows for e in row]
     theirs = seqio_rows(kind, packed, rows)
     spec = spec_of(kind, packed, len(rows))
-    # SeqIO leaves an eos between inputs and targets.
-    ours = make_converter(spec, ExampleFormat(eos_id=-1 if kind == "prefix_lm" else 1))(rows)
+    ours = make_converter(spec, FORMS.get(kind, ExampleFormat()))(rows)
     validate_batch(ours, spec)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -87,7 +90,7 @@ def test_an_encoder_is_asked_where_targets_are():
 
 def test_an_encoder_decoder_reads_eos_where_there_are_only_targets():
     spec = BatchSpec(1, 3, 6, True)
-    converter = make_converter(spec, ExampleFormat(eos_id=9))
+    converter = make_converter(spec, ExampleFormat(eos_id=9, prompt_end=(9,), nothing=9))
     row = [{"targets": np.array(ids, np.int32)} for ids in ([5, 6], [7, 8, 9])]
     batch = converter([row])
     assert batch["encoder_input_tokens"].tolist() == [[9, 9, 0]]
@@ -100,7 +103,10 @@ def test_an_encoder_decoder_reads_eos_where_there_are_only_targets():
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder", "prefix_lm"])
 def test_id_0_may_be_a_word_and_another_id_the_start(kind, packed):
     rows = [[example([4, 0, 1], [0, 7, 0])]]
-    batch = make_converter(spec_of(kind, packed, 1), ExampleFormat(start_id=50))(rows)
+    form = ExampleFormat(start_id=50)
+    if kind == "prefix_lm":
+        form = ExampleFormat(prompt_start=(50,), prompt_end=())
+    batch = make_converter(spec_of(kind, packed, 1), form)(rows)
     assert batch["decoder_loss_weights"].sum() == 3
     first = 2 if kind == "prefix_lm" else 0
     assert batch["decoder_target_tokens"][0, first : first + 3].tolist() == [0, 7, 0]
@@ -113,7 +119,7 @@ def test_id_0_may_be_a_word_and_another_id_the_start(kind, packed):
 def test_a_decoder_reads_inputs_and_targets_in_one_row():
     rows = [[example([7, 8, 9], [3, 9]), example([5], [6, 9])], [example([9], [4, 9])]]
     spec = BatchSpec(2, 6, 3, True, "decoder")
-    converter = make_converter(spec, ExampleFormat(eos_id=9, start_id=50))
+    converter = make_converter(spec, ExampleFormat(9, prompt_start=(50,), prompt_end=()))
     batch = converter(rows)
     validate_batch(batch, spec)
     # The eos behind inputs is gone, that behind targets stays; nothing is asked of the inputs.
@@ -130,13 +136,16 @@ def test_a_decoder_reads_inputs_and_targets_in_one_row():
 
 def test_an_encoder_may_begin_with_a_token_instead_of_ending_with_one():
     spec = BatchSpec(1, 9, 6, True)
-    converter = make_converter(spec, ExampleFormat(eos_id=9, start_id=50, inputs_start_id=50))
+    converter = make_converter(spec, ExampleFormat(9, 50, prompt_start=(50,), prompt_end=()))
     batch = converter([[example([7, 8, 9], [3, 9]), example([5], [6, 9])]])
     assert batch["encoder_input_tokens"].tolist() == [[50, 7, 8, 50, 5, 0, 0, 0, 0]]
     assert batch["encoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0, 0]]
     lengths = {"inputs": np.array([3, 1]), "targets": np.array([2, 2])}
     assert converter.sizes(lengths).tolist() == [[4, 2], [2, 2]]
-    assert example_lengths(spec, ExampleFormat(inputs_start_id=50)) == {"inputs": 8, "targets": 6}
+    assert example_lengths(spec, ExampleFormat(prompt_start=(50,), prompt_end=())) == {
+        "inputs": 8,
+        "targets": 6,
+    }
 
 
 def test_prompts_of_a_decoder_are_padded_behind():

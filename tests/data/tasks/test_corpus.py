@@ -111,7 +111,6 @@ def test_a_language_model_without_inputs_trains_an_encoder_decoder():
     [eval_set] = pipeline.eval_sets(config)
     # There are none; the model reads an eos, as in training.
     assert {tuple(e.input_ids) for e in eval_set.examples} == {()}
-    assert config.model.prompt([]) == [1]
     assert [i for e in eval_set.examples for i in e.target_ids] == stream()
     assert eval_set.metric_fns == []
 

@@ -1,0 +1,296 @@
+"""Prompts, padding and ends of a text, as transformers has them for the same folder and text."""
+
+import functools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import t5jax
+from command_line import fails, run
+from folders import FOLDERS, LINES, edit, write_folder
+from t5jax.batch import BatchSpec
+from t5jax.data.batches.converters import make_converter
+from t5jax.data.batches.examples import EvalExample, EvalSet
+from t5jax.evaluate import Evaluator
+from t5jax.sharding import use_mesh
+from t5jax.source import find
+from t5jax.special_tokens import example_format
+from tiny import one_device  # noqa: F401
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_device")]
+WRITERS = [name for name in FOLDERS if name not in ("bert", "pile_t5")]
+PROMPTS = ["The quick brown fox", "What is the capital of France? It is", "sea"]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Returns the folder of a family, made once."""
+    root = tmp_path_factory.mktemp("folders")
+
+    @functools.cache
+    def make(name):
+        write_folder(root / name, name)
+        return root / name
+
+    return make
+
+
+@pytest.fixture
+def changed(made, tmp_path):
+    """Returns a function that copies a family's folder, to change it."""
+    return lambda name: shutil.copytree(made(name), tmp_path / name)
+
+
+@functools.cache
+def their_model(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = "Seq2SeqLM" if config.is_encoder_decoder else "CausalLM"
+    model = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def their_answers(folder, prompts, max_tokens, skip_special_tokens=True):
+    model, tokenizer = their_model(folder)
+    answers = []
+    for prompt in prompts:
+        batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**batch, max_new_tokens=max_tokens, do_sample=False)[0]
+        ids = ids[1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+    return answers
+
+
+def our_answers(capsys, folder, prompts, max_tokens, *options):
+    capsys.readouterr()  # transformers shows its progress.
+    args = ("infer", folder, "--prompt", *prompts, "--max-tokens", max_tokens, *options)
+    status, out, err = run(capsys, *args)
+    assert status == 0, err
+    return out, err
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_answers_are_those_of_transformers(name, made, capsys):
+    folder = made(name)
+    expected = their_answers(folder, PROMPTS, 12)
+    assert len(set(expected)) == 3, "the prompts must matter"
+    out, err = our_answers(capsys, folder, PROMPTS, 12)
+    assert out == "".join(f"{answer}\n" for answer in expected)
+    assert err == ""
+
+
+def test_a_prompt_of_nothing_has_the_start_of_a_text_to_read(made, capsys):
+    model, tokenizer = their_model(made("gpt2"))
+    ids = model.generate(torch.tensor([[0]]), max_new_tokens=9, do_sample=False)[0, 1:]
+    out, _ = our_answers(capsys, made("gpt2"), [""], 9)
+    assert out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_a_start_that_is_written_in_the_prompt_is_not_repeated(made, capsys):
+    expected = their_answers(made("gemma2"), PROMPTS, 12)
+    out, _ = our_answers(capsys, made("gemma2"), [f"<bos>{x}" for x in PROMPTS], 12)
+    assert out == "".join(f"{x}\n" for x in expected)
+
+
+# --- What ends a text -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_generation_config_says_what_ends_an_answer(name, changed, capsys):
+    folder = changed(name)
+    model, tokenizer = their_model(folder)
+    batch = tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False)
+    written = model.generate(**batch, max_new_tokens=12, do_sample=False)[0].tolist()
+    start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    ends = [tokenizer.eos_token_id, written[start + 3]]
+    edit(folder / "generation_config.json", eos_token_id=ends)
+    model.generation_config.eos_token_id = ends
+    expected = their_answers(folder, PROMPTS, 12)
+    out, err = our_answers(capsys, folder, PROMPTS, 12)
+    assert (out, err) == ("".join(f"{x}\n" for x in expected), "")
+    assert find(str(folder)).model.end_token_ids == tuple(ends)
+
+
+def test_several_ends_in_the_config_of_a_t5(changed):
+    folder = changed("t5")
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=[32, 1])
+    assert find(str(folder)).model.end_token_ids == (1, 32)  # The tokenizer's first.
+
+
+def test_without_an_eos_in_the_config_the_tokenizers_ends_a_text(changed, caplog):
+    folder = changed("qwen3")
+    (folder / "generation_config.json").unlink()
+    for eos in (None, ...):
+        edit(folder / "config.json", eos_token_id=eos)
+        assert find(str(folder)).model.end_token_ids == (2,)
+    assert not caplog.messages
+
+
+def test_a_contradiction_is_named_and_both_end_a_text(changed, caplog):
+    folder = changed("mistral")
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=0)
+    assert find(str(folder)).model.end_token_ids == (2, 0)
+    [message] = caplog.messages
+    assert "the tokenizer ends a text with 2 ('</s>'), but config.json with 0" in message
+    edit(folder / "config.json", eos_token_id=7)
+    caplog.clear()
+    content = {"eos_token_id": [2, 9], "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    assert find(str(folder)).model.end_token_ids == (2, 9)
+    [message] = caplog.messages
+    assert "eos_token_id is 2 and 9 in generation_config.json and 7 in config.json" in message
+
+
+def test_a_small_vocabulary_does_not_have_the_ids_of_the_published_one(changed, capsys):
+    folder = changed("gpt2")
+    expected = their_answers(folder, PROMPTS, 12)
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=..., bos_token_id=..., pad_token_id=...)
+    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+    model = find(str(folder)).model
+    assert (model.eos_token_id, model.pad_token_id, model.decoder_start_token_id) == (0, 0, 0)
+    edit(folder / "config.json", eos_token_id=50256, bos_token_id=50256)
+    assert find(str(folder)).model == model
+
+
+def test_no_eos_stays_at_the_end_of_a_prompt(changed, capsys):
+    """The tokenizer's eos is not that of config.json; both end an answer."""
+    folder = changed("mistral")
+    edit(folder / "config.json", eos_token_id=0)
+    edit(folder / "generation_config.json", eos_token_id=0)
+    their_model(folder)[0].generation_config.eos_token_id = [0, 2]
+    expected = their_answers(folder, PROMPTS, 12)
+    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+
+
+# --- Padding --------------------------------------------------------------------------------------
+
+
+def test_padding_with_another_id_changes_neither_answers_nor_losses(made):
+    folder, tokenizer = made("pile_t5"), their_model(made("pile_t5"))[1]
+    targets = ["Paris", "It is the sea shore", "12"]
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    labels = tokenizer(targets, return_tensors="pt", padding=True).input_ids
+    labels[labels == 1] = -100
+    with torch.no_grad():
+        expected = their_model(folder)[0](**batch, labels=labels).loss.item()
+
+    loaded = t5jax.load(str(folder))
+    encode = loaded.tokenizer.encode
+    examples = [
+        EvalExample(i, i, t, [*encode(i), 2], [*encode(t), 2])
+        for i, t in zip(PROMPTS, targets, strict=True)
+    ]
+    options = {"batch_size": 4, "max_tokens": 8}
+    evaluator = Evaluator(loaded.model, loaded.tokenizer, loaded.mesh, loaded.rules, **options)
+    source = find(str(folder))
+    _, params = source.read()
+    with use_mesh(loaded.mesh, loaded.rules):
+        result = evaluator.evaluate(params, EvalSet("task", examples, [], str))
+    np.testing.assert_allclose(result.scores["loss"], expected, rtol=1e-5)
+
+
+def test_vectors_of_texts(made):
+    folder = made("bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    vectors = t5jax.load(str(folder)).embed(PROMPTS)
+    for prompt, vector in zip(PROMPTS, vectors, strict=True):
+        with torch.no_grad():
+            x = model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(vector, x.mean(0), atol=1e-5)
+
+
+# --- An answer is text ----------------------------------------------------------------------------
+
+
+def test_special_tokens_are_shown_where_they_are_asked_for(made, capsys):
+    shown, _ = our_answers(capsys, made("t5"), LINES, 12, "--special-tokens")
+    assert "<extra_id_" in shown
+    left_out, _ = our_answers(capsys, made("t5"), LINES, 12)
+    assert left_out == "".join(f"{x}\n" for x in their_answers(made("t5"), LINES, 12))
+    assert "<extra_id_" not in left_out
+
+
+# --- Ids and positions that the model does not have -----------------------------------------------
+
+
+def test_a_special_token_may_exceed_the_embedding_until_it_is_read(changed, capsys):
+    """As the token of images in Gemma 3's vocabulary does."""
+    folder = changed("gemma3")
+    expected = their_answers(folder, PROMPTS, 12)
+    add_token(folder, "<image>", special=True)
+    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+    message = fails(capsys, "infer", folder, "--prompt", "sea", "an <image> of it")
+    assert "prompt 1 has id" in message
+    assert "('<image>'), but model.vocab_size is" in message
+    with pytest.raises(ValueError, match=r"an example has id \d+, but model.vocab_size is"):
+        train_batch(folder, "an <image> of it")
+    assert train_batch(folder, "a view of it")
+
+
+@pytest.mark.parametrize("command", ["infer", "embed"])
+def test_a_vocabulary_that_exceeds_the_embedding_is_refused(command, changed, capsys):
+    folder = changed("gemma3" if command == "infer" else "bert")
+    if command == "infer":
+        add_token(folder, "shore", special=False)
+    else:
+        (folder / "vocab.txt").open("a").write("shore\n")
+    option = "--prompt" if command == "infer" else "--text"
+    message = fails(capsys, command, folder, option, "sea")
+    assert re.search(r"has \d+ ids, but model.vocab_size is \d+: texts may have ids", message)
+
+
+def add_token(folder, text, special):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    number = len(content["model"]["vocab"])
+    content["added_tokens"] += [{"id": number, "content": text, "special": special, **flags}]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def train_batch(folder, text):
+    """The batch of one example, as training and evaluation read it."""
+    model, tokenizer = find(str(folder)).model, find(str(folder)).tokenizer()
+    form = example_format(model, tokenizer)
+    ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+    convert = make_converter(BatchSpec(1, 32, 32, kind="decoder"), form)
+    return convert([[{"inputs": ids, "targets": ids}]])
+
+
+def test_positions_that_the_model_did_not_learn_are_refused(made, capsys):
+    folder = made("gpt2")
+    message = fails(capsys, "infer", folder, "--prompt", "sea", "--max-tokens", 120)
+    assert "120 more are to be written, but this gpt2 has 96 positions" in message
+    message = fails(capsys, "infer", folder, "--prompt", "sea " * 99, "--max-tokens", 2)
+    assert "has 96 positions; shorten the prompt" in message
+
+
+# --- What is exported -----------------------------------------------------------------------------
+
+
+def test_generation_config_goes_out_as_it_came(changed, tmp_path, capsys):
+    folder, out = changed("llama"), tmp_path / "out"
+    loaded = {"eos_token_id": [1, 2, 9], "temperature": 0.6, "top_p": 0.9, "max_length": 77}
+    (folder / "generation_config.json").write_text(json.dumps(loaded | {"do_sample": True}))
+    assert run(capsys, "import", folder, tmp_path / "run")[0] == 0
+    assert run(capsys, "export", tmp_path / "run", out)[0] == 0
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == loaded | {"do_sample": True, "bos_token_id": 0, "pad_token_id": 2}
+    assert find(str(out)).model == find(str(folder)).model
+
+
+def test_settings_that_are_not_implemented_are_named(changed, caplog):
+    folder = changed("gpt2")
+    edit(folder / "generation_config.json", num_beams=4, repetition_penalty=1.0, temperature=0.6)
+    t5jax.load(str(folder))
+    assert caplog.messages == [
+        "generation_config.json sets num_beams 4, which is not implemented; answers are plainly "
+        "greedy"
+    ]
