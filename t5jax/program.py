@@ -15,6 +15,7 @@ import optax
 
 from t5jax import sharding
 from t5jax.architectures import Architecture
+from t5jax.batch import Batch
 from t5jax.config import AxisRules, Config
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer, make_schedule
@@ -44,10 +45,10 @@ class Program:
     """Learning rate, from the number of updates already made."""
     create: Callable[[jax.Array], TrainState]
     """The state at step 0, with random parameters from a key."""
-    step: Callable[[TrainState, dict], tuple[TrainState, Metrics]]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     """One training step; the state that goes in is donated."""
 
-    def use(self) -> AbstractContextManager:
+    def use(self) -> AbstractContextManager[None]:
         """Sets the mesh and the rules for everything that is called inside."""
         return sharding.use_mesh(self.mesh, self.rules)
 

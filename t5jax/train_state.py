@@ -105,7 +105,7 @@ def frozen_params(params: api.Params, patterns: Iterable[str]) -> frozenset[str]
     return frozenset(frozen)
 
 
-def split(tree, frozen: frozenset[str]) -> tuple[dict, dict]:
+def split(tree: api.Params, frozen: frozenset[str]) -> tuple[api.Params, api.Params]:
     """Returns the trainable and the frozen part of a tree like the parameters'."""
     if not frozen:
         return tree, {}
@@ -115,12 +115,12 @@ def split(tree, frozen: frozenset[str]) -> tuple[dict, dict]:
     return trainable, kept
 
 
-def merge(trainable: dict, frozen: dict) -> dict:
+def merge(trainable: api.Params, frozen: api.Params) -> api.Params:
     """Returns the tree from the two parts of `split`."""
     if not frozen:
         return trainable
     return flax.traverse_util.unflatten_dict(_flatten(trainable) | _flatten(frozen), sep="/")
 
 
-def _flatten(tree) -> dict:
+def _flatten(tree: api.Params) -> api.Params:
     return flax.traverse_util.flatten_dict(tree, sep="/")

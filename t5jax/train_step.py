@@ -1,12 +1,14 @@
 """One training step: a pure function (TrainState, Batch) -> (TrainState, Metrics)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from t5jax.architectures import Architecture
+from t5jax.batch import Batch
 from t5jax.config import LossConfig
 from t5jax.losses import batch_loss
 from t5jax.sharding import constrain
@@ -23,7 +25,7 @@ def make_train_step(
     seed: int = 0,
     microbatches: int = 1,
     frozen: frozenset[str] = frozenset(),
-) -> Callable[[TrainState, dict], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step; jit it with the state donated.
 
     The step's metrics are the sums of `losses.cross_entropy` over the batch, and "grad_norm", the
@@ -32,18 +34,17 @@ def make_train_step(
     Args:
       tx: of the trainable parameters, as `optimizers.make_optimizer` returns it.
       seed: the seed of dropout; the rng of a step is fold_in(key(seed), step), so that a resumed
-      run
-        uses the same random numbers.
+        run uses the same random numbers.
       microbatches: the number of parts of the batch that are computed in sequence.
       frozen: the paths of the parameters that are not trained.
     """
 
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         params, kept = split(state.params, frozen)
 
-        def gradient(params, batch, rng):
-            def loss_of(params):
+        def gradient(params: dict[str, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
+            def loss_of(params: dict[str, Any]) -> tuple[jax.Array, Metrics]:
                 return batch_loss(model, merge(params, kept), batch, loss, dropout_rng=rng)
 
             return jax.grad(loss_of, has_aux=True)(params)
@@ -64,15 +65,21 @@ def make_train_step(
     return step
 
 
-def _accumulate(gradient, params, batch, rng, microbatches):
+def _accumulate(
+    gradient: Callable[..., tuple[Any, Metrics]],
+    params: dict[str, Any],
+    batch: Batch,
+    rng: jax.Array,
+    microbatches: int,
+) -> tuple[Any, Metrics]:
     """Sums gradients and metrics over microbatches; gradients in float32."""
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         # Every k-th row, so that a microbatch has rows on all devices and none have to move.
         x = x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0)
 
-    def body(total, xs):
+    def body(total: tuple[Any, Metrics], xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         part, index = xs
         part = {name: constrain(x, "batch", "length") for name, x in part.items()}
         grads, sums = gradient(params, part, jax.random.fold_in(rng, index))
@@ -85,5 +92,5 @@ def _accumulate(gradient, params, batch, rng, microbatches):
     return jax.lax.scan(body, zeros, (parts, jnp.arange(microbatches)))[0]
 
 
-def _float32(tree):
+def _float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

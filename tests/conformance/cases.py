@@ -59,7 +59,8 @@ def path_of(path) -> str:
 def random_params(model, seed=0, dtype=None):
     """Parameters all of which matter: norms away from where they begin, biases of T5's attention as
     large as its scores."""
-    return jax.tree.map(lambda x: x, _random_params(model, seed, dtype))  # A tree to change.
+    # Copies, since a step may be given them to overwrite.
+    return jax.tree.map(jnp.array, _random_params(model, seed, dtype))
 
 
 @functools.cache
@@ -71,7 +72,7 @@ def _random_params(model, seed, dtype):
         values = rng.standard_normal(x.shape) * (1.5 if "relative_bias" in name else 0.3)
         if name.endswith("scale"):
             values += family_of(model).norms_begin_at
-        return jnp.asarray(values, dtype or x.dtype)
+        return values.astype(dtype or x.dtype)
 
     return jax.tree_util.tree_map_with_path(one, api.param_shapes(model))
 
