@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from t5jax.architectures import BertConfig, T5Config
-from t5jax.batch import ExampleFormat, train_spec, validate_batch
+from t5jax.batch import train_spec, validate_batch
 from t5jax.config import Config, DataConfig, EvalConfig
 from t5jax.data import pipeline
 from t5jax.data.batches.converters import make_converter
@@ -22,6 +22,7 @@ from t5jax.data.tasks.prompted import prompted_task, register_variant
 from t5jax.data.texts import feature_tokenizers, read_examples
 from t5jax.metrics import accuracy
 from t5jax.models import api
+from t5jax.special_tokens import example_format
 from t5jax.tokenizers import LabelTokenizer, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("clean_registries")
@@ -79,7 +80,7 @@ def by_transformers(folder):
 def test_rows_are_those_of_berts_tokenizer(cached, folder, task, tmp_path):
     tokenizer = load_tokenizer(folder)
     spec = train_spec(config(pack=False, batch_size=40), has_pairs=True)
-    form = ExampleFormat.of(MODEL)
+    form = example_format(MODEL, tokenizer)
     run = Run(tokenizer, LABELS, {"inputs": LENGTH - 1, "targets": 2})
     if cached:
         write_caches("pairs", tmp_path / "cache", run, processes=1)
@@ -130,7 +131,7 @@ def test_logits_are_those_of_transformers(folder, task, tmp_path):
         [{"inputs": np.array(e.input_ids, np.int32), "targets": np.array(e.target_ids, np.int32)}]
         for e in eval_set.examples[:8]
     ]
-    batch = make_converter(spec, ExampleFormat.of(MODEL))(inputs)
+    batch = make_converter(spec, example_format(MODEL, load_tokenizer(folder)))(inputs)
     logits = np.asarray(api.logits(MODEL, params, batch))[:, 0]
     np.testing.assert_allclose(logits, expected, atol=2e-5)
     # The types matter.
@@ -138,13 +139,13 @@ def test_logits_are_those_of_transformers(folder, task, tmp_path):
     assert np.abs(np.asarray(api.logits(MODEL, params, batch))[:, 0] - expected).max() > 1e-2
 
 
-def test_packed_rows_have_the_types_of_each_example():
+def test_packed_rows_have_the_types_of_each_example(folder):
     spec = train_spec(config(batch_size=1), has_pairs=True)
     examples = [
         {"inputs": np.array(ids, np.int32), "targets": np.array([label, 2], np.int32)}
         for ids, label in [([5, 0, 6, 7, 3], 1), ([8, 3], 0), ([9, 0, 9, 3], 1)]
     ]
-    batch = make_converter(spec, ExampleFormat.of(MODEL))([examples[:2]])
+    batch = make_converter(spec, example_format(MODEL, load_tokenizer(folder)))([examples[:2]])
     assert batch["encoder_input_tokens"].tolist() == [[2, 5, 3, 6, 7, 3, 2, 8, 3, 0, 0, 0]]
     assert batch["encoder_token_types"].tolist() == [[0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0]]
     assert batch["encoder_target_tokens"].tolist() == [[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]]
