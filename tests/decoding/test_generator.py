@@ -55,7 +55,7 @@ def test_learned_positions_end():
     assert model.max_positions == 64
     params = random_params(model)
     generate = Generator(model, ByteTokenizer(), sharding.make_mesh(MeshConfig(data=-1)))
-    ids = [7] * 59  # 60 with the start token; the last of 5 tokens is not read.
+    ids = [7] * 60  # The last of 5 tokens is not read.
     assert len(generate(params, [ids, [8]], max_tokens=5, batch_size=2)) == 2
     with pytest.raises(
         ValueError, match=r"prompt 1 has 60 tokens, and 6 .*64 positions.*at most 5"
