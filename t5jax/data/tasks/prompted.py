@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -32,10 +31,12 @@ from t5jax.data.bridge.tf import seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary
 from t5jax.data.fingerprint import describe
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
-from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, Prompt, PromptTemplate, Template
+from t5jax.data.prompts.fitting import TooLong, reason_to_drop, shortened
+from t5jax.data.prompts.given import SHOTS, as_templates, check_exemplar
+from t5jax.data.prompts.templates import Prompt, PromptTemplate
 from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks, source_files
 from t5jax.data.run import TRAIN_SPLIT, Run
-from t5jax.data.segments import BREAK, encode, encode_batch, shown
+from t5jax.data.segments import BREAK, encode_batch, shown
 from t5jax.data.sources.source import Row, Source, get_field
 from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource
 from t5jax.tokenizers import Tokenizer
@@ -47,7 +48,6 @@ REFERENCES_FEATURE = "prompt_references"
 
 _SIDES = ("inputs", "targets")
 
-TooLong = Literal["cut", "drop", "error"]
 Empty = Literal["error", "drop"]
 
 
@@ -104,8 +104,8 @@ def prompted_task(
     check_choice(long_inputs, get_args(TooLong), f"long_inputs of task {name!r}")
     check_choice(empty, get_args(Empty), f"empty of task {name!r}")
     try:
-        parsed = _as_templates(templates)
-        _check_exemplar(exemplar)
+        parsed = as_templates(templates)
+        check_exemplar(exemplar)
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from None
     return _register(
@@ -157,8 +157,6 @@ def _register(task: _Definition) -> seqio.Task:
 
 # --- Variants -----------------------------------------------------------------------------------
 
-_SHOTS = re.compile(r"(\d+)shot")
-
 
 def register_variant(name: str) -> None:
     """Registers the variant of a prompted task that a name refers to, unless it is registered.
@@ -174,7 +172,7 @@ def register_variant(name: str) -> None:
     if task is None:
         return
     templates, shots = task.templates, 0
-    if wanted and (match := _SHOTS.fullmatch(wanted[-1])):
+    if wanted and (match := SHOTS.fullmatch(wanted[-1])):
         shots = int(match[1])
         wanted = wanted[:-1]
     if wanted:
@@ -315,7 +313,14 @@ class PromptedSource(OwnSource):
             first = 0 if is_train else place % len(renderers)
             for template, render in renderers[first:] + renderers[:first]:
                 try:
-                    prompt = self._shortened(render, row, number, tokenizer, lengths)
+                    prompt = shortened(
+                        render,
+                        row,
+                        number,
+                        self.definition.may_cut,
+                        tokenizer,
+                        lengths.get("inputs"),
+                    )
                     if not prompt.is_empty and prompt.inputs.count(BREAK) != template.is_pair:
                         raise ValueError(
                             f"it has the character {BREAK!r}, which is none for texts; remove it "
@@ -387,40 +392,6 @@ class PromptedSource(OwnSource):
         except ValueError as error:
             raise ValueError(f"task {self.task!r}: {error}") from None
 
-    def _shortened(self, render, row: Row, number: int, tokenizer, lengths) -> Prompt:
-        """Returns the row's prompt; of one that is too long, the task's `may_cut` lose their end.
-
-        Raises:
-          ValueError: if one of these is no text of the row.
-        """
-        prompt, fields = render(row, number), self.definition.may_cut
-        for field in fields:
-            if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"field {field!r}, which may_cut names, is {row.get(field)!r:.60}; expected a "
-                    f"text; the row has {', '.join(row)}"
-                )
-        if "inputs" not in lengths:
-            return prompt
-
-        def fits(prompt: Prompt) -> bool:
-            return len(encode(tokenizer, prompt.inputs)) < lengths["inputs"]  # And eos.
-
-        for field in fields:
-            if prompt.is_empty or fits(prompt):
-                break
-            # The most characters with which it fits, by bisection.
-            text, fitting, failing = row[field], 0, len(row[field])
-            while failing - fitting > 1:
-                middle = (fitting + failing) // 2
-                if fits(render(row | {field: text[:middle]}, number)):
-                    fitting = middle
-                else:
-                    failing = middle
-            row = row | {field: _without_part_of_word(text, fitting)}
-            prompt = render(row, number)
-        return prompt
-
     def _reason_to_drop(self, prompt: Prompt, is_train: bool, tokenizers, lengths) -> str:
         """Returns why an example is dropped, or "" if it is kept.
 
@@ -436,25 +407,8 @@ class PromptedSource(OwnSource):
                 f"its {side} are empty; filter such rows out (Source.filter), or let "
                 'prompted_task(..., empty="drop") leave them out'
             )
-        rules = {
-            "inputs": ("long_inputs", task.long_inputs),
-            "targets": ("too_long", task.too_long),
-        }
-        for side, (name, rule) in rules.items():
-            if rule == "cut" or side not in lengths:
-                continue
-            length = len(encode(tokenizers[side], getattr(prompt, side))) + 1
-            if length <= lengths[side]:
-                continue
-            if rule == "error":
-                raise ValueError(
-                    f"its {side} are {length} tokens long with eos; expected at most "
-                    f"{lengths[side]}; raise data.{side}_length, or let prompted_task(..., "
-                    f'{name}="cut") cut them, or "drop" leave them out'
-                )
-            if is_train:
-                return f"{side} too long"
-        return ""
+        rules = {"inputs": task.long_inputs, "targets": task.too_long}
+        return reason_to_drop(prompt, rules, tokenizers, lengths, is_train)
 
     def _references_of(self, row: Row) -> str:
         field = self.definition.references
@@ -512,18 +466,6 @@ class PromptedSource(OwnSource):
         return Recipe(self.task, split, run, chunks, encoder, content, files)
 
 
-_WORD_LENGTH = 40  # What is longer is no word, but text without spaces.
-
-
-def _without_part_of_word(text: str, length: int) -> str:
-    """Returns the first characters of a text, at most `length`, without a part of a word."""
-    kept = text[:length]
-    if length < len(text) and not text[length].isspace():
-        words, _, part = kept.rpartition(" ")
-        kept = words if words and len(part) <= _WORD_LENGTH else kept
-    return kept.rstrip()
-
-
 def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:
     """Returns the function in the form in which SeqIO's evaluators call it."""
 
@@ -534,59 +476,3 @@ def _postprocess_fn(postprocess: Callable[[str], Any]) -> Callable:
 
     postprocess_fn.__name__ = name_of(postprocess)
     return postprocess_fn
-
-
-# --- What a task file writes --------------------------------------------------------------------
-
-
-def _as_templates(templates) -> tuple[PromptTemplate, ...]:
-    """Returns templates with names that are different, and fit into a SeqIO task's name."""
-    if isinstance(templates, Mapping):
-        given = list(templates.items())
-    elif isinstance(templates, (str, PromptTemplate)) or not isinstance(templates, Sequence):
-        raise ValueError(f"templates are {templates!r:.60}; expected {_EXPECTED}")
-    else:
-        given = [("", template) for template in templates]
-    if not given:
-        raise ValueError(f"it has no templates; expected {_EXPECTED}")
-    named = []
-    for i, (name, text) in enumerate(given):
-        template: Any = _as_template(text)
-        name = re.sub(r"\W+", "_", str(name) or template.name).strip("_") or str(i)
-        if _SHOTS.fullmatch(name):
-            raise ValueError(f"a template is called {name!r}, which means exemplars; rename it")
-        named.append(dataclasses.replace(template, name=name))
-    twice = [name for name, n in Counter(t.name for t in named).items() if n > 1]
-    if twice:
-        raise ValueError(f"two templates are called {twice[0]!r}; rename one of them")
-    return tuple(named)
-
-
-_EXPECTED = (
-    'a list of pairs (inputs, targets), such as [("Translate to French: {english}", "{french}")], '
-    f'or of Jinja texts "inputs {SEPARATOR} targets"'
-)
-
-
-def _as_template(template) -> PromptTemplate:
-    if isinstance(template, PromptTemplate):
-        return template
-    if isinstance(template, str) and SEPARATOR in template:
-        return JinjaTemplate(template)
-    texts: list[Any] = []
-    if isinstance(template, (tuple, list)) and len(template) == 2:
-        inputs, targets = template
-        is_pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
-        texts = [*(inputs if is_pair else [inputs]), targets]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{template!r} is not a template; expected {_EXPECTED}")
-    return Template(*template)
-
-
-def _check_exemplar(form: str) -> None:
-    try:
-        shown = form.format(inputs="\0", targets="\1")
-    except (LookupError, ValueError) as error:
-        raise ValueError(f"exemplar {form!r} is no format string: {error!r}") from None
-    if "\0" not in shown or "\1" not in shown:
-        raise ValueError(f"exemplar is {form!r}; expected a text with {{inputs}} and {{targets}}")

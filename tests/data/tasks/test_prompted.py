@@ -118,13 +118,13 @@ def test_a_format_that_does_not_fit_a_value_is_named():
         examples(task, "train")
 
 
-def test_an_error_of_the_users_own_function_passes_as_it_is():
+def test_an_error_of_the_users_own_function_says_where_it_is():
     def rows():
         yield ROWS[0]
         raise KeyError("my own")
 
     task = prompted_task("own", Source({"train": rows}), TEMPLATES, metrics=[])
-    with pytest.raises(KeyError, match="my own"):
+    with pytest.raises(ValueError, match=r"task 'own': KeyError: 'my own' \(.*, line \d+\)"):
         examples(task, "train")
 
 
