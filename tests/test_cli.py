@@ -188,7 +188,7 @@ def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
     assert (status, out) == (0, "a b\nanswered\nc\nanswered\n")
     assert fake.asked == [
         ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2)}),
-        (["a b", "c"], {"max_tokens": 3, "batch_size": 2}),
+        (["a b", "c"], {"max_tokens": 3, "batch_size": 2, "special_tokens": False}),
     ]
     # Of prompts that are lines, each answer is one.
     monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\n"))

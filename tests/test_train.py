@@ -581,14 +581,13 @@ def test_the_step_is_saved_before_what_failed_in_the_data_is_raised(tmp_path, mo
         fetch(self)
 
     monkeypatch.setattr(loop.Prefetch, "fetch", fail_at_the_fourth)
-    config = make_config(tmp_path / "run", eval=NO_EVAL)
+    config = make_config(tmp_path / "run")
     with pytest.raises(ValueError, match="row 31 has no field"):
         train(config)
     assert "the checkpoint of step 3 is saved" in capsys.readouterr().err
     monkeypatch.setattr(loop.Prefetch, "fetch", fetch)
     train(config)
-    train(make_config(tmp_path / "other", eval=NO_EVAL))
-    assert_same_bits(tmp_path / "run", tmp_path / "other", 10)
+    assert_same_bits(tmp_path / "run", trained_run(), 10)
 
 
 def test_an_evaluation_on_the_training_split_has_names_of_its_own(tmp_path):
