@@ -95,6 +95,8 @@ class Evaluator:
         self._predict = predict or functools.partial(
             generator, max_tokens=max_tokens, batch_size=batch_size
         )
+        # Another way of generating has limits of its own.
+        self._generator, self._max_tokens = None if predict else generator, max_tokens
         # Only cross-entropy, since perplexity must not depend on the training loss.
         plain = LossConfig(z_loss=0.0, label_smoothing=0.0)
         self._losses = jax.jit(lambda params, batch: batch_loss(model, params, batch, plain)[1])
@@ -124,14 +126,22 @@ class Evaluator:
             return Result(scores, sums, {}, predictions, error=str(error))
         return Result(scores | found, sums, _baselines(eval_set), predictions)
 
-    def try_metrics(self, eval_set: EvalSet) -> None:
-        """Scores the targets as their own predictions, before it takes hours to get there.
+    def check(self, eval_set: EvalSet) -> None:
+        """Reads the prompts, and scores the targets as their own predictions.
+
+        It takes no time, where the first evaluation may come after hours.
 
         Raises:
-          ValueError: if the task's postprocessing or one of its metrics fails.
+          ValueError: if there is no room for an answer to a prompt, or the task's postprocessing or
+            one of its metrics fails.
         """
         if not self._predicts(eval_set):
             return
+        if self._generator and not self._labels:
+            try:
+                self._generator.prompts([e.input_ids for e in eval_set.examples], self._max_tokens)
+            except ValueError as error:
+                raise ValueError(f"task {eval_set.task}: {error}") from None
         few = eval_set.examples[:: -(-len(eval_set.examples) // _TRIED)]
         for examples in (few, eval_set.examples):
             try:
@@ -314,7 +324,7 @@ def evaluate_model(
             prefix_lm=trained.prefix_lm,
         )
         for eval_set in eval_sets:
-            evaluator.try_metrics(eval_set)
+            evaluator.check(eval_set)
         for eval_set in progress.track(eval_sets, f"evaluating on {split}"):
             result = evaluator.evaluate(params, eval_set)
             if result.error:

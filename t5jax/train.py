@@ -109,7 +109,7 @@ def train(config: Config) -> Path:
             prefix_lm=config.data.prefix_lm,
         )
         for eval_set in eval_sets:
-            evaluator.try_metrics(eval_set)
+            evaluator.check(eval_set)
 
     with run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
         # --- Resume, or begin ---

@@ -12,6 +12,7 @@ import seqio
 
 import tiny
 from conformance.cases import random_params
+from conformance.families import GPT2, change
 from conformance.families import T5 as SMALL
 from t5jax import evaluate, pretrained, sharding
 from t5jax.config import AxisRules, MeshConfig
@@ -178,6 +179,22 @@ def test_an_example_without_an_answer_counts_for_nothing():
     assert math.isfinite(result.scores["loss"])
 
 
+def test_prompts_are_read_before_anything_is_computed():
+    model = change(GPT2, vocab_size=384, max_positions=16)
+    mesh = sharding.make_mesh(MeshConfig())
+    examples = [dataclasses.replace(eval_set(1).examples[0], input_ids=[5] * 12)]
+    asked = EvalSet("long", examples, [exact_match], lambda text: text)
+
+    def check(max_tokens, **options):
+        options |= {"batch_size": 8, "max_tokens": max_tokens}
+        Evaluator(model, ByteTokenizer(), mesh, AxisRules(), **options).check(asked)
+
+    check(5)  # The last token is written, but not read.
+    with pytest.raises(ValueError, match=r"task long: prompt 0 .*at most 5 tokens \(max_tokens\)"):
+        check(6)
+    check(6, predict=lambda params, ids: ids)  # Another engine has other limits.
+
+
 def test_a_metric_that_cannot_score_a_few_is_tried_on_all():
     """As one that needs both classes, of a table that is sorted by class."""
     asked = []
@@ -194,10 +211,10 @@ def test_a_metric_that_cannot_score_a_few_is_tried_on_all():
     examples = [dataclasses.replace(e, target_ids=ids) for e in examples]
     mesh = sharding.make_mesh(MeshConfig())
     evaluator = Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5)
-    evaluator.try_metrics(EvalSet("sorted", examples, [needs_both], lambda text: text))
+    evaluator.check(EvalSet("sorted", examples, [needs_both], lambda text: text))
     assert asked == [44, 130]
     with pytest.raises(ValueError, match=r"task few: metric needs_both fails: only one class"):
-        evaluator.try_metrics(EvalSet("few", examples[:9], [needs_both], lambda text: text))
+        evaluator.check(EvalSet("few", examples[:9], [needs_both], lambda text: text))
 
 
 def test_a_loss_beyond_all_bounds_has_a_perplexity(monkeypatch):

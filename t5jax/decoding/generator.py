@@ -53,10 +53,7 @@ class Generator:
           ValueError: for a prompt with an id that has no embedding, or after which a decoder has no
             positions for so many tokens.
         """
-        form = example_format(self.model, self.tokenizer)
-        prompts = [form.prompt(ids).tolist() for ids in inputs]
-        check_prompts(self.model, self.tokenizer, prompts)
-        self._check_positions(prompts, max_tokens)
+        prompts = self.prompts(inputs, max_tokens)
         parts = sharding.batch_parts(self.mesh, self.rules)
         texts: list[str] = []
         for chunk, rows, length in padded_batches(prompts, batch_size, parts):
@@ -67,6 +64,14 @@ class Generator:
             tokens_BT = np.asarray(jax.device_get(tokens_BT))[: len(chunk)]
             texts += [self._text(row.tolist()) for row in tokens_BT]
         return texts
+
+    def prompts(self, inputs: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Returns what the model reads of the inputs, with the same arguments and errors."""
+        form = example_format(self.model, self.tokenizer)
+        prompts = [form.prompt(ids).tolist() for ids in inputs]
+        check_prompts(self.model, self.tokenizer, prompts)
+        self._check_positions(prompts, max_tokens)
+        return prompts
 
     def _text(self, tokens: list[int]) -> str:
         """Returns the text of an answer. As in transformers, a word that ends it is part of it."""
@@ -85,7 +90,8 @@ class Generator:
                 raise ValueError(
                     f"prompt {number} has {len(prompt)} tokens, and {max_tokens} more are to be "
                     f"written, but this {self.model.family} has {positions} positions; shorten "
-                    f"the prompt, or write at most {max(positions - len(prompt) + 1, 0)} tokens"
+                    f"the prompt, or write at most {max(positions - len(prompt) + 1, 0)} tokens "
+                    "(max_tokens)"
                 )
 
 
