@@ -26,6 +26,7 @@ from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
 from t5jax.decoding import Generator
 from t5jax.losses import batch_loss
+from t5jax.metrics.targets import is_list
 from t5jax.models import api
 from t5jax.monitor import progress, tables
 from t5jax.source import Source, find
@@ -124,7 +125,7 @@ class Evaluator:
             found = _score(eval_set, eval_set.examples, predictions)
         except ValueError as error:
             return Result(scores, sums, {}, predictions, error=str(error))
-        return Result(scores | found, sums, _baselines(eval_set), predictions)
+        return Result(scores | found, sums, _baselines(eval_set, predictions), predictions)
 
     def check(self, eval_set: EvalSet) -> None:
         """Reads the prompts, and scores the targets as their own predictions.
@@ -379,21 +380,24 @@ def _postprocess(
     return values
 
 
-def _baselines(eval_set: EvalSet) -> dict[str, dict[str, float]]:
+def _baselines(eval_set: EvalSet, predictions: Sequence[str]) -> dict[str, dict[str, float]]:
     """Returns the scores of trivial predictors, without one that the task's code cannot read."""
     examples, metric_fns = eval_set.examples, eval_set.metric_fns
     targets = [example.targets for example in examples]
+    # What one answer is, a list of tags or a text, the model's own answers show.
+    lists = any(map(is_list, _postprocess(eval_set, examples, predictions)))
+    baselines = functools.partial(metrics.baselines, metric_fns=metric_fns, lists=lists)
     copies: list[Any] | None = None
     with contextlib.suppress(ValueError):
         copies = _postprocess(eval_set, examples, [example.source for example in examples])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A constant has no correlation.
         with contextlib.suppress(ValueError):
-            return metrics.baselines(copies, targets, targets, metric_fns)
+            return baselines(copies, targets, targets)
         found = {}
         for sources, frequent in ((copies, None), (None, targets)):
             with contextlib.suppress(ValueError):
-                found |= metrics.baselines(sources, targets, frequent, metric_fns)
+                found |= baselines(sources, targets, frequent)
     return found
 
 

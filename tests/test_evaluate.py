@@ -154,6 +154,19 @@ def test_a_baseline_that_the_task_cannot_read_is_left_out():
     assert result.error == ""
 
 
+def test_the_most_frequent_tags_are_those_of_a_text_where_none_can_be_copied():
+    def tags(text):
+        assert text != "copied"
+        return text.split()
+
+    ids = [[*ByteTokenizer().encode(text), 1] for text in ("asked", "O")]
+    targets = [["O"], ["O"], ["O", "O", "O", "B"]]
+    examples = [EvalExample("asked", "copied", target, *ids) for target in targets]
+    predict = lambda params, inputs: ["B"] * len(inputs)  # noqa: E731
+    found = run(EvalSet("ner", examples, (exact_match,), tags), 8, predict=predict)
+    assert found.baselines == {"most frequent target": {"exact_match": pytest.approx(200 / 3)}}
+
+
 def test_an_error_of_a_task_names_its_function_and_the_text():
     result = run(numbers(), 8, predict=lambda params, inputs: ["half"] * len(inputs))
     assert re.match(

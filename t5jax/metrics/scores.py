@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from t5jax.checks import name_of, users_error
-from t5jax.metrics.targets import check_lengths
+from t5jax.metrics.targets import check_lengths, is_list
 
 MetricFn = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 
@@ -59,6 +59,8 @@ def baselines(
     targets: Sequence[Any],
     train_targets: Sequence[Any] | None,
     metric_fns: Sequence[MetricFn],
+    *,
+    lists: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Returns the scores of two trivial predictors, to compare those of a model with.
 
@@ -70,6 +72,8 @@ def baselines(
         the training split, or `targets` itself, which favours the baseline. None: without this
         predictor.
       metric_fns: metrics.
+      lists: predictions are lists (of tags), so that a target which is a list is one value, unless
+        its items are lists too; otherwise it has several references.
     Returns:
       {"copy the input": {metric: score}, "most frequent target": {metric: score}}.
     Raises:
@@ -80,8 +84,6 @@ def baselines(
         scores[COPY_INPUT] = compute(targets, sources, metric_fns)
     if train_targets is not None:
         check_lengths(train_targets, train_targets)
-        # Where predictions are lists, a list is one target; otherwise it has several references.
-        lists = any(isinstance(source, (list, tuple)) for source in sources or ())
         values = [value for target in train_targets for value in _values(target, lists)]
         counts = collections.Counter(map(repr, values))  # A list cannot be counted itself.
         most = max(counts.values())
@@ -91,7 +93,6 @@ def baselines(
 
 
 def _values(target: Any, lists: bool) -> Sequence[Any]:
-    is_list = isinstance(target, (list, tuple))
-    if is_list and (not lists or any(isinstance(item, (list, tuple)) for item in target)):
+    if is_list(target) and (not lists or any(map(is_list, target))):
         return target
     return [target]

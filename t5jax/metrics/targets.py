@@ -112,6 +112,11 @@ def canonical(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def is_list(value: Any) -> bool:
+    """Returns whether a value is a list, a tuple or an array with axes."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+
+
 def is_finite(value: Any) -> bool:
     """Returns whether a value is a finite number."""
     return isinstance(value, numbers.Real) and math.isfinite(value)
