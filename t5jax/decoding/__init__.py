@@ -1,6 +1,23 @@
 """Decoding: from prompts to tokens and texts."""
 
+from t5jax.decoding.choice import Choice, History, choose
 from t5jax.decoding.generator import Generator, padded_batches
 from t5jax.decoding.greedy import greedy
+from t5jax.decoding.options import GenerationOptions, options_of
+from t5jax.decoding.rows import EVERY_PART, Parts, RowOptions, allowed_bits, row_options
 
-__all__ = ["Generator", "greedy", "padded_batches"]
+__all__ = [
+    "EVERY_PART",
+    "Choice",
+    "GenerationOptions",
+    "Generator",
+    "History",
+    "Parts",
+    "RowOptions",
+    "allowed_bits",
+    "choose",
+    "greedy",
+    "options_of",
+    "padded_batches",
+    "row_options",
+]
