@@ -21,6 +21,12 @@ def folders(kind: str) -> list[Path]:
     return found
 
 
+def is_shipped(kind: str, path: Path) -> bool:
+    """Whether a file comes with t5jax, and is not in the user's own folder."""
+    folder = path.resolve().parent
+    return folder in folders(kind) and folder != (Path.cwd() / kind).resolve()
+
+
 def _is_checkout() -> bool:
     # The parent of an installed package is site-packages, where `tasks` may be anyone's.
     return (_PACKAGE.parent / "pyproject.toml").is_file()

@@ -15,7 +15,7 @@ usage: t5jax tasks COMMAND ...
 commands:
   list [PATTERN]   every task and mixture: source, splits, templates, metrics
   show NAME        rendered examples, their tokens, lengths, what is cut and what is dropped
-  check NAME|all   every split reads, every template renders, no targets are empty; doubles of train
+  check NAME|all   every split reads, every template renders, targets can be learnt and scored
 
 NAME is a task or a variant: gsm8k:worked (one template), gsm8k:5shot, gsm8k:worked:5shot.
 """
@@ -211,16 +211,19 @@ def _histogram(feature) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Reads every split of tasks, every row with every template; fails if any of them fails.
+    """Reads every split of tasks, every row with every template.
 
     Empty targets, missing data, labels that are none, and metrics that fail on the targets
     themselves are failures. Targets that are -1 or "nan", and those that the vocabulary cannot give
     back, are doubts: such a split is not sound. Prompts and documents of other splits that also
     occur in train are counted, ignoring case and white space, and so is what is cut.
+
+    The exit status is 0 if every split is sound, 1 if one fails, and 3 if there are only doubts.
     """
 
     name: str
-    """The task, variant or mixture, or "all"."""
+    """The task, variant or mixture. all: those of ./tasks and --task-files, or if there are none,
+    those that come with t5jax."""
     vocabulary: str = ""
     """data.vocabulary of a run. Empty: each task's own."""
     inputs_length: int = 512
@@ -231,12 +234,14 @@ class Check:
     """model.labels of a run with a classifier: the classes that targets must be."""
     per_word: bool = False
     """Targets have one of the labels for each word."""
+    accept_doubts: bool = False
+    """The exit status is 0 if there are only doubts."""
     task_files: tuple[str, ...] = ()
     """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 
 
 def check(args: list[str]) -> int:
-    """Prints a line for each split and template; returns 1 if any of them fails."""
+    """Prints a line for each split and template; returns the exit status."""
     options = parse(Check, args, prog="t5jax tasks check", positional=True)
     lengths = _lengths(options)
     from t5jax.data.inspector import check_tasks
@@ -267,7 +272,12 @@ def check(args: list[str]) -> int:
             state = "DOUBTFUL" if part.doubts else "ok    "
             print(f"{state} {where}: {', '.join([*notes, *part.doubts])}", flush=True)
     print(f"{num_sound} of {num_parts} are sound")
-    return 1 if failed else 0
+    if failed:
+        return 1
+    return 0 if num_sound == num_parts or options.accept_doubts else _DOUBTFUL
+
+
+_DOUBTFUL = 3  # 2 is for a command that is not understood.
 
 
 # --- Tables -------------------------------------------------------------------------------------

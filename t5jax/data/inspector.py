@@ -14,7 +14,7 @@ import numpy as np
 
 from t5jax.checks import did_you_mean, name_of
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.registry import broken_files, check_mixture, task_names
+from t5jax.data.registry import broken_files, check_mixture, own_task_names, task_names
 from t5jax.data.run import TRAIN_SPLIT
 from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.texts import TextExample, feature_tokenizers, read_examples, task_lengths
@@ -260,14 +260,15 @@ def check_tasks(
     """Reads every split of tasks, each row with each template, and yields the results.
 
     Args:
-      name: the name of a task, a variant or a mixture, or "all".
+      name: the name of a task, a variant or a mixture, or "all": those of the user, or if there are
+        none, those that come with t5jax.
       tokenizer: replaces the tasks' own, if they do not fix them.
       labels: the classes of a classifier, which targets must be.
       lengths: the lengths of "inputs" and "targets" in tokens in a run.
     Raises:
       ValueError: if the name is not registered. Errors of tasks are yielded.
     """
-    names = task_names() if name == "all" else [name]
+    names = own_task_names() if name == "all" else [name]
     for path, error in broken_files().items() if name == "all" else ():
         yield Check(path.stem, "", "", 0, 0, error)
     tasks = {t.name: t for n in names for t in seqio.get_subtasks(check_mixture(n))}
@@ -352,7 +353,8 @@ def _check(
 class _Targets:
     """Looks for targets that are none, and for what no model can answer."""
 
-    _MISSING = ("nan", "None", "null", "<NA>")
+    # As pandas, Python, JSON, Excel and SQL write what is missing.
+    _MISSING = ("nan", "NaN", "None", "null", "<NA>", "#N/A", "NULL", "\\N")
     _NUM_TRIED = 256
 
     def __init__(self, task: seqio.Task):
@@ -421,7 +423,7 @@ class _Targets:
         """Yields what is wrong with the targets."""
         counts = self._counts
         for word in self._MISSING:
-            if counts[word]:
+            if counts[word] > (word == "null"):  # Once, it is German.
                 yield f"{counts[word]:,} targets are {word!r}"
         if counts["no label"] and counts["no label"] + counts["label"] == self._num_read:
             yield f"{counts['no label']:,} targets are -1, which often says that there is no label"

@@ -299,14 +299,20 @@ def _all_tasks(config: Config) -> list[seqio.Task]:
     return list({task.name: task for m in mixtures for task in seqio.get_subtasks(m)}.values())
 
 
+_NO_EVAL_SPLIT = (
+    "; name one of these (eval.split, or --split of t5jax eval), train without evaluation "
+    "(eval.every 0), or make one in the task file by Source.hold_out({!r}, every=20)"
+)
+
+
 def _tasks_with_split(mixture: seqio.Task | seqio.Mixture, split: str) -> list[seqio.Task]:
     tasks = seqio.get_subtasks(mixture)
     having = [task for task in tasks if split in task.splits]
     if not having:
         splits = sorted({s for task in tasks for s in task.splits})
-        raise ValueError(
-            f"{mixture.name} has no split {split!r}; there are {', '.join(splits) or 'none'}"
-        )
+        remedy = "" if split == TRAIN_SPLIT else _NO_EVAL_SPLIT.format(split)
+        known = ", ".join(splits) or "none"
+        raise ValueError(f"{mixture.name} has no split {split!r}; there are {known}{remedy}")
     for task in tasks:
         if task not in having:
             _log.warning("task %s has no split %r and is left out", task.name, split)

@@ -115,6 +115,16 @@ def task_names() -> list[str]:
     return sorted({name for registry in _REGISTRIES for name in registry.names()})
 
 
+def own_task_names() -> list[str]:
+    """Returns the names of tasks and mixtures that do not come with t5jax; all if there are none.
+
+    In a folder without the data of those that come with t5jax, they can be listed but not read.
+    """
+    ours = set().union(*(n for path, n in _names.items() if shipped.is_shipped("tasks", path)))
+    names = task_names()
+    return [name for name in names if name not in ours] or names
+
+
 def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
     """Returns the task, variant or mixture with a name.
 

@@ -8,10 +8,12 @@ import pytest
 import tokenizers
 
 from t5jax.cli import main
+from t5jax.data import registry
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.inspector import check_tasks, length_bins, list_tasks, plot_lengths, show_task
 from t5jax.data.mixtures import mixture
 from t5jax.data.objectives.span_corruption import SpanCorruption
+from t5jax.data.registry import load_tasks
 from t5jax.data.sources.cleaning import drop_duplicates
 from t5jax.data.sources.kinds import jsonl
 from t5jax.data.sources.source import Source
@@ -218,6 +220,8 @@ def test_check_doubts_targets_that_are_none():
         "2 targets are 'nan'",
         "1 targets are 'None'",
     )
+    assert answers("eins", "null").doubts == ()  # Zero, in German.
+    assert answers("null", "a", "null").doubts == ("2 targets are 'null'",)
     assert "nan, so it is missing" in answers(math.nan).error
 
 
@@ -358,6 +362,26 @@ def test_commands_print_what_was_found(capsys, tmp_path):
     status, out, _ = run(capsys, "tasks", "check", "inspect_file")
     assert status == 1
     assert out.startswith("FAILED inspect_file train 0: task 'inspect_file': there is no file")
+
+
+def test_check_says_by_its_exit_status_what_it_found(capsys):
+    assert answers("a", "nan").doubts  # Registers the task.
+    assert run(capsys, "tasks", "check", "inspect_answers")[0] == 3
+    assert run(capsys, "tasks", "check", "inspect_answers", "--accept-doubts")[0] == 0
+    assert answers("a", metrics=[pearson]).error
+    assert run(capsys, "tasks", "check", "inspect_answers", "--accept-doubts")[0] == 1
+
+
+def test_all_tasks_are_those_of_the_user(monkeypatch, tmp_path):
+    """Without the data of those that come with t5jax, these could only fail."""
+    monkeypatch.chdir(tmp_path)
+    load_tasks()
+    assert {"gsm8k", "numbers"} <= set(registry.task_names())
+    assert not {"gsm8k", "numbers"} & set(registry.own_task_names())
+    assert "inspect_file" in registry.own_task_names()
+    (path,) = [path for path in registry._names if path.stem == "gsm8k"]
+    monkeypatch.chdir(path.parent.parent)  # Where they are the user's own.
+    assert "gsm8k" in registry.own_task_names()
 
 
 @pytest.mark.parametrize(

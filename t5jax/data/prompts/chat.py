@@ -24,7 +24,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from t5jax.data.prompts.templates import JinjaTemplate, Prompt, PromptTemplate
-from t5jax.data.sources.source import Row
+from t5jax.data.sources.source import Row, no_field
 from t5jax.tokenizers import Tokenizer
 
 INSTRUCTION = JinjaTemplate(
@@ -266,7 +266,7 @@ def _list(row: Row, field: str, expected: str) -> Sequence:
     if field not in row:
         is_sharegpt = "conversations" in row
         hint = "; of ShareGPT's rows Source.map(from_sharegpt) makes it" if is_sharegpt else ""
-        raise ValueError(f"there is no field {field!r}; the row has {', '.join(row)}{hint}")
+        raise ValueError(f"{no_field(field, row)}{hint}")
     found = row[field]
     if not isinstance(found, Sequence) or isinstance(found, str):
         raise ValueError(

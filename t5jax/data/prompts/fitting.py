@@ -5,7 +5,7 @@ from typing import Literal
 
 from t5jax.data.prompts.templates import Prompt
 from t5jax.data.segments import encode
-from t5jax.data.sources.source import Row
+from t5jax.data.sources.source import Row, field_names
 from t5jax.tokenizers import Tokenizer
 
 TooLong = Literal["cut", "drop", "error"]
@@ -39,7 +39,7 @@ def shortened(
         if not isinstance(row.get(field), str):
             raise ValueError(
                 f"field {field!r}, which may_cut names, is {row.get(field)!r:.60}; expected a "
-                f"text; the row has {', '.join(row)}"
+                f"text; the row has {field_names(row)}"
             )
     prompt = render(row, number)
     if length is None:

@@ -28,7 +28,7 @@ import jinja2.sandbox
 import yaml
 
 from t5jax.data.segments import BREAK
-from t5jax.data.sources.source import Row
+from t5jax.data.sources.source import Row, field_names, no_field
 
 SEPARATOR = "|||"
 """Separates the prompt from the answer in Jinja, and answer choices from each other."""
@@ -180,8 +180,10 @@ def _fields(text: str, what: str) -> tuple[str, ...]:
     fields = tuple(field for _, field, _, _ in parsed if field is not None)
     for field in fields:
         if not field.strip() or field.isdigit() or field.strip()[0] in "\"'":
+            rename = ", and rename a column of that name (Source.rename)" if field.isdigit() else ""
             raise ValueError(
                 f"{what}: {{{field}}} in {text!r} must be the name of a field; write {_BRACES}"
+                f"{rename}"
             )
     if not fields:
         raise ValueError(f"{what}: {text!r} names no field; expected something like {{question}}")
@@ -193,25 +195,30 @@ def _value(field: str, row: Row):
         value, _ = _FORMATTER.get_field(field, (), row)
     except (LookupError, AttributeError, TypeError):
         hint = "" if re.fullmatch(r"[\w.\[\]]+", field) else f"; write {_BRACES}"
-        raise ValueError(
-            f"there is no field {field!r}; the row has {', '.join(row)}{hint}"
-        ) from None
+        raise ValueError(f"{no_field(field, row)}{hint}") from None
+    path = re.sub(r"\[(\w+)\]", r".\1", field)
     if not isinstance(value, (str, numbers.Number)):
+        remedy = "which Source.map(function) can make of it" if value is not None else _drop(path)
         raise ValueError(
             f"field {field!r} is {value!r:.60}, a {type(value).__name__}; a template needs texts "
-            "or numbers, which Source.map(function) can make of it"
+            f"or numbers, {remedy}"
         )
-    _check_number(value, f"field {field!r}")
+    _check_number(value, f"field {field!r}", path)
     return value
 
 
-def _check_number(value: Any, what: str) -> None:
+def _drop(field: str) -> str:
+    """Returns what to do about rows in which a field is missing."""
+    return (
+        f"so drop such rows by Source.clean(drop_missing({field!r})), or give it a value by "
+        "Source.map(function)"
+    )
+
+
+def _check_number(value: Any, what: str, field: str = "FIELD") -> None:
     """Raises ValueError for NaN, which stands for what is missing in a table."""
     if value != value:
-        raise ValueError(
-            f"{what} is {value!r}, so it is missing; drop such rows by "
-            "Source.clean(drop_missing(FIELD)), or give it a value by Source.map(function)"
-        )
+        raise ValueError(f"{what} is {value!r}, so it is missing; {_drop(field)[3:]}")
 
 
 # --- Jinja --------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ class JinjaTemplate(PromptTemplate):
         except jinja2.UndefinedError as error:
             odd = [name for name in row if not str(name).isidentifier()]
             hint = f"; for Jinja, give {odd[0]!r} another name (Source.rename)" if odd else ""
-            known = ", ".join(row)
+            known = field_names(row)
             raise ValueError(f"missing field: {error}; the row has {known}{hint}") from None
         except ValueError:
             raise
@@ -343,9 +350,10 @@ def _render_sides(template: jinja2.Template, variables: dict) -> list[tuple[str,
 def _printable(value):
     """Jinja calls this with each value before it is printed."""
     if not isinstance(value, (str, numbers.Number, jinja2.Undefined)):
+        remedy = "such as {{ words | join(', ') }} for a list"
         raise ValueError(
-            f"it prints {value!r:.60}, a {type(value).__name__}; expected a text or a number, such "
-            "as {{ words | join(', ') }} for a list"
+            f"it prints {value!r:.60}, a {type(value).__name__}; expected a text or a number, "
+            f"{_drop('FIELD') if value is None else remedy}"
         )
     if isinstance(value, numbers.Number):
         _check_number(value, "a value that it prints")

@@ -169,11 +169,69 @@ def read_lines(path: str, encoding: str) -> Iterator[str]:
 
     Invalid bytes become lone surrogates, which `check_text` detects, so that only their line is
     affected and later ones can be read.
+
+    Raises:
+      ValueError: also if the file begins as none in this encoding does, or has the line breaks of
+        old Macs.
     """
     with open_file(path) as file:
-        text = io.TextIOWrapper(file, _with_mark(encoding), errors="surrogateescape", newline="\n")
-        with text as lines:
-            yield from lines
+        start = _check_start(path, file, encoding)
+        if start.count(b"\r") > 1 and b"\n" not in start:
+            raise ValueError(
+                f"{path} has lines that end with \\r alone, as on old Macs; convert it, such as by "
+                "`tr '\\r' '\\n' < OLD > NEW`"
+            )
+        yield from _decoded(file, encoding)
+
+
+def read_text(path: str, encoding: str) -> str:
+    """Returns the whole text of a file, otherwise as `read_lines`."""
+    with open_file(path) as file:
+        _check_start(path, file, encoding)
+        return "".join(_decoded(file, encoding))
+
+
+def _decoded(file: BinaryIO, encoding: str) -> Iterator[str]:
+    encoding = _with_mark(encoding)
+    with io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="\n") as lines:
+        yield from lines
+
+
+# Those of UTF-32 begin as those of UTF-16 do.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8",
+}
+
+
+def _check_start(path: str, file: BinaryIO, encoding: str) -> bytes:
+    """Returns the first bytes of a file; raises ValueError if they show another encoding."""
+    if not file.seekable():
+        return b""
+    start = file.read(1 << 16)
+    file.seek(0)
+    name = codecs.lookup(encoding).name.removesuffix("-sig")
+    for mark, found in _MARKS.items():
+        if start.startswith(mark):
+            if name != found:
+                raise ValueError(
+                    f"{path}, line 1 is not {encoding}: byte 0x{start[0]:02x} after ''; save it as "
+                    f'UTF-8, or name the encoding of its byte order mark (encoding="{found}")'
+                )
+            return start
+    if not name.startswith(("utf-16", "utf-32")) and len(start) > 3:
+        # ASCII in UTF-16 has a zero in every other byte.
+        zeros = [start[k::2].count(0) / len(start[k::2]) for k in (0, 1)]
+        if max(zeros) > 0.5 and min(zeros) < 0.1:
+            found = "utf-16-le" if zeros[1] > zeros[0] else "utf-16-be"
+            raise ValueError(
+                f"{path} is not {encoding}: every other byte is 0; save it as UTF-8, or name its "
+                f'encoding (encoding="{found}")'
+            )
+    return start
 
 
 def check_encoding(encoding: str) -> str:

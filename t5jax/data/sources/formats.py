@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from t5jax.data.sources.files import check_text, open_file, read_lines
+from t5jax.data.sources.files import check_text, open_file, read_lines, read_text
 from t5jax.data.sources.source import Row
 
 
@@ -22,7 +22,9 @@ def jsonl_rows(path: str, encoding: str) -> Iterator[Row | ValueError]:
         try:
             yield _json_object(check_text(line.rstrip(), encoding))
         except ValueError as error:
-            yield ValueError(f"{path}, line {number} {error}")
+            is_whole = line.startswith("[") or line.strip() == "{"
+            hint = "; json_file reads files that are one JSON value" if is_whole else ""
+            yield ValueError(f"{path}, line {number} {error}{hint}")
     if number is None:
         yield _empty(path, "one JSON object a line")
 
@@ -67,11 +69,13 @@ def _json(text: str) -> Any:
 
 def json_rows(path: str, rows: str, encoding: str) -> Iterator[Row | ValueError]:
     """Yields the objects of lists within one JSON value; see `t5jax.data.json_file`."""
-    text = "".join(read_lines(path, encoding))
+    text = read_text(path, encoding)
     try:
         value = _json(check_text(text, encoding))
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
+        is_jsonl = "Extra data" in str(error)
+        hint = "; jsonl reads files with a value in each line" if is_jsonl else ""
+        raise ValueError(f"{path} {error}{hint}") from None
     yield from _walk(value, rows.split(".") if rows else [], {}, path, "")
 
 
@@ -125,7 +129,7 @@ def csv_rows(
             for text in record:
                 check_text(text, encoding)
             if not header:
-                header.extend(_header(record, path))
+                header.extend(_header(record, delimiter))
             elif len(record) != len(header):
                 raise ValueError(
                     f"has {len(record)} values; expected {len(header)}: {', '.join(header)}"
@@ -201,8 +205,15 @@ def _hides_lines(
     return 2 * sum(size == len(header) for size in sizes) > len(inner)
 
 
-def _header(names: list[str], path: str) -> list[str]:
+def _header(names: list[str], delimiter: str) -> list[str]:
     """Returns the names of columns; one without a name, such as an index, is called "column_1"."""
+    others = [mark for mark in ";\t|," if mark in names[0] and mark != delimiter]
+    if len(names) == 1 and others:
+        raise ValueError(
+            f"is {names[0]!r:.60}, without the delimiter {delimiter!r}; read it by csv(..., "
+            f"delimiter={others[0]!r}), or if it names one column, give columns=[...] and "
+            "skip_lines=1"
+        )
     names = [name or f"column_{i}" for i, name in enumerate(names, start=1)]
     if len(set(names)) < len(names):
         raise ValueError(

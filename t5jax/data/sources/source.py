@@ -80,7 +80,13 @@ def get_field(row: Row, path: str) -> Any:
 
 def no_field(path: str, row: Row) -> str:
     """Returns the error message for a missing field."""
-    return f"there is no field {path!r}; the row has {', '.join(map(str, row)) or 'none'}"
+    return f"there is no field {path!r}; the row has {field_names(row)}"
+
+
+def field_names(row: Row) -> str:
+    """Returns the names of a row's fields for people, in quotes where they have odd spaces."""
+    names = (name if name == name.strip() else repr(name) for name in map(str, row))
+    return ", ".join(names) or "none"
 
 
 # --- The source ---------------------------------------------------------------------------------

@@ -42,7 +42,11 @@ def test_a_mistyped_format_is_found_when_it_is_made(text, message):
     ("row", "message"),
     [
         ({"q": "x"}, "there is no field 'a'; the row has q"),
-        ({"q": None, "a": "y"}, "field 'q' is None, a NoneType; a template needs texts"),
+        (
+            {"q": None, "a": "y"},
+            r"field 'q' is None, a NoneType; a template needs texts or numbers, so drop such rows "
+            r"by Source.clean\(drop_missing\('q'\)\)",
+        ),
         (
             {"q": ["x"], "a": "y"},
             r"field 'q' is \['x'\], a list; a template needs texts or numbers",

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 import time
@@ -149,6 +150,8 @@ def test_a_step_forgets_between_passes():
 def test_fields_are_found_by_name_before_they_are_by_path():
     row = {"a.b": 1, "a": {"b": 2, "c": [{"d": 3}]}}
     assert [get_field(row, path) for path in ("a.b", "a.c.0.d", "a.c.-1.d")] == [1, 3, 3]
+    with pytest.raises(ValueError, match=r"there is no field 'b'; the row has a, ' b'$"):
+        get_field({"a": 1, " b": 2}, "b")
     for path in ("a.x", "a.c.1", "a.c.d", "a.b.c"):
         with pytest.raises(ValueError, match=f"there is no field '{path}'; the row has a.b, a"):
             get_field(row, path)
@@ -276,6 +279,56 @@ def test_what_cannot_be_asked_says_why(monkeypatch):
     monkeypatch.setattr(files, "ANSWER_WITHIN", 0.05)
     with pytest.raises(ValueError, match=r"cannot read it: no answer within 0.05 s; check the net"):
         files.answer(lambda: time.sleep(1), "it")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "given", "message"),
+    [
+        ("utf-16", "utf-8", r', line 1 is not utf-8: byte 0xff .*byte order .*="utf-16"'),
+        ("utf-16", "latin-1", r', line 1 is not latin-1: .*mark .encoding="utf-16"'),
+        ("utf-16", "utf-16-le", r', line 1 is not utf-16-le: .*mark .encoding="utf-16"'),
+        ("utf-32", "utf-8", r', line 1 is not utf-8: .*mark .encoding="utf-32"'),
+        ("utf-8-sig", "latin-1", r', line 1 is not latin-1: .*mark .encoding="utf-8"'),
+        ("utf-16-le", "utf-8", r' is not utf-8: every other byte is 0; .*encoding="utf-16-le"'),
+        ("utf-16-be", "cp1252", r' is not cp1252: every other byte is 0; .*encoding="utf-16-be"'),
+    ],
+)
+def test_a_file_in_another_encoding_names_its_own(encoding, given, message, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("q,a\nWo?,hier\n".encode(encoding))
+    with pytest.raises(ValueError, match=rf"a\.csv{message}"):
+        read(csv({"train": path}, encoding=given))
+    right = re.search('="(.*)"', message)[1]
+    assert read(csv({"train": path}, encoding=right)) == [{"q": "Wo?", "a": "hier"}]
+
+
+def test_a_character_zero_is_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\0b\nlonger text\n")
+    assert read(text({"train": tmp_path / "a.txt"})) == [{"text": "a\0b"}, {"text": "longer text"}]
+
+
+def test_line_breaks_of_old_macs_are_refused_but_within_json(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\rthree")
+    with pytest.raises(ValueError, match=r"a\.txt has lines that end with .r alone.*`tr"):
+        read(text({"train": tmp_path / "a.txt"}))
+    (tmp_path / "a.json").write_bytes(b'[{"n": 1},\r{"n": 2}\r]')
+    assert read(json_file({"train": tmp_path / "a.json"})) == [{"n": 1}, {"n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "message"),
+    [
+        (jsonl, '[{"q": 1}]', "line 1 is a JSON list; .*; json_file reads files that are one JSON"),
+        (jsonl, '{\n "q": 1\n}', "line 1 is not JSON: .*; json_file reads files that are one"),
+        (json_file, '{"q": 1}\n{"q": 2}', "Extra data .*; jsonl reads files with a value in each"),
+        (csv, "q;a\nx;y\n", r"line 1 is 'q;a', without the delimiter ','; .*delimiter=';'"),
+        (tsv, "q,a\nx,y\n", r"line 1 is 'q,a', without the delimiter '.t'; .*delimiter=','"),
+    ],
+)
+def test_a_file_of_another_format_names_what_reads_it(source, content, message, tmp_path):
+    (tmp_path / "bad").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read(source({"train": tmp_path / "bad"}))
 
 
 # --- JSON ---------------------------------------------------------------------------------------
