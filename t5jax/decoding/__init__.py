@@ -1,10 +1,12 @@
 """Decoding: from prompts to tokens and texts."""
 
+from t5jax.decoding.batches import padded_batches
 from t5jax.decoding.choice import Choice, History, choose
-from t5jax.decoding.generator import Generator, padded_batches
+from t5jax.decoding.generator import Generator
 from t5jax.decoding.greedy import greedy
 from t5jax.decoding.options import GenerationOptions, options_of
 from t5jax.decoding.rows import EVERY_PART, Parts, RowOptions, allowed_bits, row_options
+from t5jax.decoding.scoring import Score
 
 __all__ = [
     "EVERY_PART",
@@ -14,6 +16,7 @@ __all__ = [
     "History",
     "Parts",
     "RowOptions",
+    "Score",
     "allowed_bits",
     "choose",
     "greedy",

@@ -1,7 +1,7 @@
 """From prompts to texts: padded batches of token ids, greedy decoding, and detokenization."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,9 @@ from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
+from t5jax.decoding.batches import padded_batches
 from t5jax.decoding.greedy import greedy
+from t5jax.decoding.scoring import Score, score
 from t5jax.models import api
 from t5jax.special_tokens import check_prompts, example_format
 from t5jax.tokenizers import Tokenizer
@@ -65,6 +67,40 @@ class Generator:
             texts += [self._text(row.tolist()) for row in tokens_BT]
         return texts
 
+    def score(
+        self,
+        params: api.Params,
+        inputs: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        num_top: int = 0,
+    ) -> list[Score]:
+        """Returns the log-probabilities of given answers, in their order.
+
+        Args:
+          params: the parameters of the model, arranged for decoding or not.
+          inputs: as for `__call__`; without any, the beginning of a text.
+          answers: the token ids of the answer to each prompt. What ends a text, with which
+            targets of a task end, is only scored if it is among them.
+          batch_size: the maximum number of prompts per batch.
+          num_top: the number of most probable tokens to return at each place.
+        Raises:
+          ValueError: for an id that has no embedding, or too few positions for prompt and answer.
+        """
+        form = example_format(self.model, self.tokenizer)
+        prompts = [form.prompt(ids).tolist() for ids in inputs]
+        check_prompts(self.model, self.tokenizer, prompts)
+        return score(
+            *(self.model, params, prompts, answers),
+            form=form,
+            kind=self.kind,
+            mesh=self.mesh,
+            rules=self.rules,
+            batch_size=batch_size,
+            num_top=num_top,
+        )
+
     def prompts(self, inputs: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Returns what the model reads of the inputs, with the same arguments and errors."""
         form = example_format(self.model, self.tokenizer)
@@ -93,28 +129,3 @@ class Generator:
                     f"the prompt, or write at most {max(positions - len(prompt) + 1, 0)} tokens "
                     "(max_tokens)"
                 )
-
-
-def padded_batches(
-    ids: Sequence[Sequence[int]], batch_size: int, parts: int
-) -> Iterator[tuple[Sequence[Sequence[int]], int, int]]:
-    """Yields the sequences in batches, each with the number of rows and the length to pad it to.
-
-    To compile few shapes, all batches have the same number of rows, and lengths are powers of two,
-    at least 16.
-
-    Args:
-      ids: the token ids of each sequence.
-      batch_size: the maximum number of rows.
-      parts: the number of devices that share the rows, which are rounded up to a multiple.
-    """
-    rows = min(batch_size, _power_of_two(len(ids)))
-    rows = -(-rows // parts) * parts
-    for start in range(0, len(ids), batch_size):
-        chunk = ids[start : start + batch_size]
-        yield chunk, rows, _power_of_two(max(map(len, chunk)), least=16)
-
-
-def _power_of_two(n: int, least: int = 1) -> int:
-    """Returns the smallest power of two that is at least n."""
-    return max(least, 1 << (n - 1).bit_length())

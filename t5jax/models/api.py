@@ -80,6 +80,7 @@ def logits(
     """Returns float32 logits [B, T, V] of the decoder, or of an encoder-only network.
 
     Args:
+      params: the parameters, arranged for decoding or not.
       batch: features of `t5jax.batch`; targets and loss weights are not needed.
       dropout_rng: a key to train with dropout, or None for no dropout.
     Raises:
@@ -216,4 +217,15 @@ def decode_step(
 def _apply(model, params, dropout_rng, *args, method):
     train = dropout_rng is not None and model.dropout_rate > 0
     rngs = {"dropout": dropout_rng} if train else None
+    params = _stacked(params)
     return _network(model, train=train).apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def _stacked(params: Params) -> Params:
+    """Returns parameters in the layout of training, which may be arranged for decoding."""
+    decoder = params.get("decoder", {})
+    layers = decoder.get("layers")
+    if not isinstance(layers, tuple):
+        return params
+    stacked = jax.tree.map(lambda *xs: jax.numpy.stack(xs), *layers)
+    return params | {"decoder": decoder | {"layers": stacked}}
