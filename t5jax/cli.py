@@ -22,6 +22,7 @@ models:
   embed MODEL --text TEXT                    vectors of texts, of BERT or a T5's encoder
   export MODEL OUTPUT                        write a Hugging Face folder
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
+  plan CONFIG --topology v5e:2x2             memory and time of a run on a TPU, without one
 
 data:
   tasks list | show NAME | check NAME        what there is; what a model sees of it; is it sound
@@ -40,6 +41,7 @@ freed memory to the system after each step on a CPU, which is slower.
 
 COMMANDS = {
     "train": "train.train",
+    "plan": "plan.plan",
     "eval": "model.evaluate",
     "infer": "model.infer",
     "embed": "model.embed",

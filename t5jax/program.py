@@ -9,13 +9,14 @@ with run.use():
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import optax
 
 from t5jax import sharding
 from t5jax.architectures import Architecture
-from t5jax.batch import Batch
+from t5jax.batch import BatchSpec
 from t5jax.config import AxisRules, Config
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer, make_schedule
@@ -27,12 +28,12 @@ from t5jax.train_state import (
     train_state_shapes,
     train_state_shardings,
 )
-from t5jax.train_step import Metrics, make_train_step
+from t5jax.train_step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Compiled where it is first called; `step.lower(shapes, batch)` needs no arrays at all."""
+    """Compiled where it is first called; `lower` needs no arrays at all."""
 
     model: Architecture
     mesh: jax.sharding.Mesh
@@ -45,12 +46,31 @@ class Program:
     """Learning rate, from the number of updates already made."""
     create: Callable[[jax.Array], TrainState]
     """The state at step 0, with random parameters from a key."""
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    """One training step; the state that goes in is donated."""
+    step: jax.stages.Wrapped
+    """One training step, (state, batch) -> (state, metrics), jitted; the state that goes in is
+    donated."""
 
     def use(self) -> AbstractContextManager[None]:
         """Sets the mesh and the rules for everything that is called inside."""
         return sharding.use_mesh(self.mesh, self.rules)
+
+    def arguments(self, spec: BatchSpec) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+        """Returns the arguments of the step as ShapeDtypeStructs with their shardings."""
+
+        def one(x: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        rows = sharding.batch_sharding(self.mesh, self.rules)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            for name, (shape, dtype) in spec.features().items()
+        }
+        return jax.tree.map(one, self.shapes, self.shardings), batch
+
+    def lower(self, spec: BatchSpec) -> jax.stages.Lowered:
+        """Returns the step for batches of a shape, ready to compile; needs no arrays."""
+        with self.use():
+            return self.step.lower(*self.arguments(spec))
 
 
 def program(config: Config, mesh: jax.sharding.Mesh) -> Program:

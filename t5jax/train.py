@@ -25,6 +25,7 @@ from t5jax.evaluate import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables
+from t5jax.plan.compiled import load as load_step
 from t5jax.program import program
 from t5jax.source import Source, adopt, find
 
@@ -36,9 +37,11 @@ class NonFiniteLoss(ValueError):
     """The loss or the gradient is NaN or infinite."""
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, compiled: str | None = None) -> Path:
     """Trains until `train.steps`, or until the validation loss stops improving.
 
+    Args:
+      compiled: a file with the compiled step, as `t5jax plan --save` writes it.
     Returns:
       The run's folder: checkpoints, metrics.jsonl, TensorBoard events, loss.png, the tokenizer.
     Raises:
@@ -93,6 +96,8 @@ def train(config: Config) -> Path:
             say(f"nothing to do in {run_dir}: {reason}")
             return _finish(run_dir, loop, config)
         run = program(dataclasses.replace(config, axes=rules), mesh)
+    if compiled:
+        run = load_step(compiled, run, dataclasses.replace(config, axes=rules), iterator.spec)
     if loop.iterator:
         iterator.restore(loop.iterator)
     eval_sets, evaluator = [], None

@@ -55,11 +55,13 @@ def make_train_step(
             grads, sums = _accumulate(gradient, params, batch, rng, microbatches)
         # At least one, so that a batch of padding has no effect instead of giving NaN.
         scale = 1 / jnp.maximum(sums["tokens"], 1)
-        grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-        metrics = sums | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
+        with jax.named_scope("grad_norm"):
+            grads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+            metrics = sums | {"grad_norm": optax.global_norm(grads).astype(jnp.float32)}
 
-        updates, opt_state = tx.update(grads, state.opt_state, params)
-        params = merge(optax.apply_updates(params, updates), kept)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, params)
+            params = merge(optax.apply_updates(params, updates), kept)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

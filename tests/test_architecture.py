@@ -23,6 +23,7 @@ ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
     {"t5jax.train"},
+    {"t5jax.plan"},
     {"t5jax.pretrained", "t5jax.program"},
     {"t5jax.evaluate", "t5jax.convert"},
     {"t5jax.source"},

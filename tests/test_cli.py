@@ -239,7 +239,7 @@ def throw(error):
 
 
 def test_an_interrupted_run_is_told_how_it_goes_on(config, capsys, monkeypatch):
-    monkeypatch.setattr("t5jax.train.train", lambda _: throw(KeyboardInterrupt()))
+    monkeypatch.setattr("t5jax.train.train", lambda _, compiled: throw(KeyboardInterrupt()))
     hint = "interrupted; the same command goes on from the last checkpoint"
     assert run(capsys, "train", config) == (130, "", f"t5jax: error: {hint}\n")
 

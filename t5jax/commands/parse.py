@@ -16,6 +16,7 @@ def parse(
     default=None,
     positional: bool = False,
     description=None,
+    return_unknown: bool = False,
 ):
     """Returns the dataclass that the arguments describe; prints help, or exits with 2.
 
@@ -26,6 +27,7 @@ def parse(
       default: an instance of `kind`, where its fields' own defaults are not meant.
       positional: required fields are given by position, not by name.
       description: in place of the dataclass's docstring.
+      return_unknown: return (dataclass, arguments that it does not know) instead.
     """
     import tyro
 
@@ -33,6 +35,7 @@ def parse(
     markers: tuple = (tyro.conf.AvoidSubcommands,)
     if positional:
         markers += (tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName)
+    more: dict[str, Any] = {"return_unknown_args": True} if return_unknown else {}
     return tyro.cli(
         kind,
         args=args,
@@ -40,6 +43,7 @@ def parse(
         description=description or inspect.cleandoc(kind.__doc__),
         default=tyro.MISSING_NONPROP if default is None else default,
         config=markers,
+        **more,
     )
 
 
@@ -69,6 +73,27 @@ def model_first(args: Sequence[str]) -> list[str]:
             "as --model MODEL"
         )
     return [*models, *rest]
+
+
+def take_option(args: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """Returns the arguments without `--name VALUE`, and the value, or None if it is not given.
+
+    Raises:
+      ValueError: if the value is missing.
+    """
+    rest, value = [], None
+    words = iter(args)
+    for word in words:
+        if word == name:
+            value = next(words, "")
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+            continue
+        if not value or value.startswith("--"):
+            raise ValueError(f"{name} has no value; expected {name} FILE")
+    return rest, value
 
 
 def fields(options) -> dict:

@@ -4,7 +4,7 @@ import inspect
 import traceback
 from pathlib import Path
 
-from t5jax.commands.parse import parse
+from t5jax.commands.parse import parse, take_option
 
 
 def train(args: list[str]) -> None:
@@ -14,12 +14,13 @@ def train(args: list[str]) -> None:
     """
     from t5jax.config import Config, to_json
 
+    args, compiled = take_option(args, "--compiled")
     print_config = "--print-config" in args
     args = [arg for arg in args if arg != "--print-config"]
     prog, config = "t5jax train CONFIG", Config()
-    known = ", ".join(_known_configs())
+    known = ", ".join(known_configs())
     if args and not args[0].startswith("-"):
-        prog, config = f"t5jax train {args[0]}", _load_config(args[0])
+        prog, config = f"t5jax train {args[0]}", load_config_file(args[0])
         args = args[1:]
     elif "--help" not in args and "-h" not in args:
         raise ValueError(
@@ -28,8 +29,9 @@ def train(args: list[str]) -> None:
         )
     description = (
         f"{inspect.cleandoc(train.__doc__)}\n\n--print-config prints the whole config as JSON "
-        "instead. CONFIG is a Python file, a .json file that --print-config wrote, or one of: "
-        f"{known}. With CONFIG before --help, defaults are those of that config."
+        "instead. --compiled FILE takes the step that `t5jax plan --save` compiled. CONFIG is a "
+        f"Python file, a .json file that --print-config wrote, or one of: {known}. With CONFIG "
+        "before --help, defaults are those of that config."
     )
     config = parse(Config, args, prog=prog, description=description, default=config)
     if print_config:
@@ -37,10 +39,10 @@ def train(args: list[str]) -> None:
         return
     from t5jax.train import train as run
 
-    run(config)
+    run(config, compiled=compiled)
 
 
-def _load_config(name_or_path: str):
+def load_config_file(name_or_path: str):
     """Returns the config of a file; errors in it name the line."""
     from t5jax import shipped
     from t5jax.config import from_json, load_config
@@ -66,7 +68,7 @@ def _load_config(name_or_path: str):
         raise ValueError(f"{where}{what}{getattr(error, 'msg', error)}") from error
 
 
-def _known_configs() -> list[str]:
+def known_configs() -> list[str]:
     from t5jax import shipped
 
     return list(shipped.list_files("configs"))

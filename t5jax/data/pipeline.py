@@ -96,6 +96,16 @@ def _check_model(config: Config, tokenizer: Tokenizer) -> None:
 # --- Training -----------------------------------------------------------------------------------
 
 
+def batch_spec(config: Config) -> BatchSpec:
+    """Returns the shape of a run's training batches; its tasks must be loaded.
+
+    Raises:
+      ValueError: if a mixture is unknown.
+    """
+    mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
+    return train_spec(config, has_inputs=_have_inputs(mixtures), has_pairs=_have_pairs(mixtures))
+
+
 def train_iterator(
     config: Config, tokenizer: Tokenizer | None = None, rows: Sequence[int] | None = None
 ) -> BatchIterator:
@@ -114,7 +124,7 @@ def train_iterator(
     """
     tokenizer = tokenizer or tokenizer_for(config)
     mixtures = [(name, check_mixture(name)) for _, name in config.data.mixtures]
-    spec = train_spec(config, has_inputs=_have_inputs(mixtures), has_pairs=_have_pairs(mixtures))
+    spec = batch_spec(config)
     form = example_format(config.model, tokenizer)
     _check_positions(config.model, spec)
     run = Run(tokenizer, LabelTokenizer.of(config.model), example_lengths(spec, form))
