@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from t5jax.checks import check_local
 from t5jax.config import Config, from_json, to_json
 from t5jax.train_state import TrainState
 
@@ -297,6 +298,7 @@ def create_run_dir(run_dir: str | Path) -> Path:
     Raises:
       ValueError: if it cannot be written.
     """
+    check_local(run_dir, "the run's folder")
     run_dir = Path(run_dir).expanduser()
     check_writable_name(run_dir)
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from t5jax import batch as features
 from t5jax import metrics, sharding
 from t5jax.architectures import Architecture, Dtype
-from t5jax.checks import name_of, users_error
+from t5jax.checks import check_local, name_of, users_error
 from t5jax.config import AxisRules, LossConfig, MeshConfig, override
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
@@ -283,6 +283,8 @@ def evaluate_model(
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
+    if json:
+        check_local(json, "--json")
     if json and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}; make it first")
     source = find(model) if isinstance(model, str) else model

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from t5jax import checkpoint
 from t5jax.architectures import T5Config
 from t5jax.checkpoint import Checkpoints, best_checkpoint, best_loss, latest_checkpoint
 from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
+from t5jax.hf.files import check_destination
 from t5jax.train_state import TrainState
 
 CONFIG = Config(model=T5Config(d_model=16))
@@ -262,6 +264,19 @@ def test_folder_that_cannot_be_written(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run folder .* cannot be written \(.*\); choose another"):
         checkpoint.create_run_dir(tmp_path / place)  # An absolute place stays what it is.
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", Path("s3://bucket/run")])
+def test_a_bucket_is_no_folder_here(place, tmp_path, monkeypatch):
+    """Path("gs://bucket") would be a folder "gs:" of a disk that may not outlive the machine."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"the run's folder is .*; expected one of a file system"):
+        checkpoint.create_run_dir(place)
+    with pytest.raises(ValueError, match=r"the folder to write is .*; expected one of a file sys"):
+        check_destination(Path(place), overwrite=False)
+    with pytest.raises(ValueError, match="the run's folder is empty; expected a path"):
+        checkpoint.create_run_dir("")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_can_be_written_is_made_and_stays_empty(tmp_path):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from t5jax.checks import check_local
 from t5jax.commands.parse import check_options, parse, run_group
 
 USAGE = """\
@@ -48,6 +49,7 @@ class Train:
 def train(args: list[str]) -> None:
     """Trains a vocabulary and reports how it tokenizes."""
     options = parse(Train, args, prog="t5jax vocab train", positional=True)
+    check_local(options.output, "--output")
     if options.output.suffix != ".model":
         raise ValueError(f"--output is {options.output}; expected a file ending in .model")
     check_options(options, 1, "size", "max_lines")

@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from t5jax import storage
+from t5jax.checks import check_local
 from t5jax.hf.mapping import Tensors
 
 CONFIG = "config.json"
@@ -279,6 +280,7 @@ def write_tensors(
 
 def check_destination(folder: Path, overwrite: bool) -> None:
     """Raises ValueError if writing a model to a folder would replace something else."""
+    check_local(folder, "the folder to write")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder that does not exist yet")
     entries = list(folder.iterdir()) if folder.is_dir() else []

@@ -105,6 +105,20 @@ def test_rows_sorted_by_class_are_shuffled_as_a_whole(monkeypatch):
     assert take(10, "sorted", 3210) == found[3210:3220]
 
 
+def test_a_table_that_is_too_large_to_be_held_is_shuffled_as_a_whole(monkeypatch, tmp_path, caplog):
+    """By the offsets of its lines, in the same order as one that is held."""
+    monkeypatch.setattr(base, "SHUFFLE_BUFFER", 20)
+    lines = [f'{{"q": "{i}", "a": "{"no" if i < 500 else "yes"}"}}\n' for i in range(1000)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    source = jsonl({"train": tmp_path / "a.jsonl"}).hold_out("test", every=10)
+    source = source.filter(lambda row: row["q"][-1] != "7")
+    prompted_task("indexed", source, [("{q}", "{a}")], metrics=[])
+    held = take(1700, "indexed")
+    monkeypatch.setattr(spool, "MOST", 1000)
+    assert take(1700, "indexed") == held
+    assert caplog.text == ""
+
+
 def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
     monkeypatch.setattr(base, "SHUFFLE_BUFFER", 20)
     monkeypatch.setattr(spool, "MOST", 1000)
@@ -115,7 +129,7 @@ def test_what_cannot_be_shuffled_as_a_whole_is_said(monkeypatch, caplog):
         tuple([*BYTES.encode(row["q"]), 1]) for row in ROWS
     )
     assert "task large: the rows of its split 'train' cannot be reached" in caplog.text
-    assert "more than 1,000 bytes" in caplog.text
+    assert "more than 1,000 bytes, and they come from a function" in caplog.text
     assert "shuffled among 20 examples at a time" in caplog.text
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from t5jax.checks import check_at_least
+from t5jax.checks import check_at_least, check_local
 from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
 from t5jax.data.fingerprint import changed_file, stamp_files
@@ -84,11 +84,7 @@ def write_caches(
     from t5jax.data.bridge.tf import seqio
     from t5jax.data.tasks.foreign import kind_of
 
-    if "://" in str(folder):
-        raise ValueError(
-            f"the cache's folder is {folder}; expected one of a file system: mount the bucket "
-            "(gcsfuse), or take a local disk"
-        )
+    check_local(folder, "the cache's folder")
     for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
         check_at_least(value, 1, name)
     found = seqio.get_mixture_or_task(mixture)

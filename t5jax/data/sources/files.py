@@ -30,6 +30,8 @@ _OPENERS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": zstd.open,
 }
+COMPRESSED = tuple(_OPENERS)
+"""The ends of the names of files that are decompressed."""
 _DAMAGES = (OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 
 

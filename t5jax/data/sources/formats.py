@@ -15,10 +15,12 @@ from t5jax.data.sources.files import check_text, open_file, read_lines, read_tex
 from t5jax.data.sources.source import Row
 
 
-def jsonl_rows(path: str, encoding: str) -> Iterator[Row | ValueError]:
-    """Yields the JSON object in each line; skips blank lines."""
+def jsonl_rows(
+    path: str, encoding: str, lines: Iterable[str] | None = None
+) -> Iterator[Row | ValueError]:
+    """Yields the JSON object in each line of a file, or of those given; skips blank ones."""
     number = None
-    for number, line in _numbered_text(path, encoding):
+    for number, line in _lines_with_text(lines or read_lines(path, encoding)):
         try:
             yield _json_object(check_text(line.rstrip(), encoding))
         except ValueError as error:
@@ -29,9 +31,9 @@ def jsonl_rows(path: str, encoding: str) -> Iterator[Row | ValueError]:
         yield _empty(path, "one JSON object a line")
 
 
-def _numbered_text(path: str, encoding: str) -> Iterator[tuple[int, str]]:
-    lines = enumerate(read_lines(path, encoding), start=1)
-    return ((number, line) for number, line in lines if not line.isspace())
+def _lines_with_text(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    numbered = enumerate(lines, start=1)
+    return ((number, line) for number, line in numbered if not line.isspace())
 
 
 def _empty(path: str, expected: str) -> ValueError:
@@ -116,12 +118,14 @@ def csv_rows(
     columns: Sequence[str] | None,
     skip_lines: int,
     encoding: str,
+    lines: Iterable[str] | None = None,
 ) -> Iterator[Row | ValueError]:
-    """Yields the records of a table; see `t5jax.data.csv` and `tsv`."""
-    lines = itertools.islice(enumerate(read_lines(path, encoding), start=1), skip_lines, None)
+    """Yields the records of a file, or of these lines of it; see `t5jax.data.csv` and `tsv`."""
+    all_lines = enumerate(lines or read_lines(path, encoding), start=1)
+    numbered = itertools.islice(all_lines, skip_lines, None)
     header = list(columns or [])
     empty = True
-    for number, record in _records(lines, delimiter, quotes, header):
+    for number, record in _records(numbered, delimiter, quotes, header):
         empty = False
         try:
             if isinstance(record, csv.Error):
@@ -289,10 +293,19 @@ def parquet_rows(path: str, columns: Sequence[str] | None) -> Iterator[Row]:
             raise ValueError(f"{path} is not a whole Parquet file: {error}") from None
 
 
-def text_rows(path: str, by: str, encoding: str) -> Iterator[Row | ValueError]:
-    """Yields {"text": ...} for every line, paragraph or file; see `t5jax.data.text`."""
+def text_rows(
+    path: str, by: str, encoding: str, lines: Iterable[str] | None = None
+) -> Iterator[Row | ValueError]:
+    """Yields {"text": ...} for every line, paragraph or file; see `t5jax.data.text`.
+
+    Args:
+      path: the file.
+      by: a key of _TEXT_PARTS.
+      encoding: its encoding.
+      lines: some of its lines. None: all.
+    """
     number = None
-    for number, text in _TEXT_PARTS[by](read_lines(path, encoding)):
+    for number, text in _TEXT_PARTS[by](lines or read_lines(path, encoding)):
         try:
             yield {"text": check_text(text, encoding)}
         except ValueError as error:
@@ -302,8 +315,7 @@ def text_rows(path: str, by: str, encoding: str) -> Iterator[Row | ValueError]:
 
 
 def _lines(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    numbered = enumerate(lines, start=1)
-    return ((number, line.rstrip("\r\n")) for number, line in numbered if not line.isspace())
+    return ((number, line.rstrip("\r\n")) for number, line in _lines_with_text(lines))
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[tuple[int, str]]:

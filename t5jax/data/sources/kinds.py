@@ -22,6 +22,7 @@ from t5jax.data.sources.formats import (
     parquet_rows,
     text_rows,
 )
+from t5jax.data.sources.offsets import LineRows
 from t5jax.data.sources.source import Row, Source
 
 Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -44,6 +45,9 @@ class _FileRows:
 
     def paths(self) -> list[str]:
         return find_files(self.patterns)
+
+    def reachable(self) -> LineRows:
+        return LineRows(self.read, self.paths())
 
 
 def _file_source(

@@ -7,14 +7,14 @@ No TensorFlow, except for datasets that TFDS has written as TFRecord.
 
 import dataclasses
 import functools
-import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from t5jax.data.sources.files import answer, find_files
 from t5jax.data.sources.formats import plain
+from t5jax.data.sources.offsets import Unreachable
 from t5jax.data.sources.source import Row, Source
 
 
@@ -56,6 +56,12 @@ class _TfdsRows:
     library: ClassVar[str] = "TFDS"
 
     def __call__(self) -> Iterator[Row]:
+        yield from map(plain, iter(self._rows()))
+
+    def reachable(self) -> "_PlainRows":
+        return _PlainRows(self._rows())
+
+    def _rows(self) -> Any:
         name, split = self.path, self.split
         try:
             builder = self._builder()
@@ -67,20 +73,19 @@ class _TfdsRows:
                     f"{name}`, or set download=True, or name its folder (data_dir)"
                 )
             try:
-                rows = iter(builder.as_data_source(split=split))
+                return builder.as_data_source(split=split)
             except NotImplementedError:  # TFRecord.
                 import tensorflow_datasets as tfds
 
                 from t5jax.data.bridge import tf  # noqa: F401  TensorFlow, quietly.
 
-                rows = iter(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
+                return tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False))
         except Exception as error:
             # After the first line, TFDS lists all known datasets.
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"cannot read the TFDS data set {name!r}, split {split!r}: {reason}"
             ) from error
-        yield from map(plain, rows)
 
     def paths(self) -> list[str]:
         """Returns the files of the prepared dataset on this machine."""
@@ -143,6 +148,12 @@ class _HubRows:
         return bool(self.options.get("streaming"))
 
     def __call__(self) -> Iterator[Row]:
+        yield from map(plain, iter(self._rows()))
+
+    def reachable(self) -> "_PlainRows":
+        return _PlainRows(self._rows())
+
+    def _rows(self) -> Any:
         import datasets
 
         path, split = self.path, self.split
@@ -151,16 +162,14 @@ class _HubRows:
             answer(ask, f"the Hugging Face data set {path!r}")
         try:
             if _is_saved(path):
-                rows = iter(self._from_disk())
-            else:
-                rows = iter(datasets.load_dataset(path, self.name, split=split, **self.options))
+                return self._from_disk()
+            return datasets.load_dataset(path, self.name, split=split, **self.options)
         except Exception as error:
             raise ValueError(
                 f"cannot read the Hugging Face data set {path!r}, split {split!r}: {error}"
             ) from error
-        yield from map(plain, rows)
 
-    def _from_disk(self) -> Iterable[Any]:
+    def _from_disk(self) -> Any:
         """Returns the rows of a folder written by `save_to_disk`."""
         import datasets
 
@@ -182,9 +191,8 @@ class _HubRows:
                 f"there is no such split; the folder has {', '.join(sizes)}, and slices of "
                 f'{"it" if len(sizes) == 1 else "them"}, such as "{next(iter(sizes))}[:90%]"'
             ) from None
-        return itertools.chain.from_iterable(
-            saved[part.splitname].select(range(part.from_, part.to)) for part in parts
-        )
+        chosen = [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        return datasets.concatenate_datasets(chosen)
 
     def paths(self) -> list[str]:
         """Returns the files on this machine; a cache uses them to detect that they have changed."""
@@ -199,6 +207,21 @@ class _HubRows:
         patterns = (x if isinstance(x, (list, tuple)) else [x] for x in given)
         paths = [os.fspath(pattern) for part in patterns for pattern in part]
         return find_files([p if "://" in p else os.path.join(folder, p) for p in paths])
+
+
+class _PlainRows:
+    """The rows of a library's data set that has random access, as plain Python."""
+
+    def __init__(self, rows: Any):
+        if not hasattr(rows, "__getitem__") or not hasattr(rows, "__len__"):
+            raise Unreachable("their library reads them in order")
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Row:
+        return plain(self._rows[number])
 
 
 def _is_saved(folder: str) -> bool:

@@ -291,7 +291,7 @@ class Source:
         if every < 2:
             raise ValueError(f"hold_out: every is {every}; expected 2 or more")
         rows = self._function(of)
-        parts = {split: _Part(rows, every, by, True), of: _Part(rows, every, by, False)}
+        parts = {split: Part(rows, every, by, True), of: Part(rows, every, by, False)}
         return dataclasses.replace(self, functions={**self.functions, **parts})
 
 
@@ -336,7 +336,7 @@ def _no_rows(split: str, num_read: int, dropped: Counter[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class Part:
     """The rows of a split that are held out, or the others."""
 
     function: Callable[[], Iterable[Row | ValueError]]
@@ -345,13 +345,17 @@ class _Part:
     held_out: bool
 
     def __call__(self) -> Iterator[Row | ValueError]:
+        return (row for _, row in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Row | ValueError]]:
+        """Yields the rows with their numbers among all."""
         groups: dict[str, int] = {}
         for number, row in enumerate(self.function()):
             group = number
             if self.by is not None and isinstance(row, dict):
                 group = groups.setdefault(repr(get_field(row, self.by)), len(groups))
             if (group % self.every == 0) == self.held_out:
-                yield row
+                yield number, row
 
     @property
     def is_endless(self) -> bool:

@@ -42,7 +42,7 @@ class Spool:
 
     def read(self, places: np.ndarray) -> Iterator[Any]:
         """Yields the values at these places, int [n], in this order."""
-        for place in places.tolist():
+        for place in map(int, places):
             start, end = self._ends[place], self._ends[place + 1]
             self._file.seek(start)
             yield pickle.loads(self._file.read(end - start))

@@ -25,7 +25,9 @@ from t5jax.data.objectives.base import BoundObjective, Objective
 from t5jax.data.recipe import DOCUMENTS, Recipe
 from t5jax.data.run import Run
 from t5jax.data.sources import spool
-from t5jax.data.sources.source import Row, Source
+from t5jax.data.sources.offsets import Unreachable
+from t5jax.data.sources.reachable import NumberedRow, Rows
+from t5jax.data.sources.source import Source
 from t5jax.data.tasks.cuts import Cuts
 
 _log = logging.getLogger(__name__)
@@ -36,9 +38,6 @@ tasks, the rows are shuffled in every epoch first."""
 
 TOKENS, TEXT = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.string)
 _NUMBER = tf.TensorSpec([], tf.int64)
-
-NumberedRow = tuple[int, int, Row]
-"""A row after all steps, with its place among these and its number before them."""
 
 
 class Kind(abc.ABC):
@@ -272,22 +271,30 @@ class OwnSource(seqio.DataSource, Kind):
 
     def reachable(
         self, split: str, otherwise: str, dropped: Counter | None = None
-    ) -> spool.Spool | None:
+    ) -> spool.Spool | Rows | None:
         """Returns the rows of a split in a form in which they can be read in any order.
 
         Args:
           split: the name of the split.
-          otherwise: what is done instead if they are too many, for the log.
+          otherwise: what is done instead if they cannot, for the log.
           dropped: counts dropped rows, by reason.
         """
-        size = sum(os.path.getsize(f) for f in self.files(split) if os.path.isfile(f))
-        reason = "they are too large" if size > spool.MOST else "they are streamed"
-        if size <= spool.MOST and not self.source.is_endless(split):
+        reason = "they are streamed"
+        if not self.source.is_endless(split):
             _log.info("task %s: the rows of its split %r are read once", self.task, split)
+            size = sum(os.path.getsize(f) for f in self.files(split) if os.path.isfile(f))
+            reason = f"they take more than {spool.MOST:,} bytes"
+            if size <= spool.MOST:
+                try:
+                    return _counted(dropped, lambda counts: spool.Spool(self.rows(split, counts)))
+                except OverflowError as error:
+                    reason = str(error)
             try:
-                return spool.Spool(self.rows(split, dropped))
-            except OverflowError as error:
-                reason = str(error)
+                return _counted(
+                    dropped, lambda counts: Rows(self.source, split, self.rows(split, counts))
+                )
+            except Unreachable as error:
+                reason += f", and {error}"
         message = "task %s: the rows of its split %r cannot be reached in any order (%s); %s"
         _log.warning(message, self.task, split, reason, otherwise)
         return None
@@ -364,6 +371,15 @@ class OwnSource(seqio.DataSource, Kind):
         seed = seqio.utils._NEXT_MAP_SEED  # As for SeqIO's own steps.
         seeds = map(tf.data.Dataset.random, (None, None) if seed is None else (seed, seed + 1))
         return tf.data.Dataset.zip(encoded, *seeds).map(look_up_tf)
+
+
+def _counted(dropped: Counter | None, read: Callable[[Counter], Any]) -> Any:
+    """Returns what is read, and adds what it drops if that succeeds."""
+    counts: Counter = Counter()
+    found = read(counts)
+    if dropped is not None:
+        dropped.update(counts)
+    return found
 
 
 def _shuffle(examples: Iterable[Any], rng: np.random.Generator) -> Iterator[Any]:
