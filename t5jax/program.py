@@ -16,7 +16,7 @@ import optax
 
 from t5jax import sharding
 from t5jax.architectures import Architecture
-from t5jax.batch import BatchSpec
+from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import AxisRules, Config
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer, make_schedule
@@ -60,9 +60,10 @@ class Program:
         def one(x: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-        rows = sharding.batch_sharding(self.mesh, self.rules)
         batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            name: jax.ShapeDtypeStruct(
+                shape, dtype, sharding=sharding.batch_sharding(self.mesh, self.rules, shape)
+            )
             for name, (shape, dtype) in spec.features().items()
         }
         return jax.tree.map(one, self.shapes, self.shardings), batch
@@ -80,8 +81,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
       config: of the run; its data, evaluation and checkpoints play no part, but for the batch size.
       mesh: devices.
     Raises:
-      ValueError: if the mesh does not divide the batch, a microbatch or a parameter; if the model
-        has no output to train; if optimizer.freeze or the schedule does not fit the run.
+      ValueError: if the mesh does not divide the batch, a microbatch, a length or a parameter; if
+        the model has no output to train; if optimizer.freeze or the schedule does not fit the run.
     """
     model, rules, batch_size = config.model, config.axes, config.data.batch_size
     parts = config.train.microbatches
@@ -92,6 +93,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         rules,
         f"data.batch_size / train.microbatches = {batch_size} / {parts} =",
     )
+    if model.kind != "decoder":  # Of a decoder's rows, only the data say whether they have inputs.
+        sharding.check_lengths(train_spec(config), mesh, rules)
     model.check_head()
 
     frozen = frozen_params(api.param_shapes(model), config.optimizer.freeze)

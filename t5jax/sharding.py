@@ -1,7 +1,7 @@
 """The mesh and the shardings of arrays over it; no other module knows about the mesh.
 
 Parameters and activations have logical axes, which `AxisRules` (in `t5jax.config`) maps to the mesh
-axes data, fsdp and model. An unknown logical axis is an error, never silently replicated.
+axes data, fsdp, sequence and model. An unknown logical axis is an error, never silently replicated.
 """
 
 import contextlib
@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from t5jax.batch import Batch
+from t5jax.batch import Batch, BatchSpec
 from t5jax.checks import did_you_mean
-from t5jax.config import AxisRules, MeshConfig
-
-MESH_AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+from t5jax.config import MESH_AXES, AxisRules, MeshConfig
 
 # Part of jit's cache key, so that a function is traced again under other rules.
 _rules = jax.make_user_context(None)
@@ -28,31 +27,49 @@ _rules = jax.make_user_context(None)
 def make_mesh(
     config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Returns a mesh with axes (data, fsdp, model) over the devices.
+    """Returns a mesh with axes (data, fsdp, sequence, model) over the devices.
+
+    Neighbours on the mesh are physical neighbours. Over several TPU slices, only the axis
+    `config.dcn` spans them; devices know their slice.
 
     Args:
-      config: the number of devices along each axis; data = -1 takes all that remain.
+      config: the number of devices along each axis.
       devices: the devices to use; all by default.
     Raises:
-      ValueError: if the axes do not multiply to the number of devices.
+      ValueError: if the axes do not multiply to the number of devices, or slices do not divide one.
     """
     devices = jax.devices() if devices is None else devices
-    rest = config.fsdp * config.model
-    data = len(devices) // rest if config.data == -1 else config.data
-    if data * rest != len(devices):
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    rest = [axis for axis in MESH_AXES if sizes[axis] == -1]
+    for axis in rest:
+        sizes[axis] = max(len(devices) // math.prod(n for n in sizes.values() if n > 0), 1)
+    if math.prod(sizes.values()) != len(devices):
+        asked = " x ".join(str(getattr(config, axis)) for axis in MESH_AXES)
+        hint = "" if rest else ", and -1 for an axis takes all that remain"
         raise ValueError(
-            f"mesh data x fsdp x model = {config.data} x {config.fsdp} x {config.model} does not "
-            f"fit {len(devices)} devices; their product must be {len(devices)}, and data = -1 "
-            "takes all that remain"
+            f"mesh {' x '.join(MESH_AXES)} = {asked} does not fit {len(devices)} devices; their "
+            f"product must {'divide' if rest else 'be'} {len(devices)}{hint}"
         )
-    # Auto axes: the compiler propagates shardings from the constraints. make_mesh orders devices
-    # by topology, so that neighbours on the mesh are physical neighbours.
-    return jax.make_mesh(
-        (data, config.fsdp, config.model),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
+    # Auto axes: the compiler propagates shardings from the constraints.
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+    if sizes[config.dcn] % slices:
+        other = {"data": "fsdp", "fsdp": "data"}[config.dcn]
+        raise ValueError(
+            f"mesh.{config.dcn} {sizes[config.dcn]} is not divisible by the {slices} slices that "
+            f"it spans (mesh.dcn); make it a multiple of {slices}, or set mesh.dcn to {other}"
+        )
+    inside = sizes | {config.dcn: sizes[config.dcn] // slices}
+    across = dict.fromkeys(MESH_AXES, 1) | {config.dcn: slices}
+    placed = mesh_utils.create_hybrid_device_mesh(
+        tuple(inside.values()),
+        tuple(across.values()),
+        devices,
+        allow_split_physical_axes=True,
     )
+    return Mesh(placed, MESH_AXES, axis_types=types)
 
 
 @contextlib.contextmanager
@@ -88,12 +105,28 @@ def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionS
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains the sharding of an activation by logical axes; does nothing outside `use_mesh`."""
+    """Constrains the sharding of an activation by logical axes; does nothing outside `use_mesh`.
+
+    A length that the mesh does not divide stays whole; `check_lengths` refuses those of a run.
+    """
     rules = _rules.value
     if rules is None:
         return x
     assert x.ndim == len(axes), f"{x.ndim} dimensions, axes {axes}"
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, _activation_spec(x.shape, axes, mesh, rules))
+
+
+def _activation_spec(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any, rules: AxisRules
+) -> PartitionSpec:
+    spec = partition_spec(axes, rules)
+    return PartitionSpec(
+        *(
+            None if axis == "length" and size % _num_devices(mesh, mesh_axes) else mesh_axes
+            for size, axis, mesh_axes in zip(shape, axes, spec, strict=True)
+        )
+    )
 
 
 def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
@@ -103,7 +136,8 @@ def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
     if rules is None:
         return math.prod(shape)
     mesh = jax.sharding.get_abstract_mesh()
-    parts = [_num_devices(mesh, mesh_axes) for mesh_axes in partition_spec(axes, rules)]
+    spec = _activation_spec(shape, axes, mesh, rules)
+    parts = [_num_devices(mesh, mesh_axes) for mesh_axes in spec]
     return math.prod(shape) / math.prod(parts)
 
 
@@ -205,9 +239,9 @@ def zip_shapes(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: (x.shape, s), shapes, shardings)
 
 
-def batch_sharding(mesh: Mesh, rules: AxisRules) -> NamedSharding:
-    """Returns the sharding of a batch's features [B, length]."""
-    return NamedSharding(mesh, partition_spec(("batch", None), rules))
+def batch_sharding(mesh: Mesh, rules: AxisRules, shape: tuple[int, int]) -> NamedSharding:
+    """Returns the sharding of a batch's feature of shape [B, length]."""
+    return NamedSharding(mesh, _activation_spec(shape, ("batch", "length"), mesh, rules))
 
 
 def batch_parts(mesh: Mesh, rules: AxisRules) -> int:
@@ -219,21 +253,40 @@ def check_batch_size(
     batch_size: int, mesh: Mesh, rules: AxisRules, name: str = "data.batch_size"
 ) -> None:
     """Raises ValueError, suggesting other sizes, if the devices do not divide a batch evenly."""
-    axes = partition_spec(("batch",), rules)[0]
-    parts = batch_parts(mesh, rules)
-    if batch_size % parts:
-        below, above = batch_size // parts * parts, -(-batch_size // parts) * parts
-        sizes = f"{below} or {above}" if below else f"{above}"
-        axes = (axes,) if isinstance(axes, str) else axes
-        raise ValueError(
-            f"{name} {batch_size} is not divisible by {' x '.join(axes)} = {parts} devices; "
-            f"use {sizes}, or set {' or '.join(f'mesh.{axis}' for axis in axes)}"
-        )
+    _check_divides(batch_size, "batch", mesh, rules, name)
+
+
+def check_lengths(spec: BatchSpec, mesh: Mesh, rules: AxisRules) -> None:
+    """Raises ValueError, suggesting other lengths, if the devices do not divide rows evenly."""
+    inputs, targets = "data.inputs_length", "data.targets_length"
+    if spec.kind in ("encoder", "encoder_decoder"):
+        _check_divides(spec.inputs_length, "length", mesh, rules, inputs)
+    if spec.kind == "encoder_decoder" or not spec.inputs_length:
+        _check_divides(spec.targets_length, "length", mesh, rules, targets)
+    elif spec.kind != "encoder":
+        parts = f"{spec.inputs_length} + {spec.targets_length}"
+        name = f"{inputs} + {targets} = {parts} ="
+        _check_divides(spec.decoder_length, "length", mesh, rules, name)
+
+
+def _check_divides(size: int, axis: str, mesh: Mesh, rules: AxisRules, name: str) -> None:
+    mesh_axes = partition_spec((axis,), rules)[0]
+    parts = _num_devices(mesh, mesh_axes)
+    if size % parts == 0:
+        return
+    below, above = size // parts * parts, -(-size // parts) * parts
+    sizes = f"{below} or {above}" if below else f"{above}"
+    mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+    raise ValueError(
+        f"{name} {size} is not divisible by {' x '.join(mesh_axes)} = {parts} devices; "
+        f"use {sizes}, or set {' or '.join(f'mesh.{a}' for a in mesh_axes)}"
+    )
 
 
 def process_rows(batch_size: int, mesh: Mesh, rules: AxisRules) -> list[int]:
     """Returns the indices of the rows of a global batch that this process holds, in order."""
-    places = batch_sharding(mesh, rules).addressable_devices_indices_map((batch_size, 1))
+    sharding = batch_sharding(mesh, rules, (batch_size, 1))
+    places = sharding.addressable_devices_indices_map((batch_size, 1))
     return sorted({row for index in places.values() for row in range(batch_size)[index[0]]})
 
 
@@ -248,9 +301,10 @@ def shard_batch(
       rules: how the batch is sharded over it.
       batch_size: the rows of the global batch, if `batch` only has those of this process.
     """
-    sharding = batch_sharding(mesh, rules)
+    shapes = {name: (batch_size or len(x), *x.shape[1:]) for name, x in batch.items()}
+    shardings = {name: batch_sharding(mesh, rules, shape) for name, shape in shapes.items()}
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
+        return jax.device_put(dict(batch), shardings)
     rows = process_rows(batch_size, mesh, rules) if batch_size else []
 
     def part(x: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
@@ -261,7 +315,7 @@ def shard_batch(
 
     return {
         name: jax.make_array_from_callback(
-            (batch_size or len(x), *x.shape[1:]), sharding, lambda index, x=x: part(x, index)
+            shapes[name], shardings[name], lambda index, x=x: part(x, index)
         )
         for name, x in batch.items()
     }

@@ -87,6 +87,7 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
     tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if has_own else None)
     rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
+    sharding.check_lengths(iterator.spec, run.mesh, run.rules)
     epoch = iterator.epoch(config.train.epochs if counts else None)
     if counts:
         # A state that was imported has steps of its own, before the first epoch.
@@ -395,8 +396,10 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
 
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    return f"{mesh.size} {kind} device{'s' if mesh.size > 1 else ''} ({shape})"
+    if mesh.size == 1:
+        return f"1 {kind} device"
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.size} {kind} devices ({shape})"
 
 
 def say(text: str) -> None:

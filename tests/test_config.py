@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from conformance.cases import random_batch
-from conformance.families import LLAMA
+from conformance.families import LLAMA, VARIANTS, family_of
 from conformance.families import T5 as SMALL
 from conformance.families import T5_EVEN as EVEN
 from golden import assert_golden
@@ -102,9 +102,15 @@ REFUSED = [
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0; it must be at least 1"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0; it must be at least 1"),
     (MeshConfig, {"data": 0}, "mesh.data is 0; it must be at least 1"),
-    (MeshConfig, {"fsdp": -1}, "mesh.fsdp is -1; it must be at least 1"),
+    (MeshConfig, {"fsdp": -2}, "mesh.fsdp is -2; it must be at least 1"),
+    (MeshConfig, {"fsdp": -1}, "mesh.data and mesh.fsdp are -1, .* one can be: set mesh.data to 1"),
+    (MeshConfig, {"dcn": "model"}, "mesh.dcn is 'model'; expected one of data, fsdp"),
     (MeshConfig, {"model": 0}, "mesh.model is 0; it must be at least 1"),
-    (AxisRules, {"embed": "fdsp"}, "axes.embed is 'fdsp'; expected one of data, fsdp, model; did"),
+    (
+        AxisRules,
+        {"embed": "fdsp"},
+        "axes.embed is 'fdsp'; expected one of data, fsdp, .* model; did",
+    ),
     (AxisRules, {"batch": ("data", "expert")}, "axes.batch is 'expert'; expected one of data,"),
 ]
 
@@ -151,7 +157,7 @@ FULL = Config(
     train=TrainConfig(7, 2, 3, 4),
     eval=EvalConfig(patience=2, generate=False, num_examples=5),
     checkpoint=CheckpointConfig(9, 1),
-    mesh=MeshConfig(-1, 4, 2),
+    mesh=MeshConfig(-1, 4, 1, 2, dcn="fsdp"),
     axes=AxisRules(batch="data", embed=("fsdp", "data"), vocab=None),
 )
 
@@ -378,7 +384,8 @@ def test_every_field_of_training_has_an_effect():
         assert program(**{field: value + 1}) != default
 
 
-@pytest.mark.parametrize("field", sorted(field_names(MeshConfig)))
+# tests/test_sharding.py shows the effect of dcn.
+@pytest.mark.parametrize("field", sorted(field_names(MeshConfig) - {"dcn"}))
 def test_every_field_of_the_mesh_has_an_effect(field):
     config = dataclasses.replace(MeshConfig(data=1), **{field: 4})
     mesh = sharding.make_mesh(config, jax.devices()[:4])
@@ -407,6 +414,8 @@ def test_every_logical_axis_has_an_effect(field):
     else:
         rules, without = AxisRules(**{field: None}), AxisRules()
     model = EVEN
+    if field == "positions":
+        model = dataclasses.replace(VARIANTS["gpt2"], **family_of(VARIANTS["gpt2"]).even)
     if field == "kv_heads":  # Heads are shared in decoder-only models.
         sizes = {"vocab_size": 64, "d_model": 16, "d_ff": 32, "num_heads": 4, "num_kv_heads": 2}
         model = dataclasses.replace(LLAMA, **sizes)

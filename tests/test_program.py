@@ -89,7 +89,7 @@ def test_frozen_parameters_stay_and_the_others_move_as_without_them(changes):
 
 def test_state_of_trainable_parameters_is_split_as_they_are():
     run = program(
-        override(BASE, {"optimizer.freeze": FREEZE}), sharding.make_mesh(MeshConfig(1, 8, 1))
+        override(BASE, {"optimizer.freeze": FREEZE}), sharding.make_mesh(MeshConfig(1, 8))
     )
     specs = {
         jax.tree_util.keystr(path): sharding.spec
@@ -113,12 +113,18 @@ def test_state_of_trainable_parameters_is_split_as_they_are():
         ),
         ({"optimizer.freeze": ("enc*", "[!e]*")}, r"'enc\*', '\[!e\]\*' matches all .* nothing to"),
         ({"data.batch_size": 12}, r"data.batch_size 12 is not divisible by data x fsdp = 8"),
+        (
+            {"mesh.sequence": 2, "data.targets_length": 9},
+            r"data.targets_length 9 is not divisible by sequence = 2 devices; use 8 or 10, or set",
+        ),
         ({"train.microbatches": 2}, r"data.batch_size / train.microbatches = 8 / 2 = 4 is not div"),
     ],
 )
 def test_what_cannot_be_trained(changes, message):
+    config = override(BASE, changes)
+    mesh = sharding.make_mesh(config.mesh)
     with pytest.raises(ValueError, match=message):
-        program(override(BASE, changes), sharding.make_mesh())
+        program(config, mesh)
 
 
 @pytest.mark.usefixtures("one_device_mesh")

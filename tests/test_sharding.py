@@ -40,9 +40,9 @@ ADAMW = OptimizerConfig("adamw", 1e-2, eps=1e-2, clip_norm=1.0)
 ADAFACTOR = OptimizerConfig("adafactor", 1e-2)
 
 
-def mesh_of(data=1, fsdp=1, model=1):
-    devices = jax.devices()[: data * fsdp * model]
-    return sharding.make_mesh(MeshConfig(data, fsdp, model), devices)
+def mesh_of(data=1, fsdp=1, model=1, sequence=1):
+    devices = jax.devices()[: data * fsdp * sequence * model]
+    return sharding.make_mesh(MeshConfig(data, fsdp, sequence, model), devices)
 
 
 def lower_step(mesh, model=MODEL, optimizer=ADAMW, microbatches=1, rows=16, length=7, rules=RULES):
@@ -54,7 +54,9 @@ def lower_step(mesh, model=MODEL, optimizer=ADAMW, microbatches=1, rows=16, leng
         shardings,
     )
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, rules))
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding.batch_sharding(mesh, rules, shape)
+        )
         for name, (shape, dtype) in BatchSpec(rows, 9, length).features().items()
     }
     step = jax.jit(
@@ -143,7 +145,7 @@ def test_constrain_is_the_identity_outside_and_named_inside():
         f = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "mlp"))
         got = f(x).sharding
         assert got.is_equivalent_to(
-            NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "model")), 3
+            NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence", "model")), 3
         )
         with pytest.raises(ValueError, match="no logical axis 'mpl'; did you mean mlp?"):
             sharding.constrain(x, "batch", "length", "mpl")
@@ -218,23 +220,75 @@ def test_every_leaf_of_the_state_has_a_sharding(variant):
 
 
 def test_make_mesh():
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1, "model": 1}
-    mesh = sharding.make_mesh(MeshConfig(fsdp=2, model=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
-    assert set(mesh.devices.flat) == set(jax.devices())
+    def shape(**sizes):
+        return tuple(sharding.make_mesh(MeshConfig(**sizes)).shape.values())
+
+    assert tuple(sharding.make_mesh().shape) == ("data", "fsdp", "sequence", "model")
+    assert shape() == (8, 1, 1, 1)
+    assert shape(fsdp=2, model=2) == (2, 2, 1, 2)
+    assert shape(data=1, fsdp=-1, sequence=2) == (1, 4, 2, 1)
+    assert shape(data=4, model=-1) == (4, 1, 1, 2)
+    assert set(sharding.make_mesh().devices.flat) == set(jax.devices())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the mesh asks of a device: here four in each of two slices."""
+
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "chip"
+
+    @property
+    def slice_index(self):
+        return self.id // 4
+
+    process_index = slice_index
 
 
 @pytest.mark.parametrize(
-    ("config", "product"),
+    ("sizes", "shape"),
     [
-        (MeshConfig(data=4), "4 x 1 x 1"),
-        (MeshConfig(fsdp=3), "-1 x 3 x 1"),
-        (MeshConfig(fsdp=16), "-1 x 16 x 1"),
+        ({"fsdp": 4}, (2, 4, 1, 1)),
+        ({"fsdp": 2, "model": 2}, (2, 2, 1, 2)),
+        ({"data": 4, "sequence": 2}, (4, 1, 2, 1)),
+        ({"data": 1, "fsdp": -1, "dcn": "fsdp"}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": 2, "model": 2, "dcn": "fsdp"}, (2, 2, 1, 2)),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(config, product):
-    expected = f"mesh data x fsdp x model = {product} does not fit 8 devices"
-    with pytest.raises(ValueError, match=expected):
+def test_one_axis_spans_slices(sizes, shape):
+    # In the order in which no two neighbours are of one slice.
+    chips = sorted(map(Chip, range(8)), key=lambda chip: chip.id % 4)
+    mesh, config = sharding.make_mesh(MeshConfig(**sizes), chips), MeshConfig(**sizes)
+    assert tuple(mesh.shape.values()) == shape
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    axis = mesh.axis_names.index(config.dcn)
+    halves = np.split(slices, 2, axis)
+    assert [set(half.flat) for half in halves] == [{0}, {1}]
+
+
+def test_an_axis_that_slices_do_not_divide_is_refused():
+    chips = [Chip(i) for i in range(8)]
+    expected = (
+        "mesh.data 1 is not divisible by the 2 slices that it spans (mesh.dcn); make it a multiple "
+        "of 2, or set mesh.dcn to fsdp"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=8), chips)
+    sharding.make_mesh(MeshConfig(data=1, fsdp=8, dcn="fsdp"), chips)  # The remedy works.
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=4), "4 x 1 x 1 x 1 does not fit 8 devices; their product must be 8, and "),
+        (MeshConfig(fsdp=3), "-1 x 3 x 1 x 1 does not fit 8 devices; their product must divide 8"),
+        (MeshConfig(1, fsdp=16), "1 x 16 x 1 x 1 does not fit 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(config, message):
+    with pytest.raises(ValueError, match=f"^mesh data x fsdp x sequence x model = {message}"):
         sharding.make_mesh(config)
 
 
@@ -242,7 +296,7 @@ def test_partition_spec():
     def spec(*axes, **changes):
         return sharding.partition_spec(axes, AxisRules(**changes))
 
-    assert spec("batch", "length", "heads") == PartitionSpec(("data", "fsdp"), None, "model")
+    assert spec("batch", "length", "heads") == PartitionSpec(("data", "fsdp"), "sequence", "model")
     assert spec("vocab", "embed") == PartitionSpec("model", "fsdp")
     assert spec(None, "embed") == PartitionSpec(None, "fsdp")
     # A mesh axis splits one dimension only: the first that wants it.
@@ -288,6 +342,52 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
     sharding.check_batch_size(30, mesh, AxisRules(batch=None))
 
 
+def spec_of(kind, inputs, targets):
+    return BatchSpec(8, inputs, targets, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (spec_of("encoder_decoder", 510, 112), "data.inputs_length 510 .* use 508 or 512, or set"),
+        (spec_of("encoder_decoder", 512, 114), "data.targets_length 114 .* use 112 or 116"),
+        (spec_of("encoder", 3, 4), "data.inputs_length 3 .*; use 4, or set mesh.sequence$"),
+        (spec_of("decoder", 0, 6), "data.targets_length 6 is not divisible by sequence = 4 dev"),
+        (
+            spec_of("prefix_lm", 6, 4),
+            r"data.inputs_length \+ data.targets_length = 6 \+ 4 = 10 is not .* use 8 or 12",
+        ),
+    ],
+)
+def test_lengths_that_the_devices_do_not_divide_are_refused(spec, message):
+    mesh = mesh_of(sequence=4)
+    with pytest.raises(ValueError, match=message):
+        sharding.check_lengths(spec, mesh, RULES)
+    sharding.check_lengths(spec, mesh_of(model=8), RULES)
+    sharding.check_lengths(spec, mesh, AxisRules(length=None))
+
+
+def test_lengths_that_the_devices_divide_are_not_refused():
+    for spec in (
+        spec_of("encoder_decoder", 512, 116),
+        spec_of("encoder", 4, 3),  # Its targets are as long as its inputs.
+        spec_of("decoder", 6, 2),
+        spec_of("decoder", 0, 4),
+    ):
+        sharding.check_lengths(spec, mesh_of(sequence=4), RULES)
+
+
+def test_a_length_that_the_devices_do_not_divide_stays_whole():
+    mesh = mesh_of(data=2, sequence=4)
+    x = np.zeros((2, 7), np.int32)
+    assert sharding.shard_batch({"x": x}, mesh, RULES)["x"].sharding.shard_shape((2, 7)) == (1, 7)
+    with sharding.use_mesh(mesh):
+        got = jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(x)
+        assert got.sharding.shard_shape(x.shape) == (1, 7)
+        assert sharding.local_size((2, 7), "batch", "length") == 7
+        assert sharding.local_size((2, 8), "batch", "length") == 2
+
+
 def test_shard_batch_splits_rows():
     batch = random_batch(MODEL, rows=16)
     mesh = mesh_of(2, 2, 2)
@@ -312,8 +412,8 @@ def test_two_processes_put_their_own_rows_together():
     jax.distributed.initialize(f"localhost:{port}", 2, process)
     # Devices of both processes in turns, so that a process has rows that are not neighbours.
     devices = sorted(jax.devices(), key=lambda d: (d.id % 4, d.process_index))
-    shape = (4, 1, 2) if sys.argv[3] == "shared" else (8, 1, 1)
-    auto = (jax.sharding.AxisType.Auto,) * 3
+    shape = (4, 1, 1, 2) if sys.argv[3] == "shared" else (8, 1, 1, 1)
+    auto = (jax.sharding.AxisType.Auto,) * 4
     mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.MESH_AXES, axis_types=auto)
     whole = {"x": np.arange(48).reshape(16, 3)}
     rows = sharding.process_rows(16, mesh, AxisRules())

@@ -54,9 +54,10 @@ class Attention(nn.Module):
         self.dropout = Dropout(cfg.dropout_rate)
 
     def __call__(self, x_BSD, mask: AttentionMask):
-        q_BSHK, k_BSHK, v_BSHK = (
-            constrain(project(x_BSD), "batch", "length", "heads", "head_dim")
-            for project in (self.query, self.key, self.value)
+        q_BSHK = constrain(self.query(x_BSD), "batch", "length", "heads", "head_dim")
+        k_BSHK, v_BSHK = (
+            constrain(project(x_BSD), "batch", None, "heads", "head_dim")
+            for project in (self.key, self.value)
         )
         scale = self.config.head_dim**-0.5
         h_BSHK = attention(q_BSHK, k_BSHK, v_BSHK, mask, scale=scale, dropout=self.dropout)
@@ -123,7 +124,7 @@ class Network(nn.Module):
         cfg = self.config
         width, stddev = cfg.d_model, cfg.initializer_range
         self.token_embedder = Embedding(cfg, cfg.vocab_size, width, stddev)
-        self.position_embedder = Embedding(cfg, cfg.max_positions, width, stddev, axis="length")
+        self.position_embedder = Embedding(cfg, cfg.max_positions, width, stddev, axis="positions")
         self.type_embedder = Embedding(cfg, cfg.type_vocab_size, width, stddev, axis=None)
         self.embedding_norm = _norm(cfg)
         self.encoder = Encoder(cfg)

@@ -104,8 +104,8 @@ class Attention(nn.Module):
         """Returns [B, T, D], and the keys and values [B, T, G, K]."""
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, rope)
         q_BTHK = constrain(q_BTHK, "batch", "length", "heads", "head_dim")
-        k_BTGK = constrain(k_BTGK, "batch", "length", "kv_heads", "head_dim")
-        v_BTGK = constrain(v_BTGK, "batch", "length", "kv_heads", "head_dim")
+        k_BTGK = constrain(k_BTGK, "batch", None, "kv_heads", "head_dim")
+        v_BTGK = constrain(v_BTGK, "batch", None, "kv_heads", "head_dim")
         h_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, mask, **self.scores, dropout=self.dropout)
         return self.out(h_BTHK), (k_BTGK, v_BTGK)
 
@@ -194,7 +194,7 @@ class Network(nn.Module):
         self.token_embedder = Embedding(cfg, cfg.vocab_size, cfg.d_model, stddev)
         if cfg.position == "learned":
             self.position_embedder = Embedding(
-                cfg, cfg.max_positions, cfg.d_model, stddev, axis="length"
+                cfg, cfg.max_positions, cfg.d_model, stddev, axis="positions"
             )
         self.dropout = Dropout(cfg.dropout_rate)
         self.decoder = Decoder(cfg)

@@ -114,9 +114,10 @@ class Attention(nn.Module):
 
     def __call__(self, x_BTD, kv_BSD, mask: AttentionMask, bias_1HTS=None):
         """Returns [B, T, D]."""
-        q_BTHK, k_BSHK, v_BSHK = (
-            constrain(x, "batch", "length", "heads", "head_dim")
-            for x in (self.query(x_BTD), *self.keys_values(kv_BSD))
+        q_BTHK = constrain(self.query(x_BTD), "batch", "length", "heads", "head_dim")
+        # Every query sees all keys.
+        k_BSHK, v_BSHK = (
+            constrain(x, "batch", None, "heads", "head_dim") for x in self.keys_values(kv_BSD)
         )
         h_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask, bias=bias_1HTS, dropout=self.dropout)
         return self.out(h_BTHK)

@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         """Returns [B, T, D]; the D of `encoded_BSD` is the encoder's."""
         q_BTHK = constrain(self.query(x_BTD), "batch", "length", "heads", "head_dim")
         k_BSGK, v_BSGK = (
-            constrain(x, "batch", "length", "kv_heads", "head_dim")
+            constrain(x, "batch", None, "kv_heads", "head_dim")
             for x in self.keys_values(encoded_BSD)
         )
         h_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, mask, **self.scores, dropout=self.dropout)

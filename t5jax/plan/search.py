@@ -105,7 +105,8 @@ def _smaller(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
     split = config.train.microbatches
     while (split := 2 * split) <= config.data.batch_size:
         yield last | {"train.microbatches": split}
-    wide = {"mesh.data": 1, "mesh.fsdp": len(topology.devices) // config.mesh.model}
+    inner = config.mesh.sequence * config.mesh.model
+    wide = {"mesh.data": 1, "mesh.fsdp": len(topology.devices) // inner}
     if config.mesh.fsdp < wide["mesh.fsdp"]:
         yield last | wide
         split = config.train.microbatches
@@ -141,8 +142,7 @@ def meshes(config: Config, topology: Topology) -> list[dict[str, int]]:
 
     Those with less tensor parallelism come first, and among them those that shard most.
     """
-    del config
-    count = len(topology.devices)
+    count = len(topology.devices) // config.mesh.sequence
     found = [
         {"data": count // (fsdp * model), "fsdp": fsdp, "model": model}
         for model in _divisors(count)

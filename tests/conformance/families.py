@@ -338,7 +338,7 @@ _BERT = Family(
         "bert_none": change(BERT, num_layers=2, head="none"),
     },
     fast=("bert_masked_lm", "bert_sequence_classification"),
-    even={"vocab_size": 68, "d_model": 16, "d_ff": 32, "num_heads": 4, "max_positions": 28},
+    even={"vocab_size": 72, "d_model": 16, "d_ff": 32, "num_heads": 4, "max_positions": 32},
     post_norm=True,
 )
 

@@ -2,6 +2,9 @@
 
 import collections
 import dataclasses
+import functools
+import itertools
+import math
 import re
 
 import jax
@@ -24,23 +27,33 @@ from conformance.families import FAST, VARIANTS, change, family_of
 from golden import assert_golden
 from t5jax import batch as features
 from t5jax import decoding, sharding
-from t5jax.config import AxisRules, MeshConfig
+from t5jax.config import MESH_AXES, AxisRules, MeshConfig
 from t5jax.models import api
 
+# Every shape of eight devices.
+SHAPES = [
+    dict(zip(MESH_AXES, sizes, strict=True))
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES))
+    if math.prod(sizes) == 8
+]
 MESHES = {
-    "data": (MeshConfig(data=8), AxisRules()),
-    "fsdp": (MeshConfig(fsdp=4, data=2), AxisRules()),
-    "model": (MeshConfig(model=4, data=2), AxisRules()),
-    "mixed": (MeshConfig(data=2, fsdp=2, model=2), AxisRules()),
-    "length": (MeshConfig(fsdp=4, model=2), AxisRules(length="model", heads=None, kv_heads=None)),
+    "".join(f"{axis}{size}" for axis, size in shape.items() if size > 1): MeshConfig(**shape)
+    for shape in SHAPES
 }
+RULES = AxisRules()
+MIXED = MESHES["fsdp2sequence2model2"]
 
 
-def even(variant):
-    """The variant with dimensions that the meshes divide."""
+def even(variant, mesh=MIXED):
+    """The variant with dimensions that the mesh divides."""
     model = VARIANTS[variant]
-    sizes = {name: size for name, size in family_of(model).even.items()}
-    return change(model, **sizes)
+    model = change(model, **family_of(model).even)
+    if mesh.model < 8:
+        return model
+    # Twice as many heads of half the size: GPT-2's are together as wide as the network.
+    names = [field.name for field in dataclasses.fields(model)]
+    heads = {name: 8 for name in names if name.endswith("_heads")}
+    return change(model, **heads, **{name: 2 for name in names if name == "head_dim"})
 
 
 def is_axes(x):
@@ -55,17 +68,16 @@ def placed(model, mesh, rules):
 
 
 @pytest.mark.parametrize("variant", FAST)
-def test_every_network_fits_every_mesh(variant):
+def test_every_network_fits_a_mesh(variant):
     """Its parameters and, as it is traced, its activations are divided."""
-    model = even(variant)
-    shapes, axes = api.param_shapes(model), api.param_axes(model)
-    batch = pack(model, random_examples(model), ALONE)
-    for name, (config, rules) in MESHES.items():
-        mesh = sharding.make_mesh(config)
-        shardings = sharding.param_shardings(axes, shapes, mesh, rules)
-        with sharding.use_mesh(mesh, rules):
-            jax.eval_shape(lambda p, b: api.hidden(model, p, b), shapes, batch)
-        if rules.embed and config.fsdp > 1:  # Nothing large is whole on every device.
+    for name in ("fsdp2sequence2model2", "data2model4", "fsdp8", "model8"):
+        model, mesh = even(variant, MESHES[name]), sharding.make_mesh(MESHES[name])
+        shapes, axes = api.param_shapes(model), api.param_axes(model)
+        batch = pack(model, random_examples(model), ALONE, ROWS)
+        shardings = sharding.param_shardings(axes, shapes, mesh, RULES)
+        with sharding.use_mesh(mesh, RULES):
+            jax.eval_shape(lambda p, b, m=model: api.hidden(m, p, b), shapes, batch)
+        if mesh.shape["fsdp"] > 1:  # Nothing large is whole on every device.
             places = jax.tree_util.tree_leaves_with_path(shardings)
             for (path, place), shape in zip(places, jax.tree.leaves(shapes), strict=True):
                 if np.prod(shape.shape) >= 256:
@@ -73,29 +85,39 @@ def test_every_network_fits_every_mesh(variant):
                     assert parts != shape.shape, (name, path_of(path))
 
 
-# Every network on one mesh, and every mesh with two networks or more.
-_ORDER = ("mixed", "fsdp", "model", "length", "data")
+ROWS = 32  # Tokens of a row, which every mesh divides.
 
 
+@functools.cache
+def on_one_device(model):
+    batch = pack(model, random_examples(model), ALONE, ROWS)
+    return batch, loss_and_grads(model, random_params(model), batch)
+
+
+def check_mesh(variant, config):
+    model, mesh = even(variant, config), sharding.make_mesh(config)
+    batch, expected = on_one_device(model)
+    with sharding.use_mesh(mesh, RULES):
+        params, batch = placed(model, mesh, RULES), sharding.shard_batch(batch, mesh, RULES)
+        parts = (config.data * config.fsdp, config.sequence)
+        for x in batch.values():
+            assert x.sharding.shard_shape(x.shape) == (8 // parts[0], ROWS // parts[1])
+        got = loss_and_grads(model, params, batch)
+    assert_trees_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+# Every shape with one network, every network with one shape or two.
 @pytest.mark.parametrize(
-    ("variant", "mesh"), [(name, _ORDER[i % 5]) for i, name in enumerate(FAST)]
+    ("variant", "mesh"), [(FAST[i % len(FAST)], name) for i, name in enumerate(MESHES)]
 )
 def test_loss_and_gradients_are_those_of_one_device(variant, mesh):
-    model = even(variant)
-    config, rules = MESHES[mesh]
-    mesh = sharding.make_mesh(config)
-    batch = pack(model, random_examples(model), ALONE)
-    expected = loss_and_grads(model, random_params(model), batch)
-    with sharding.use_mesh(mesh, rules):
-        params = placed(model, mesh, rules)
-        got = loss_and_grads(model, params, sharding.shard_batch(batch, mesh, rules))
-        assert_trees_close(got, expected, atol=2e-3, rtol=1e-3)
+    check_mesh(variant, MESHES[mesh])
 
 
 def test_sizes_that_a_mesh_does_not_divide_stay_whole():
     """Those of a published model are as they are: one KV head, an odd vocabulary."""
     model, rules = VARIANTS["gemma3"], AxisRules()
-    mesh = sharding.make_mesh(MESHES["mixed"][0])
+    mesh = sharding.make_mesh(MESHES["data2fsdp2model2"])
     axes, shapes = api.param_axes(model), api.param_shapes(model)
     with pytest.warns(UserWarning, match="the mesh does not divide") as caught:
         rules = sharding.divisible_rules(axes, shapes, mesh, rules)
@@ -114,7 +136,7 @@ def test_sizes_that_a_mesh_does_not_divide_stay_whole():
 
 def test_golden_constraints():
     """What of each network's activations is split, and how; how often, in a layer once."""
-    mesh, rules, text = sharding.make_mesh(MESHES["mixed"][0]), AxisRules(), ""
+    mesh, rules, text = sharding.make_mesh(MIXED), AxisRules(), ""
     for variant in FAST:
         model = even(variant)
         batch = pack(model, random_examples(model), ALONE)
@@ -168,7 +190,7 @@ SIZES = {
     "head_dim": ("head_dim", "d_kv", "decoder_head_dim"),
     "mlp": ("d_ff", "decoder_d_ff"),
     "vocab": ("vocab_size",),
-    "length": ("max_positions",),
+    "positions": ("max_positions",),
     "buckets": ("relative_attention_num_buckets",),
 }
 
@@ -196,11 +218,11 @@ def test_every_parameter_has_the_axes_of_its_dimensions(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "mesh"), [("t5_1_0", "fsdp"), ("gemma3", "mixed"), ("t5gemma", "model")]
+    ("variant", "mesh"),
+    [("t5_1_0", "data2fsdp4"), ("gemma3", "data2fsdp2model2"), ("t5gemma", "sequence2model4")],
 )
 def test_greedy_writes_the_same(variant, mesh):
-    model = even(variant)
-    config, rules = MESHES[mesh]
+    model, config, rules = even(variant), MESHES[mesh], RULES
     prompts = [
         example[f"{'decoder' if model.kind == 'decoder' else 'encoder'}_input_tokens"][:7].tolist()
         for example in random_examples(model)

@@ -94,7 +94,7 @@ def test_a_plan_and_its_file(config, capsys, tmp_path):
             "has 2 dimensions; a slice of v5p has 3, each at least 1, such as v5p:2x2x1",
         ),
         (("v5e:3x3",), "--topology v5e:3x3 does not exist"),
-        (("v5e:2x2", "--mesh.fsdp", "3"), "mesh data x fsdp x model = 1 x 3 x 1 does not fit 4"),
+        (("v5e:2x2", "--mesh.fsdp", "3"), "sequence x model = 1 x 3 x 1 x 1 does not fit 4"),
         (("v5e:2x2", "--data.batch-size", "6"), "6 is not divisible by data x fsdp = 4 devices"),
         (
             ("v5e:2x2", "--model.d-ff", "40000000", "--no-nearest"),
