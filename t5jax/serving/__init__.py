@@ -1,0 +1,1 @@
+"""Serving: an engine with continuous batching, and an HTTP server of OpenAI's interface."""
