@@ -20,6 +20,7 @@ models:
   eval MODEL                                 a task's metrics, loss and perplexity
   infer MODEL --prompt TEXT                  answers to prompts
   embed MODEL --text TEXT                    vectors of texts, of BERT or a T5's encoder
+  serve MODEL [--port PORT]                  OpenAI's interface over HTTP, and a page to try it
   export MODEL OUTPUT                        write a Hugging Face folder
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
   plan CONFIG --topology v5e:2x2             memory and time of a run on a TPU, without one
@@ -45,6 +46,7 @@ COMMANDS = {
     "eval": "model.evaluate",
     "infer": "model.infer",
     "embed": "model.embed",
+    "serve": "serve.serve",
     "export": "model.export",
     "import": "model.import_",
     "tasks": "tasks.tasks",

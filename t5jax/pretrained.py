@@ -111,6 +111,18 @@ class Pretrained:
           few
             positions for a text.
         """
+        if max_length is not None:
+            check_at_least(max_length, 3, "max_length")
+        ids = [self._encode(text, max_length) for text in texts]
+        return self.embed_ids(ids, pooling=pooling, batch_size=batch_size)
+
+    def embed_ids(
+        self, ids: Sequence[Sequence[int]], *, pooling: Pooling = "mean", batch_size: int = 32
+    ) -> np.ndarray:
+        """Returns a vector for each of N texts, given as what the encoder reads: float32 [N, D].
+
+        Arguments and errors are those of `embed`.
+        """
         model = self.model
         if model.kind == "decoder":
             raise ValueError(
@@ -123,9 +135,6 @@ class Pretrained:
                 f"pooling is pooler, but this {model.family}, whose head is {model.head}, has "
                 "none; use mean, first or max"
             )
-        if max_length is not None:
-            check_at_least(max_length, 3, "max_length")
-        ids = [self._encode(text, max_length) for text in texts]
         check_prompts(model, self.tokenizer, ids)
         longest = model.longest_row
         for number, row in enumerate(ids):

@@ -21,6 +21,7 @@ from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
+from t5jax.decoding import GenerationOptions, History, row_options
 from t5jax.models import api
 from t5jax.serving import slots as device
 from t5jax.serving.slots import MAX_STEPS, Size, Slots
@@ -81,7 +82,11 @@ class Request:
     prompt: tuple[int, ...]
     """What the model reads, as `ExampleFormat.prompt` returns it."""
     max_tokens: int
-    stop: tuple[str, ...] = ()
+    options: GenerationOptions = GenerationOptions()
+    """How it is written; `max_tokens` is set above, `num_answers` and beams are not for a single
+    answer."""
+    number: int = 0
+    """Among several answers to a prompt: they differ by it where tokens are drawn."""
     special_tokens: bool = False
     """Keep special tokens in the text."""
     num_top: int = 0
@@ -141,7 +146,8 @@ class Answer:
         """Adds tokens, and passes on what they add to the text."""
         if self.first_token is None:
             self.first_token = time.monotonic()
-        text, kept, reason = "", [], None
+        text, kept = "", []
+        reason: FinishReason | None = None
         for token in tokens:
             kept.append(dataclasses.replace(token, offset=len(self._stream.text)))
             self.num_tokens += 1
@@ -181,7 +187,9 @@ class Counters:
     prompt_tokens: int = 0
     tokens: int = 0
     steps: int = 0
-    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    finished: collections.Counter[FinishReason] = dataclasses.field(
+        default_factory=collections.Counter
+    )
 
 
 class Engine:
@@ -234,7 +242,6 @@ class Engine:
             empty = jax.jit(device.empty, static_argnums=(0, 1))
             self._slots: Slots = empty(model, self.size)
         self._in_slots: list[Answer | None] = [None] * num_slots
-        self._needs: list[tuple[int, int]] = [(0, 0)] * num_slots
         self._waiting: collections.deque[Answer] = collections.deque()
         self._changed = threading.Condition()
         self._step_seconds: dict[Size, float] = {}
@@ -301,8 +308,18 @@ class Engine:
                     f"{len(request.prompt)} tokens there is room for {room}; set it to 1 to "
                     f"{room}, or shorten the prompt"
                 )
+        most = self.options.max_waiting + self.size.rows
+        if len(requests) > most:
+            raise ValueError(
+                f"{len(requests)} answers are asked for at once, but this server takes at most "
+                f"{most}; ask for fewer at a time"
+            )
         answers = [
-            Answer(r, TextStream(self.tokenizer, special_tokens=r.special_tokens, stop=r.stop), to)
+            Answer(
+                r,
+                TextStream(self.tokenizer, special_tokens=r.special_tokens, stop=r.options.stop),
+                to,
+            )
             for r, to in zip(requests, listeners, strict=True)
         ]
         with self._changed:
@@ -350,7 +367,7 @@ class Engine:
         """Runs every program once."""
         for length in self._prompt_lengths:
             rows = self._prefill([1], length)
-            self._insert(rows, 0, 1, 0)
+            self._insert(rows, 0, Request((1,), 0))
         for size in self._sizes:
             self._decode(size, 0, False, False)
         if self.size.rows > 1:
@@ -382,17 +399,20 @@ class Engine:
         for answer in given_up:
             with self._changed:
                 self._waiting.remove(answer)
-            answer.end(answer.gave_up or "cancelled")
-            self.counters.finished[answer.finished] += 1
+            reason = answer.gave_up or "cancelled"
+            answer.end(reason)
+            self.counters.finished[reason] += 1
 
     def _free(self, slot: int) -> None:
         answer, self._in_slots[slot] = self._in_slots[slot], None
-        self._needs[slot] = (0, 0)
+        assert answer is not None
+        assert answer.finished is not None
         self.counters.finished[answer.finished] += 1
 
     def _admit(self) -> None:
         """Fills free slots with requests that wait, as many as do not hold up the others long."""
-        read, last = 0, (None, None)
+        read = 0
+        last: tuple[tuple[int, ...], Any] = (), None
         while self._waiting and None in self._in_slots and read < _PROMPT_TOKENS:
             with self._changed:
                 answer = self._waiting.popleft()
@@ -406,28 +426,30 @@ class Engine:
                 last = (request.prompt, self._prefill(request.prompt, length))
                 read += length
                 self.counters.prompt_tokens += len(request.prompt)
-            token = request.prompt[-1]
-            need = (0, len(request.prompt) + request.max_tokens - 1)
-            if self.model.kind == "encoder_decoder":
-                token = self.model.start_token_id
-                need = (len(request.prompt), request.max_tokens)
-            self._insert(last[1], slot, token, request.max_tokens)
-            self._in_slots[slot], self._needs[slot], answer.slot = answer, need, slot
+            self._insert(last[1], slot, request)
+            self._in_slots[slot], answer.slot = answer, slot
 
     def _prefill(self, prompt: Sequence[int], length: int) -> Any:
         batch = features.prompt_batch([prompt], self._kind, self._parts, length)
         batch = sharding.shard_batch(batch, self._mesh, self._rules)
         return device.prefill(self.model, self._params, batch)
 
-    def _insert(self, rows: Any, slot: int, token: int, max_tokens: int) -> None:
-        numbers = (np.int32(x) for x in (slot, token, max_tokens))
-        self._slots = device.insert(self.model, self._slots, rows, *numbers)
+    def _insert(self, rows: Any, slot: int, request: Request) -> None:
+        read: Sequence[int] = request.prompt
+        if self.model.kind == "encoder_decoder":
+            read = (self.model.start_token_id,)
+        tokens_1L = np.zeros((1, self.size.length + 1), np.int32)
+        tokens_1L[0, : len(read)] = read
+        history = History(tokens_1L, np.array([len(read)], np.int32))
+        options = row_options([request.options], [(0, request.number)], num_forced=1)
+        numbers = np.int32(slot), np.int32(request.max_tokens)
+        self._slots = device.insert(self.model, self._slots, rows, *numbers, history, options)
 
     def _dispatch(self) -> "_Dispatched":
         """Starts the next tokens of all answers."""
         self._compact()
         running = [a for a in self._in_slots if a is not None]
-        source, length = (max(need[i] for need in self._needs) for i in range(2))
+        source, length = (max(needs) for needs in zip(*map(self._needs, running), strict=True))
         size = next(
             s
             for s in self._sizes
@@ -442,6 +464,13 @@ class Engine:
         arrays = (step.written, *((step.top_ids, step.top_logprobs) if with_top else ()))
         return _Dispatched(arrays, [(a.slot, a) for a in running], size, time.monotonic())
 
+    def _needs(self, answer: Answer) -> tuple[int, int]:
+        """Returns the tokens of an encoder's input, and of what the decoder reads."""
+        request = answer.request
+        if self.model.kind == "encoder_decoder":
+            return len(request.prompt), request.max_tokens
+        return 0, len(request.prompt) + request.max_tokens - 1
+
     def _compact(self) -> None:
         """Moves answers into lower slots, if fewer rows need to be stepped then."""
         while True:
@@ -451,17 +480,15 @@ class Engine:
                 return
             source, target = used[-1], self._in_slots.index(None)
             self._slots = device.move(self._slots, np.int32(source), np.int32(target))
-            self._in_slots[target], self._needs[target] = (
-                self._in_slots[source],
-                self._needs[source],
-            )
-            self._in_slots[source], self._needs[source] = None, (0, 0)
-            self._in_slots[target].slot = target
+            answer = self._in_slots[source]
+            assert answer is not None
+            self._in_slots[source], self._in_slots[target] = None, answer
+            answer.slot = target
 
     def _decode(self, size: Size, num_steps: int, stop_early: bool, with_top: bool) -> device.Step:
         kept_N = np.array([answer is not None for answer in self._in_slots])
         self._slots, step = device.decode(
-            *(self.model, self._params, self._slots, kept_N, size),
+            *(self.model, self._params, self._slots, kept_N, None, size),
             *(np.int32(num_steps), np.bool_(stop_early), np.bool_(with_top)),
         )
         return step
@@ -490,8 +517,8 @@ class Engine:
                 best: tuple[tuple[int, float], ...] = ()
                 if num_top:
                     pairs = zip(top[0][k, row, :num_top], top[1][k, row, :num_top], strict=True)
-                    best = tuple((int(i), float(x)) for i, x in pairs)
-                tokens.append(Token(int(ids_KR[k, row]), float(logprobs_KR[k, row]), best))
+                    best = tuple((int(i), _finite(x)) for i, x in pairs)
+                tokens.append(Token(int(ids_KR[k, row]), _finite(logprobs_KR[k, row]), best))
             if not tokens:
                 continue
             answer.add(tokens, ends, special)
@@ -516,6 +543,11 @@ class Engine:
                 "an encoder max_source_length)"
             )
         return slots
+
+
+def _finite(logprob: Any) -> float:
+    """Returns a log-probability that JSON can hold; as in OpenAI's interface, -9999 for -inf."""
+    return float(logprob) if np.isfinite(logprob) else -9999.0
 
 
 class _Dispatched(NamedTuple):

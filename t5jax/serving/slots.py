@@ -6,7 +6,8 @@ leave between steps. There is a fixed set of programs: `prefill` for each length
 The decoder's last prompt token (of an encoder-decoder, its start token) is read by `decode`, so
 that all tokens of an answer come from one place.
 
-N slots, R of them in use, K steps of one call, T most probable tokens, V vocab.
+N slots, R of them in use, L tokens, K steps of one call, T most probable tokens, V vocab, W words
+of 32 bits.
 """
 
 import functools
@@ -18,10 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from t5jax.architectures import Architecture
+from t5jax.decoding import EVERY_PART, GenerationOptions, History, RowOptions, choose, row_options
 from t5jax.models import api
 
 MAX_STEPS = 16
 """The maximum number of tokens that one call of `decode` writes in each slot."""
+PARTS = EVERY_PART._replace(forces=False)
+"""The options of decoding that requests may have."""
 NUM_TOP = 20
 """The number of most probable tokens that are reported; the limit of OpenAI's interface."""
 
@@ -42,6 +46,9 @@ class Slots(flax.struct.PyTreeNode):
     cache: Any
     tokens: jax.Array  # int32 [N], the token to read next.
     left: jax.Array  # int32 [N], the number of tokens still to write; 0 if the slot is free.
+    index: jax.Array  # int32 [N], the number of tokens written.
+    history: History  # What the decoder has read and written.
+    options: RowOptions
 
 
 class Step(flax.struct.PyTreeNode):
@@ -59,7 +66,15 @@ class Step(flax.struct.PyTreeNode):
 def empty(model: Architecture, size: Size) -> Slots:
     """Returns free slots."""
     zeros = jnp.zeros(size.rows, jnp.int32)
-    return Slots(api.init_cache(model, size.rows, size.source_length, size.length), zeros, zeros)
+    options = row_options([GenerationOptions()] * size.rows)
+    return Slots(
+        cache=api.init_cache(model, size.rows, size.source_length, size.length),
+        tokens=zeros,
+        left=zeros,
+        index=zeros,
+        history=History(jnp.zeros((size.rows, size.length + 1), jnp.int32), zeros),
+        options=jax.tree.map(jnp.asarray, options),
+    )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -82,7 +97,13 @@ def prefill(model: Architecture, params: api.Params, batch: Mapping[str, jax.Arr
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="slots")
 def insert(
-    model: Architecture, slots: Slots, rows: Any, slot: jax.Array, token: jax.Array, left: jax.Array
+    model: Architecture,
+    slots: Slots,
+    rows: Any,
+    slot: jax.Array,
+    left: jax.Array,
+    history: History,
+    options: RowOptions,
 ) -> Slots:
     """Returns the slots with a prompt in one of them.
 
@@ -91,13 +112,22 @@ def insert(
       slots: the slots.
       rows: as returned by `prefill`.
       slot: int32 [], the slot.
-      token: int32 [], the last token of the prompt.
       left: int32 [], the number of tokens to write.
+      history: what the decoder reads before the answer, of one row.
+      options: the options of one row.
     """
+
+    def put(kept: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x, new: x.at[slot].set(new[0]), kept, new)
+
+    last = history.lengths_N - 1
     return Slots(
         cache=api.insert(model, slots.cache, rows, slot[None]),
-        tokens=slots.tokens.at[slot].set(token),
+        tokens=put(slots.tokens, history.tokens_NL[0, last]),
         left=slots.left.at[slot].set(left),
+        index=slots.index.at[slot].set(0),
+        history=put(slots.history, history),
+        options=put(slots.options, options),
     )
 
 
@@ -114,6 +144,7 @@ def decode(
     params: api.Params,
     slots: Slots,
     kept_N: jax.Array,
+    allowed_RW: jax.Array | None,
     size: Size,
     num_steps: jax.Array,
     stop_early: jax.Array,
@@ -126,77 +157,93 @@ def decode(
       params: as returned by `api.arrange_for_decoding`.
       slots: the slots.
       kept_N: bool [N], false for slots whose answers are not needed any more.
+      allowed_RW: int32 with a bit for each id that may be written; None for all.
       size: the part of the slots to read; all that is in use must be within it.
       num_steps: int32 [], at most MAX_STEPS.
       stop_early: bool [], whether to return as soon as an answer ends, because others wait.
       with_top: bool [], whether to report the most probable tokens.
     """
-    left_R = jnp.where(kept_N, slots.left, 0)[: size.rows]
-    part = jax.eval_shape(functools.partial(api.init_cache, model, *size))
-    cache = jax.tree.map(lambda x, like: x[_prefix(like)], slots.cache, part)
+    parts = PARTS._replace(allows=allowed_RW is not None)
+    shape = jax.eval_shape(functools.partial(empty, model, size))
+    part = jax.tree.map(lambda x, like: x[_prefix(like)], slots, shape)
+    part = part.replace(left=jnp.where(kept_N[: size.rows], part.left, 0))
+    before_R = part.left
     num_top = min(NUM_TOP, model.vocab_size)
 
     def unfinished(carry: Any) -> jax.Array:
-        step, _, _, now_R, _ = carry
-        ended = jnp.any((now_R == 0) & (left_R > 0))
-        return (step < num_steps) & jnp.any(now_R > 0) & ~(stop_early & ended)
+        step, now, _ = carry
+        ended = jnp.any((now.left == 0) & (before_R > 0))
+        return (step < num_steps) & jnp.any(now.left > 0) & ~(stop_early & ended)
 
     def body(carry: Any) -> Any:
-        step, cache, tokens_R, now_R, out = carry
-        is_live_R = now_R > 0
+        step, now, out = carry
+        is_live_R = now.left > 0
         # What other slots write goes to the end of their row.
-        positions_R = jnp.where(is_live_R, cache.positions, size.length - 1)
-        logits_RV, stepped = api.decode_step(
-            model, params, cache.replace(positions=positions_R), tokens_R
+        positions_R = jnp.where(is_live_R, now.cache.positions, size.length - 1)
+        cache = now.cache.replace(positions=positions_R)
+        logits_RV, cache = api.decode_step(model, params, cache, now.tokens)
+        positions_R = jnp.where(is_live_R, cache.positions, now.cache.positions)
+        choice = choose(
+            logits_RV,
+            now.options,
+            now.index,
+            ends=model.end_token_ids,
+            parts=parts,
+            history=now.history,
+            allowed_NW=allowed_RW,
         )
-        positions_R = jnp.where(is_live_R, stepped.positions, cache.positions)
-        new_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-        logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
-        logprob_R = jnp.take_along_axis(logprobs_RV, new_R[:, None], axis=1)[:, 0]
-        top_RT, top_ids_RT = jax.lax.cond(
-            with_top,
-            lambda: jax.lax.top_k(logprobs_RV, num_top),
-            lambda: (
-                jnp.zeros((size.rows, num_top), jnp.float32),
-                jnp.zeros((size.rows, num_top), jnp.int32),
-            ),
-        )
-        written_R2 = jnp.stack(
-            [
-                jnp.where(is_live_R, new_R, -1),
-                jax.lax.bitcast_convert_type(logprob_R, jnp.int32),
-            ],
-            axis=-1,
-        )
-        out = jax.tree.map(
-            lambda x, new: x.at[step].set(new), out, (written_R2, top_ids_RT, top_RT)
-        )
+        new_R = jnp.where(is_live_R, choice.tokens_N, -1)
+        bits_R = jax.lax.bitcast_convert_type(choice.log_probs_N, jnp.int32)
+        new = jnp.stack([new_R, bits_R], axis=-1), *_top(logits_RV, num_top, with_top)
+        out = jax.tree.map(lambda x, new: x.at[step].set(new), out, new)
         ended_R = jnp.any(new_R[:, None] == jnp.array(model.end_token_ids)[None], axis=-1)
-        now_R = jnp.where(is_live_R & ~ended_R, now_R - 1, 0)
-        tokens_R = jnp.where(is_live_R, new_R, tokens_R)
-        return step + 1, stepped.replace(positions=positions_R), tokens_R, now_R, out
+        tokens_RL, lengths_R = now.history
+        places_R = jnp.where(is_live_R, lengths_R, tokens_RL.shape[1])
+        tokens_RL = tokens_RL.at[jnp.arange(size.rows), places_R].set(new_R, mode="drop")
+        now = now.replace(
+            cache=cache.replace(positions=positions_R),
+            tokens=jnp.where(is_live_R, new_R, now.tokens),
+            left=jnp.where(is_live_R & ~ended_R, now.left - 1, 0),
+            index=now.index + is_live_R,
+            history=History(tokens_RL, lengths_R + is_live_R),
+        )
+        return step + 1, now, out
 
     out = (
         jnp.full((MAX_STEPS, size.rows, 2), -1, jnp.int32),
         jnp.zeros((MAX_STEPS, size.rows, num_top), jnp.int32),
         jnp.zeros((MAX_STEPS, size.rows, num_top), jnp.float32),
     )
-    carry = (jnp.int32(0), cache, slots.tokens[: size.rows], left_R, out)
-    _, cache, tokens_R, now_R, out = jax.lax.while_loop(unfinished, body, carry)
+    _, part, out = jax.lax.while_loop(unfinished, body, (jnp.int32(0), part, out))
 
     def put(kept: Any, new: Any) -> Any:
         return jax.tree.map(lambda x, part: x.at[_prefix(part)].set(part), kept, new)
 
-    whole = slots.cache
+    # The encodings and the options have not changed.
+    changed = ("positions", "keys", "values")
+    cache = {name: put(getattr(slots.cache, name), getattr(part.cache, name)) for name in changed}
     return Slots(
-        cache=whole.replace(
-            positions=put(whole.positions, cache.positions),
-            keys=put(whole.keys, cache.keys),
-            values=put(whole.values, cache.values),
-        ),
-        tokens=put(slots.tokens, tokens_R),
-        left=jnp.zeros_like(slots.left).at[: size.rows].set(now_R),
+        cache=slots.cache.replace(**cache),
+        tokens=put(slots.tokens, part.tokens),
+        left=put(jnp.zeros_like(slots.left), part.left),
+        index=put(slots.index, part.index),
+        history=put(slots.history, part.history),
+        options=slots.options,
     ), Step(*out)
+
+
+def _top(logits_RV: jax.Array, num_top: int, with_top: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the ids and log-probabilities of the most probable tokens [R, T], if asked for."""
+
+    def found() -> tuple[jax.Array, jax.Array]:
+        top_RT, ids_RT = jax.lax.top_k(logits_RV, num_top)
+        return ids_RT, top_RT - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+
+    def none() -> tuple[jax.Array, jax.Array]:
+        shape = (len(logits_RV), num_top)
+        return jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    return jax.lax.cond(with_top, found, none)
 
 
 def _prefix(like: Any) -> tuple[slice, ...]:

@@ -177,6 +177,14 @@ class ChatTemplate(PromptTemplate):
             tokenizer=tokenizer,
         )
 
+    def prompt(self, messages: Sequence[Row]) -> str:
+        """Returns the prompt for the next reply to messages with the texts `role` and `content`.
+
+        Raises:
+          ValueError: if the template refuses them.
+        """
+        return self._apply(list(messages), add_generation_prompt=True)
+
     def render(self, row: Row, number: int = 0) -> Prompt:
         messages = _messages(row, self.messages)
         if not messages or messages[-1]["role"] != "assistant":

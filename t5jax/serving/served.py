@@ -1,0 +1,320 @@
+"""A model that is served: its engine, how it reads prompts, and its embeddings."""
+
+import base64
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from t5jax import decoding
+from t5jax.decoding import GenerationOptions
+from t5jax.serving.engine import Engine, EngineOptions, QueueFull
+from t5jax.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, Message
+from t5jax.serving.slots import NUM_TOP
+from t5jax.serving.text import TokenTexts
+from t5jax.special_tokens import check_prompts, example_format
+
+if TYPE_CHECKING:
+    from t5jax.pretrained import Pretrained
+
+_log = logging.getLogger(__name__)
+
+_EMBEDDING_ROWS = 8
+# Of generation_config.json: a server writes samples and no beams, and lengths are asked for.
+_NOT_SERVED = (
+    *("num_beams", "length_penalty", "early_stopping", "max_length", "max_new_tokens"),
+    *("num_return_sequences", "forced_bos_token_id", "num_beam_groups", "diversity_penalty"),
+)
+
+
+class ServedModel:
+    """A loaded model with a name."""
+
+    def __init__(
+        self, name: str, pretrained: "Pretrained", options: EngineOptions = EngineOptions()
+    ) -> None:
+        """Makes room for answers; `start` compiles.
+
+        Args:
+          name: the name in requests.
+          pretrained: the model.
+          options: sizes of its engine.
+        """
+        self.name, self.pretrained = name, pretrained
+        self.model, self.tokenizer = pretrained.model, pretrained.tokenizer
+        self.form = example_format(self.model, self.tokenizer)
+        self.token_text = TokenTexts(self.tokenizer)
+        self.engine: Engine | None = None
+        if self.model.kind != "encoder":
+            self.engine = Engine(
+                *(self.model, pretrained.params, self.tokenizer, pretrained.mesh, pretrained.rules),
+                prefix_lm=pretrained.prefix_lm,
+                options=options,
+            )
+        self._options = options
+        # Embeddings and log-probabilities of prompts, one at a time.
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, f"t5jax-{name}")
+        self._queued = 0
+        self._lock = threading.Lock()
+        self._warm: concurrent.futures.Future[None] | None = None
+
+    # --- Starting and stopping --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts compiling."""
+        if self.engine is not None:
+            self.engine.start()
+        self._warm = self._worker.submit(self._compile)
+
+    @property
+    def is_ready(self) -> bool:
+        engine = self.engine
+        warm = self._warm is not None and self._warm.done() and self._warm.exception() is None
+        return warm and (engine is None or (engine.ready.is_set() and engine.is_alive))
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What went wrong, if the model cannot answer any more."""
+        if self.engine is not None and self.engine.failure is not None:
+            return self.engine.failure
+        if self._warm is not None and self._warm.done():
+            return self._warm.exception()
+        return None
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Finishes what has been asked for; returns whether it was in time."""
+        done = self.engine is None or self.engine.stop(timeout)
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        return done
+
+    def _compile(self) -> None:
+        if self.model.kind != "decoder":
+            for length in self._lengths:
+                for rows in (1, _EMBEDDING_ROWS):
+                    self._embed([[self.tokenizer.eos_id] * length] * rows, "mean")
+        else:
+            for length in self._lengths:
+                self.prompt_scores([self.tokenizer.eos_id] * length)
+
+    @property
+    def _lengths(self) -> list[int]:
+        most = self.max_prompt
+        powers = [16]
+        while powers[-1] < most:
+            powers.append(2 * powers[-1])
+        return [min(length, most) for length in powers]
+
+    @property
+    def max_prompt(self) -> int:
+        """The maximum length of a prompt, or of a text to embed, in tokens."""
+        if self.engine is not None:
+            return self.engine.size.source_length or self.engine.size.length
+        limit = self._options.max_source_length
+        return min(limit, self.model.longest_row or limit)
+
+    # --- Prompts ----------------------------------------------------------------------------------
+
+    def prompt(self, given: str | Sequence[int]) -> list[int]:
+        """Returns what the model reads of a text, or of token ids, which are complete."""
+        if not isinstance(given, str):
+            check_prompts(self.model, self.tokenizer, [given])
+            return list(given)
+        _check_text(given)
+        ids = [*self.tokenizer.encode(given), self.tokenizer.eos_id]
+        return [int(i) for i in self.form.prompt(ids)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids, with special tokens, and with what follows an eos."""
+        parts: list[str] = []
+        part: list[int] = []
+        eos, end = self.tokenizer.eos_id, self.tokenizer.special_tokens.get("eos_token", "")
+        for i in ids:
+            if i == eos:
+                parts += [self.tokenizer.decode(part), end]
+                part = []
+            else:
+                part.append(i)
+        return "".join([*parts, self.tokenizer.decode(part)])
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Returns what the model reads of a conversation.
+
+        With a chat template, its text is encoded as it is, since it has the special tokens that
+        begin and end it. An encoder-decoder without one reads a single message of the user.
+
+        Raises:
+          ValueError: if the model has no chat template and there are other messages.
+        """
+        for message in messages:
+            _check_text(message.text)
+        if self.tokenizer.chat_template:
+            text = self._template.prompt([{"role": m.role, "content": m.text} for m in messages])
+            return list(self.tokenizer.encode(text)) or [self.form.nothing]
+        if self.model.kind == "encoder_decoder" and [m.role for m in messages] == ["user"]:
+            return self.prompt(messages[0].text)
+        single = "a single message of the role user, or " if self.model.kind != "decoder" else ""
+        raise ValueError(
+            f"{self.name} has no chat template, so it cannot read this conversation; send {single}"
+            "a prompt to /v1/completions"
+        )
+
+    @functools.cached_property
+    def _template(self) -> Any:
+        from t5jax.data.prompts.chat import ChatTemplate
+
+        return ChatTemplate().bind(self.tokenizer)
+
+    # --- Options ----------------------------------------------------------------------------------
+
+    def options(self, body: GenerationBody, num_answers: int) -> GenerationOptions:
+        """Returns how the answers to a request are written.
+
+        Raises:
+          ValueError: if options contradict each other.
+        """
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(body, name) for name in (*names, "no_repeat_ngram_size")}
+        given["min_tokens"] = body.min_tokens
+        if num_answers > 1 and not given["temperature"]:
+            if given["temperature"] == 0:
+                raise ValueError(
+                    f"{num_answers} answers with temperature 0 would all be the same; set "
+                    "temperature to draw tokens, or n and best_of to 1"
+                )
+            given["temperature"] = 1.0
+        if given["temperature"] == 0:
+            # As in OpenAI's interface, these are no contradiction.
+            given |= dict.fromkeys(("top_k", "top_p", "min_p"))
+        given = {name: value for name, value in given.items() if value is not None}
+        options = self._options_of(tuple(sorted(given.items())))
+        stop = body.stop or ()
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+        changes: dict[str, Any] = {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        return dataclasses.replace(options, seed=seed, **changes)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019
+    def _options_of(self, given: tuple[tuple[str, Any], ...]) -> GenerationOptions:
+        return decoding.options_of(self._generation, dict(given))
+
+    @functools.cached_property
+    def _generation(self) -> dict[str, Any]:
+        """What generation_config.json says of how answers are written."""
+        source = self.pretrained.source
+        generation = {} if source is None else source.generation()
+        if (generation.get("num_beams") or 1) > 1:
+            _log.warning(
+                "%s: generation_config.json asks for %s beams; the server writes without beam "
+                "search",
+                *(self.name, generation["num_beams"]),
+            )
+        return {name: value for name, value in generation.items() if name not in _NOT_SERVED}
+
+    def max_tokens(self, body: CompletionBody | ChatBody, prompt: Sequence[int]) -> int:
+        """Returns the maximum length of the answer to a prompt in tokens.
+
+        Raises:
+          ValueError: if there is no room for it.
+        """
+        assert self.engine is not None
+        room = self.engine.room(prompt)
+        asked = body.max_tokens
+        if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+            if asked not in (None, body.max_completion_tokens):
+                raise ValueError(
+                    f"max_tokens is {asked} and max_completion_tokens "
+                    f"{body.max_completion_tokens}; set only one of them"
+                )
+            asked = body.max_completion_tokens
+        if asked is None:
+            return room
+        if asked > room:
+            raise ValueError(
+                f"max_tokens is {asked}, but behind a prompt of {len(prompt)} tokens there is room "
+                f"for {room}; set it to at most {room}, or shorten the prompt"
+            )
+        return asked
+
+    # --- What needs no slot -----------------------------------------------------------------------
+
+    def submit(self, function: Any, *args: Any) -> "concurrent.futures.Future[Any]":
+        """Runs a method below in the model's own thread.
+
+        Raises:
+          QueueFull: if too many wait already.
+        """
+        with self._lock:
+            if self._queued >= self._options.max_waiting:
+                raise QueueFull(f"{self._queued} requests wait already")
+            self._queued += 1
+
+        def run() -> Any:
+            try:
+                return function(*args)
+            finally:
+                with self._lock:
+                    self._queued -= 1
+
+        return self._worker.submit(run)
+
+    def prompt_scores(self, prompt: Sequence[int]) -> decoding.Score:
+        """Returns the log-probabilities of a decoder's prompt after its first token."""
+        from t5jax.decoding.scoring import score
+
+        pretrained = self.pretrained
+        return score(
+            *(self.model, pretrained.params, [prompt[:1]], [prompt[1:]]),
+            form=self.form,
+            kind=self.model.kind,
+            mesh=pretrained.mesh,
+            rules=pretrained.rules,
+            batch_size=1,
+            num_top=min(NUM_TOP, self.model.vocab_size),
+        )[0]
+
+    def embed(self, body: EmbeddingBody) -> tuple[np.ndarray, int]:
+        """Returns the vectors of texts, float32 [N, D], and the number of their tokens.
+
+        Raises:
+          ValueError: if the model has no encoder, or a text is too long.
+        """
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        ids = [self.prompt(text) for text in texts]
+        for number, row in enumerate(ids):
+            if len(row) > self.max_prompt:
+                raise ValueError(
+                    f"input {number} has {len(row)} tokens, but this server takes at most "
+                    f"{self.max_prompt}; shorten it"
+                )
+        return self._embed(ids, body.pooling), sum(map(len, ids))
+
+    def _embed(self, ids: Sequence[Sequence[int]], pooling: Any) -> np.ndarray:
+        vectors = []
+        for start in range(0, len(ids), _EMBEDDING_ROWS):
+            chunk = list(ids[start : start + _EMBEDDING_ROWS])
+            rows = 1 if len(chunk) == 1 else _EMBEDDING_ROWS  # Few shapes are compiled.
+            padded = chunk + [chunk[0]] * (rows - len(chunk))
+            found = self.pretrained.embed_ids(padded, pooling=pooling, batch_size=rows)
+            vectors.append(found[: len(chunk)])
+        return np.concatenate(vectors)
+
+
+def encoded(vector: np.ndarray, encoding_format: str) -> str | list[float]:
+    """Returns a float32 vector as a list of numbers, or as base64 of its bytes."""
+    if encoding_format == "base64":
+        return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+    return [float(x) for x in vector]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "a text has half of a surrogate pair, which is no character; send valid Unicode"
+        ) from None

@@ -1,0 +1,213 @@
+"""Continuous batching: an answer does not depend on those beside it, and no slot is lost."""
+
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from conformance.cases import LOGITS, random_params
+from serving import live
+from serving.live import GPT, T5, Listener, engine_of, wait_for
+from t5jax.decoding import GenerationOptions
+from t5jax.serving import slots
+from t5jax.serving.engine import QueueFull, Request, Stopping
+
+MODELS = {"encoder_decoder": T5, "decoder": GPT}
+DRAW = GenerationOptions(temperature=1.0, top_k=30, top_p=0.9, seed=7)
+REPEAT = GenerationOptions(repetition_penalty=1.3, no_repeat_ngram_size=2, min_tokens=9)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def engine(request):
+    with engine_of(MODELS[request.param]) as engine:
+        yield engine
+
+
+def requests(max_tokens=12):
+    rng = np.random.default_rng(0)
+    options = (GenerationOptions(), DRAW, REPEAT)
+    return [
+        Request(tuple(rng.integers(3, 200, n).tolist()), max_tokens, options[i % 3], number=i)
+        for i, n in enumerate((3, 16, 9, 1, 12, 5, 7))
+    ]
+
+
+def test_alone_in_company_and_joining_give_the_same(engine):
+    alone = [Listener(engine, request).result() for request in requests()]
+    together = [listener.result() for listener in [Listener(engine, r) for r in requests()]]
+    joining = []
+    for request in requests():
+        joining.append(Listener(engine, request))
+        wait_for(lambda: joining[-1].answer.num_tokens)
+    joining = [listener.result() for listener in joining]
+    assert len({tuple(ids) for ids, *_ in alone}) > 4, "all alike would prove little"
+    for one, *others in zip(alone, together, joining, strict=True):
+        for other in others:
+            assert (one[0], one[2:]) == (other[0], other[2:])
+            np.testing.assert_allclose(one[1], other[1], atol=2e-5)
+    assert engine.num_running == engine.num_waiting == 0
+
+
+def test_greedy_tokens_and_log_probabilities_are_those_of_the_whole_sequence(engine):
+    model, params = engine.model, random_params(engine.model)
+    request = requests()[0]
+    ids, logprobs, _, reason = Listener(engine, request).result()
+    assert reason == ("stop" if ids[-1] == 1 else "length")
+    read = [0, *ids[:-1]] if model is T5 else [*request.prompt, *ids[:-1]]
+    batch = {"decoder_input_tokens": np.array([read], np.int32)}
+    if model is T5:
+        batch["encoder_input_tokens"] = np.array([request.prompt], np.int32)
+    logits = LOGITS(model, params, batch)[0, -len(ids) :]
+    assert ids == logits.argmax(-1).tolist()
+    expected = jax.nn.log_softmax(logits)[np.arange(len(ids)), np.array(ids)]
+    np.testing.assert_allclose(logprobs, expected, atol=2e-5)
+
+
+def test_the_bits_of_an_answer_do_not_depend_on_company():
+    with engine_of(GPT, batch_invariant=True) as engine:
+        alone = [Listener(engine, request).result() for request in requests()]
+        together = [listener.result() for listener in [Listener(engine, r) for r in requests()]]
+    assert alone == together
+
+
+def test_nothing_is_compiled_after_the_start(engine):
+    programs = (slots.prefill, slots.insert, slots.move, slots.decode)
+    before = [program._cache_size() for program in programs]
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        listeners = [
+            Listener(
+                engine,
+                Request(
+                    tuple(rng.integers(3, 200, rng.integers(1, 17)).tolist()),
+                    int(rng.integers(1, 16)),
+                    DRAW,
+                    num_top=int(rng.integers(3)),
+                    streaming=bool(rng.integers(2)),
+                ),
+            )
+            for _ in range(int(rng.integers(1, 9)))
+        ]
+        for listener in listeners:
+            listener.result()
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_several_answers_to_a_prompt_differ_and_a_seed_repeats_them(engine):
+    prompt = (9, 10, 11)
+    first, second = (
+        [Listener(engine, Request(prompt, 8, DRAW, number=i)).result()[0] for i in (0, 1)]
+        for _ in range(2)
+    )
+    assert first == second
+    assert first[0] != first[1]
+
+
+def test_the_most_probable_tokens_are_reported(engine):
+    listener = Listener(engine, Request((5, 6, 7), 3, num_top=4))
+    listener.result()
+    for token in (token for piece in listener.pieces for token in piece.tokens):
+        ids, logprobs = zip(*token.top, strict=True)
+        assert len(ids) == 4
+        assert token.id == ids[0]
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+        assert logprobs[0] == pytest.approx(token.logprob, abs=1e-5)
+
+
+def test_a_stop_text_ends_an_answer_before_it(engine):
+    # Letters alone, so that every token has a text.
+    letters = tuple(range(100, 126))
+    options = GenerationOptions(temperature=5.0, seed=1)
+    for seed in range(50):
+        options = GenerationOptions(temperature=5.0, seed=seed)
+        _, _, whole, _ = Listener(engine, Request(letters[:5], 16, options)).result()
+        if len(whole) >= 4:
+            break
+    stop = whole[2:4]
+    options = GenerationOptions(temperature=5.0, seed=seed, stop=("nowhere", stop))
+    listener = Listener(engine, Request(letters[:5], 16, options))
+    _, _, text, reason = listener.result()
+    assert (text, reason) == (whole[: whole.index(stop)], "stop")
+    # Nothing of it was sent too early.
+    assert all(stop[0] not in piece.text or text.count(stop[0]) for piece in listener.pieces)
+
+
+def test_who_gives_up_frees_the_slot_and_disturbs_nobody(engine):
+    long = Request((8, 9), 15, GenerationOptions(min_tokens=15), streaming=True)
+    expected = Listener(engine, long).result()
+    listeners = [Listener(engine, long) for _ in range(9)]
+    for listener in listeners[::2]:
+        listener.answer.cancel()
+    results = [listener.result() for listener in listeners]
+    assert all(result[0] == expected[0] for result in results[1::2])
+    assert {result[3] for result in results[::2]} <= {"cancelled", "length"}
+    assert engine.num_running == 0
+
+
+def test_a_deadline_ends_an_answer(engine):
+    request = Request((8, 9), 15, deadline=time.monotonic() - 1)
+    assert Listener(engine, request).result()[2:] == ("", "timeout")
+
+
+def test_too_many_are_refused_all_or_none(engine):
+    request = Request((8, 9), 15)
+    room = engine.size.rows + engine.options.max_waiting
+    before = engine.counters.requests
+    with pytest.raises(ValueError, match="fewer at a time"):
+        engine.submit([request] * (room + 1), [print] * (room + 1))
+    assert engine.counters.requests == before
+    listeners, refused = [], 0
+    for _ in range(3 * room):
+        try:
+            listeners.append(Listener(engine, request))
+        except QueueFull:
+            refused += 1
+    assert refused
+    assert engine.counters.requests == before + len(listeners)
+    for listener in listeners:
+        listener.result()
+    for wrong in (Request((8,) * 40, 1), Request((8,), 99), Request((8,), 0), Request((999,), 1)):
+        with pytest.raises(ValueError, match="prompt|max_tokens"):
+            Listener(engine, wrong)
+
+
+def test_stopping_finishes_what_has_begun():
+    with engine_of(GPT) as engine:
+        listeners = [Listener(engine, Request((8, 9), 15)) for _ in range(8)]
+        assert engine.stop(30)
+        assert all(listener.result()[3] in ("length", "stop") for listener in listeners)
+        with pytest.raises(Stopping):
+            Listener(engine, Request((8, 9), 15))
+
+
+def test_a_listener_that_fails_stops_only_its_own_answer(engine):
+    def fail(piece):
+        raise RuntimeError("mine")
+
+    (answer,) = engine.submit([Request((8, 9), 15)], [fail])
+    Listener(engine, Request((8, 9), 15)).result()
+    wait_for(lambda: answer.finished)
+    assert engine.is_alive
+
+
+def test_an_encoder_writes_nothing():
+    with pytest.raises(ValueError, match="encoder"), engine_of(T5.encoder_alone()):
+        pass
+
+
+def test_memory_decides_how_many_slots_there_are(monkeypatch):
+    found = live.pretrained(GPT)
+
+    def slots_with(free):
+        monkeypatch.setattr("t5jax.serving.engine.free_memory", lambda mesh: (free, 32))
+        options = live.EngineOptions(max_length=32)
+        return live.Engine(GPT, found.params, found.tokenizer, found.mesh, options=options)
+
+    one = slots_with(10**9).bytes_per_slot
+    # Keys and values of 32 tokens are most of it.
+    assert one > 2 * 32 * GPT.num_kv_heads * GPT.head_dim * 4
+    assert slots_with(10**9).size.rows == 32
+    assert slots_with(10 * one).size.rows == 6
+    with pytest.raises(ValueError, match="max_length"):
+        slots_with(one / 2)

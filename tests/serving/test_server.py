@@ -1,0 +1,381 @@
+"""OpenAI's interface over live models: its own client, streams, clients that leave, bad bodies."""
+
+import base64
+import concurrent.futures
+import json
+import logging
+import socket
+import time
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from conformance.cases import LOGITS, random_params
+from serving.live import GPT, T5, running, served, wait_for
+from t5jax.serving.server import make_app
+
+KEY = "a-key-of-many-letters"
+MESSAGES = [{"role": "user", "content": "abc"}]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return served("t5", T5, batch_invariant=True), served("gpt", GPT, batch_invariant=True)
+
+
+@pytest.fixture(scope="module")
+def url(models):
+    with running(*models, max_body_bytes=20_000) as url:
+        yield url
+        engines = [model.engine for model in models]
+        wait_for(lambda: not any(e.num_running + e.num_waiting for e in engines))
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def ask(url, path="/v1/completions", **body):
+    return httpx.post(url + path, json=body, timeout=60)
+
+
+# --- OpenAI's client ----------------------------------------------------------------------------
+
+
+def test_the_models_are_listed(client):
+    assert [model.id for model in client.models.list()] == ["t5", "gpt"]
+    assert client.models.retrieve("gpt").id == "gpt"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt9")
+
+
+def test_a_completion_is_greedy_and_its_stream_has_the_same_text(client):
+    asked = {"model": "t5", "prompt": "abc", "max_tokens": 8}
+    whole = client.completions.create(**asked)
+    assert client.completions.create(**asked, temperature=0).choices == whole.choices
+    pieces = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    *pieces, last = pieces
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage
+    assert whole.usage.prompt_tokens == 4  # With eos.
+
+
+def test_a_chat_and_its_stream(client):
+    asked = {"model": "t5", "messages": MESSAGES, "max_tokens": 8}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    message = whole.choices[0].message
+    prompt = client.completions.create(model="t5", prompt="abc", max_tokens=8)
+    assert (message.role, message.content) == ("assistant", prompt.choices[0].text)
+    for token in whole.choices[0].logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == pytest.approx(token.logprob)
+    pieces = list(client.chat.completions.create(**asked, stream=True))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == message.content
+
+
+def test_several_answers_are_drawn_and_the_best_are_kept(client):
+    asked = {"model": "gpt", "prompt": ["abc", "d"], "max_tokens": 6, "seed": 3}
+    three = client.completions.create(**asked, n=3, logprobs=1)
+    assert [choice.index for choice in three.choices] == list(range(6))
+    texts = [tuple(choice.logprobs.tokens) for choice in three.choices]
+    assert len(set(texts)) == 6
+    again = client.completions.create(**asked, n=3, logprobs=1)
+    assert [tuple(choice.logprobs.tokens) for choice in again.choices] == texts
+    best = client.completions.create(**asked, n=1, best_of=3, logprobs=1)
+
+    def mean(choice):
+        return np.mean(choice.logprobs.token_logprobs)
+
+    expected = [max(three.choices[i : i + 3], key=mean) for i in (0, 3)]
+    found = [choice.logprobs.tokens for choice in best.choices]
+    assert found == [choice.logprobs.tokens for choice in expected]
+    assert best.usage == three.usage  # All that was written counts.
+
+
+def test_echo_gives_the_log_probabilities_of_a_prompt_as_lm_eval_reads_them(client):
+    prompt = [60, 61, 62, 70]
+    answer = client.completions.create(
+        model="gpt", prompt=[prompt], max_tokens=1, logprobs=1, echo=True, temperature=0
+    )
+    logprobs = answer.choices[0].logprobs
+    lengths = {len(getattr(logprobs, name)) for name in type(logprobs).model_fields}
+    assert lengths == {len(prompt) + 1}
+    assert logprobs.token_logprobs[0] is None
+    logits = LOGITS(GPT, random_params(GPT), {"decoder_input_tokens": np.array([prompt])})[0]
+    expected = np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+    own = [expected[i, token] for i, token in enumerate(prompt[1:])]
+    np.testing.assert_allclose(logprobs.token_logprobs[1:4], own, atol=2e-5)
+    for i, top in enumerate(logprobs.top_logprobs[1:]):
+        assert max(top.values()) == pytest.approx(expected[i].max(), abs=2e-5)
+    assert answer.choices[0].text.startswith("9:;C")
+
+
+def test_embeddings_as_numbers_and_as_the_client_asks_for_them(client, url, models):
+    texts = ["a", "bcd", "e"]
+    found = client.embeddings.create(model="t5", input=texts)  # In base64.
+    vectors = np.array([item.embedding for item in found.data])
+    np.testing.assert_allclose(vectors, models[0].pretrained.embed(texts), atol=1e-5)
+    assert found.usage.prompt_tokens == 8
+    plain = ask(url, "/v1/embeddings", model="t5", input="a", encoding_format="float").json()
+    np.testing.assert_allclose(plain["data"][0]["embedding"], vectors[0], atol=1e-5)
+    coded = ask(url, "/v1/embeddings", model="t5", input="a", encoding_format="base64").json()
+    data = base64.b64decode(coded["data"][0]["embedding"])
+    np.testing.assert_allclose(np.frombuffer(data, "<f4"), vectors[0], atol=1e-5)
+
+
+def test_the_tokenizer_over_http(url):
+    assert ask(url, "/tokenize", prompt="ab").json()["tokens"] == [100, 101, 1]
+    bare = ask(url, "/tokenize", prompt="ab", add_special_tokens=False).json()
+    assert (bare["tokens"], bare["count"]) == ([100, 101], 2)
+    assert ask(url, "/detokenize", tokens=[100, 101, 1]).json() == {"prompt": "ab</s>"}
+    info = httpx.get(f"{url}/tokenizer_info").json()
+    assert (info["eos_token"], info["chat_template"]) == ("</s>", None)
+
+
+# --- What is refused ----------------------------------------------------------------------------
+
+WRONG = {
+    "no prompt": {"prompt": ...},
+    "a number for a prompt": {"prompt": 3},
+    "an empty list": {"prompt": []},
+    "a mixed list": {"prompt": ["a", 3]},
+    "half a character": {"prompt": "\ud800"},
+    "an id without an embedding": {"prompt": [999]},
+    "a negative id": {"prompt": [-1]},
+    "a prompt that is too long": {"prompt": "a" * 100},
+    "an answer that is too long": {"max_tokens": 99},
+    "no tokens": {"max_tokens": 0},
+    "a text for a number": {"max_tokens": "3"},
+    "true for a number": {"temperature": True},
+    "a negative temperature": {"temperature": -1},
+    "infinity": {"temperature": float("inf")},
+    "not a number": {"top_p": float("nan")},
+    "no probability": {"top_p": 0},
+    "an unknown option": {"max_token": 3},
+    "a penalty that is not implemented": {"presence_penalty": 0.5},
+    "equal answers": {"n": 2, "temperature": 0},
+    "more than the best": {"n": 3, "best_of": 2},
+    "a stream of the best": {"best_of": 2, "stream": True},
+    "options of no stream": {"stream_options": {"include_usage": True}},
+    "an empty stop text": {"stop": ""},
+    "too many alternatives": {"logprobs": 21},
+    "a prompt of an encoder echoed": {"echo": True, "logprobs": 1},
+    "too many at once": {"prompt": ["a"] * 100},
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_wrong_body_is_answered_with_what_is_wrong(url, change):
+    body = {"model": "t5", "prompt": "abc", "max_tokens": 4} | change
+    body = {name: value for name, value in body.items() if value is not ...}
+    answer = httpx.post(f"{url}/v1/completions", content=json.dumps(body), headers=JSON)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) > 10
+    assert "Traceback" not in error["message"]
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "headers", "status"),
+    [
+        ("/v1/completions", b"{", JSON, 400),
+        ("/v1/completions", b"[1]", JSON, 400),
+        ("/v1/completions", b"\xff\xfe", JSON, 400),
+        ("/v1/completions", b"null", JSON, 400),
+        ("/v1/completions", b'{"model": "t5", "prompt": "a"}', {}, 400),
+        ("/v1/completions", b" " * 30_000, JSON, 413),
+        ("/v1/completions", b'{"model": "nope", "prompt": "a"}', JSON, 404),
+        ("/v1/nothing", b"{}", JSON, 404),
+        ("/v1/models", b"{}", JSON, 405),
+        ("/v1/embeddings", b'{"model": "gpt", "input": "a"}', JSON, 400),
+        ("/v1/embeddings", b'{"model": "t5", "input": []}', JSON, 400),
+        ("/v1/embeddings", b'{"model": "t5", "input": "a", "pooling": "pooler"}', JSON, 400),
+        ("/v1/chat/completions", b'{"model": "t5", "messages": []}', JSON, 400),
+        (
+            "/v1/chat/completions",
+            b'{"model": "gpt", "messages": [{"role": "user", "content": "a"}]}',
+            JSON,
+            400,
+        ),
+        (
+            "/v1/chat/completions",
+            b'{"model": "t5", "messages": [{"role": "tool", "content": "a"}]}',
+            JSON,
+            400,
+        ),
+    ],
+)
+def test_errors_have_openais_form(url, path, content, headers, status):
+    answer = httpx.post(url + path, content=content, headers=headers)
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_parts_of_a_body_that_never_ends_are_not_kept(url):
+    def parts():
+        while True:
+            yield b" " * 1000
+
+    with httpx.stream("POST", f"{url}/v1/completions", content=parts(), headers=JSON) as answer:
+        assert answer.status_code == 413
+
+
+# --- Clients that leave, and full queues ----------------------------------------------------------
+
+
+def slow_request(url, **changes):
+    """Begins a request of many answers on a socket of its own."""
+    body = {"model": "t5", "prompt": ["abc"] * 8, "max_tokens": 30, "min_tokens": 30} | changes
+    content = json.dumps(body).encode()
+    connection = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        + b"Content-Length: %d\r\n\r\n" % len(content)
+        + content
+    )
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slots(url, models, stream, monkeypatch):
+    engine = models[0].engine
+    before = engine.counters.finished["cancelled"]
+    decode = type(engine)._decode
+
+    def slowly(*args):
+        time.sleep(0.05)
+        return decode(*args)
+
+    monkeypatch.setattr(type(engine), "_decode", slowly)
+    connection = slow_request(url, stream=stream)
+    wait_for(lambda: engine.num_running == 4)
+    connection.close()
+    wait_for(lambda: not engine.num_running + engine.num_waiting)
+    assert engine.counters.finished["cancelled"] > before
+
+
+def test_a_full_queue_says_when_to_come_again_and_others_are_not_disturbed(url, models):
+    alone = ask(url, model="t5", prompt="abc", max_tokens=8).json()["choices"]
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        asked = [pool.submit(ask, url, model="t5", prompt="abc", max_tokens=8) for _ in range(60)]
+        answers = [future.result() for future in asked]
+    assert {answer.status_code for answer in answers} <= {200, 429}
+    for answer in answers:
+        if answer.status_code == 200:
+            assert answer.json()["choices"] == alone
+        else:
+            assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_what_takes_too_long_is_given_up(models, url, monkeypatch):
+    monkeypatch.setattr("t5jax.serving.server._deadline", lambda server: time.monotonic())
+    assert ask(url, model="t5", prompt="abc").status_code == 504
+
+
+# --- Operation ------------------------------------------------------------------------------------
+
+
+def test_health_readiness_and_figures(url):
+    assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
+    ask(url, model="t5", prompt="abc", max_tokens=2)
+    text = httpx.get(f"{url}/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+    assert float(figures['t5jax_slots{model="t5"}']) == 4
+    assert float(figures['t5jax_running{model="t5"}']) == 0
+    assert float(figures['t5jax_written_tokens_total{model="t5"}']) > 0
+    path = 't5jax_http_requests_total{path="/v1/completions",status="200"}'
+    assert float(figures[path]) > 0
+
+
+def test_the_interface_describes_itself(url):
+    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"} <= set(paths)
+
+
+@pytest.mark.parametrize("name", ["", "page/page.js", "page/page.css"])
+def test_the_page_loads_nothing_from_elsewhere(url, name):
+    answer = httpx.get(f"{url}/{name}")
+    assert answer.status_code == 200
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert "http://" not in answer.text.replace("http://www.w3.org", "")
+    assert "https://" not in answer.text
+    assert httpx.get(f"{url}/page/../server.py").status_code == 404
+
+
+def transport(models, **options):
+    from t5jax.serving.server import ServerOptions
+
+    app = make_app(models, ServerOptions(**options))
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x"), app
+
+
+def test_a_key_is_needed_where_there_are_keys(models, url, caplog):
+    caplog.set_level(logging.DEBUG)
+
+    async def run():
+        client, _ = transport(models, api_keys=("another-key-of-letters", KEY))
+        statuses = {}
+        for name, headers in {
+            "none": {},
+            "wrong": {"Authorization": f"Bearer {KEY}x"},
+            "another scheme": {"Authorization": f"Basic {KEY}"},
+            "right": {"Authorization": f"Bearer {KEY}"},
+        }.items():
+            answer = await client.get("/v1/models", headers=headers)
+            statuses[name] = answer.status_code
+        for path in ("/metrics", "/openapi.json"):
+            assert (await client.get(path)).status_code == 401
+        for path in ("/", "/health", "/ready", "/page/page.js"):
+            assert (await client.get(path)).status_code == 200
+        return statuses
+
+    import asyncio
+
+    statuses = asyncio.run(run())
+    assert statuses == {"none": 401, "wrong": 401, "another scheme": 401, "right": 200}
+    assert KEY not in caplog.text
+
+
+def test_while_it_stops_new_requests_are_refused(models, url):
+    async def run():
+        client, app = transport(models)
+        app.state.server.stopping = True
+        ready, asked = await client.get("/ready"), await client.get("/v1/models")
+        health = await client.get("/health")
+        return ready, asked, health
+
+    import asyncio
+
+    ready, asked, health = asyncio.run(run())
+    assert (ready.status_code, asked.status_code, health.status_code) == (503, 503, 200)
+    assert asked.headers["Retry-After"]
+
+
+def test_more_requests_than_are_answered_at_a_time(models, url):
+    async def run():
+        client, _ = transport(models, max_concurrent=0)
+        return await client.get("/v1/models")
+
+    import asyncio
+
+    assert asyncio.run(run()).status_code == 429
+
+
+def test_prompts_and_answers_are_not_logged(url, caplog):
+    caplog.set_level(logging.DEBUG)
+    answer = ask(url, model="t5", prompt="xyzzy", max_tokens=8)
+    assert answer.status_code == 200
+    assert ask(url, model="t5", prompt="xyzzy" * 50).status_code == 400
+    assert "xyzzy" not in caplog.text
