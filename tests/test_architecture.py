@@ -22,12 +22,8 @@ MODULES = {
 ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
-<<<<<<< HEAD
-    {"t5jax.train"},
-    {"t5jax.plan"},
-=======
     {"t5jax.train", "t5jax.serving"},
->>>>>>> 6f25b14 (Serving: t5jax serve, OpenAI's interface over an engine with continuous batching; a page)
+    {"t5jax.plan"},
     {"t5jax.pretrained", "t5jax.program"},
     {"t5jax.evaluate", "t5jax.convert"},
     {"t5jax.source"},
