@@ -1,6 +1,7 @@
 """Conversion of models: export to a Hugging Face folder, import as a run."""
 
 import dataclasses
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import check_destination
 from t5jax.source import Source, find
+
+_log = logging.getLogger(__name__)
 
 
 def export_model(
@@ -54,6 +57,9 @@ def export_model(
             "ctranslate2), or leave it out"
         )
     source = find(model) if isinstance(model, str) else model
+    tokenizer = source.own_tokenizer()
+    if tokenizer is None:
+        _log.warning("%s holds no tokenizer, so only its weights are exported", source.path)
     description, params = source.read(encoder_only=encoder_only)
     hf_io.save_params(
         output,
@@ -61,7 +67,7 @@ def export_model(
         params,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        tokenizer=source.tokenizer(),
+        tokenizer=tokenizer,
         generation=_stopping(source.generation(), description),
         overwrite=overwrite,
     )

@@ -1,5 +1,6 @@
 """Finds and reads models: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from t5jax.hf import hub
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.t5x import files as t5x_files
-from t5jax.tokenizers import Tokenizer, load_tokenizer
+from t5jax.tokenizers import MissingTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         return self.loaded_tokenizer or load_tokenizer(self._tokenizer_folder)
+
+    def own_tokenizer(self) -> Tokenizer | None:
+        """Returns the tokenizer, None if the folder has weights alone."""
+        try:
+            return self.tokenizer()
+        except MissingTokenizer:
+            return None
 
     def generation(self) -> dict[str, Any]:
         """Returns the generation_config.json that the model was published with, {} for none."""
@@ -148,27 +156,31 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def find(name_or_path: str) -> Source:
+def find(name_or_path: str, vocabulary: str = "") -> Source:
     """Finds a model without reading its weights; for a run, its best checkpoint.
 
+    Args:
+      name_or_path: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run.
+      vocabulary: the tokenizer to use instead of the model's own, as for `load_tokenizer`.
     Raises:
       ValueError: if there is no such model, or its family is unknown.
     """
+    tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     path = Path(name_or_path).expanduser()
     if checkpoint.is_run(path):
         path = checkpoint.best_checkpoint(path)
     if checkpoint.is_checkpoint(path):
-        return Source(path, checkpoint.read_config(path))
+        return Source(path, checkpoint.read_config(path), tokenizer)
     if path.is_dir() and t5x_files.is_checkpoint(path):
         raise ValueError(
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
             "--vocabulary FILE`, and give OUTPUT here"
         )
     path = hub.resolve(name_or_path)
-    try:
-        tokenizer = load_tokenizer(path)
-    except ValueError:  # There is none, or `Source.tokenizer` will say what is wrong with it.
-        tokenizer = None
+    if tokenizer is None:
+        # If there is none, or it is damaged, `Source.tokenizer` will say so.
+        with contextlib.suppress(ValueError):
+            tokenizer = load_tokenizer(path)
     return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer)
 
 

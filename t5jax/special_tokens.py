@@ -48,6 +48,13 @@ def check_vocabulary(model: Architecture, tokenizer: Tokenizer) -> None:
     Special tokens may exceed the embedding, as that of Gemma 3's images does; they are refused
     where they occur.
     """
+    added = [i for affix in tokenizer.prompt_affixes or () for i in affix if i >= model.vocab_size]
+    if added:
+        raise ValueError(
+            f"{tokenizer} puts id {added[0]} around every text, but model.vocab_size is "
+            f"{model.vocab_size}: it has no embedding; name tokens of the vocabulary as bos_token "
+            "and eos_token in tokenizer_config.json"
+        )
     if set(range(model.vocab_size, tokenizer.vocab_size)) - tokenizer.special_ids:
         raise ValueError(
             f"the vocabulary {tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size is "
@@ -79,47 +86,75 @@ def reconcile(
 ) -> dict[str, Any]:
     """Returns the token ids that replace those of config.json.
 
-    A text ends with the tokenizer's eos, which training uses, and with the ids of
-    generation_config.json, or if it has none, with those of config.json. Ids beyond the rows of
-    the embedding are never written, and are left out.
+    An answer ends with the ids of generation_config.json, or if it has none, with those of
+    config.json, or if this has none either, with the tokenizer's eos. Ids beyond the rows of the
+    embedding are never written, and are left out.
 
     Args:
       raw: config.json.
       generation: generation_config.json; empty if there is none.
-      tokenizer: the folder's tokenizer, if there is one.
+      tokenizer: the tokenizer that the model is read with, if there is one.
     Raises:
       ValueError: if an id is not a whole number.
     """
     raw = _decoder_keys(raw)
-    places = {"generation_config.json": generation, "config.json": raw}
+    places = {"generation_config.json": dict(generation), "config.json": raw}
+    if raw.get("is_encoder_decoder") and generation.get("decoder_start_token_id") is None:
+        # As in transformers, which does not look into config.json then.
+        start = generation.get("bos_token_id")
+        places["generation_config.json"]["decoder_start_token_id"] = start
     ids: dict[str, Any] = {}
-    for key in (*_SINGLE, "eos_token_id"):
+    for key in ("bos_token_id", "decoder_start_token_id", "pad_token_id", "eos_token_id"):
         found = {name: _read_ids(place, key, name, raw) for name, place in places.items()}
         found = {name: value for name, value in found.items() if value}
         values = list(found.values())
-        if len(values) == 2 and not set(values[0]) & set(values[1]):
+        if key == "pad_token_id":  # That of generation_config.json fills answers up.
+            values.reverse()
+        elif len(values) == 2 and not set(values[0]) & set(values[1]):
             _log.warning(
                 "%s is %s in generation_config.json and %s in config.json; the former is taken",
                 *(key, _shown(values[0]), _shown(values[1])),
             )
-        if key in _SINGLE:
+        if key != "eos_token_id":
             ids |= {key: values[0][0]} if values else {}
             continue
-        ends = values[0] if values else []
         own = [] if tokenizer is None else _in_range([tokenizer.eos_id], raw)
-        if own and ends and own[0] not in ends:
+        ends = values[0] if values else own
+        if own and own[0] not in ends:
+            assert tokenizer is not None
             _log.warning(
-                "the tokenizer ends a text with %s (%r), but %s with %s; an answer ends with any "
-                "of them, and training uses the tokenizer's",
+                "the tokenizer ends a text with %s (%r), but %s with %s; answers end as the latter "
+                "says, as in transformers, and training teaches the former",
                 *(own[0], tokenizer.special_tokens.get("eos_token"), next(iter(found))),
                 _shown(ends),
             )
-        ends = list(dict.fromkeys([*own, *ends]))
+        # What training uses comes first.
+        ends = [*(i for i in own if i in ends), *(i for i in ends if i not in own)]
         ids |= {key: ends if len(ends) > 1 else ends[0]} if ends else {}
     bos = None if tokenizer is None else tokenizer.bos_id
     if "bos_token_id" not in ids and bos is not None and _in_range([bos], raw):
         ids["bos_token_id"] = bos
     return ids
+
+
+def trained_with(model: Architecture, tokenizer: Tokenizer) -> Architecture:
+    """Returns a description whose texts end with the tokenizer's eos, as training teaches it.
+
+    Raises:
+      ValueError: if it has no embedding.
+    """
+    eos, ends = tokenizer.eos_id, model.end_token_ids
+    if eos >= model.vocab_size:
+        raise ValueError(
+            f"{tokenizer} ends a text with {tokenizer.special_tokens.get('eos_token')!r}, whose id "
+            f"{eos} has no embedding: model.vocab_size is {model.vocab_size}; name a token of the "
+            "vocabulary as eos_token in tokenizer_config.json"
+        )
+    if eos == ends[0] or model.kind == "encoder":
+        return model
+    more = tuple(i for i in ends if i != eos)
+    fields: dict[str, Any] = {"eos_token_id": eos, "more_eos_token_ids": more}
+    return dataclasses.replace(model, **fields)
 
 
 def adapt(model: Architecture, tokenizer: Tokenizer) -> Architecture:
@@ -144,7 +179,6 @@ def adapt(model: Architecture, tokenizer: Tokenizer) -> Architecture:
     return dataclasses.replace(model, **new)
 
 
-_SINGLE = ("bos_token_id", "decoder_start_token_id", "pad_token_id")
 _NAMES = {"decoder_start_token_id": "bos_token_id", "pad_token_id": "pad_token_id"}
 
 

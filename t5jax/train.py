@@ -28,6 +28,7 @@ from t5jax.monitor import log, plot, progress, tables
 from t5jax.plan.compiled import load as load_step
 from t5jax.program import program
 from t5jax.source import Source, adopt, find
+from t5jax.special_tokens import trained_with
 
 # Schedules that depend on train.steps.
 FALLING = {"cosine", "linear"}
@@ -59,8 +60,11 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
     if config.init.model or loop.imported:
         # A run that has begun does not need its source, which may no longer exist.
         name = str(last or config.init.model)
-        source = find(name)
-        config = dataclasses.replace(config, model=adopt(config.model, source, name))
+        source = find(name, config.data.vocabulary)
+        model = adopt(config.model, source, name)
+        if own := source.own_tokenizer():
+            model = trained_with(model, own)
+        config = dataclasses.replace(config, model=model)
     if last:
         saved = checkpoint.read_config(last)
         if config.train.epochs is not None and config.train.epochs == saved.train.epochs:
@@ -83,8 +87,7 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
     # --- Data ---
     say("reading tasks")
     registry.load_tasks(config.data.task_files)
-    has_own = source and not config.data.vocabulary
-    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if has_own else None)
+    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
     rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
     sharding.check_lengths(iterator.spec, run.mesh, run.rules)

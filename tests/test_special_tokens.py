@@ -17,7 +17,8 @@ from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluate import Evaluator
 from t5jax.sharding import use_mesh
 from t5jax.source import find
-from t5jax.special_tokens import example_format
+from t5jax.special_tokens import example_format, trained_with
+from t5jax.tokenizers import load_tokenizer
 from tiny import one_device  # noqa: F401
 
 torch = pytest.importorskip("torch")
@@ -131,11 +132,14 @@ def test_without_an_eos_in_the_config_the_tokenizers_ends_a_text(changed, caplog
     assert not caplog.messages
 
 
-def test_a_contradiction_is_named_and_both_end_a_text(changed, caplog):
+def test_a_contradiction_is_named_and_an_answer_ends_as_in_transformers(changed, caplog):
     folder = changed("mistral")
     (folder / "generation_config.json").unlink()
     edit(folder / "config.json", eos_token_id=0)
-    assert find(str(folder)).model.end_token_ids == (2, 0)
+    source = find(str(folder))
+    assert source.model.end_token_ids == (0,)
+    # Training writes the tokenizer's, so that what it makes ends with that as well.
+    assert trained_with(source.model, source.tokenizer()).end_token_ids == (2, 0)
     [message] = caplog.messages
     assert "the tokenizer ends a text with 2 ('</s>'), but config.json with 0" in message
     edit(folder / "config.json", eos_token_id=7)
@@ -160,13 +164,44 @@ def test_a_small_vocabulary_does_not_have_the_ids_of_the_published_one(changed, 
 
 
 def test_no_eos_stays_at_the_end_of_a_prompt(changed, capsys):
-    """The tokenizer's eos is not that of config.json; both end an answer."""
+    """The tokenizer's eos is not that of config.json, which alone ends an answer."""
     folder = changed("mistral")
     edit(folder / "config.json", eos_token_id=0)
     edit(folder / "generation_config.json", eos_token_id=0)
-    their_model(folder)[0].generation_config.eos_token_id = [0, 2]
+    model = their_model(folder)[0]
+    with torch.no_grad():  # So that it is written often.
+        model.model.embed_tokens.weight[2] *= 3
+        model.lm_head.weight[2] *= 3
+    model.save_pretrained(folder)
+    their_model.cache_clear()
+    expected = their_answers(folder, PROMPTS, 12)
+    assert their_answers(folder, PROMPTS, 12, skip_special_tokens=False) != expected
+    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+
+
+def test_what_generation_config_leaves_out(changed, capsys):
+    """It alone counts in transformers, which starts an answer with bos then."""
+    folder = changed("t5")
+    edit(folder / "generation_config.json", decoder_start_token_id=..., bos_token_id=5)
     expected = their_answers(folder, PROMPTS, 12)
     assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+
+
+def test_settings_in_config_json_count_without_a_generation_config(changed, capsys):
+    folder = changed("umt5")
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", forced_bos_token_id=20)
+    assert find(str(folder)).generation() == {"forced_bos_token_id": 20}
+
+
+def test_the_tokenizer_of_a_folder_without_an_eos_takes_the_models(changed, tmp_path, capsys):
+    folder = changed("llama")
+    (folder / "tokenizer_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=[2, 1])
+    expected = their_answers(folder, PROMPTS, 12)
+    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+    find(str(folder)).tokenizer().save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_id == 2
 
 
 # --- Padding --------------------------------------------------------------------------------------
@@ -247,6 +282,21 @@ def test_a_vocabulary_that_exceeds_the_embedding_is_refused(command, changed, ca
     assert re.search(r"has \d+ ids, but model.vocab_size is \d+: texts may have ids", message)
 
 
+def test_special_tokens_that_are_named_but_not_in_the_vocabulary(changed, caplog):
+    """They get new ids, as in transformers, which may be beyond the embedding."""
+    folder = changed("mistral")
+    edit(folder / "tokenizer_config.json", eos_token="<|im_end|>")
+    source = find(str(folder))
+    assert "eos_token is '<|im_end|>', which is not in the vocabulary" in caplog.messages[0]
+    with pytest.raises(ValueError, match=r"whose id \d+ has no embedding: .*name a token of the"):
+        trained_with(source.model, source.tokenizer())
+    edit(folder / "tokenizer_config.json", eos_token="</s>", unk_token="<nothing>")
+    caplog.clear()
+    find(str(folder))
+    [message] = caplog.messages
+    assert "unk_token is '<nothing>', which is not in the vocabulary; it gets the id" in message
+
+
 def add_token(folder, text, special):
     content = json.loads((folder / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -270,6 +320,47 @@ def test_positions_that_the_model_did_not_learn_are_refused(made, capsys):
     assert "120 more are to be written, but this gpt2 has 96 positions" in message
     message = fails(capsys, "infer", folder, "--prompt", "sea " * 99, "--max-tokens", 2)
     assert "has 96 positions; shorten the prompt" in message
+
+
+# --- Folders of weights alone -----------------------------------------------------------------
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture
+def apart(changed, tmp_path):
+    """Returns a function that makes a folder of a family's weights, and one of its tokenizer."""
+
+    def separate(name):
+        folder, tokenizer = changed(name), tmp_path / "tokenizer"
+        tokenizer.mkdir()
+        for file in TOKENIZER_FILES:
+            (folder / file).rename(tokenizer / file)
+        return folder, tokenizer
+
+    return separate
+
+
+def test_weights_alone_take_what_ends_a_text_from_the_vocabulary(apart, caplog):
+    folder, tokenizer = apart("qwen3")
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=..., bos_token_id=...)
+    assert find(str(folder), str(tokenizer)).model.end_token_ids == (2,)
+    with pytest.warns(UserWarning, match="names no eos_token_id; 0 is taken"):
+        find(str(folder))
+
+
+def test_weights_alone_are_exported_alone(apart, tmp_path, capsys):
+    folder, tokenizer = apart("llama")
+    assert run(capsys, "export", folder, tmp_path / "out")[0] == 0
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    message = fails(capsys, "infer", tmp_path / "out", "--prompt", "sea")
+    assert "holds no tokenizer; expected spiece.model" in message
+    for file in TOKENIZER_FILES:  # The remedy.
+        shutil.copy(tokenizer / file, tmp_path / "out")
+    assert our_answers(capsys, tmp_path / "out", ["sea"], 3)
 
 
 # --- What is exported -----------------------------------------------------------------------------

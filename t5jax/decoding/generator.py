@@ -114,6 +114,8 @@ class Generator:
         answer = self.model.answer(tokens)
         end = tokens[len(answer) : len(answer) + 1]
         words = [i for i in end if i not in self.tokenizer.special_ids]
+        if not self.special_tokens:  # The tokenizer's eos need not be one that ends an answer.
+            answer = [i for i in answer if i != self.tokenizer.eos_id]
         return self.tokenizer.decode([*answer, *words], special_tokens=self.special_tokens)
 
     def _check_positions(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:

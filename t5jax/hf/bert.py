@@ -177,6 +177,12 @@ def read_config(raw: dict[str, Any], tensors: Tensors) -> BertConfig:
             f"config.json: hidden_act is {values['hidden_act']!r}, which is not implemented; "
             f"expected one of {', '.join(activations)}"
         )
+    for key in ("bos_token_id", "eos_token_id"):
+        if values[key] >= values["vocab_size"] and raw.get(key) is None:
+            raise ValueError(
+                f"config.json names no {key}, and there is no tokenizer that does; put the model's "
+                "vocab.txt or tokenizer.json into its folder"
+            )
     head = _read_head(raw, tensors)
     classifies = head in ("sequence_classification", "token_classification")
     if head == "sequence_classification":

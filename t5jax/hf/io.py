@@ -85,9 +85,28 @@ def read_config(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = No
 
 
 def read_generation(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the content of a folder's generation_config.json; {} if there is none."""
-    path = Path(folder) / GENERATION
-    return read_json(path) if path.is_file() else {}
+    """Returns how a folder's model generates text: the content of generation_config.json.
+
+    If there is none, settings in config.json count, as in transformers; token ids are left there.
+    """
+    path, config = Path(folder) / GENERATION, Path(folder) / CONFIG
+    if path.is_file():
+        return read_json(path)
+    raw = read_json(config) if config.is_file() else {}
+    return {key: raw[key] for key in _SETTINGS if raw.get(key) is not None}
+
+
+# Those that change a greedy answer or choose another strategy.
+_SETTINGS = re.findall(
+    r"\w+",
+    """
+    do_sample temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
+    num_beams num_beam_groups diversity_penalty length_penalty early_stopping penalty_alpha
+    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size min_length min_new_tokens bad_words_ids suppress_tokens
+    begin_suppress_tokens forced_bos_token_id forced_eos_token_id sequence_bias
+    """,
+)
 
 
 def save_generation(folder: str | os.PathLike[str], content: dict[str, Any]) -> None:

@@ -189,7 +189,8 @@ def _read_token_ids(raw: dict[str, Any]) -> dict[str, Any]:
         for keys in (raw["decoder"] | outer, raw["decoder"], raw["encoder"])
     )
     # transformers trains with the decoder's own ids, and generates with those of the whole model.
-    start = raw.get("decoder_start_token_id", fields["decoder_start_token_id"])
+    start = raw.get("decoder_start_token_id")
+    start = fields["decoder_start_token_id"] if start is None else start
     for key, found, expected in (
         ("bos_token_id", inner["decoder_start_token_id"], start),
         ("pad_token_id", encoder["pad_token_id"], fields["pad_token_id"]),

@@ -43,7 +43,8 @@ def read_token_ids(
             raise ValueError(f"config.json: {key} is {found}; expected whole numbers")
     if not ends:
         warnings.warn(
-            "config.json names no eos_token_id; 0 is taken, and may end a text too early",
+            "config.json names no eos_token_id; 0 is taken, and may end a text too early: set it "
+            "there, or add the model's tokenizer",
             stacklevel=3,
         )
         ends = [0]

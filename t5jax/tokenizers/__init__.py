@@ -16,13 +16,14 @@ from t5jax.tokenizers.byt5 import ByteTokenizer
 from t5jax.tokenizers.common import Tokenizer
 from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from t5jax.tokenizers.labels import LabelTokenizer
-from t5jax.tokenizers.load import load_tokenizer
+from t5jax.tokenizers.load import MissingTokenizer, load_tokenizer
 from t5jax.tokenizers.sentence_piece import SentencePieceTokenizer
 
 __all__ = [
     "ByteTokenizer",
     "HuggingFaceTokenizer",
     "LabelTokenizer",
+    "MissingTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
     "load_tokenizer",

@@ -6,6 +6,7 @@ tokenizer.json, and added tokens are in any of four files. So transformers reads
 belongs to the `tokenizers` library.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from tokenizers import models
 
 from t5jax.checks import first_line
 from t5jax.tokenizers.common import json_bytes, read_file, read_json
+
+_log = logging.getLogger(__name__)
 
 CONFIG = "tokenizer_config.json"
 _NAMES = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
@@ -69,12 +72,19 @@ def build(folder: Path, files: Mapping[str, bytes], name: str) -> Built:
         own = read_json(files, "special_tokens_map.json", name) | read_json(files, CONFIG, name)
         _check_word_pieces(theirs, [t for key, t in special.items() if key not in own], name)
     tokenizer = theirs.backend_tokenizer
+    _warn_of_new(tokenizer, special, files, name)
     cleans_up = theirs.clean_up_tokenization_spaces and (
         type(tokenizer.model).__name__ != "BPE"
         or theirs.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     )
     kept = {file: content for file, content in files.items() if file != "config.json"}
     config = read_json(files, CONFIG, name)
+    eos = _models_eos(files, name)
+    token = None if eos is None or eos < 0 else tokenizer.id_to_token(eos)
+    if token is not None and not {"eos_token", "sep_token"} & set(special):
+        # In transformers, what ends an answer need not be a special token of the tokenizer.
+        special["eos_token"] = config["eos_token"] = token
+        kept[CONFIG] = json_bytes(config)
     kind = _class_name(theirs)
     if "tokenizer.json" not in files:
         # A tokenizer that pads needs a token for it.
@@ -95,6 +105,37 @@ def read_tokenizer(files: Mapping[str, bytes], name: str) -> tokenizers.Tokenize
         return tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
     except Exception as error:  # The library raises Exception itself.
         raise ValueError(f"tokenizer.json in {name} is damaged: {error}") from None
+
+
+def _models_eos(files: Mapping[str, bytes], name: str) -> int | None:
+    """Returns the first id with which an answer ends, as config.json has it."""
+    eos = read_json(files, "config.json", name).get("eos_token_id")
+    first = eos[0] if isinstance(eos, list) and eos else eos
+    return first if type(first) is int else None
+
+
+def _warn_of_new(
+    tokenizer: tokenizers.Tokenizer,
+    special: Mapping[str, str],
+    files: Mapping[str, bytes],
+    name: str,
+) -> None:
+    """Warns of special tokens that are named without being in the vocabulary."""
+    listed = {
+        token["content"]
+        for token in read_json(files, "tokenizer.json", name).get("added_tokens") or []
+    }
+    listed |= set(read_json(files, "added_tokens.json", name))
+    decoder = read_json(files, CONFIG, name).get("added_tokens_decoder") or {}
+    listed |= {token["content"] for token in decoder.values()}
+    has = tokenizer.model.token_to_id
+    for field, token in special.items():
+        if token not in listed and has(token) is None:
+            _log.warning(
+                "%s: %s is %r, which is not in the vocabulary; it gets the id %d, as in "
+                "transformers, for which no model was trained",
+                *(name, field, token, tokenizer.token_to_id(token)),
+            )
 
 
 def _check_merges(folder: Path, files: Mapping[str, bytes], name: str) -> None:

@@ -97,13 +97,15 @@ def read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any
       file: the name of the file.
       name: the folder's name in error messages.
     Raises:
-      ValueError: if the file is not JSON.
+      ValueError: if the file is not JSON, or holds something else than an object.
     """
     try:
-        content: dict[str, Any] = json.loads(files.get(file, b"{}"))
-        return content
+        content = json.loads(files.get(file, b"{}"))
     except ValueError as error:
         raise ValueError(f"{file} in {name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} in {name} holds {content!r:.40}; expected a JSON object")
+    return content
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

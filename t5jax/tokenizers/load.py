@@ -35,6 +35,10 @@ _FILES = (
 _GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 
 
+class MissingTokenizer(ValueError):
+    """A folder has no files of a tokenizer."""
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Returns the tokenizer for a name, a file or a folder.
 
@@ -45,7 +49,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         gpt2_merges.txt); a folder with such files, as written by t5jax and Hugging Face; or a Hub
         name.
     Raises:
-      ValueError: if there is no such tokenizer, or its files are damaged.
+      ValueError: if there is no such tokenizer, or its files are damaged; MissingTokenizer if a
+        folder has none.
     """
     if source == "bytes":
         return ByteTokenizer()
@@ -99,7 +104,7 @@ def _load_folder(folder: Path) -> Tokenizer:
                 f"{name} adds tokens to the bytes of ByT5 ({', '.join(added[:3])}), which is not "
                 "supported; leave them out of its files"
             )
-        last = max(map(int, config.get("added_tokens_decoder", {})), default=0)
+        last = max(map(int, config.get("added_tokens_decoder") or {}), default=0)
         return ByteTokenizer(max(_extra_ids(config, 125), last - 258), files=files)
     # Others have such a file as well, which is not read as T5's (ALBERT).
     kind = (config.get("tokenizer_class") or "T5Tokenizer").removesuffix("Fast")
@@ -130,10 +135,11 @@ def _load_files(
     complete = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"vocab.txt"})
     if not any(names <= set(files) for names in complete):
         if "spiece.model" not in files and tokenizer_model.FILE not in files:
-            raise ValueError(
+            raise MissingTokenizer(
                 f"{name} holds no tokenizer; expected spiece.model, tokenizer.model, "
                 "tokenizer.json, vocab.json with merges.txt, vocab.txt, or a tokenizer_config.json "
-                "of a ByT5Tokenizer"
+                "of a ByT5Tokenizer: copy that of the model it was made from into it, or train it "
+                "with one from elsewhere (--data.vocabulary)"
             )
         if "spiece.model" not in files:
             files, folder = tokenizer_model.tokenizer_json_files(files, name), None
@@ -158,11 +164,11 @@ def _extra_ids(config: Mapping[str, Any], default: int) -> int:
 
 def _added_tokens(files: Mapping[str, bytes], name: str) -> list[str]:
     """Returns the tokens that were added to those of the vocabulary file."""
-    listed = read_json(files, "tokenizer.json", name).get("added_tokens", [])
+    listed = list(read_json(files, "tokenizer.json", name).get("added_tokens") or [])
     listed += list(read_json(files, "added_tokens.json", name))
     for file in ("special_tokens_map.json", CONFIG):
         config = read_json(files, file, name)
-        listed += config.get("added_tokens_decoder", {}).values()
+        listed += (config.get("added_tokens_decoder") or {}).values()
         for field in ("additional_special_tokens", "extra_special_tokens"):
             more = config.get(field) or []
             listed += more.values() if isinstance(more, dict) else more

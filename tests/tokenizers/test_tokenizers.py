@@ -262,6 +262,12 @@ def test_damaged_files_are_named(model, tmp_path):
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json in .*folder is not JSON"):
         load_tokenizer(folder)
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        (folder / "tokenizer_config.json").write_text("{}")
+        (folder / file).write_text("null")
+        with pytest.raises(ValueError, match=f"{file} in .* holds None; expected a JSON object"):
+            load_tokenizer(folder)
+        (folder / file).unlink()
 
 
 def test_a_model_without_padding_is_refused():
