@@ -205,40 +205,6 @@ def divisible_rules(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Axi
     return rules
 
 
-def state_shardings(state: Any, params_shardings: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of a state that contains trees like that of the parameters.
-
-    A leaf whose path ends in the path of a parameter, and which has its shape, gets its sharding
-    (such as Adam's moments); everything else is replicated (counts, factored moments).
-
-    Args:
-      state: a tree of arrays or ShapeDtypeStructs, such as an optimizer's state.
-      params_shardings: a tree of (shape, NamedSharding), as returned by `zip_shapes`.
-    """
-    by_path = {
-        tuple(str(key) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(
-            params_shardings, is_leaf=lambda x: isinstance(x, tuple)
-        )
-    }
-
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        keys = tuple(str(key) for key in path)
-        for start in range(len(keys)):
-            if keys[start:] in by_path:
-                shape, sharding = by_path[keys[start:]]
-                if shape == leaf.shape:
-                    return sharding
-        return NamedSharding(mesh, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(one, state)
-
-
-def zip_shapes(shapes: Any, shardings: Any) -> Any:
-    """Returns the tree of (shape, sharding) that `state_shardings` needs."""
-    return jax.tree.map(lambda x, s: (x.shape, s), shapes, shardings)
-
-
 def batch_sharding(mesh: Mesh, rules: AxisRules, shape: tuple[int, int]) -> NamedSharding:
     """Returns the sharding of a batch's feature of shape [B, length]."""
     return NamedSharding(mesh, _activation_spec(shape, ("batch", "length"), mesh, rules))

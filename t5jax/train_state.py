@@ -20,6 +20,7 @@ from t5jax.architectures import Architecture
 from t5jax.checks import did_you_mean
 from t5jax.config import AxisRules
 from t5jax.models import api
+from t5jax.optimizers import state_axes
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -68,9 +69,10 @@ def train_state_shardings(
     """
     shapes = train_state_shapes(model, tx, frozen)
     params = sharding.param_shardings(api.param_axes(model), shapes.params, mesh, rules)
-    opt_state = sharding.state_shardings(
-        shapes.opt_state, sharding.zip_shapes(shapes.params, params), mesh
-    )
+    trainable, _ = split(shapes.params, frozen)
+    trained_axes, _ = split(api.param_axes(model), frozen)
+    axes = state_axes(shapes.opt_state, trainable, trained_axes)
+    opt_state = sharding.param_shardings(axes, shapes.opt_state, mesh, rules)
     return TrainState(NamedSharding(mesh, PartitionSpec()), params, opt_state)
 
 

@@ -297,7 +297,8 @@ def test_every_shipped_config_loads():
 
     names = list(shipped.list_files("configs"))
     assert "quickstart" in names
-    for name in names:
+    sizes = ["t5_pretrain:large", "t5_pretrain:xxl", "gpt_pretrain:llama3_8b"]
+    for name in names + sizes:
         config = load_config(name)
         assert from_json(to_json(config)) == config
 
@@ -310,8 +311,15 @@ def test_config_files(tmp_path, monkeypatch):
     (tmp_path / "configs" / "mine.py").write_text(source)
     (tmp_path / "configs" / "none.py").write_text("x = 1\n")
     (tmp_path / "configs" / "dict.py").write_text("def get_config():\n    return {}\n")
+    sized = source.replace("config():", "config(size='small'):").replace("'mine'", "size")
+    (tmp_path / "configs" / "sized.py").write_text(sized)
     monkeypatch.chdir(tmp_path)
     assert load_config("mine").run_dir == "mine"
+    assert load_config("sized").run_dir == "small"
+    assert load_config("sized:large").run_dir == "large"
+    assert load_config(str(tmp_path / "configs" / "sized.py:large")).run_dir == "large"
+    with pytest.raises(ValueError, match="mine.py has one config, so 'large' has no effect"):
+        load_config("mine:large")
     assert load_config(str(tmp_path / "configs" / "mine.py")).run_dir == "mine"
     with pytest.raises(ValueError, match=r"none.py has no get_config\(\); a config file defines"):
         load_config("none")

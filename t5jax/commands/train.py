@@ -45,7 +45,7 @@ def train(args: list[str]) -> None:
 def load_config_file(name_or_path: str):
     """Returns the config of a file; errors in it name the line."""
     from t5jax import shipped
-    from t5jax.config import from_json, load_config
+    from t5jax.config import from_json, load_config, split_config_name
 
     if name_or_path.endswith(".json"):
         try:
@@ -55,7 +55,7 @@ def load_config_file(name_or_path: str):
         except ValueError as error:
             raise ValueError(f"{name_or_path}: {error}") from error
 
-    path = str(shipped.find("configs", name_or_path))
+    path = str(shipped.find("configs", split_config_name(name_or_path)[0]))
     try:
         return load_config(name_or_path)
     except Exception as error:  # Any error in a user's code.
