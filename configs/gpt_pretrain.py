@@ -35,7 +35,7 @@ SIZES = {
         # The vocabulary is rounded up, and there are positions for 2,048 tokens.
         {"vocab_size": 50304, "max_positions": 2048},
     ),
-    "llama3_8b": ("full", 64, 3e-5, "", MeshConfig(data=1, fsdp=16), {}),
+    "llama3_8b": ("full", 64, 3e-5, "", MeshConfig(data=1, fsdp=-1), {}),
 }
 
 

@@ -27,7 +27,7 @@ from t5jax.config import (
 SIZES = {
     "base": ("full", 32, 114, MeshConfig()),
     "large": ("full", 16, 114, MeshConfig()),
-    "xxl": ("full", 512, 128, MeshConfig(data=1, fsdp=64)),
+    "xxl": ("full", 512, 128, MeshConfig(data=1, fsdp=-1)),
 }
 
 
