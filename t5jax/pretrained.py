@@ -24,7 +24,7 @@ from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import check_at_least, check_choice
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
-from t5jax.evaluate import evaluate_model
+from t5jax.evaluation import evaluate_model
 from t5jax.models import api
 from t5jax.source import Source, find
 from t5jax.special_tokens import check_prompts, check_vocabulary, example_format
@@ -154,18 +154,20 @@ class Pretrained:
             vectors.append(jax.device_get(x_BD)[: len(chunk)])
         return np.concatenate(vectors)
 
-    def evaluate(self, mixture: str = "", **options: Any) -> dict[str, dict[str, Any]]:
-        """Evaluates the model on a task or mixture, by default the one it was trained on.
+    def evaluate(
+        self, tasks: str | Sequence[str] = (), **options: Any
+    ) -> dict[str, dict[str, Any]]:
+        """Evaluates the model on tasks and mixtures, by default those it was trained on.
 
         Args:
-          mixture: the name of the task or mixture.
-          **options: other arguments of `evaluate.evaluate_model`.
+          tasks: their names.
+          **options: other arguments of `evaluation.evaluate_model`.
         Returns:
-          The scores of each task, with those of the baselines.
+          For each task the scores of the model and of the baselines, and how they compare.
         """
         given = {"dtype": self.dtype, "mesh": self.mesh, "rules": self.rules, "show": False}
         options = given | options
-        return evaluate_model(self._found(), mixture, **options)
+        return evaluate_model(self._found(), tasks, **options)
 
     def export(self, output: str, **options: Any) -> None:
         """Writes the model as a Hugging Face folder.

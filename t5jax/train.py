@@ -21,7 +21,7 @@ from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.data.batches.examples import BatchIterator, EvalSet
-from t5jax.evaluate import Evaluator, Result, mean_loss
+from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.monitor import log, plot, progress, tables

@@ -25,7 +25,7 @@ ORDER = [
     {"t5jax.train", "t5jax.serving"},
     {"t5jax.plan"},
     {"t5jax.pretrained", "t5jax.program"},
-    {"t5jax.evaluate", "t5jax.convert"},
+    {"t5jax.evaluation", "t5jax.convert"},
     {"t5jax.source"},
     {"t5jax.t5x"},
     {"t5jax.checkpoint", "t5jax.decoding", "t5jax.hf", "t5jax.train_step", "t5jax.monitor"},

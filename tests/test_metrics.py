@@ -397,39 +397,16 @@ def test_compute_joins_scores_and_refuses_a_name_twice():
         metrics.compute(["a"], ["a"], (metrics.exact_match, metrics.exact_match))
 
 
-def test_baselines():
-    sources, targets = ["yes", "b", "c", "d"], ["yes", ["no", "nay"], "no", "yes"]
-    train_targets = ["yes", "no", ["no", "yes"], "no"]
-    fns = (metrics.exact_match,)
-    assert metrics.baselines(sources, targets, train_targets, fns) == {
-        "copy the input": {"exact_match": 25.0},
-        "most frequent target": {"exact_match": 50.0},
-    }
-    # no: 2 of 3 in these, and first of the equally frequent in the next.
-    frequent = metrics.baselines(["", "", ""], ["a", "no", "no"], ["no", "a", "no"], fns)
-    assert frequent["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
-    # Every reference counts, not the first of each target alone: b twice.
-    several = [["a", "b"], ["c", "b"], ["d"]]
-    frequent = metrics.baselines(["", "", ""], several, several, fns)
-    assert frequent["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
-    frequent = metrics.baselines(["", "", ""], ["a", "no", "no"], ["a", "no"], fns)
-    assert frequent["most frequent target"] == {"exact_match": pytest.approx(100 / 3)}
+def test_most_frequent_target():
+    assert metrics.most_frequent(["yes", "no", ["no", "yes"], "no"]) == "no"
+    # The first of those that are equally frequent.
+    assert metrics.most_frequent(["a", "no"]) == "a"
+    # Every reference counts, not the first of each target alone.
+    assert metrics.most_frequent([["a", "b"], ["c", "b"], ["d"]]) == "b"
+    assert metrics.most_frequent([1, 1, 0]) == 1
+    assert metrics.most_frequent([["O", "B-PER"], ["O"], ["O"]], lists=True) == ["O"]
     with pytest.raises(ValueError, match="no examples to score"):
-        metrics.baselines(["a"], ["a"], [], fns)
-    with pytest.raises(ValueError, match="1 targets for 2 predictions"):
-        metrics.baselines(["a", "b"], ["a"], ["a"], fns)
-
-
-def test_baselines_of_numbers_and_of_tags():
-    fns = (metrics.accuracy, metrics.pearson)
-    found = metrics.baselines([0, 1, 1], [1, 1, 0], [1, 1, 0], fns)
-    assert found["copy the input"]["accuracy"] == pytest.approx(100 / 3)
-    assert found["most frequent target"]["accuracy"] == pytest.approx(200 / 3)
-    assert math.isnan(found["most frequent target"]["pearson"])
-    tags = [["O", "B-PER"], ["O"], ["O"]]
-    # Whether or not there are copies, which a postprocess may not make tags of.
-    found = metrics.baselines(None, tags, tags, (metrics.exact_match,), lists=True)
-    assert found["most frequent target"] == {"exact_match": pytest.approx(200 / 3)}
+        metrics.most_frequent([])
 
 
 def test_seqio_takes_them_as_metric_functions():

@@ -13,7 +13,7 @@ from conformance.families import T5 as SMALL
 from t5jax import pretrained, sharding
 from t5jax.config import MeshConfig
 from t5jax.convert import export_model
-from t5jax.evaluate import evaluate_model
+from t5jax.evaluation import evaluate_model
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.pretrained import Pretrained

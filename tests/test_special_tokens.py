@@ -14,7 +14,7 @@ from folders import FOLDERS, LINES, edit, write_folder
 from t5jax.batch import BatchSpec
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet
-from t5jax.evaluate import Evaluator
+from t5jax.evaluation import Evaluator
 from t5jax.sharding import use_mesh
 from t5jax.source import find
 from t5jax.special_tokens import example_format, trained_with

@@ -17,7 +17,7 @@ from t5jax import pretrained
 from t5jax.architectures import BertConfig, GPTConfig
 from t5jax.config import InitConfig, load_config
 from t5jax.convert import export_model
-from t5jax.evaluate import evaluate_model
+from t5jax.evaluation import evaluate_model
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.monitor import log

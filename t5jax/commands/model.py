@@ -15,15 +15,33 @@ from t5jax.storage import split_lines, to_json
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Evaluates a model on tasks: loss, perplexity, and the tasks' metrics with two baselines."""
+    """Evaluates a model on tasks: loss, perplexity and the tasks' metrics, beside baselines.
+
+    With --output, every prediction is kept, and an evaluation that was stopped goes on.
+    """
 
     model: str
     """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
     MODEL."""
-    mixture: str = ""
-    """SeqIO task or mixture. Empty: the one that the run was trained on."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, variants and mixtures; "numbers_*" is every task of such a name. Empty: the one that
+    the run was trained on."""
     split: str = "test"
     """Split to evaluate on."""
+    shots: int = 0
+    """Solved training examples before each prompt."""
+    metrics: tuple[str, ...] = ()
+    """Metrics in addition to those of the tasks, such as f1_macro, bleu or word_perplexity."""
+    choices: tuple[str, ...] = ()
+    """Answers to rank by their probability (rank_accuracy), in place of those of the tasks'
+    templates."""
+    baseline: tuple[str, ...] = ("majority", "copy")
+    """What to compare with: majority (the most frequent target), copy (of the input), other models,
+    folders that --output wrote, or files of scores that --json wrote."""
+    resamples: int = 1000
+    """Bootstrap resamples for intervals and verdicts; 0: none."""
+    seed: int = 0
+    """Seed of the resamples."""
     task_files: tuple[str, ...] = ()
     """Python files that register tasks, in addition to ./tasks/*.py, the shipped ones and the
     run's."""
@@ -42,13 +60,18 @@ class Eval:
     """Devices to use."""
     num_samples: int = 0
     """Number of predictions to show for each task."""
+    output: Path | None = None
+    """A folder for predictions (one JSON line an example), scores and a page that shows them; the
+    same command goes on there."""
     json: Path | None = None
     """A file for the scores, in addition to the table."""
+    html: Path | None = None
+    """A file for the page of scores and examples side by side, in addition to the table."""
 
 
 def evaluate(args: list[str]) -> None:
     options = parse(Eval, model_first(args), prog="t5jax eval", positional=True)
-    from t5jax.evaluate import evaluate_model
+    from t5jax.evaluation import evaluate_model
 
     evaluate_model(**fields(options))
 

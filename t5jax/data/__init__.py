@@ -45,7 +45,9 @@ _HOMES = {
     "tokenizers.training": ("train_sentencepiece",),
     "metrics": (
         "accuracy",
+        "bits_per_byte",
         "bleu",
+        "byte_perplexity",
         "char_bleu",
         "chrf",
         "entity_f1",
@@ -55,10 +57,12 @@ _HOMES = {
         "f1_micro",
         "matthews",
         "pearson",
+        "rank_accuracy",
         "rouge",
         "spearman",
         "squad",
         "token_f1",
+        "word_perplexity",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -7,6 +7,7 @@ global batch size, not on the number of hosts.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.streamed import StreamedExamples
 from t5jax.data.tasks.base import OwnSource
 from t5jax.data.tasks.foreign import kind_of
-from t5jax.data.tasks.prompted import SOURCE_FEATURE
+from t5jax.data.tasks.prompted import CHOICES_FEATURE, SOURCE_FEATURE
 from t5jax.special_tokens import check_vocabulary, example_format
 from t5jax.tokenizers import LabelTokenizer, Tokenizer, load_tokenizer
 
@@ -224,7 +225,10 @@ def _check_objective(task: seqio.Task, model: Architecture, run: Run) -> None:
 
 
 def eval_sets(
-    config: Config, split: str | None = None, tokenizer: Tokenizer | None = None
+    config: Config,
+    split: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    mixtures: Sequence[str] | None = None,
 ) -> list[EvalSet]:
     """Returns the evaluation examples of every task of the mixtures, each once and in order.
 
@@ -233,13 +237,17 @@ def eval_sets(
         are drawn from the whole split, the same ones each time.
       split: by default eval.split. Tasks that lack it are skipped, which is logged.
       tokenizer: the run's tokenizer; by default `tokenizer_for(config)`.
+      mixtures: names of tasks and mixtures, by default those of the run.
     Raises:
       ValueError: if no task has the split, or a task has no examples in it.
     """
     split = split or config.eval.split
     tokenizer = tokenizer or tokenizer_for(config)
-    mixtures = [check_mixture(name) for _, name in config.data.mixtures]
-    tasks = {task.name: task for m in mixtures for task in _tasks_with_split(m, split)}
+    if mixtures is None:
+        found = [check_mixture(name) for _, name in config.data.mixtures]
+    else:
+        found = [check_mixture(name, "--tasks") for name in mixtures]
+    tasks = {task.name: task for m in found for task in _tasks_with_split(m, split)}
     return [_eval_set(task, split, config, tokenizer) for task in tasks.values()]
 
 
@@ -253,8 +261,12 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
         raise ValueError(f"task {task.name} has no examples in its split {split!r}")
     if not any(len(row["targets"]) for row in rows):
         raise ValueError(f"the targets of task {task.name} in its split {split!r} are all empty")
-    if len(task.metric_fns) > len(task.predict_metric_fns):
-        _log.warning("task %s: only metrics of (targets, predictions) are computed", task.name)
+    computed = [*task.predict_metric_fns, *task.score_metric_fns]
+    if len(task.metric_fns) > len(computed):
+        _log.warning(
+            "task %s: only metrics of (targets, predictions) and (targets, scores) are computed",
+            task.name,
+        )
     # A model stops at any of the ids that end a text, so its answers lack these tokens.
     others = [i for i in config.model.end_token_ids if i != tokenizer.eos_id]
     ends = tuple(tokenizer.decode([i]) for i in others if i in tokenizer.special_ids)
@@ -265,6 +277,7 @@ def _eval_set(task: seqio.Task, split: str, config: Config, tokenizer: Tokenizer
         postprocess=functools.partial(task.postprocessor, is_target=False)
         if task.postprocessor
         else _unchanged,
+        score_fns=task.score_metric_fns,
         has_pairs=kind_of(task).has_pairs,
     )
 
@@ -280,11 +293,12 @@ def _eval_example(
     for end in ends:
         targets = targets.removesuffix(end)
     source = _text(row, SOURCE_FEATURE, inputs)
+    choices = tuple(json.loads(_text(row, CHOICES_FEATURE, "[]")))
     seen, fills = inputs, len(input_ids) == run.lengths.get("inputs")
     if fills and len(tokenizer.encode(inputs)) >= len(input_ids):  # Its end is cut.
         seen = f"{tokenizer.decode(input_ids)} […]"
     if not task.postprocessor:
-        return EvalExample(inputs, source, targets, input_ids, target_ids, None, seen)
+        return EvalExample(inputs, source, targets, input_ids, target_ids, None, seen, choices)
     try:
         targets = task.postprocess_fn(targets, example=row, is_target=True)
     except Exception as error:  # Of a user's code.
@@ -292,7 +306,7 @@ def _eval_example(
             f"task {task.name}: postprocess {name_of(task.postprocessor)} fails on the target "
             f"{targets!r:.80}: {users_error(error)}"
         ) from error
-    return EvalExample(inputs, source, targets, input_ids, target_ids, row, seen)
+    return EvalExample(inputs, source, targets, input_ids, target_ids, row, seen, choices)
 
 
 def _text(row: dict[str, Any], feature: str, default: str) -> str:

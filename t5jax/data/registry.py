@@ -1,5 +1,6 @@
 """Task files and the tasks, mixtures and variants that they register with SeqIO."""
 
+import fnmatch
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -125,9 +126,55 @@ def own_task_names() -> list[str]:
     return [name for name in names if name not in ours] or names
 
 
-def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
+def match(names: Sequence[str], split: str) -> list[str]:
+    """Returns names, with the tasks that have the split in place of a pattern such as "numbers_*".
+
+    Raises:
+      ValueError: if a pattern matches no such task, with similar names.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if not set(name) & set("*?["):
+            found[name] = None
+            continue
+        # Not the variants that happen to be registered already.
+        tasks = sorted(n for n in seqio.TaskRegistry.names() if ":" not in n or ":" in name)
+        matching = fnmatch.filter(tasks, name)
+        having = [task for task in matching if split in seqio.TaskRegistry.get(task).splits]
+        if not having:
+            hint = did_you_mean(name, tasks, most=3) or f"known are {', '.join(tasks) or 'none'}"
+            what = f"with the split {split!r} " if matching else ""
+            raise ValueError(f"no task {what}matches {name!r}; {hint.strip()}")
+        found |= dict.fromkeys(having)
+    return list(found)
+
+
+def with_shots(names: Sequence[str], shots: int) -> list[str]:
+    """Returns the variants with exemplars of tasks, and of all tasks of mixtures.
+
+    Raises:
+      ValueError: for a task that has no such variant.
+    """
+    variants: dict[str, None] = {}
+    for name in names:
+        for task in seqio.get_subtasks(check_mixture(name, "--tasks")):
+            variant = f"{task.name}:{shots}shot"
+            register_variant(variant)
+            if variant not in seqio.TaskRegistry.names():
+                raise ValueError(
+                    f"task {task.name} has no variant with exemplars, since it is not made by "
+                    "prompted_task; leave --shots out"
+                )
+            variants[variant] = None
+    return list(variants)
+
+
+def check_mixture(name: str, what: str = "data.mixture") -> seqio.Task | seqio.Mixture:
     """Returns the task, variant or mixture with a name.
 
+    Args:
+      name: the name.
+      what: the setting that it is the value of.
     Raises:
       ValueError: if there is none, with similar names; or if its features are not inputs and
         targets, or only targets.
@@ -138,7 +185,7 @@ def check_mixture(name: str) -> seqio.Task | seqio.Mixture:
         hint = did_you_mean(name, names, most=3) or f"known are {', '.join(names) or 'none'}"
         broken = "".join(f"; {error}" for error in _broken.values())
         raise ValueError(
-            f"data.mixture is {name!r}, which no task file registers; {hint.strip()}{broken}"
+            f"{what} is {name!r}, which no task file registers; {hint.strip()}{broken}"
         )
     found = seqio.get_mixture_or_task(name)
     if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):

@@ -6,7 +6,7 @@ from t5jax.decoding.generator import Generator
 from t5jax.decoding.greedy import greedy
 from t5jax.decoding.options import GenerationOptions, options_of
 from t5jax.decoding.rows import EVERY_PART, Parts, RowOptions, allowed_bits, row_options
-from t5jax.decoding.scoring import Score
+from t5jax.decoding.scoring import Score, log_probs
 
 __all__ = [
     "EVERY_PART",
@@ -20,6 +20,7 @@ __all__ = [
     "allowed_bits",
     "choose",
     "greedy",
+    "log_probs",
     "options_of",
     "padded_batches",
     "row_options",

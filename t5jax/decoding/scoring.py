@@ -101,7 +101,7 @@ def score(
         is_target_BT = batch[features.DECODER_LOSS_WEIGHTS] > 0
         with sharding.use_mesh(mesh, rules):
             batch = sharding.shard_batch(features.pad_rows(batch, rows), mesh, rules)
-            found = jax.device_get(_log_probs(model, params, batch, num_top))
+            found = jax.device_get(log_probs(model, params, batch, num_top))
         for row, i in enumerate(chunk):
             parts = [np.asarray(x)[row, is_target_BT[row]] for x in found]
             scores[i] = Score(list(answers[i]), *parts)
@@ -125,11 +125,20 @@ def _spec(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_top"))
-def _log_probs(
-    model: Architecture, params: api.Params, batch: Mapping[str, jax.Array], num_top: int
+def log_probs(
+    model: Architecture, params: api.Params, batch: Mapping[str, jax.Array], num_top: int = 0
 ) -> tuple[jax.Array, ...]:
-    """Returns the log-probabilities [B, T] of the targets, whether they are the largest, and if
-    num_top is not 0, the ids and log-probabilities of the largest ones [B, T, K]."""
+    """Returns the log-probability of each target of a batch, whatever its loss weight.
+
+    Args:
+      model: the description.
+      params: the parameters, arranged for decoding or not.
+      batch: features with targets.
+      num_top: the number of alternatives at each place, K.
+    Returns:
+      The log-probabilities float32 [B, T], whether they are the largest bool [B, T], and if num_top
+      is not 0, the ids and log-probabilities of the largest ones [B, T, K]; whole on every device.
+    """
     head = api.unembed_params(model, params)
 
     def part(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
@@ -144,7 +153,11 @@ def _log_probs(
         top_BK, top_tokens_BK = jax.lax.top_k(logits_BV, num_top)
         return *found, top_tokens_BK, top_BK - log_z_B1
 
-    x_BTD, targets_BT = api.hidden(model, params, batch), batch[features.DECODER_TARGET_TOKENS]
+    encodes = model.kind == "encoder"
+    targets_BT = batch[
+        features.ENCODER_TARGET_TOKENS if encodes else features.DECODER_TARGET_TOKENS
+    ]
+    x_BTD = api.hidden(model, params, batch)
     size = sharding.local_size((len(targets_BT), model.num_outputs), "batch", "vocab")
     places = max(1, int(_MAX_LOGITS // size))
     found = jax.lax.map(

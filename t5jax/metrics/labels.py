@@ -7,16 +7,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from t5jax.metrics.targets import (
-    canonical,
-    check_lengths,
-    percent,
-    single_values,
-    value_references,
-)
+from t5jax.metrics.statistics import Means, statistic
+from t5jax.metrics.targets import canonical, check_lengths, single_values, value_references
 
 
-def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+@statistic
+def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> Means:
     """Returns {"accuracy": percent} of correctly predicted labels, ignoring surrounding spaces.
 
     A label is a text, a number or a list of tags. A prediction that is no label counts as wrong.
@@ -26,7 +22,12 @@ def accuracy(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, fl
         _stripped(value) in map(_stripped, refs)
         for refs, value in zip(references, values, strict=True)
     ]
-    return {"accuracy": percent(hits)}
+    return Means(accuracy=hits)
+
+
+def is_label(target: Any, prediction: Any) -> bool:
+    """Returns whether one prediction is correct, as `accuracy` counts it."""
+    return accuracy([target], [prediction])["accuracy"] == 100.0
 
 
 def f1_micro(

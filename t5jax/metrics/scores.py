@@ -1,4 +1,4 @@
-"""The scores of a task: those of several metrics, and of two trivial predictors."""
+"""The scores of several metrics together, and what a trivial predictor answers."""
 
 import collections
 import dataclasses
@@ -9,9 +9,6 @@ from t5jax.checks import name_of, users_error
 from t5jax.metrics.targets import check_lengths, is_list
 
 MetricFn = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
-
-COPY_INPUT = "copy the input"
-MOST_FREQUENT = "most frequent target"
 
 
 def compute(
@@ -37,10 +34,7 @@ def compute(
             )
         for name, value in found.items():
             if name in scores:
-                raise ValueError(
-                    f"two metrics return a score named {name}; the names have to differ within a "
-                    "task: remove one of them"
-                )
+                raise ValueError(same_name(name))
             if dataclasses.is_dataclass(value):  # A seqio.metrics.MetricValue.
                 if not hasattr(value, "value"):
                     continue
@@ -54,42 +48,30 @@ def compute(
     return scores
 
 
-def baselines(
-    sources: Sequence[Any] | None,
-    targets: Sequence[Any],
-    train_targets: Sequence[Any] | None,
-    metric_fns: Sequence[MetricFn],
-    *,
-    lists: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Returns the scores of two trivial predictors, to compare those of a model with.
+def same_name(name: str) -> str:
+    """Returns the error of two metrics of a task that return a score of the same name."""
+    return (
+        f"two metrics return a score named {name}; the names have to differ within a task: remove "
+        "one of them"
+    )
+
+
+def most_frequent(targets: Sequence[Any], *, lists: bool = False) -> Any:
+    """Returns the most frequent target, the first of several, for a trivial predictor.
 
     Args:
-      sources: N inputs as the model reads them, postprocessed as its answers are. None: without
-        this predictor.
-      targets: N targets.
-      train_targets: targets whose most frequent value is predicted (the first of several): those of
-        the training split, or `targets` itself, which favours the baseline. None: without this
-        predictor.
-      metric_fns: metrics.
+      targets: N targets: those of the training split, or those to predict, which favours the
+        baseline. Of several references each counts.
       lists: predictions are lists (of tags), so that a target which is a list is one value, unless
         its items are lists too; otherwise it has several references.
-    Returns:
-      {"copy the input": {metric: score}, "most frequent target": {metric: score}}.
     Raises:
-      ValueError: if a list is empty or the lengths of sources and targets differ.
+      ValueError: if there are none.
     """
-    scores = {}
-    if sources is not None:
-        scores[COPY_INPUT] = compute(targets, sources, metric_fns)
-    if train_targets is not None:
-        check_lengths(train_targets, train_targets)
-        values = [value for target in train_targets for value in _values(target, lists)]
-        counts = collections.Counter(map(repr, values))  # A list cannot be counted itself.
-        most = max(counts.values())
-        frequent = next(value for value in values if counts[repr(value)] == most)
-        scores[MOST_FREQUENT] = compute(targets, [frequent] * len(targets), metric_fns)
-    return scores
+    check_lengths(targets, targets)
+    values = [value for target in targets for value in _values(target, lists)]
+    counts = collections.Counter(map(repr, values))  # A list cannot be counted itself.
+    most = max(counts.values())
+    return next(value for value in values if counts[repr(value)] == most)
 
 
 def _values(target: Any, lists: bool) -> Sequence[Any]:

@@ -102,11 +102,6 @@ def single_values(
     return [refs[0] for refs in references], values
 
 
-def percent(shares: Sequence[float]) -> float:
-    """Returns the mean of shares between 0 and 1 as a percentage."""
-    return 100.0 * sum(shares) / len(shares)
-
-
 def canonical(text: str) -> str:
     """Returns the text in Unicode's canonical form (NFC), in which equivalent texts are equal."""
     return unicodedata.normalize("NFC", text)

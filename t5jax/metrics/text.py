@@ -13,10 +13,14 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from t5jax.metrics.targets import canonical, percent, text_references, value_references
+import numpy as np
+
+from t5jax.metrics.statistics import Means, Sums, statistic
+from t5jax.metrics.targets import canonical, text_references, value_references
 
 
-def exact_match(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+@statistic
+def exact_match(targets: Sequence[Any], predictions: Sequence[Any]) -> Means:
     """Returns the percentage of predictions that are identical to a reference.
 
     Args:
@@ -29,28 +33,22 @@ def exact_match(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str,
         that the metric needs, as for every metric here.
     """
     references, values = value_references(targets, predictions)
-    return {
-        "exact_match": percent(
-            [value in refs for refs, value in zip(references, values, strict=True)]
-        )
-    }
+    hits = [value in refs for refs, value in zip(references, values, strict=True)]
+    return Means(exact_match=hits)
 
 
-def token_f1(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+@statistic
+def token_f1(targets: Sequence[Any], predictions: Sequence[str]) -> Means:
     """Returns {"token_f1": percent}, the mean F1 of words shared with the best reference.
 
     Texts are normalized as for SQuAD: lower case, without ASCII punctuation and English articles.
     Two texts without any words left match (F1 1), as in SQuAD 2.0.
     """
-    references = text_references(targets, predictions)
-    scores = [
-        max(_word_f1(ref, text) for ref in refs)
-        for refs, text in zip(references, predictions, strict=True)
-    ]
-    return {"token_f1": percent(scores)}
+    return Means(token_f1=_word_f1s(text_references(targets, predictions), predictions))
 
 
-def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+@statistic
+def squad(targets: Sequence[Any], predictions: Sequence[str]) -> Means:
     """Returns {"em": percent, "f1": percent}, the two scores of SQuAD.
 
     em is the percentage of predictions that equal a reference after SQuAD's normalization (lower
@@ -61,27 +59,28 @@ def squad(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float
         _normalize(text) in {_normalize(ref) for ref in refs}
         for refs, text in zip(references, predictions, strict=True)
     ]
-    return {"em": percent(hits), "f1": token_f1(targets, predictions)["token_f1"]}
+    return Means(em=hits, f1=_word_f1s(references, predictions))
 
 
-def bleu(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+@statistic
+def bleu(targets: Sequence[Any], predictions: Sequence[str]) -> Sums:
     """Returns {"bleu": score}, sacreBLEU's corpus BLEU, from 0 to 100.
 
     Cased, international tokenization, exponential smoothing, as in the T5 paper. Most other papers
     use tokenization 13a, whose scores may differ by a few tenths. If all predictions are shorter
     than four words, the score is 0, since there are no 4-grams; see `char_bleu`.
     """
-    return {"bleu": _corpus_bleu(targets, predictions, tokenize="intl")}
+    return _corpus_bleu("bleu", targets, predictions, tokenize="intl")
 
 
-def char_bleu(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+@statistic
+def char_bleu(targets: Sequence[Any], predictions: Sequence[str]) -> Sums:
     """Returns {"char_bleu": score}, BLEU on characters, from 0 to 100: for very short answers."""
-    return {"char_bleu": _corpus_bleu(targets, predictions, tokenize="char")}
+    return _corpus_bleu("char_bleu", targets, predictions, tokenize="char")
 
 
-def chrf(
-    targets: Sequence[Any], predictions: Sequence[str], *, word_order: int = 0
-) -> dict[str, float]:
+@statistic
+def chrf(targets: Sequence[Any], predictions: Sequence[str], *, word_order: int = 0) -> Sums:
     """Returns {"chrf": score}, sacreBLEU's corpus chrF2 of character 6-grams, from 0 to 100.
 
     Args:
@@ -89,28 +88,39 @@ def chrf(
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    return {"chrf": _corpus_score(CHRF(word_order=word_order), targets, predictions)}
+    return _corpus_score("chrf", CHRF(word_order=word_order), targets, predictions)
 
 
-def _corpus_bleu(targets: Sequence[Any], predictions: Sequence[str], tokenize: str) -> float:
+def _corpus_bleu(
+    name: str, targets: Sequence[Any], predictions: Sequence[str], tokenize: str
+) -> Sums:
     from sacrebleu.metrics.bleu import BLEU
 
     # force: no warning about text that looks tokenized.
     scorer = BLEU(tokenize=tokenize, smooth_method="exp", force=True)
-    return _corpus_score(scorer, targets, predictions)
+    return _corpus_score(name, scorer, targets, predictions)
 
 
-def _corpus_score(scorer: Any, targets: Sequence[Any], predictions: Sequence[str]) -> float:
+def _corpus_score(
+    name: str, scorer: Any, targets: Sequence[Any], predictions: Sequence[str]
+) -> Sums:
     references = text_references(targets, predictions)
     # sacreBLEU expects one list per reference, each as long as the corpus, padded with None.
     most = max(len(refs) for refs in references)
     padded = [[*refs, *[None] * (most - len(refs))] for refs in references]
     columns = [list(column) for column in zip(*padded, strict=True)]
-    score = scorer.corpus_score(list(predictions), columns).score
-    return min(float(score), 100.0)  # The product of precisions rounds above 100.
+    # The counts of each text and the score of their sums, of which `corpus_score` consists.
+    counts = scorer._extract_corpus_statistics(list(predictions), columns)
+
+    def finish(sums: np.ndarray) -> dict[str, float]:
+        score = scorer._compute_score_from_stats([int(n) for n in sums]).score
+        return {name: min(float(score), 100.0)}  # The product of precisions rounds above 100.
+
+    return Sums(counts, finish)
 
 
-def rouge(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float]:
+@statistic
+def rouge(targets: Sequence[Any], predictions: Sequence[str]) -> Means:
     """Returns the mean F1 of 1-grams, 2-grams, and longest common subsequences of sentences.
 
     Each score is that of the best reference. Sentences for rougeLsum are the lines of a text; a
@@ -131,7 +141,7 @@ def rouge(targets: Sequence[Any], predictions: Sequence[str]) -> dict[str, float
         scorer.score_multi([_split_sentences(ref) for ref in refs], _split_sentences(text))
         for refs, text in zip(references, predictions, strict=True)
     ]
-    return {name: percent([score[name].fmeasure for score in scores]) for name in names}
+    return Means(**{name: [score[name].fmeasure for score in scores] for name in names})
 
 
 # --- Words --------------------------------------------------------------------------------------
@@ -145,6 +155,13 @@ def _normalize(text: str) -> str:
     """Normalizes as SQuAD does. Punctuation is removed first: "a.b" becomes the word "ab"."""
     text = canonical(text.lower()).translate(_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def _word_f1s(references: Sequence[Sequence[str]], predictions: Sequence[str]) -> list[float]:
+    return [
+        max(_word_f1(ref, text) for ref in refs)
+        for refs, text in zip(references, predictions, strict=True)
+    ]
 
 
 def _word_f1(reference: str, text: str) -> float:

@@ -7,35 +7,51 @@ from typing import Any, TextIO
 Results = Mapping[str, Mapping[str, Any]]
 
 
+LEGEND = (
+    "Beside a baseline: + the model is better, - worse, = not distinguishable (95 % intervals)."
+)
+_MARKS = {"better": "+", "worse": "-", "not distinguishable": "="}
+
+
 def results_table(results: Results) -> Any:
     """Returns a rich.table.Table of scores, one row per task and metric, with their baselines.
 
     A score of the model that is not better than every baseline is yellow.
 
     Args:
-      results: for each task {"model": {metric: score}, "num_examples": N} and for each baseline
-        name: {metric: score}, as returned by `metrics.baselines`.
+      results: as returned by `evaluation.evaluate_model`.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
     head, rows = _result_rows(results)
-    table.add_column("task (examples)", overflow="fold", min_width=16)
-    table.add_column("metric", overflow="fold", min_width=14)
+    table.add_column("task (examples)", overflow="fold")
+    table.add_column("metric", overflow="fold")
     for title in head[2:-1]:
-        table.add_column(title, justify="right", overflow="fold", max_width=10)
+        table.add_column(title, justify="right", overflow="fold", max_width=16)
     previous = None
     for task, metric, *cells, num_examples in rows:
-        scores = results[task]
-        others = [v[metric] for k, v in _baselines(scores).items() if metric in v]
-        beaten = others and not scores["model"][metric] > max(others)
-        cells[0] = _plain_text(cells[0], style="yellow" if beaten else "bold")
+        cells[0] = _plain_text(
+            cells[0], style="yellow" if _beaten(results[task], metric) else "bold"
+        )
         # A task's name is shown in its first row only.
         name = "" if task == previous else f"{task} ({num_examples})"
         table.add_row(_plain_text(name), _plain_text(metric), *cells)
         previous = task
     return table
+
+
+def _beaten(scores: Mapping[str, Any], metric: str) -> bool:
+    """Returns whether a score of the model is not better than that of every baseline."""
+    for name, row in scores.get("baselines", {}).items():
+        if metric in row:
+            found = scores.get("comparisons", {}).get(name, {}).get(metric)
+            if found and found["verdict"] != "better":
+                return True
+            if not found and not scores["model"][metric] > row[metric]:
+                return True
+    return False
 
 
 def results_markdown(results: Results) -> str:
@@ -46,27 +62,28 @@ def results_markdown(results: Results) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _baselines(scores: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    return {k: v for k, v in scores.items() if k not in ("model", "num_examples")}
-
-
 def _result_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     baselines = list(
-        dict.fromkeys(name for scores in results.values() for name in _baselines(scores))
+        dict.fromkeys(name for scores in results.values() for name in scores.get("baselines", {}))
     )
     head = ["task", "metric", "model", *baselines, "examples"]
     rows = []
     for task, scores in results.items():
         for metric, value in scores["model"].items():
-            others = [scores.get(name, {}).get(metric) for name in baselines]
-            cells = ["–" if s is None else _score(metric, s) for s in [value, *others]]
+            cells = [_score(metric, value)]
+            for name in baselines:
+                other = scores.get("baselines", {}).get(name, {}).get(metric)
+                found = scores.get("comparisons", {}).get(name, {}).get(metric)
+                mark = f" {_MARKS[found['verdict']]}" if found else ""
+                cells.append("–" if other is None else f"{_score(metric, other)}{mark}")
             rows.append([task, metric, *cells, f"{scores['num_examples']:,}"])
     return head, rows
 
 
 def _score(metric: str, value: float) -> str:
     """Formats percentages with two decimals, losses with four."""
-    return f"{value:.4f}" if metric.endswith("loss") else f"{value:.2f}"
+    four = metric.endswith("loss") or metric == "bits_per_byte"
+    return f"{value:.4f}" if four else f"{value:.2f}"
 
 
 def samples_table(
@@ -151,6 +168,11 @@ def _plain_text(text: str, style: str = "") -> Any:
     from rich.text import Text
 
     return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text), style=style)
+
+
+def print_note(text: str, file: TextIO | None = None) -> None:
+    """Prints a sentence about a table as `print_table` does."""
+    print_table(_plain_text(text, style="dim"), file)
 
 
 def print_table(table: Any, file: TextIO | None = None) -> None:

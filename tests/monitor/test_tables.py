@@ -10,14 +10,17 @@ RESULTS = {
     "rte": {
         "num_examples": 1277,
         "model": {"loss": 0.41234, "accuracy": 71.25},
-        "copy the input": {"accuracy": 0.0},
-        "most frequent target": {"accuracy": 52.7},
+        "baselines": {"copy": {"accuracy": 0.0}, "majority": {"accuracy": 52.7}},
+        "comparisons": {
+            "copy": {"accuracy": {"verdict": "better"}},
+            "majority": {"accuracy": {"verdict": "not distinguishable"}},
+        },
     },
     "numbers": {
         "num_examples": 20,
         "model": {"exact_match": 12.0},
-        "copy the input": {"exact_match": 40.0},
-        "most frequent target": {"exact_match": 0.5},
+        "baselines": {"copy": {"exact_match": 40.0}, "majority": {"exact_match": 0.5}},
+        "comparisons": {"copy": {"exact_match": {"verdict": "worse"}}},
     },
 }
 
@@ -35,17 +38,19 @@ def test_results_table_at_80_columns(monkeypatch):
     rows = [line.split() for line in lines[-3:]]
     assert rows == [
         ["rte", "(1,277)", "loss", "0.4123", "–", "–"],
-        ["accuracy", "71.25", "0.00", "52.70"],
-        ["numbers", "(20)", "exact_match", "12.00", "40.00", "0.50"],
+        ["accuracy", "71.25", "0.00", "+", "52.70", "="],
+        ["numbers", "(20)", "exact_match", "12.00", "40.00", "-", "0.50"],
     ]
 
 
 def test_results_table_marks_a_model_that_a_baseline_beats():
     table = tables.results_table(RESULTS)
-    assert [str(cell.style) for cell in table.columns[2].cells] == ["bold", "bold", "yellow"]
-    even = {"t": {"num_examples": 1, "model": {"em": 5.0}, "copy the input": {"em": 5.0}}}
-    (cell,) = tables.results_table(even).columns[2].cells
-    assert cell.style == "yellow"
+    assert [str(cell.style) for cell in table.columns[2].cells] == ["bold", "yellow", "yellow"]
+    # Without resamples the scores alone count.
+    for model, style in ((5.0, "yellow"), (6.0, "bold")):
+        row = {"num_examples": 1, "model": {"em": model}, "baselines": {"copy": {"em": 5.0}}}
+        (cell,) = tables.results_table({"t": row}).columns[2].cells
+        assert cell.style == style
 
 
 def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch):
@@ -62,11 +67,11 @@ def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch)
 
 def test_results_markdown():
     assert tables.results_markdown({**RESULTS, "a|b": {"num_examples": 3, "model": {"x": 1}}}) == (
-        "| task | metric | model | copy the input | most frequent target | examples |\n"
+        "| task | metric | model | copy | majority | examples |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
         "| rte | loss | 0.4123 | – | – | 1,277 |\n"
-        "| rte | accuracy | 71.25 | 0.00 | 52.70 | 1,277 |\n"
-        "| numbers | exact_match | 12.00 | 40.00 | 0.50 | 20 |\n"
+        "| rte | accuracy | 71.25 | 0.00 + | 52.70 = | 1,277 |\n"
+        "| numbers | exact_match | 12.00 | 40.00 - | 0.50 | 20 |\n"
         "| a\\|b | x | 1.00 | – | – | 3 |\n"
     )
 

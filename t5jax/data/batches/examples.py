@@ -129,6 +129,8 @@ class EvalExample:
     """The example as SeqIO gives it to `postprocess`; None for one that takes the text alone."""
     seen: str = ""
     """The prompt as far as the model sees it, for people."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from, before postprocessing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,8 @@ class EvalSet:
     """Functions of (targets, predictions), both postprocessed."""
     postprocess: Callable[..., Any]
     """Applied to a predicted text before metrics; `example` is the row, where there is one."""
+    score_fns: Sequence[Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]] = ()
+    """Functions of (targets, scores), where a score is the log-probability of a target."""
     has_pairs: bool = False
     """Whether inputs may be two texts, with the id of padding between them."""
 

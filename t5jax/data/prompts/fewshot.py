@@ -6,6 +6,7 @@ one with the same prompt, and only as many are used as fit into the inputs.
 """
 
 import itertools
+import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from t5jax.data.prompts.templates import Prompt, PromptTemplate
 from t5jax.data.sources.source import Row
 from t5jax.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 POOL_SIZE = 10_000
 """Exemplars are drawn from this many rows of the training split, which are drawn from all of it and
@@ -53,6 +56,7 @@ class FewShot:
         # What has been rendered and counted of the training rows.
         self._prompts: dict[int, Prompt] = {}
         self._costs: dict[int, int] = {}
+        self._told = False
 
     def render(self, row: Row, number: int, split: str) -> Prompt:
         """Returns the row's prompt with exemplars in front, and its answer.
@@ -80,6 +84,13 @@ class FewShot:
         while chosen and self._count(few.inputs) >= self._limit:
             chosen.pop()
             few = self._with_exemplars(row, number, chosen)
+        if len(chosen) < self._shots and not self._told:
+            self._told = True
+            _log.warning(
+                "template %s: only %d of %d exemplars fit into inputs of %d tokens, in row %d and "
+                "perhaps in others; raise data.inputs_length (`t5jax eval --inputs-length`)",
+                *(self._template, len(chosen), self._shots, self._limit, number),
+            )
         return few
 
     def _with_exemplars(self, row: Row, number: int, chosen: Sequence[int]) -> Prompt:
@@ -114,7 +125,7 @@ class FewShot:
         fitting = []
         for i in chosen:
             if i not in self._costs:
-                inputs, targets, _ = self._prompts[i]
+                inputs, targets, *_ = self._prompts[i]
                 self._costs[i] = self._count(self._form.format(inputs=inputs, targets=targets))
             if self._costs[i] <= room:
                 fitting.append(i)

@@ -43,6 +43,8 @@ class Prompt(NamedTuple):
     """The answer."""
     source: str
     """The values in the prompt, joined by spaces: the output of a model that only copies."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from, if the template has some."""
 
     @property
     def is_empty(self) -> bool:
@@ -64,6 +66,11 @@ class PromptTemplate(abc.ABC):
     @property
     def is_pair(self) -> bool:
         """Whether prompts have two texts, with `segments.BREAK` between them."""
+        return False
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether the template has answers to choose from."""
         return False
 
     @property
@@ -254,6 +261,10 @@ class JinjaTemplate(PromptTemplate):
         return bool(self.second)
 
     @property
+    def has_choices(self) -> bool:
+        return bool(self.choices)
+
+    @property
     def _text(self) -> str:
         return self.text
 
@@ -289,10 +300,12 @@ class JinjaTemplate(PromptTemplate):
             )
         # A copy, since templates may modify lists, and rows are reused in the next epoch.
         variables = copy.deepcopy(dict(row)) | {_DRAW: random.Random(number).choice}
+        choices: list[str] = []
         try:
             if self.choices:
                 choices = self._compiled_choices.render(variables).split(SEPARATOR)
-                variables[_CHOICES] = [choice.strip() for choice in choices]
+                choices = [choice.strip() for choice in choices]
+                variables[_CHOICES] = list(choices)  # A template may modify it.
             sides = _render_sides(self._compiled, variables)
             if self.second and sides[0][0].strip():
                 text, values = sides[0]
@@ -310,7 +323,7 @@ class JinjaTemplate(PromptTemplate):
         if len(sides) > 2:
             raise ValueError(f"it renders {len(sides)} parts; expected a prompt and an answer")
         texts = [_stripped(text) for text, _ in sides] + [""]  # Without a rendered answer.
-        return Prompt(texts[0], texts[1], sides[0][1])
+        return Prompt(texts[0], texts[1], sides[0][1], tuple(choices))
 
 
 def _stripped(text: str) -> str:

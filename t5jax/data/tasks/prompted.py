@@ -45,6 +45,7 @@ from t5jax.tokenizers.training import sample
 # The texts of an example, in addition to the SeqIO features "inputs" and "targets".
 SOURCE_FEATURE = "prompt_source"
 REFERENCES_FEATURE = "prompt_references"
+CHOICES_FEATURE = "prompt_choices"
 
 _SIDES = ("inputs", "targets")
 
@@ -235,6 +236,8 @@ class PromptedSource(OwnSource):
         self.definition = definition
         self.templates, self.shots = definition.templates, definition.shots
         self.has_pairs = any(template.is_pair for template in definition.templates)
+        if any(template.has_choices for template in definition.templates):
+            self.features = self.features | {CHOICES_FEATURE: TEXT}
 
     def parts(self, task):
         parts = []
@@ -285,8 +288,8 @@ class PromptedSource(OwnSource):
             its lengths, all exemplars are kept and no target is too long.
         Returns:
           Dicts of the prompt ("inputs"), the answer ("targets"), the values in the prompt
-          (SOURCE_FEATURE), and the correct answers as JSON (REFERENCES_FEATURE), empty if they are
-          the targets.
+          (SOURCE_FEATURE), the correct answers as JSON (REFERENCES_FEATURE), empty if they are
+          the targets, and if a template has them, the answer choices as JSON (CHOICES_FEATURE).
         Raises:
           ValueError: if a row cannot be read or rendered, with task, split, row and template.
         """
@@ -335,6 +338,9 @@ class PromptedSource(OwnSource):
                         length = lengths.get("targets")
                         asked = labels.encode(arranged)[: length and length - 1]
                         references = references or json.dumps(labels.decode(asked))
+                    choices = {}
+                    if CHOICES_FEATURE in self.features:
+                        choices[CHOICES_FEATURE] = json.dumps(prompt.choices)
                     sides = {"inputs": tokenizer, "targets": labels or tokenizer}
                     reason = self._reason_to_drop(prompt, is_train, sides, lengths)
                 except ValueError as error:
@@ -348,6 +354,7 @@ class PromptedSource(OwnSource):
                         "targets": prompt.targets,
                         SOURCE_FEATURE: prompt.source,
                         REFERENCES_FEATURE: references,
+                        **choices,
                     }
                     if not is_train:
                         break
@@ -435,8 +442,9 @@ class PromptedSource(OwnSource):
                     example[f"{side}_pretokenized"] = shown(example[side], tokenizer).encode()
                     example[side] = np.array([*tokens, tokenizer.eos_id], np.int32)
             for example in chunk:
-                for feature in (SOURCE_FEATURE, REFERENCES_FEATURE):
-                    example[feature] = example[feature].encode()
+                for feature in (SOURCE_FEATURE, REFERENCES_FEATURE, CHOICES_FEATURE):
+                    if feature in example:
+                        example[feature] = example[feature].encode()
                 yield example
 
     def finish(self, run):

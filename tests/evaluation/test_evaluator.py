@@ -1,7 +1,6 @@
 """Evaluation: every example counts once, and the numbers are those of a plain computation."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -14,16 +13,17 @@ import tiny
 from conformance.cases import random_params
 from conformance.families import GPT2, change
 from conformance.families import T5 as SMALL
-from t5jax import evaluate, pretrained, sharding
+from t5jax import sharding
 from t5jax.config import AxisRules, MeshConfig
-from t5jax.convert import export_model
 from t5jax.data.batches.examples import EvalExample, EvalSet
-from t5jax.evaluate import Evaluator, evaluate_model, mean_loss
-from t5jax.metrics import exact_match
+from t5jax.evaluation import Evaluator, mean_loss
+from t5jax.evaluation.baselines import trivial_answers
+from t5jax.evaluation.scores import Answer, Answers, score
+from t5jax.metrics import exact_match, rank_accuracy
 from t5jax.models import api
 from t5jax.monitor import tables
 from t5jax.tokenizers import ByteTokenizer
-from tiny import TASK_FILE, one_device, trained_run  # noqa: F401
+from tiny import one_device  # noqa: F401
 
 MODEL = dataclasses.replace(SMALL, vocab_size=384)
 PARAMS = random_params(MODEL)
@@ -51,6 +51,19 @@ def run(examples, batch_size, **options):
         return evaluator.evaluate(PARAMS, examples)
 
 
+def sums(result):
+    """Negative log likelihood, tokens and hits of all examples."""
+    rows = [(-a.log_prob, a.num_tokens, a.num_correct) for a in result.answers]
+    return tuple(map(sum, zip(*rows, strict=True)))
+
+
+def baselines(examples, result):
+    """The scores of the trivial predictors."""
+    model = Answers.of(examples, result.answers)
+    answers = {kind: trivial_answers(kind, examples, model) for kind in ("copy", "majority")}
+    return {kind: score(examples, found) for kind, found in answers.items() if found}
+
+
 def plain_sums(examples):
     """Negative log likelihood, tokens and hits, one example after the other, without padding."""
     nll, tokens, correct = 0.0, 0, 0
@@ -72,9 +85,8 @@ def test_loss_is_that_of_a_plain_computation_and_does_not_depend_on_the_batch():
     nll, tokens, correct = plain_sums(examples.examples)
     results = [run(examples, batch_size) for batch_size in (1, 3, 64)]
     for result in results:
-        assert result.sums["tokens"] == tokens
-        assert result.sums["correct"] == correct
-        assert result.sums["nll"] == pytest.approx(nll, rel=1e-5)
+        assert sums(result)[1:] == (tokens, correct)
+        assert sums(result)[0] == pytest.approx(nll, rel=1e-5)
         assert result.scores["loss"] == pytest.approx(nll / tokens, rel=1e-5)
         assert result.scores["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
         assert result.scores["token_accuracy"] == pytest.approx(100 * correct / tokens)
@@ -89,7 +101,7 @@ def test_an_empty_target_is_predicted_and_has_no_loss():
     empty = dataclasses.replace(examples.examples[2], targets="", target_ids=[])
     with_empty = dataclasses.replace(examples, examples=[*rest, empty])
     result, others = run(with_empty, 64), run(dataclasses.replace(examples, examples=rest), 64)
-    assert result.sums == pytest.approx(others.sums)
+    assert sums(result) == pytest.approx(sums(others))
     assert result.predictions[:-1] == others.predictions
     assert len(result.predictions) == 7
 
@@ -110,7 +122,9 @@ def test_metrics_see_what_the_task_makes_of_a_prediction():
     assert result.scores["exact_match"] == pytest.approx(100 / 7)
     plain = run(eval_set(), 3, predict=copy)
     assert plain.scores["exact_match"] == 0.0
-    assert result.baselines == plain.baselines
+    assert baselines(eval_set(), plain) == {
+        name: {"exact_match": pytest.approx(100 / 7)} for name in ("copy", "majority")
+    }
 
 
 def numbers(size=6):
@@ -142,15 +156,16 @@ def test_a_task_may_make_numbers_of_texts():
     scores = {name: result.scores[name] for name in ("error", "sum")}
     assert scores == pytest.approx({"error": 1.5 / 6, "sum": 21.0})
     # Copied: |2 - 0| + |3.5 - i| for i of 1 to 5.
-    assert result.baselines["copy the input"] == pytest.approx({"error": 8.5 / 6, "sum": 15.0})
-    assert result.baselines["most frequent target"] == pytest.approx(scores)
+    found = baselines(numbers(), result)
+    assert found["copy"] == pytest.approx({"error": 8.5 / 6, "sum": 15.0})
+    assert found["majority"] == pytest.approx(scores)
     table = tables.samples_markdown(["asked"], [numbers().examples[0].targets], ["3.5"])
     assert "target: `2.0`" in table
 
 
 def test_a_baseline_that_the_task_cannot_read_is_left_out():
     result = run(numbers(5), 8, predict=lambda params, inputs: ["3.5"] * len(inputs))
-    assert list(result.baselines) == ["most frequent target"]
+    assert list(baselines(numbers(5), result)) == ["majority"]
     assert result.error == ""
 
 
@@ -163,8 +178,9 @@ def test_the_most_frequent_tags_are_those_of_a_text_where_none_can_be_copied():
     targets = [["O"], ["O"], ["O", "O", "O", "B"]]
     examples = [EvalExample("asked", "copied", target, *ids) for target in targets]
     predict = lambda params, inputs: ["B"] * len(inputs)  # noqa: E731
-    found = run(EvalSet("ner", examples, (exact_match,), tags), 8, predict=predict)
-    assert found.baselines == {"most frequent target": {"exact_match": pytest.approx(200 / 3)}}
+    ner = EvalSet("ner", examples, (exact_match,), tags)
+    found = baselines(ner, run(ner, 8, predict=predict))
+    assert found == {"majority": {"exact_match": pytest.approx(200 / 3)}}
 
 
 def test_an_error_of_a_task_names_its_function_and_the_text():
@@ -183,7 +199,7 @@ def test_an_example_without_an_answer_counts_for_nothing():
     empty = dataclasses.replace(with_one.examples[0], target_ids=[], targets="")
     with_one.examples.append(empty)
     result, without = run(with_one, 4), run(eval_set(), 4)
-    assert result.sums == pytest.approx(without.sums)
+    assert sums(result) == pytest.approx(sums(without))
     assert len(result.predictions) == 8
     alone = run(EvalSet("empty", [empty], (exact_match,), lambda text: text), 4)
     assert math.isnan(alone.scores["loss"])
@@ -230,18 +246,10 @@ def test_a_metric_that_cannot_score_a_few_is_tried_on_all():
         evaluator.check(EvalSet("few", examples[:9], [needs_both], lambda text: text))
 
 
-def test_a_loss_beyond_all_bounds_has_a_perplexity(monkeypatch):
-    sums = {"nll": 4000.0, "tokens": 5.0, "correct": 1.0, "loss": 4000.0}
-    monkeypatch.setattr(Evaluator, "_sum_losses", lambda *_: sums)
-    scores = run(eval_set(), 8, generate=False).scores
+def test_a_loss_beyond_all_bounds_has_a_perplexity():
+    one = dataclasses.replace(eval_set(1), metric_fns=())
+    scores = score(one, Answers.of(one, [Answer(-4000.0, 5, 1, 4, 1)]))
     assert scores == {"loss": 800.0, "perplexity": math.exp(700), "token_accuracy": 20.0}
-
-
-def test_baselines_are_of_the_task_and_not_of_the_model():
-    baselines = run(eval_set(), 8).baselines
-    assert {name: scores["exact_match"] for name, scores in baselines.items()} == pytest.approx(
-        {"copy the input": 100 / 7, "most frequent target": 100 / 7}
-    )
 
 
 def test_eight_devices_measure_what_one_does():
@@ -260,7 +268,7 @@ def test_without_generation_or_metrics_the_loss_alone():
     for result in (run(eval_set(), 8, generate=False), run(eval_set(metric_fns=()), 8)):
         assert set(result.scores) == {"loss", "perplexity", "token_accuracy"}
         assert result.predictions == []
-        assert result.baselines == {}
+        assert baselines(dataclasses.replace(eval_set(), metric_fns=()), result) == {}
 
 
 def test_max_tokens_limits_predictions():
@@ -272,83 +280,69 @@ def test_max_tokens_limits_predictions():
 
 def test_mean_loss_weighs_tokens():
     one, two = run(eval_set(2), 8), run(eval_set(7), 8)
-    expected = (one.sums["nll"] + two.sums["nll"]) / (one.sums["tokens"] + two.sums["tokens"])
+    expected = (sums(one)[0] + sums(two)[0]) / (sums(one)[1] + sums(two)[1])
     assert mean_loss([one, two]) == pytest.approx(expected)
     assert mean_loss([one, two]) != pytest.approx((one.scores["loss"] + two.scores["loss"]) / 2)
 
 
-# --- `t5jax eval` ---------------------------------------------------------------------------------
-
-OPTIONS = {"split": "validation", "batch_size": 8}
+# --- Answer choices -------------------------------------------------------------------------------
 
 
-def test_run_checkpoint_and_export_measure_the_same(tmp_path, capsys):
-    run_dir = trained_run()
-    capsys.readouterr()  # Of the training, where this test is the first to need it.
-    scores = tmp_path / "scores.json"
-    of_run = evaluate_model(str(run_dir), **OPTIONS | {"json": scores, "num_samples": 2})
-    out, err = capsys.readouterr()
-    assert "exact_match" in out
-    assert "prediction" not in out
-    assert err.count("  prediction ") == 2
-    assert json.loads(scores.read_text()) == of_run
-    assert of_run["capitals"]["num_examples"] == 11
-
-    # What the loop measured at the checkpoint that is best, the last one here.
-    logged = [line for line in tiny.read_metrics(run_dir) if "validation/loss" in line][-1]
-    for name, value in of_run["capitals"]["model"].items():
-        assert value == pytest.approx(logged[f"validation/capitals/{name}"], rel=1e-6)
-
-    # From Python the scores are returned, and nothing is printed.
-    capsys.readouterr()
-    assert pretrained.load(str(run_dir)).evaluate(**OPTIONS) == of_run
-    assert capsys.readouterr().out == ""
-    assert evaluate_model(str(run_dir / "checkpoints/10"), **OPTIONS) == of_run
-    assert evaluate_model(str(run_dir / "checkpoints/5"), **OPTIONS) != of_run
-
-    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    export_model(str(run_dir), str(tmp_path / "hf"), **options)
-    given = {"mixture": "capitals", "inputs_length": 16, "max_tokens": 8}
-    assert evaluate_model(str(tmp_path / "hf"), **OPTIONS | given) == of_run
-
-
-def test_options_of_eval_count():
-    run_dir, few = str(trained_run()), OPTIONS | {"num_examples": 3}
-    (full,) = evaluate_model(run_dir, **few).values()
-    assert full["num_examples"] == 3
-    for option, value in {
-        "dtype": "bfloat16",
-        "inputs_length": 4,
-        "max_tokens": 2,
-        "split": "train",
-    }.items():
-        (other,) = evaluate_model(run_dir, **few | {option: value}).values()
-        assert other["model"]["loss"] != full["model"]["loss"], option
-        if option == "dtype":
-            assert other["model"]["loss"] == pytest.approx(full["model"]["loss"], rel=0.02)
+def test_choices_are_ranked_by_the_probability_of_the_whole_answer():
+    """As the plain computation has it; with what ends a text, and at any batch size."""
+    choices = ("ab", "cab", "b", "caba")
+    examples = [dataclasses.replace(e, choices=choices) for e in eval_set(4).examples]
+    asked = dataclasses.replace(eval_set(4), examples=examples, score_fns=[rank_accuracy])
+    tokenizer = ByteTokenizer()
+    expected = [
+        [
+            -plain_sums([dataclasses.replace(e, target_ids=[*tokenizer.encode(choice), 1])])[0]
+            for choice in choices
+        ]
+        for e in examples
+    ]
+    for batch_size in (3, 8):
+        result = run(asked, batch_size)
+        np.testing.assert_allclose([a.choices for a in result.answers], expected, rtol=1e-5)
+    best = [choices[np.argmax(row)] for row in expected]
+    by_length = [
+        choices[np.argmax([p / len(c) for p, c in zip(row, choices, strict=True)])]
+        for row in expected
+    ]
+    assert best != by_length, "it would not show which is which"
+    for name, picked in (("rank_accuracy", best), ("rank_accuracy_norm", by_length)):
+        right = [
+            dataclasses.replace(e, targets=text) for e, text in zip(examples, picked, strict=True)
+        ]
+        assert run(dataclasses.replace(asked, examples=right), 8).scores[name] == 100.0
+    others = run(dataclasses.replace(asked, score_fns=()), 8).answers
+    assert {a.choices for a in others} == {()}, "asked for what nobody wants to know"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mixture": "capitols"}, r"'capitols', which no task file registers; did you mean capi"),
-        ({"split": "test"}, r"capitals has no split 'test'; there are train, validation"),
-        ({"max_tokens": 0}, r"targets_length is 0; it must be at least 1"),
-        ({"inputs_length": 0}, r"inputs_length is 0; it must be at least 1"),
-        ({"num_examples": 0}, r"num_examples is 0; it must be at least 1"),
-        ({"json": "/proc/none/scores.json"}, r"--json .*: there is no folder /proc/none; make it"),
-        ({"task_files": ("absent.py",)}, r"there is no file absent.py"),
-    ],
-)
-def test_options_of_eval_that_cannot_work(changes, message):
-    if "json" in changes:
-        changes = {"json": evaluate.Path(changes["json"])}
-    with pytest.raises(ValueError, match=message):
-        evaluate_model(str(trained_run()), **OPTIONS | changes)
+def test_a_decoders_choices_have_no_end():
+    """As in lm-evaluation-harness: a decoder may not have learned that an answer ends."""
+    model = change(GPT2, vocab_size=384, max_positions=64)
+    params, mesh = random_params(model), sharding.make_mesh(MeshConfig())
+    example = dataclasses.replace(eval_set(1).examples[0], choices=("ab", "c"))
+    asked = dataclasses.replace(eval_set(1), examples=[example], score_fns=[rank_accuracy])
+    with sharding.use_mesh(mesh):
+        options = {"batch_size": 8, "max_tokens": 2}
+        evaluator = Evaluator(model, ByteTokenizer(), mesh, AxisRules(), **options)
+        found = evaluator.evaluate(params, asked).answers[0].choices
+    prompt = example.input_ids[:-1]  # A decoder goes on with the prompt.
+    for choice, log_prob in zip(example.choices, found, strict=True):
+        ids = np.array([[model.start_token_id, *prompt, *ByteTokenizer().encode(choice)]], np.int32)
+        ids = ids if model.prompt_start else ids[:, 1:]
+        logits_TV = np.asarray(LOGITS(model, params, {"decoder_input_tokens": ids}), np.float64)[0]
+        log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        n = len(ByteTokenizer().encode(choice))
+        expected = sum(log_p_TV[t - 1, ids[0, t]] for t in range(ids.shape[1] - n, ids.shape[1]))
+        assert log_prob == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_was_trained_on_nothing_needs_a_task(tmp_path):
-    options = {"dtype": "float32", "max_shard_bytes": 10**9, "overwrite": False}
-    export_model(str(trained_run()), str(tmp_path / "hf"), **options)
-    with pytest.raises(ValueError, match=r"does not say what it was trained on; give --mixture"):
-        evaluate_model(str(tmp_path / "hf"), **OPTIONS)
+def test_choices_are_checked_before_anything_is_computed():
+    asked = dataclasses.replace(eval_set(2), score_fns=[rank_accuracy])
+    mesh = sharding.make_mesh(MeshConfig())
+    evaluator = Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5)
+    with pytest.raises(ValueError, match=r"letters: metric rank_accuracy .*no answer choices"):
+        evaluator.check(asked)
