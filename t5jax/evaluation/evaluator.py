@@ -89,6 +89,7 @@ class Evaluator:
         )
         # Another way of generating has limits of its own.
         self._generator, self._max_tokens = None if predict else generator, max_tokens
+        self._ranker = generator
         self._labels = LabelTokenizer.of(model)
         self._classes = jax.jit(
             lambda params, batch: sharding.constrain(
@@ -117,27 +118,16 @@ class Evaluator:
           most: the number of examples to ask for at a time. None: all at once.
         """
         examples = eval_set.examples
-        asked = [
-            (number, dataclasses.replace(example, target_ids=ids))
-            for number, example in enumerate(examples if ranks(eval_set) else ())
-            for ids in self._choice_ids(example)
-        ]
-        of_targets, of_choices = (
-            self._batch_maker(eval_set, of) for of in (examples, [e for _, e in asked])
-        )
+        batches = self._batch_maker(eval_set)
         for first in range(start, len(examples), most or max(len(examples), 1)):
             last = first + (most or len(examples))
             chunk = examples[first:last]
-            losses = self._score(params, of_targets(chunk))
-            ranked = [(n - first, e) for n, e in asked if first <= n < last]
-            choices: list[list[float]] = [[] for _ in chunk]
-            found = self._score(params, of_choices([e for _, e in ranked]))
-            for (number, _), (log_prob, _, _) in zip(ranked, found, strict=True):
-                choices[number].append(log_prob)
+            losses = self._score(params, batches(chunk))
+            choices = self._rank(params, chunk) if ranks(eval_set) else [() for _ in chunk]
             texts: Sequence[str | None] = [None] * len(chunk)
             if self._predicts(eval_set):
                 texts = (
-                    self._classify(params, of_targets(chunk))
+                    self._classify(params, batches(chunk))
                     if self._labels
                     else self._predict(params, [e.input_ids for e in chunk])
                 )
@@ -148,28 +138,34 @@ class Evaluator:
         example: EvalExample,
         loss: tuple[float, int, int],
         text: str | None,
-        choices: list[float],
+        choices: tuple[float, ...],
     ) -> Answer:
         target = self._text_of_target(example) if self._reads_text else ""
         # Words as in lm-evaluation-harness: what stands between white space.
         sizes = len(target.encode("utf-8", "surrogatepass")), len(re.split(r"\s+", target))
-        return Answer(*loss, *sizes, text, tuple(choices))
+        return Answer(*loss, *sizes, text, choices)
 
     @property
     def _reads_text(self) -> bool:
         """Whether targets are texts, and not words that a masked model fills in."""
         return self._model.kind != "encoder" or self._labels is not None
 
-    def _choice_ids(self, example: EvalExample) -> list[list[int]]:
-        """Returns the tokens of an example's answer choices.
+    def _rank(self, params: api.Params, examples: Sequence[EvalExample]) -> list[tuple[float, ...]]:
+        """Returns the log-probabilities of each example's answer choices.
 
         Those of an encoder-decoder end as its targets do. Those of a decoder have no end: it may
         not have learned that an answer ends.
         """
-        if self._model.kind == "encoder":
-            return []
         ends = [] if self._model.kind == "decoder" else [self._tokenizer.eos_id]
-        return [[*self._tokenizer.encode(choice), *ends] for choice in example.choices]
+        asked = [(e.input_ids, choice) for e in examples for choice in e.choices]
+        scores = self._ranker.score(
+            params,
+            [ids for ids, _ in asked],
+            [[*self._tokenizer.encode(choice), *ends] for _, choice in asked],
+            batch_size=self._batch_size,
+        )
+        totals = iter([score.total for score in scores])
+        return [tuple(next(totals) for _ in e.choices) for e in examples]
 
     def check(self, eval_set: EvalSet) -> None:
         """Reads the prompts, and scores the targets as their own predictions.
@@ -222,7 +218,8 @@ class Evaluator:
         self, params: api.Params, batches: Iterator[features.Batch]
     ) -> list[tuple[float, int, int]]:
         """Returns for each row its log-probability, its target tokens, and the hits among them."""
-        weights = self._weights
+        encodes = self._model.kind == "encoder"
+        weights = features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS
         found: list[tuple[float, int, int]] = []
         for batch in batches:
             of_model = decoding.log_probs(self._model, params, self._shard(batch))
@@ -233,17 +230,11 @@ class Evaluator:
                 found.append((log_prob, len(hits), int(hits.sum())))
         return found
 
-    @property
-    def _weights(self) -> str:
-        encodes = self._model.kind == "encoder"
-        return features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS
-
     def _batch_maker(
-        self, eval_set: EvalSet, examples: Sequence[EvalExample]
+        self, eval_set: EvalSet
     ) -> Callable[[Sequence[EvalExample]], Iterator[features.Batch]]:
-        """Returns a function that makes batches of some of these examples, all of one length."""
-        if not examples:
-            return lambda chosen: iter(())
+        """Returns a function that makes batches of some of the examples, all of one shape."""
+        examples = eval_set.examples
         sides = ["inputs", "targets"] if any(e.input_ids for e in examples) else ["targets"]
         inputs, targets = self._lengths(examples)
         spec = features.BatchSpec(
