@@ -1,7 +1,8 @@
-"""A trained model on the devices: generates and embeds texts, can be evaluated and exported.
+"""A trained model on the devices: generates, scores and embeds texts, is evaluated and exported.
 
 model = t5jax.load("google/flan-t5-small")
 model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)
+model.score(["Is the sky blue?"] * 2, ["yes", "no"])
 t5jax.load("bert-base-uncased").embed(["One vector per text."])
 t5jax.load("runs/numbers").evaluate(split="validation")
 t5jax.load("runs/numbers").export("exported")
@@ -75,17 +76,50 @@ class Pretrained:
         Raises:
           ValueError: if the model does not generate text, or has too few positions.
         """
-        if self.model.kind == "encoder":
-            raise ValueError(
-                f"{self.model.family} is an encoder and writes no text; `t5jax embed` gives its "
-                "embeddings, `t5jax eval` what it predicts"
-            )
+        self._check_writes()
         eos = self.tokenizer.eos_id
         inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
-        generate = decoding.Generator(
-            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm, special_tokens
-        )
+        generate = self._generator(special_tokens)
         return generate(self.params, inputs, max_tokens=max_tokens, batch_size=batch_size)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        end: bool = False,
+        num_top: int = 0,
+        batch_size: int = 32,
+    ) -> list[decoding.Score]:
+        """Returns how probable each answer is after its prompt.
+
+        The prompt and the answer are encoded apart. `Score.total` is the log-probability of the
+        whole answer in nats.
+
+        Args:
+          prompts: N texts, read as by `generate`.
+          answers: N texts.
+          end: also score the token that ends a text, as T5's targets have it.
+          num_top: the number of most probable tokens to return at each place.
+          batch_size: the number of rows per batch. Rows and lengths are padded to powers of two.
+        Raises:
+          ValueError: if the numbers of prompts and answers differ, or the model writes no text, or
+            has too few positions.
+        """
+        self._check_writes()
+        if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
+            raise ValueError(
+                f"prompts and answers are {len(prompts)} and {len(answers)}; expected two lists of "
+                "the same length"
+            )
+        encode, eos = self.tokenizer.encode, self.tokenizer.eos_id
+        return self._generator(special_tokens=True).score(
+            self.params,
+            [[*encode(text), eos] for text in prompts],
+            [[*encode(text), *([eos] if end else [])] for text in answers],
+            batch_size=batch_size,
+            num_top=num_top,
+        )
 
     def embed(
         self,
@@ -177,6 +211,18 @@ class Pretrained:
           **options: other arguments of `convert.export_model`.
         """
         export_model(self._found(), output, **options)
+
+    def _check_writes(self) -> None:
+        if self.model.kind == "encoder":
+            raise ValueError(
+                f"{self.model.family} is an encoder and writes no text; `t5jax embed` gives its "
+                "embeddings, `t5jax eval` what it predicts"
+            )
+
+    def _generator(self, special_tokens: bool) -> decoding.Generator:
+        return decoding.Generator(
+            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm, special_tokens
+        )
 
     def _found(self) -> Source:
         if self.source is None:

@@ -12,15 +12,43 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
 
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation.scores import Answer
 from t5jax.storage import split_lines, to_json, write_file
 
 ABOUT = "evaluation.json"
+
+
+def from_first_process(function: Callable[[], Any]) -> Any:
+    """Returns on every host what a function returns on the first one: JSON values, or its error.
+
+    Hosts need not share a disk, and must not differ in what they do next.
+    """
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    content = b""
+    if jax.process_index() == 0:
+        try:
+            found = {"value": function()}
+        except (ValueError, OSError) as error:
+            found = {"error": str(error)}
+        content = json.dumps(found).encode()
+    size = int(broadcast_one_to_all(np.array(len(content))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    found = json.loads(np.asarray(broadcast_one_to_all(buffer)).tobytes())
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["value"]
 
 
 def is_folder(path: Path) -> bool:
@@ -49,7 +77,10 @@ class Folder:
           ValueError: if the folder is that of another evaluation, saying what differs; or if it
             holds something else.
         """
-        self._path, about = path, json.loads(to_json(about))
+        self._path = path
+        from_first_process(lambda: self._begin(path, json.loads(to_json(about))))
+
+    def _begin(self, path: Path, about: Mapping[str, Any]) -> None:
         if is_folder(path):
             _check_same(path, read_about(path), about)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -63,16 +94,21 @@ class Folder:
     def read(self, eval_set: EvalSet) -> list[Answer]:
         """Returns the answers to the first examples of a task, and drops a torn last line."""
         path = _file(self._path, eval_set.task)
-        if not path.is_file():
-            return []
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:
-            write_file(path, whole + b"\n" if whole else b"")
-        rows = [_read_row(line, path) for line in split_lines(whole.decode())]
-        return [_answer(row) for row in rows[: len(eval_set.examples)]]
+
+        def rows() -> list[dict[str, Any]]:
+            if not path.is_file():
+                return []
+            whole, _, torn = path.read_bytes().rpartition(b"\n")
+            if torn:
+                write_file(path, whole + b"\n" if whole else b"")
+            return [_read_row(line, path) for line in split_lines(whole.decode())]
+
+        return answers_of(from_first_process(rows)[: len(eval_set.examples)])
 
     def append(self, eval_set: EvalSet, start: int, answers: Sequence[Answer]) -> None:
         """Writes the answers to the examples from number `start` on."""
+        if jax.process_index() != 0:
+            return
         path = _file(self._path, eval_set.task)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
@@ -85,12 +121,9 @@ class Folder:
         scores: Sequence[Mapping[str, float]],
     ) -> None:
         """Writes all answers to a task with the scores of each."""
-        text = _lines(eval_set, 0, answers, scores)
-        write_file(_file(self._path, eval_set.task), text.encode())
-
-    def write(self, name: str, text: str) -> Path:
-        """Writes another file; returns its path."""
-        return write_file(self._path / name, text.encode())
+        if jax.process_index() == 0:
+            text = _lines(eval_set, 0, answers, scores)
+            write_file(_file(self._path, eval_set.task), text.encode())
 
 
 def _check_same(path: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:

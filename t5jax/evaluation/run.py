@@ -12,7 +12,7 @@ import jax
 
 from t5jax import metrics, sharding
 from t5jax.architectures import Dtype
-from t5jax.checks import check_at_least, did_you_mean
+from t5jax.checks import check_at_least, check_local, did_you_mean
 from t5jax.config import AxisRules, Config, MeshConfig, override
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation import baselines as compared
@@ -95,8 +95,10 @@ def evaluate_model(
       ValueError: if the model, a task, a metric or a baseline cannot be found or read, or the
         task's postprocessing or metrics fail.
     """
-    for name, file in {"--json": json, "--html": html}.items():
-        if file and not file.parent.is_dir():
+    for name, file in {"--json": json, "--html": html, "--output": output}.items():
+        if file:
+            check_local(file, name)
+        if file and name != "--output" and not file.parent.is_dir():
             raise ValueError(f"{name} {file}: there is no folder {file.parent}; make it first")
     check_at_least(resamples, 0, "--resamples")
     check_at_least(shots, 0, "--shots")
@@ -129,7 +131,7 @@ def evaluate_model(
     for name, other in others.items():
         folder = output / "baselines" / name.strip("/").replace("/", "_") if output else None
         of_models[name] = _answers_of_other(name, other, asked, devices, folder, eval_sets)
-    results, columns = {}, {}
+    results, columns, is_first = {}, {}, jax.process_index() == 0
     for task, eval_set in eval_sets.items():
         systems: dict[str, Answers | None] = {}
         for b in given:
@@ -143,14 +145,14 @@ def evaluate_model(
         files = [b for b in given if b.kind == "scores"]
         results[task] = _result(eval_set, answers[task], there, files, resamples, seed)
         columns[task] = there
-        if num_samples and (texts := answers[task].texts):
+        if num_samples and is_first and (texts := answers[task].texts):
             samples = eval_set.samples(texts, num_samples)
             tables.print_table(tables.samples_table(*samples, title=task))
-    if show:
+    if show and is_first:
         tables.print_table(tables.results_table(results), sys.stdout)
         if resamples and any(each["comparisons"] for each in results.values()):
             tables.print_note(tables.LEGEND, sys.stdout)
-    if jax.process_index() == 0:
+    if is_first:
         text = to_json(results, indent=2) + "\n"
         if json:
             json.write_text(text, encoding="utf-8")

@@ -79,6 +79,38 @@ def test_metrics_and_choices_that_are_asked_for():
     assert found["baselines"] == {}
 
 
+CHOOSING = """
+from t5jax.data import JinjaTemplate, jsonl, prompted_task, rank_accuracy
+
+prompted_task(
+    "choosing",
+    jsonl({"train": "rows.jsonl", "validation": "rows.jsonl"}),
+    [JinjaTemplate("{{q}} ||| {{answer_choices[a]}}", choices="{{x}} ||| {{y}}")],
+    metrics=[rank_accuracy],
+)
+"""
+
+
+def test_choices_of_a_tasks_templates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"question {i}", "x": "A" * i, "y": "B", "a": i % 2} for i in range(1, 5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choosing.py").write_text(CHOOSING)
+    for split in ("validation", "train"):
+        options = OPTIONS | {"show": False, "resamples": 0, "split": split}
+        options |= {"task_files": ["choosing.py"], "output": tmp_path / split}
+        (found,) = evaluate_model(str(trained_run()), "choosing", **options).values()
+        lines = (tmp_path / split / "predictions/choosing.jsonl").read_text().splitlines()
+        given = [json.loads(line) for line in lines]
+        for row, line in zip(rows, given, strict=True):
+            assert [choice["text"] for choice in line["choices"]] == [row["x"], row["y"]]
+            first, second = (choice["log_prob"] for choice in line["choices"])
+            right = (second > first) == bool(row["a"])
+            assert line["scores"]["rank_accuracy"] == 100.0 * right
+        scores = [line["scores"]["rank_accuracy"] for line in given]
+        assert found["model"]["rank_accuracy"] == sum(scores) / 4
+
+
 def test_tasks_by_name_and_by_pattern():
     options = OPTIONS | {"num_examples": 2, "show": False, "resamples": 0}
     found = evaluate_model(str(trained_run()), ["cap*", "first_letter", "capitals"], **options)

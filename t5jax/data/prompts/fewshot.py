@@ -125,7 +125,7 @@ class FewShot:
         fitting = []
         for i in chosen:
             if i not in self._costs:
-                inputs, targets, *_ = self._prompts[i]
+                inputs, targets, _ = self._prompts[i]
                 self._costs[i] = self._count(self._form.format(inputs=inputs, targets=targets))
             if self._costs[i] <= room:
                 fitting.append(i)

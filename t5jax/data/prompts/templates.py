@@ -43,8 +43,6 @@ class Prompt(NamedTuple):
     """The answer."""
     source: str
     """The values in the prompt, joined by spaces: the output of a model that only copies."""
-    choices: tuple[str, ...] = ()
-    """Answers to choose from, if the template has some."""
 
     @property
     def is_empty(self) -> bool:
@@ -72,6 +70,10 @@ class PromptTemplate(abc.ABC):
     def has_choices(self) -> bool:
         """Whether the template has answers to choose from."""
         return False
+
+    def answer_choices(self, row: Row, number: int = 0) -> list[str]:
+        """Returns the answers to choose from for a row that `render` has rendered; [] for none."""
+        return []
 
     @property
     @abc.abstractmethod
@@ -264,6 +266,17 @@ class JinjaTemplate(PromptTemplate):
     def has_choices(self) -> bool:
         return bool(self.choices)
 
+    def answer_choices(self, row: Row, number: int = 0) -> list[str]:
+        if not self.choices:
+            return []
+        # As `render` draws them, which renders the choices first.
+        draw = {_DRAW: random.Random(number).choice}
+        return self._render_choices(copy.deepcopy(dict(row)) | draw)
+
+    def _render_choices(self, variables: dict) -> list[str]:
+        choices = self._compiled_choices.render(variables).split(SEPARATOR)
+        return [choice.strip() for choice in choices]
+
     @property
     def _text(self) -> str:
         return self.text
@@ -300,12 +313,9 @@ class JinjaTemplate(PromptTemplate):
             )
         # A copy, since templates may modify lists, and rows are reused in the next epoch.
         variables = copy.deepcopy(dict(row)) | {_DRAW: random.Random(number).choice}
-        choices: list[str] = []
         try:
             if self.choices:
-                choices = self._compiled_choices.render(variables).split(SEPARATOR)
-                choices = [choice.strip() for choice in choices]
-                variables[_CHOICES] = list(choices)  # A template may modify it.
+                variables[_CHOICES] = self._render_choices(variables)
             sides = _render_sides(self._compiled, variables)
             if self.second and sides[0][0].strip():
                 text, values = sides[0]
@@ -323,7 +333,7 @@ class JinjaTemplate(PromptTemplate):
         if len(sides) > 2:
             raise ValueError(f"it renders {len(sides)} parts; expected a prompt and an answer")
         texts = [_stripped(text) for text, _ in sides] + [""]  # Without a rendered answer.
-        return Prompt(texts[0], texts[1], sides[0][1], tuple(choices))
+        return Prompt(texts[0], texts[1], sides[0][1])
 
 
 def _stripped(text: str) -> str:

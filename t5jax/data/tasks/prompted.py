@@ -340,7 +340,8 @@ class PromptedSource(OwnSource):
                         references = references or json.dumps(labels.decode(asked))
                     choices = {}
                     if CHOICES_FEATURE in self.features:
-                        choices[CHOICES_FEATURE] = json.dumps(prompt.choices)
+                        asked = template.answer_choices(row, number)
+                        choices[CHOICES_FEATURE] = json.dumps(asked)
                     sides = {"inputs": tokenizer, "targets": labels or tokenizer}
                     reason = self._reason_to_drop(prompt, is_train, sides, lengths)
                 except ValueError as error:

@@ -251,6 +251,7 @@ def test_a_promptsource_file_loads_as_it_is(tmp_path):
         "wet",
         "it rains",
     )
+    assert style.answer_choices({"text": "it rains", "label": 1}) == ["dry", "wet"]
     assert why.render({"text": "it rains", "label": 0}).is_empty
     asked = {why.render({"text": "it rains", "label": 1}, n).inputs for n in range(20)}
     assert asked == {"Why wet, sir?", "Why wet, madam?"}
