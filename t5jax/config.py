@@ -20,6 +20,7 @@ from t5jax.architectures import DEFAULT, FAMILIES, Architecture
 from t5jax.checks import check_at_least, check_choice, check_positive, did_you_mean
 
 Optimizer = Literal["adafactor", "adamw", "adamw_scaled"]
+Attention = Literal["auto", "reference", "flash", "cudnn"]
 Section = TypeVar("Section")
 Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear"]
 SliceAxis = Literal["data", "fsdp"]
@@ -209,10 +210,16 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training examples of one task, in place of `steps`, which is computed from
     it. None: `steps` counts."""
+    attention: Attention = "auto"
+    """Implementation of attention. flash: the kernel for TPU, which stores no scores. cudnn:
+    NVIDIA's for GPU, which has no position bias of T5, soft cap, or dropout. reference: plain JAX.
+    auto: flash on TPU; cudnn on GPU, except for layers that it cannot compute; otherwise
+    reference."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "microbatches", "log_every"):
             check_at_least(getattr(self, name), 1, f"train.{name}")
+        check_choice(self.attention, typing.get_args(Attention), "train.attention")
         if self.epochs is not None:
             check_positive(self.epochs, "train.epochs")
 

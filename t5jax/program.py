@@ -6,9 +6,9 @@ with run.use():
     state, metrics = run.step(state, batch)
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,10 +49,14 @@ class Program:
     step: jax.stages.Wrapped
     """One training step, (state, batch) -> (state, metrics), jitted; the state that goes in is
     donated."""
+    attention: str
+    """`train.attention`."""
 
-    def use(self) -> AbstractContextManager[None]:
-        """Sets the mesh and the rules for everything that is called inside."""
-        return sharding.use_mesh(self.mesh, self.rules)
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Sets the mesh, the rules and the attention for everything that is called inside."""
+        with sharding.use_mesh(self.mesh, self.rules), api.use_attention(self.attention):
+            yield
 
     def arguments(self, spec: BatchSpec) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
         """Returns the arguments of the step as ShapeDtypeStructs with their shardings."""
@@ -82,7 +86,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
       mesh: devices.
     Raises:
       ValueError: if the mesh does not divide the batch, a microbatch, a length or a parameter; if
-        the model has no output to train; if optimizer.freeze or the schedule does not fit the run.
+        the model has no output to train; if optimizer.freeze or the schedule does not fit the run;
+        if the devices cannot run train.attention.
     """
     model, rules, batch_size = config.model, config.axes, config.data.batch_size
     parts = config.train.microbatches
@@ -96,6 +101,7 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     if model.kind != "decoder":  # Of a decoder's rows, only the data say whether they have inputs.
         sharding.check_lengths(train_spec(config), mesh, rules)
     model.check_head()
+    api.check_attention(config.train.attention, mesh.devices.flat[0].platform)
 
     frozen = frozen_params(api.param_shapes(model), config.optimizer.freeze)
     trained_axes, _ = split(api.param_axes(model), frozen)
@@ -115,4 +121,5 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
             lambda key: create_train_state(model, tx, key, frozen), out_shardings=shardings
         ),
         step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        attention=config.train.attention,
     )

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from t5jax.config import MESH_AXES, AxisRules, MeshConfig
 
 # Part of jit's cache key, so that a function is traced again under other rules.
 _rules = jax.make_user_context(None)
+_platform = jax.make_user_context(None)
 
 
 def make_mesh(
@@ -75,8 +76,13 @@ def make_mesh(
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: AxisRules = AxisRules()) -> Iterator[Mesh]:
     """Sets the mesh and the rules for everything traced inside."""
-    with _rules(rules), jax.set_mesh(mesh):
+    with _rules(rules), _platform(mesh.devices.flat[0].platform), jax.set_mesh(mesh):
         yield mesh
+
+
+def platform() -> str:
+    """Returns "cpu", "gpu" or "tpu": that of the mesh, which may be of another machine."""
+    return _platform.value or jax.default_backend()
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: AxisRules) -> PartitionSpec:
@@ -139,6 +145,51 @@ def local_size(shape: tuple[int, ...], *axes: str | None) -> float:
     spec = _activation_spec(shape, axes, mesh, rules)
     parts = [_num_devices(mesh, mesh_axes) for mesh_axes in spec]
     return math.prod(shape) / math.prod(parts)
+
+
+def mesh_axes(
+    shape: tuple[int, ...], *axes: str | None
+) -> tuple[str | tuple[str, ...] | None, ...]:
+    """Returns the mesh axes of each dimension of an activation; None where they do not divide it,
+    and outside `use_mesh`."""
+    rules = _rules.value
+    if rules is None:
+        return (None,) * len(axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = partition_spec(axes, rules)
+    return tuple(
+        found if size % _num_devices(mesh, found) == 0 else None
+        for size, found in zip(shape, spec, strict=True)
+    )
+
+
+def map_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Returns a function that calls `function` on each device, with its parts of the arguments.
+
+    Args:
+      function: returns parts of the results.
+      in_specs: PartitionSpecs of the arguments, of axes from `mesh_axes`.
+      out_specs: those of the results.
+    """
+    if _rules.value is None or jax.sharding.get_abstract_mesh().size == 1:
+        return function
+    # The values of a kernel are not tracked, so that sums over devices are ours to make.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def axis_index(axes: str | tuple[str, ...] | None) -> jax.Array | int:
+    """In `map_shards`: returns the index of this device's part of a dimension; 0 if it is whole."""
+    if not axes or jax.sharding.get_abstract_mesh().size == 1:
+        return 0
+    return jax.lax.axis_index(axes)
+
+
+def sum_over(x: jax.Array, axes: Sequence[str | Sequence[str] | None] | str | None) -> jax.Array:
+    """In `map_shards`: returns the sum over the parts of dimensions."""
+    names = jax.tree.leaves(axes)
+    if not names or jax.sharding.get_abstract_mesh().size == 1:
+        return x
+    return jax.lax.psum(x, tuple(names))
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Any:

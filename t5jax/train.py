@@ -143,6 +143,7 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         size = f"; an epoch is {epoch}" if epoch else ""
         say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}{size}")
+        say(f"attention: {api.attention_backend()}")
 
         # --- Train ---
         throughput = progress.Throughput()

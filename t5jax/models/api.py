@@ -17,7 +17,12 @@ import jax
 from t5jax import batch as features
 from t5jax.architectures import FAMILIES, Architecture
 from t5jax.models import cache as caches
+from t5jax.models.attention import backend as attention_backend
+from t5jax.models.attention import check_backend as check_attention
+from t5jax.models.attention import use_backend as use_attention
 from t5jax.models.cache import Cache
+
+__all__ = ["attention_backend", "check_attention", "use_attention"]
 
 Params = dict[str, Any]
 

@@ -1,19 +1,31 @@
-"""Attention: one function for all networks, and a description of its mask.
+"""Attention: one function for all networks, a description of its mask, and its implementations.
 
-Also T5's relative position bias, and rotary embeddings.
+A network says what a query sees and which bias its distance to a key has. What that becomes is up
+to the implementation ("backend"):
 
-B batch, T query length, S key length, H heads, G heads of keys and values, R = H / G, K head dim,
-N buckets.
+* reference: plain JAX, with scores and a mask of shape [T, S] in memory.
+* flash: the kernel for TPU in `t5jax/models/kernels/flash.py`, which reads the descriptions.
+* cudnn: `jax.nn.dot_product_attention` on a GPU, for attention without a bias, a cap and dropout,
+  which it lacks. (It has a bias, but does not return its gradient for all shapes.)
+
+The platform of the mesh chooses one, also if a program is compiled for devices of another machine;
+`use_backend` overrides it. Decoding reads a cache, always in plain JAX.
+
+B batch, T query length, S key length, H heads, G heads of keys and values, K head dim,
+R = T + S - 1 distances.
 """
 
+import contextlib
 import functools
-import math
 import operator
+from collections.abc import Iterator
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from t5jax import sharding
+from t5jax.models.positions import spread_over_diagonals
 
 # Finite, so that the softmax of a row without keys is uniform instead of NaN.
 MASKED = -1e9
@@ -63,6 +75,61 @@ class AttentionMask(flax.struct.PyTreeNode):
         return functools.reduce(operator.and_, masks)
 
 
+# --- Backends -------------------------------------------------------------------------------------
+
+_BY_PLATFORM = {"tpu": "flash", "gpu": "cudnn"}
+# Part of jit's cache key, so that a function is traced again for another backend. Beside the
+# choices of a config, "flash-interpreted" is the kernel in Pallas's interpreter, for tests on CPU.
+_chosen = jax.make_user_context("auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Sets the backend of attention for everything traced inside.
+
+    Args:
+      name: "auto", "reference", "flash" or "cudnn"; see `train.attention` in `t5jax.config`.
+    Raises:
+      ValueError: if the devices of the mesh cannot run it.
+    """
+    check_backend(name, sharding.platform())
+    with _chosen(name):
+        yield
+
+
+def check_backend(name: str, platform: str) -> None:
+    """Raises ValueError if a backend does not run on a platform."""
+    needed = next((p for p, own in _BY_PLATFORM.items() if own == name), platform)
+    if platform != needed:
+        raise ValueError(
+            f"train.attention is {name}, which runs on {needed} only, but the devices are "
+            f"{platform}; set train.attention to auto or reference"
+        )
+
+
+def backend() -> str:
+    """Returns the backend that the mesh and `use_backend` choose."""
+    chosen = _chosen.value
+    return _BY_PLATFORM.get(sharding.platform(), "reference") if chosen == "auto" else chosen
+
+
+def shared_bias(bias_HR: jax.Array, num_queries: int) -> jax.Array:
+    """Returns a bias that several layers add, as the backend reads it.
+
+    The reference adds a matrix, [1, H, T, S]: it and its gradient are computed once for all layers,
+    outside their scan. The kernel reads the bias of each distance.
+
+    Args:
+      bias_HR: float32, the bias of distances 1 - T to S - 1.
+      num_queries: T.
+    """
+    return bias_HR if _is_flash() else spread_over_diagonals(bias_HR, num_queries)
+
+
+def _is_flash() -> bool:
+    return backend().startswith("flash")
+
+
 def attention(
     q_BTHK,
     k,
@@ -86,16 +153,44 @@ def attention(
         queries, which is that of the result.
       v: values, likewise.
       mask: which keys each query attends to.
-      bias: float32 [B or 1, H, T, S], or None.
+      bias: float32 [H, R], the bias of distances (key minus query) 1 - T to S - 1 in this order; or
+        as a matrix [B or 1, H, T, S], for the reference; or None.
       scale: the factor of the scores.
-      softcap: the cap of the function `softcap`, or None.
-      dropout: applied to the probabilities, [B, H, T, S] or [B, G, R, T, S], or None.
+      softcap: the cap of the function `soft_cap`, or None.
+      dropout: a dropout of the probabilities with one mask for all queries of a row, as
+        `layers.Dropout`, or None.
       cached: the layout of k and v. In a cache, heads precede tokens, so that a few queries read
         memory contiguously.
     Returns:
-      [B, T, H, K]. Scores and softmax are float32.
+      [B, T, H, K]. Scores and softmax are float32. The output of a query that sees no key depends
+      on the backend.
     Source: Vaswani et al. 2017 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245) for the
       groups; the cap is Gemma 2's.
+    """
+    scores = {"bias": bias, "scale": scale, "softcap": softcap, "dropout": dropout}
+    if not cached and _is_flash():
+        from t5jax.models.kernels.flash import flash_attention  # Pallas takes time to import.
+
+        interpret = backend() == "flash-interpreted"
+        return flash_attention(q_BTHK, k, v, mask, **scores, interpret=interpret)
+    if not cached and backend() == "cudnn":
+        lacking = _lacking_in_cudnn(q_BTHK, bias, softcap, dropout)
+        if lacking is None:
+            return fused_attention(q_BTHK, k, v, mask, scale=scale, implementation="cudnn")
+        if _chosen.value == "cudnn":
+            raise ValueError(
+                f"train.attention is cudnn, which cannot compute this model's attention: {lacking};"
+                " set train.attention to auto or reference"
+            )
+    return reference_attention(q_BTHK, k, v, mask, **scores, cached=cached)
+
+
+def reference_attention(
+    q_BTHK, k, v, mask, *, bias=None, scale=1.0, softcap=None, dropout=None, cached=False
+):
+    """Returns what `attention` does, in plain JAX.
+
+    A query that sees no key has the mean of all values.
     """
     kept = "BGSK" if cached else "BSGK"
     num_heads, num_groups = q_BTHK.shape[2], k.shape[kept.index("G")]
@@ -111,6 +206,8 @@ def attention(
     if softcap is not None:
         scores = soft_cap(scores, softcap)
     if bias is not None:
+        if bias.ndim == 2:
+            bias = spread_over_diagonals(bias, q_BTHK.shape[1])
         scores += bias.reshape(len(bias), *shape, *scores.shape[-2:])
     seen_B1TS = mask.dense(*scores.shape[-2:])
     seen = seen_B1TS if group == "G" else seen_B1TS[:, None]
@@ -120,136 +217,37 @@ def attention(
     return jnp.einsum(f"B{group}TS,{kept}->BT{group}K", probs, v).reshape(q_BTHK.shape)
 
 
+def _lacking_in_cudnn(q_BTHK, bias, softcap, dropout) -> str | None:
+    """Returns what cuDNN's kernel lacks or would compute wrongly, or None if nothing."""
+    head_dim = q_BTHK.shape[-1]
+    found = {
+        "the gradient of its position bias": bias is not None,
+        "its soft cap": softcap is not None,
+        "its dropout of probabilities": bool(getattr(dropout, "rate", dropout is not None)),
+        f"its dtype {q_BTHK.dtype}": q_BTHK.dtype != jnp.bfloat16,
+        f"its head dim {head_dim}": head_dim % 8 != 0 or head_dim > 128,
+    }
+    return next((f"it lacks {name}" for name, lacks in found.items() if lacks), None)
+
+
+def fused_attention(q_BTHK, k_BSGK, v_BSGK, mask: AttentionMask, *, scale, implementation):
+    """Returns what `attention` does, without bias, cap and dropout, by JAX's own function.
+
+    A causal mask is left to it where it is all; any other mask is an array.
+    """
+    is_plain = not jax.tree.leaves(mask)
+    seen = None if is_plain else mask.dense(q_BTHK.shape[1], k_BSGK.shape[1])
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        mask=seen,
+        scale=scale,
+        is_causal=is_plain and mask.causal,
+        implementation=implementation,
+    )
+
+
 def soft_cap(x, cap: float):
     """Returns cap * tanh(x / cap): about `x` if it is small, and never more than the cap."""
     return cap * jnp.tanh(x / cap)
-
-
-def rope_frequencies(
-    head_dim: int,
-    theta: float,
-    *,
-    scaling: str = "none",
-    factor: float | None = None,
-    low_factor: float | None = None,
-    high_factor: float | None = None,
-    original_length: int | None = None,
-) -> np.ndarray:
-    """Returns the angle between consecutive positions for each pair of entries of a head.
-
-    Args:
-      theta: the base of the wavelengths, which range from 2 pi to nearly 2 pi theta tokens.
-      scaling: "linear" divides all frequencies by `factor`; "llama3" only those with wavelengths
-        above original_length / low_factor, keeps those below original_length / high_factor, and
-        interpolates in between.
-    Returns:
-      float32 [K / 2], in radians.
-    Source: Su et al. 2021 (arXiv:2104.09864), section 3.4; Chen et al. 2023 (arXiv:2306.15595) for
-      linear; for llama3 the code that came with Llama 3.1, which no paper describes.
-    """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    if scaling == "linear":
-        frequencies /= factor
-    elif scaling == "llama3":
-        # The number of rotations within the original length determines the interpolation.
-        turns = original_length * frequencies / (2 * np.pi)
-        kept = np.clip((turns - low_factor) / (high_factor - low_factor), 0, 1)
-        frequencies *= kept + (1 - kept) / factor
-    return frequencies.astype(np.float32)
-
-
-def rope_table(positions_BT, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosine and sine of the angle of each pair and position, float32 [B, T, K / 2]."""
-    angles = positions_BT[..., None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTHK, table) -> jax.Array:
-    """Applies rotary embeddings to queries or keys, in float32.
-
-    Pair i of a head consists of its entries i and i + K / 2, as in Hugging Face's checkpoints; in
-    Meta's they are adjacent.
-
-    Args:
-      x_BTHK: queries or keys.
-      table: as returned by `rope_table`, or None to return them unchanged.
-    """
-    if table is None:
-        return x_BTHK
-    cos, sin = (part[:, :, None] for part in table)
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x_BTHK.dtype)
-
-
-def relative_position_bucket(
-    distance, *, num_buckets: int, max_distance: int, bidirectional: bool
-) -> jax.Array:
-    """Returns the bucket of each distance: single tokens nearby, logarithmic ranges further away.
-
-    Args:
-      distance: int32 [...], key position minus query position, in tokens.
-      num_buckets: the total number of buckets, if bidirectional half of them for each direction.
-      max_distance: larger distances, in tokens, share the last bucket.
-      bidirectional: if False, all keys after the query are in bucket 0.
-    Returns:
-      int32 [...] in [0, num_buckets).
-    Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1; the formula is that of their code,
-      on which every published checkpoint depends.
-    """
-    offset = jnp.zeros_like(distance)
-    if bidirectional:
-        num_buckets //= 2
-        offset = (distance > 0).astype(jnp.int32) * num_buckets
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(-distance, 0)
-    exact = num_buckets // 2
-    # Float32 and this order of operations, as in the original code: at a boundary another order
-    # could round to a different bucket.
-    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
-    log_range = math.log(max_distance / exact)
-    far = exact + (log_ratio / log_range * (num_buckets - exact)).astype(jnp.int32)
-    far = jnp.minimum(far, num_buckets - 1)
-    return offset + jnp.where(distance < exact, distance, far)
-
-
-def relative_position_bias(
-    table_HN, distance_R, *, max_distance: int, bidirectional: bool
-) -> jax.Array:
-    """Returns the bias of each distance, float32 [H, R].
-
-    Args:
-      table_HN: learned, one row per head and one column per bucket.
-      distance_R: int32, key position minus query position, in tokens.
-    """
-    bucket_R = relative_position_bucket(
-        distance_R,
-        num_buckets=table_HN.shape[1],
-        max_distance=max_distance,
-        bidirectional=bidirectional,
-    )
-    # A product with one-hot vectors instead of a gather: its gradient is a product, not a scatter.
-    one_hot_RN = jax.nn.one_hot(bucket_R, table_HN.shape[1], dtype=jnp.float32)
-    return jnp.einsum("HN,RN->HR", table_HN.astype(jnp.float32), one_hot_RN)
-
-
-def spread_over_diagonals(bias_HR, num_queries: int) -> jax.Array:
-    """Returns [1, H, T, S], in which the entry of query t and key s is that of distance s - t.
-
-    Both count from the first token of a sequence. This also works in packed rows, since within a
-    segment indices differ by the same amount as positions.
-
-    Args:
-      bias_HR: the bias of distances 1 - T to S - 1, in this order, so that R = T + S - 1.
-      num_queries: T.
-    """
-    num_heads, num_distances = bias_HR.shape
-    num_keys = num_distances - num_queries + 1
-    # Row t is the vector shifted by t: repeat a vector that is one longer than the rows into which
-    # it is reshaped. Its gradient is a sum; that of a gather would be a scatter to few addresses.
-    bias_HR = jnp.pad(bias_HR, ((0, 0), (0, 1)))
-    rows_HTR = jnp.broadcast_to(bias_HR[:, None], (num_heads, num_queries, num_distances + 1))
-    flat = rows_HTR.reshape(num_heads, -1)[:, : num_queries * num_distances]
-    moved_HTR = flat.reshape(num_heads, num_queries, num_distances)
-    return moved_HTR[None, :, :, num_queries - 1 : num_queries - 1 + num_keys]

@@ -18,14 +18,7 @@ import numpy as np
 from t5jax import batch as features
 from t5jax.architectures import GPTConfig
 from t5jax.models import cache as caches
-from t5jax.models.attention import (
-    AttentionMask,
-    attention,
-    rope_frequencies,
-    rope_table,
-    rotate,
-    soft_cap,
-)
+from t5jax.models.attention import AttentionMask, attention, soft_cap
 from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import (
     MLP,
@@ -37,6 +30,7 @@ from t5jax.models.layers import (
     Unembedding,
     stack,
 )
+from t5jax.models.positions import rope_frequencies, rope_table, rotate
 from t5jax.sharding import constrain
 
 _EVERYTHING = np.iinfo(np.int32).max

@@ -15,12 +15,7 @@ import jax.numpy as jnp
 from t5jax import batch as features
 from t5jax.architectures import T5Config
 from t5jax.models import cache as caches
-from t5jax.models.attention import (
-    AttentionMask,
-    attention,
-    relative_position_bias,
-    spread_over_diagonals,
-)
+from t5jax.models.attention import AttentionMask, attention, shared_bias
 from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import (
     MLP,
@@ -32,6 +27,7 @@ from t5jax.models.layers import (
     normal,
     stack,
 )
+from t5jax.models.positions import relative_position_bias
 from t5jax.sharding import constrain
 
 
@@ -70,9 +66,9 @@ class RelativeBias(nn.Module):
             bidirectional=self.bidirectional,
         )
 
-    def matrix(self, length: int):
-        """Returns float32 [1, H, T, T], for self-attention."""
-        return spread_over_diagonals(self(jnp.arange(1 - length, length)), length)
+    def within(self, length: int):
+        """Returns the bias of self-attention, for one layer or all: see `shared_bias`."""
+        return shared_bias(self(jnp.arange(1 - length, length)), length)
 
     def rows(self, positions_N, length: int):
         """Returns float32 [N, H, 1, S], for one query per row and keys from the start of its row.
@@ -112,14 +108,14 @@ class Attention(nn.Module):
         self.out = linear(heads, model, (cfg.num_heads * cfg.d_kv) ** -0.5)
         self.dropout = Dropout(cfg.dropout_rate)
 
-    def __call__(self, x_BTD, kv_BSD, mask: AttentionMask, bias_1HTS=None):
+    def __call__(self, x_BTD, kv_BSD, mask: AttentionMask, bias=None):
         """Returns [B, T, D]."""
         q_BTHK = constrain(self.query(x_BTD), "batch", "length", "heads", "head_dim")
         # Every query sees all keys.
         k_BSHK, v_BSHK = (
             constrain(x, "batch", None, "heads", "head_dim") for x in self.keys_values(kv_BSD)
         )
-        h_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask, bias=bias_1HTS, dropout=self.dropout)
+        h_BTHK = attention(q_BTHK, k_BSHK, v_BSHK, mask, bias=bias, dropout=self.dropout)
         return self.out(h_BTHK)
 
     def keys_values(self, x_BSD):
@@ -137,15 +133,15 @@ class EncoderLayer(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x_BSD, bias_1HSS, mask: AttentionMask):
+    def __call__(self, x_BSD, bias, mask: AttentionMask):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
         if cfg.per_layer_relative_bias:
-            bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
-            bias_1HSS = bias.matrix(x_BSD.shape[1])
+            relative_bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
+            bias = relative_bias.within(x_BSD.shape[1])
 
         h_BSD = _norm(cfg, "pre_attention_norm")(x_BSD)
-        h_BSD = Attention(cfg, name="attention")(h_BSD, h_BSD, mask, bias_1HSS)
+        h_BSD = Attention(cfg, name="attention")(h_BSD, h_BSD, mask, bias)
         x_BSD = x_BSD + dropout(h_BSD)
         x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
 
@@ -169,12 +165,12 @@ class DecoderLayer(nn.Module):
         if cfg.per_layer_relative_bias:
             self.relative_bias = RelativeBias(cfg, bidirectional=False)
 
-    def __call__(self, x_BTD, encoded_BSD, bias_1HTT, mask, cross_mask):
+    def __call__(self, x_BTD, encoded_BSD, bias, mask, cross_mask):
         if self.config.per_layer_relative_bias:
-            bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
+            bias = self.relative_bias.within(x_BTD.shape[1])
 
         h_BTD = self.pre_self_attention_norm(x_BTD)
-        h_BTD = self.self_attention(h_BTD, h_BTD, mask, bias_1HTT)
+        h_BTD = self.self_attention(h_BTD, h_BTD, mask, bias)
         x_BTD = x_BTD + self.dropout(h_BTD)
         x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
 
@@ -224,13 +220,13 @@ class Encoder(nn.Module):
     def __call__(self, x_BSD, mask: AttentionMask):
         cfg = self.config
         dropout = Dropout(cfg.dropout_rate)
-        bias_1HSS = None
+        bias = None
         if not cfg.per_layer_relative_bias:
             # Once per stack, outside the scan.
-            bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
-            bias_1HSS = bias.matrix(x_BSD.shape[1])
+            relative_bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
+            bias = relative_bias.within(x_BSD.shape[1])
         Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
-        x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias_1HSS, mask)
+        x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias, mask)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
 
@@ -248,11 +244,11 @@ class Decoder(nn.Module):
             self.relative_bias = RelativeBias(cfg, bidirectional=False)
 
     def __call__(self, x_BTD, encoded_BSD, mask, cross_mask):
-        bias_1HTT = None
+        bias = None
         if not self.config.per_layer_relative_bias:
-            bias_1HTT = self.relative_bias.matrix(x_BTD.shape[1])
+            bias = self.relative_bias.within(x_BTD.shape[1])
         x_BTD = self.dropout(x_BTD)
-        x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias_1HTT, mask, cross_mask)
+        x_BTD, _ = self.layers(x_BTD, encoded_BSD, bias, mask, cross_mask)
         return self.dropout(self.final_norm(x_BTD))
 
 

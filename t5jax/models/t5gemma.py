@@ -16,15 +16,10 @@ from t5jax import batch as features
 from t5jax.architectures import GPTConfig, T5GemmaConfig
 from t5jax.models import cache as caches
 from t5jax.models import gpt
-from t5jax.models.attention import (
-    AttentionMask,
-    attention,
-    rope_frequencies,
-    rope_table,
-    soft_cap,
-)
+from t5jax.models.attention import AttentionMask, attention, soft_cap
 from t5jax.models.cache import Cache, LayerShape
 from t5jax.models.layers import Dropout, Embedding, Linear, RMSNorm, Unembedding, stack
+from t5jax.models.positions import rope_frequencies, rope_table
 from t5jax.sharding import constrain
 
 

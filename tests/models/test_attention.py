@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5jax.models.attention import (
-    AttentionMask,
-    attention,
+from t5jax.models.attention import AttentionMask, attention, soft_cap
+from t5jax.models.positions import (
     relative_position_bias,
     relative_position_bucket,
     rope_frequencies,
     rope_table,
     rotate,
-    soft_cap,
     spread_over_diagonals,
 )
 
