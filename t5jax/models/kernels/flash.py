@@ -25,6 +25,8 @@ OUT, LOG_SUM_EXP = "attention_out", "attention_log_sum_exp"
 
 # Blocks of [512, 512] scores: 1 MiB in float32.
 _BLOCK = 512
+# With blocks of 512 up to 1,024 queries and keys, then less: 4 MiB for the bias.
+_BIAS_ENTRIES = 512 * 2048
 # The id of keys that no query sees; in the shifted ids of a prefix, too.
 _NO_TOKEN = -2
 
@@ -201,7 +203,11 @@ class _Part:
 
     def __init__(self, options: _Options, q, k, bias_HR, ids, window):
         self.lengths = q.shape[3], k.shape[3]
-        block_q, block_k = _blocks(*self.lengths, options.block)
+        most = options.block
+        if bias_HR is not None:
+            # The kernels keep a block of the bias and of its gradient per diagonal.
+            most = min(most, max(128, _BIAS_ENTRIES // sum(self.lengths) // 128 * 128))
+        block_q, block_k = _blocks(*self.lengths, most)
         self.padded = tuple(
             -(-length // block) * block
             for length, block in zip(self.lengths, (block_q, block_k), strict=True)

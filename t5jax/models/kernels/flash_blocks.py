@@ -19,6 +19,7 @@ B batch, H heads, G heads of keys, J heads of values, K head dim, T query length
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ _MASKED = -1e30
 _FIRST_MAX = -1e9
 # "Everything" as a window, small enough to be added to a position.
 _MAX_WINDOW = 2**30
+# What the compiler lets a kernel have of the chip's memory if it is not asked.
+_DEFAULT_VMEM = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,7 @@ def forward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids):
         pltpu.VMEM((1, blocks.queries), jnp.float32),
         pltpu.VMEM((1, blocks.queries), jnp.float32),
         pltpu.VMEM((v.shape[2], blocks.queries), jnp.float32),
+        *_bias_scratch(blocks, rings),
     ]
     return pl.pallas_call(
         kernel,
@@ -177,13 +181,13 @@ def forward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids):
             grid=(num_heads, batch, grid_q, grid_k),
             in_specs=[*spec.qkv(), *spec.extras(rings, ids)],
             out_specs=[spec.of_queries(v.shape[2]), lse_spec],
-            scratch_shapes=scratch + _bias_scratch(blocks, rings),
+            scratch_shapes=scratch,
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, num_heads, v.shape[2], num_queries), q.dtype),
             jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32),
         ],
-        **_options(blocks, rings, "flash_attention"),
+        **_options(blocks, rings, "flash_attention", scratch),
         cost_estimate=_cost(blocks, window, q, k, v, rings, ids, gradient=False),
     )(scalars, q, k, v, *_present(rings, ids))
 
@@ -311,7 +315,7 @@ def backward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids, o
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,
-        **_options(blocks, rings, "flash_attention_gradient"),
+        **_options(blocks, rings, "flash_attention_gradient", scratch),
         cost_estimate=_cost(blocks, window, q, k, v, rings, ids, gradient=True),
     )(scalars, q, k, v, *_present(rings, ids), out, lse, grad)
 
@@ -413,14 +417,20 @@ def _bias_scratch(blocks: Blocks, rings) -> list:
     return [pltpu.VMEM((rings.shape[1], blocks.keys, blocks.queries), jnp.float32)]
 
 
-def _options(blocks: Blocks, rings, name: str) -> dict:
+def _options(blocks: Blocks, rings, name: str, scratch: list) -> dict:
     # The bias stays from one row of the batch to the next, so that these have an order.
     rows = "parallel" if rings is None else "arbitrary"
-    semantics = ("parallel", rows, "arbitrary", "arbitrary")
+    # What the compiler allows by default is a fraction of what most chips have. Beside the scratch
+    # there are some blocks of scores, and blocks of the arrays, twice.
+    size = sum(4 * math.prod(ref.shape) for ref in scratch)
+    needed = 2 * size + 10 * 4 * blocks.queries * blocks.keys
     return {
         "name": name,
         "interpret": blocks.interpret,
-        "compiler_params": pltpu.CompilerParams(dimension_semantics=semantics),
+        "compiler_params": pltpu.CompilerParams(
+            dimension_semantics=("parallel", rows, "arbitrary", "arbitrary"),
+            vmem_limit_bytes=needed if needed > _DEFAULT_VMEM else None,
+        ),
     }
 
 

@@ -2,8 +2,8 @@
 
 Such a bias is constant along the diagonals of the scores, so that a block of it, [keys, queries],
 consists of shifted copies of one vector: the "ring" of the block. Entry (i, j) is entry (j - i)
-mod W of the ring. The TPU shifts each row by one more than the previous one in a single operation,
-and the gradient of the ring is the sum of the rows shifted back. So neither the bias nor its
+mod W of the ring: eight rows are shifted by 0 to 7, and all others are these, rotated by a multiple
+of 8. The gradient of the ring is the sum of all rows shifted back. So neither the bias nor its
 gradient is ever in HBM; blocks at the same distance from the diagonal share a ring.
 
 H heads, R = T + S - 1 distances from 1 - T to S - 1, D block diagonals, W width of a ring.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-# Rows of a float32 tile. The rows of a tile may be shifted differently, tiles by multiples of this.
+# Rows of a float32 tile.
 _TILE = 8
 
 
@@ -53,8 +53,11 @@ def rings(bias_HR: jax.Array, num_queries: int, grid: tuple[int, int], block: tu
 
 def spread(ring_1W, block_q: int, block_k: int) -> jax.Array:
     """Returns the block float32 [block_k, block_q] of a ring; in a kernel."""
-    rows = jnp.broadcast_to(ring_1W, (_rows(block_k), ring_1W.shape[1]))
-    return pltpu.roll(rows, 0, 1, stride=1, stride_axis=0)[:block_k, :block_q]
+    width = ring_1W.shape[1]
+    tile = jnp.broadcast_to(ring_1W, (_TILE, width))
+    tile = _shift_rows(tile, [1, 2, 4])
+    tiles = [pltpu.roll(tile, start, 1) for start in range(0, _rows(block_k), _TILE)]
+    return jnp.concatenate(tiles)[:block_k, :block_q]
 
 
 def sum_diagonals(block, width: int) -> jax.Array:
@@ -64,14 +67,18 @@ def sum_diagonals(block, width: int) -> jax.Array:
     """
     keys, queries = block.shape
     block = jnp.pad(block, ((0, _rows(keys) - keys), (0, width - queries)))
-    # Shift the tiles back by multiples of their height, and then the rows of their sum.
     total = block[:_TILE]
     for start in range(_TILE, len(block), _TILE):
         total += pltpu.roll(block[start : start + _TILE], width - start, 1)
-    row = jax.lax.broadcasted_iota(jnp.int32, total.shape, 0)
-    for bit in (1, 2, 4):
-        total = jnp.where(row & bit != 0, pltpu.roll(total, width - bit, 1), total)
-    return jnp.sum(total, axis=0, keepdims=True)
+    return jnp.sum(_shift_rows(total, [width - bit for bit in (1, 2, 4)]), axis=0, keepdims=True)
+
+
+def _shift_rows(tile, shifts: list[int]) -> jax.Array:
+    """Shifts row i by the sum of the shifts of its bits."""
+    row = jax.lax.broadcasted_iota(jnp.int32, tile.shape, 0)
+    for bit, shift in enumerate(shifts):
+        tile = jnp.where(row & (1 << bit) != 0, pltpu.roll(tile, shift, 1), tile)
+    return tile
 
 
 def _rows(block_k: int) -> int:
