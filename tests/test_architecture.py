@@ -300,6 +300,7 @@ def test_without_tensorflow_torch_and_clu_a_model_is_trained_saved_exported_and_
                 restored = checkpoints.restore(last, run.shapes, run.shardings)
             jax.tree.map(np.testing.assert_array_equal, restored, state)
         export_model(str(run_dir), str(run_dir / "hf"))
+        import t5jax.serving.server
         ours = t5jax.load(str(run_dir)).generate(["abc"], max_tokens=4)
         theirs = t5jax.load(str(run_dir / "hf")).generate(["abc"], max_tokens=4)
         assert ours == theirs

@@ -60,4 +60,8 @@ def test_a_task_of_the_page_fits_on_a_screen(page: Path):
 @pytest.mark.usefixtures("clean_registries")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page: Path, tmp_path: Path):
-    assert run_page(page.read_text(), tmp_path) > 0
+    text = page.read_text()
+    if "import ctranslate2" in text:
+        pytest.importorskip("ctranslate2")
+        pytest.importorskip("torch")
+    assert run_page(text, tmp_path) > 0

@@ -154,7 +154,8 @@ class ServedModel:
         for message in messages:
             _check_text(message.text)
         if self.tokenizer.chat_template:
-            text = self._template.prompt([{"role": m.role, "content": m.text} for m in messages])
+            rows = [{"role": m.role, "content": m.text} for m in messages]
+            text = self._template.prompt({"messages": rows})
             return list(self.tokenizer.encode(text)) or [self.form.nothing]
         if self.model.kind == "encoder_decoder" and [m.role for m in messages] == ["user"]:
             return self.prompt(messages[0].text)

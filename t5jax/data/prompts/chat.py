@@ -177,13 +177,13 @@ class ChatTemplate(PromptTemplate):
             tokenizer=tokenizer,
         )
 
-    def prompt(self, messages: Sequence[Row]) -> str:
-        """Returns the prompt for the next reply to messages with the texts `role` and `content`.
+    def prompt(self, row: Row) -> str:
+        """Returns the prompt for the next reply to a conversation.
 
         Raises:
-          ValueError: if the template refuses them.
+          ValueError: if the template refuses it.
         """
-        return self._apply(list(messages), add_generation_prompt=True)
+        return self._apply(_messages(row, self.messages), add_generation_prompt=True)
 
     def render(self, row: Row, number: int = 0) -> Prompt:
         messages = _messages(row, self.messages)
