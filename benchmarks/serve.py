@@ -1,8 +1,8 @@
 """A served T5 1.1 small, compared with transformers and CTranslate2 behind HTTP in one run.
 
-Each server is a process of its own, and clients ask again as soon as they are answered: 64 input and
-64 output tokens, random weights, greedy. transformers answers one request after the other, as its
-`generate` does; CTranslate2 takes requests asynchronously. The table shows requests and output
+Each server is a process of its own, and clients ask again as soon as they are answered: 64 input
+and 64 output tokens, random weights, greedy. transformers answers one request after the other, as
+its `generate` does; CTranslate2 takes requests asynchronously. The table shows requests and output
 tokens a second, and the median and 99th percentile of the time to an answer. Needs the extras
 `torch` and `dev`.
 

@@ -44,7 +44,9 @@ def write_models(folder: Path) -> None:
     gpt = {"num_layers": 2, "d_model": 64, "d_ff": 128, "num_heads": 4, "num_kv_heads": 4}
     models = {
         "t5": published("t5_1_1_small", **ids, **t5),
-        "gpt": published("gpt2", **ids, **gpt, head_dim=16, decoder_start_token_id=1),
+        "gpt": published(
+            "gpt2", **ids, **gpt, head_dim=16, decoder_start_token_id=1, pad_token_id=0
+        ),
     }
     for name, model in models.items():
         params = api.init_params(model, jax.random.key(0))
@@ -163,6 +165,17 @@ def figures(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
+def busy_slots(url: str, seconds: float = 30) -> dict[str, float]:
+    """Returns what still runs or waits after a while."""
+    end = time.monotonic() + seconds
+    while True:
+        busy = {k: v for k, v in figures(url).items() if "_running{" in k or "_waiting{" in k}
+        busy = {k: v for k, v in busy.items() if v}
+        if not busy or time.monotonic() > end:
+            return busy
+        time.sleep(0.2)
+
+
 async def run(url: str, pid: int, clients: int, seconds: float) -> Load:
     expected = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
@@ -194,16 +207,10 @@ def main() -> None:
         write_models(Path(folder))
         with server(Path(folder)) as (process, url):
             load = asyncio.run(run(url, process.pid, args.clients, args.seconds))
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
-                found = figures(url)
-                busy = {k: v for k, v in found.items() if "_running{" in k or "_waiting{" in k}
-                if not any(busy.values()):
-                    break
-                time.sleep(0.2)
-            print({k: v for k, v in found.items() if "finished" in k or "running" in k})
+            busy = busy_slots(url)
+            print({k: v for k, v in figures(url).items() if "finished" in k or "running" in k})
             bad = {k: v for k, v in load.counts.items() if k not in GOOD}
-            if any(busy.values()) or bad or not load.counts["right"]:
+            if busy or bad or not load.counts["right"]:
                 raise SystemExit(f"failed: {busy}, {bad}")
     print("every answer was right, no slot is lost, the server stopped when it was told to")
 

@@ -24,7 +24,7 @@ from t5jax.config import AxisRules
 from t5jax.decoding import GenerationOptions, History, row_options
 from t5jax.models import api
 from t5jax.serving import slots as device
-from t5jax.serving.slots import MAX_STEPS, Size, Slots
+from t5jax.serving.slots import MAX_STEPS, NOTHING, Size, Slots
 from t5jax.serving.text import TextStream
 from t5jax.special_tokens import check_prompts
 from t5jax.tokenizers import Tokenizer
@@ -39,6 +39,8 @@ _SHORTEST_ROW = 64
 _STREAMING_SECONDS, _OTHER_SECONDS = 0.02, 0.08
 # The prompts that are read between two calls of `decode`, in tokens.
 _PROMPT_TOKENS = 2048
+# A prompt shares at least so many tokens, and at most so many more are read one by one.
+_SHARED_TOKENS, _MOST_READ = 16, 64
 _MEMORY_SHARE = 0.6
 _MOST_SLOTS, _MOST_SLOTS_CPU = 128, 32
 
@@ -95,6 +97,8 @@ class Request:
     """Whether somebody reads the text while it is written."""
     deadline: float | None = None
     """When to give up, in seconds of time.monotonic()."""
+    constraint: Any = None
+    """What may be written next, of this answer alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,8 @@ class Piece:
     text: str
     tokens: tuple[Token, ...]
     finish_reason: FinishReason | None = None
+    error: str = ""
+    """What went wrong, if that is the reason."""
 
 
 class Answer:
@@ -150,6 +156,8 @@ class Answer:
         reason: FinishReason | None = None
         for token in tokens:
             kept.append(dataclasses.replace(token, offset=len(self._stream.text)))
+            if self.request.constraint is not None:
+                self.request.constraint.read(token.id)
             self.num_tokens += 1
             is_end = token.id in ends
             # As in transformers, a word that ends an answer is part of it.
@@ -165,9 +173,9 @@ class Answer:
             text += self._stream.finish()
         self._pass_on(Piece(text, tuple(kept), reason))
 
-    def end(self, reason: FinishReason) -> None:
+    def end(self, reason: FinishReason, error: str = "") -> None:
         """Ends the answer early."""
-        self._pass_on(Piece(self._stream.finish(), (), reason))
+        self._pass_on(Piece(self._stream.finish(), (), reason, error))
 
     def _pass_on(self, piece: Piece) -> None:
         if piece.finish_reason:
@@ -185,6 +193,8 @@ class Counters:
 
     requests: int = 0
     prompt_tokens: int = 0
+    shared_tokens: int = 0
+    """Of them, those that were in a slot already."""
     tokens: int = 0
     steps: int = 0
     finished: collections.Counter[FinishReason] = dataclasses.field(
@@ -241,7 +251,20 @@ class Engine:
         with sharding.use_mesh(mesh, rules):
             empty = jax.jit(device.empty, static_argnums=(0, 1))
             self._slots: Slots = empty(model, self.size)
+            words = -(-model.vocab_size // 32)
+            self._everything = {
+                rows: jax.device_put(np.full((rows, words), -1, np.int32), replicated(mesh))
+                for rows in {size.rows for size in self._sizes}
+            }
         self._in_slots: list[Answer | None] = [None] * num_slots
+        # What the decoder has read of the answer in each slot, or of the last one.
+        self._held: list[list[int]] = [[] for _ in range(num_slots)]
+        self._last_used = [0.0] * num_slots
+        self._shares = (
+            self._kind == "decoder"
+            and not options.batch_invariant
+            and all(keys.shape[2] == length for keys in self._slots.cache.keys)
+        )
         self._waiting: collections.deque[Answer] = collections.deque()
         self._changed = threading.Condition()
         self._step_seconds: dict[Size, float] = {}
@@ -370,6 +393,9 @@ class Engine:
             self._insert(rows, 0, Request((1,), 0))
         for size in self._sizes:
             self._decode(size, 0, False, False)
+        if self._shares:
+            rows = device.share(self.model, self._slots, np.int32(0), np.int32(1))
+            self._insert(rows, 0, Request((1,), 0))
         if self.size.rows > 1:
             self._slots = device.move(self._slots, np.int32(1), np.int32(0))
         jax.block_until_ready(self._slots)
@@ -384,6 +410,9 @@ class Engine:
                     self._changed.wait()
             self._release()
             self._admit()
+            if dispatched is not None and self._is_constrained:
+                self._collect(dispatched)  # What comes next depends on it.
+                dispatched = None
             now = self._dispatch() if self.num_running else None
             if dispatched is not None:
                 self._collect(dispatched)
@@ -422,12 +451,51 @@ class Engine:
                 continue
             request, slot = answer.request, self._in_slots.index(None)
             length = next(n for n in self._prompt_lengths if n >= len(request.prompt))
-            if last[0] != request.prompt:  # Several answers to one prompt read it once.
-                last = (request.prompt, self._prefill(request.prompt, length))
-                read += length
-                self.counters.prompt_tokens += len(request.prompt)
-            self._insert(last[1], slot, request)
+            self.counters.prompt_tokens += len(request.prompt)
+            source, shared = self._longest_shared(request.prompt)
+            if source is not None:
+                rows = device.share(self.model, self._slots, np.int32(source), np.int32(shared))
+                self.counters.shared_tokens += shared
+            else:
+                if last[0] != request.prompt:  # Several answers to one prompt read it once.
+                    last = (request.prompt, self._prefill(request.prompt, length))
+                    read += length
+                rows = last[1]
+            if shared < len(self._held[slot]) - 1:
+                self._keep_held(slot)
+            self._insert(rows, slot, request)
             self._in_slots[slot], answer.slot = answer, slot
+            self._held[slot] = list(request.prompt)
+            self._last_used[slot] = time.monotonic()
+
+    def _keep_held(self, slot: int) -> None:
+        """Moves what a free slot holds to another one, in place of what was used before it."""
+        if len(self._held[slot]) < _SHARED_TOKENS or not self._shares:
+            return
+        free = [i for i, answer in enumerate(self._in_slots) if answer is None]
+        oldest = min(free, key=lambda i: self._last_used[i])
+        if oldest != slot:
+            self._move(slot, oldest)
+
+    def _longest_shared(self, prompt: Sequence[int]) -> tuple[int | None, int]:
+        """Returns a slot that holds what a prompt begins with, and how many tokens of it.
+
+        None if reading the rest of the prompt one by one would take longer than all of it.
+        """
+        if not self._shares or len(prompt) < _SHARED_TOKENS:
+            return None, 0
+        most, best = 0, None
+        for slot, held in enumerate(self._held):
+            # The last token of the prompt is read in any case; that of an answer was not.
+            limit = min(len(prompt), len(held)) - 1
+            if limit > most and held[most] == prompt[most]:
+                shared = next((i for i in range(limit) if held[i] != prompt[i]), limit)
+                if shared > most:
+                    most, best = shared, slot
+        rest = len(prompt) - most
+        if most < _SHARED_TOKENS - 1 or rest > _MOST_READ or 4 * rest > len(prompt):
+            return None, 0
+        return best, most
 
     def _prefill(self, prompt: Sequence[int], length: int) -> Any:
         batch = features.prompt_batch([prompt], self._kind, self._parts, length)
@@ -445,6 +513,23 @@ class Engine:
         numbers = np.int32(slot), np.int32(request.max_tokens)
         self._slots = device.insert(self.model, self._slots, rows, *numbers, history, options)
 
+    @property
+    def _is_constrained(self) -> bool:
+        return any(a is not None and a.request.constraint is not None for a in self._in_slots)
+
+    def _allowed(self, size: Size) -> Any:
+        """Returns int32 [R, W], which ids may be written next; arbitrary without constraints."""
+        allowed_RW = np.full((size.rows, -(-self.model.vocab_size // 32)), -1, np.int32)
+        for answer in self._in_slots[: size.rows]:
+            if answer is not None and answer.request.constraint is not None:
+                try:
+                    answer.request.constraint.fill(allowed_RW[answer.slot])
+                except ValueError as error:
+                    allowed_RW[answer.slot] = -1
+                    answer.end("error", str(error))
+                    self._free(answer.slot)
+        return allowed_RW
+
     def _dispatch(self) -> "_Dispatched":
         """Starts the next tokens of all answers."""
         self._compact()
@@ -458,7 +543,7 @@ class Engine:
         streaming = any(a.request.streaming for a in running)
         seconds = _STREAMING_SECONDS if streaming else _OTHER_SECONDS
         num_steps = int(seconds / self._step_seconds.get(size, seconds))
-        num_steps = max(1, min(num_steps, MAX_STEPS))
+        num_steps = 1 if self._is_constrained else max(1, min(num_steps, MAX_STEPS))
         with_top = any(a.request.num_top for a in running)
         step = self._decode(size, num_steps, bool(self._waiting), with_top)
         arrays = (step.written, *((step.top_ids, step.top_logprobs) if with_top else ()))
@@ -479,16 +564,28 @@ class Engine:
             if used[-1] < fewest:
                 return
             source, target = used[-1], self._in_slots.index(None)
-            self._slots = device.move(self._slots, np.int32(source), np.int32(target))
-            answer = self._in_slots[source]
-            assert answer is not None
-            self._in_slots[source], self._in_slots[target] = None, answer
+            self._move(source, target)
+
+    def _move(self, source: int, target: int) -> None:
+        """Moves what is in a slot, and what it holds, to a free one."""
+        self._slots = device.move(self._slots, np.int32(source), np.int32(target))
+        answer, self._in_slots[source] = self._in_slots[source], None
+        self._in_slots[target] = answer
+        if answer is not None:
             answer.slot = target
+        self._held[target], self._held[source] = self._held[source], []
+        self._last_used[target], self._last_used[source] = self._last_used[source], 0.0
 
     def _decode(self, size: Size, num_steps: int, stop_early: bool, with_top: bool) -> device.Step:
+        for slot in range(size.rows):
+            if self._in_slots[slot] is None:  # Its last place is written over.
+                del self._held[slot][size.length - 1 :]
+        constrained = self._is_constrained
+        allowed_RW = self._allowed(size) if constrained else self._everything[size.rows]
         kept_N = np.array([answer is not None for answer in self._in_slots])
         self._slots, step = device.decode(
-            *(self.model, self._params, self._slots, kept_N, None, size),
+            *(self.model, self._params, self._slots, kept_N, allowed_RW),
+            *(np.bool_(constrained), size),
             *(np.int32(num_steps), np.bool_(stop_early), np.bool_(with_top)),
         )
         return step
@@ -498,7 +595,7 @@ class Engine:
         written_KR2, *top = jax.device_get(dispatched.arrays)
         now = time.monotonic()
         ids_KR, logprobs_KR = written_KR2[..., 0], written_KR2[..., 1].view(np.float32)
-        num_steps = int((ids_KR >= 0).any(axis=1).sum())
+        num_steps = int((ids_KR != NOTHING).any(axis=1).sum())
         if num_steps:
             seconds = (now - max(dispatched.time, self._collected)) / num_steps
             known = self._step_seconds.get(dispatched.size, seconds)
@@ -513,7 +610,7 @@ class Engine:
             tokens = []
             for k in range(num_steps):
                 if ids_KR[k, row] < 0:
-                    break
+                    continue
                 best: tuple[tuple[int, float], ...] = ()
                 if num_top:
                     pairs = zip(top[0][k, row, :num_top], top[1][k, row, :num_top], strict=True)
@@ -521,6 +618,7 @@ class Engine:
                 tokens.append(Token(int(ids_KR[k, row]), _finite(logprobs_KR[k, row]), best))
             if not tokens:
                 continue
+            self._held[answer.slot] += [token.id for token in tokens]
             answer.add(tokens, ends, special)
             self.counters.tokens += len(tokens)
             if answer.finished:
@@ -577,6 +675,11 @@ def _free_host_memory() -> float:
         return kib * 1024 / 2  # Others need memory as well.
     except (OSError, StopIteration):
         return 2 * 2**30
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+    """Returns the sharding of an array that every device holds."""
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _slot_bytes(model: Architecture, size: Size) -> int:

@@ -68,6 +68,10 @@ class Metrics:
         counters = {
             "answers": ("Answers asked for", lambda e: e.counters.requests),
             "prompt_tokens": ("Tokens read", lambda e: e.counters.prompt_tokens),
+            "shared_prompt_tokens": (
+                "Tokens of prompts that were in a slot already",
+                lambda e: e.counters.shared_tokens,
+            ),
             "written_tokens": ("Tokens written", lambda e: e.counters.tokens),
             "steps": ("Steps of the decoder", lambda e: e.counters.steps),
         }

@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import logging
 import secrets
 import threading
@@ -197,7 +198,26 @@ class ServedModel:
         stop = body.stop or ()
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         changes: dict[str, Any] = {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        if (asked := body.response_format) is not None and asked.type != "text":
+            schema = "{}"
+            if asked.type == "json_schema":
+                if asked.json_schema is None:
+                    raise ValueError("response_format json_schema has no json_schema; add it")
+                schema = json.dumps(asked.json_schema.schema_)
+            elif asked.json_schema is not None:
+                raise ValueError(
+                    "response_format json_object takes no json_schema; set its type to json_schema"
+                )
+            changes["json_schema"] = schema
         return dataclasses.replace(options, seed=seed, **changes)
+
+    def constraint(self, options: GenerationOptions) -> Any:
+        """Returns what checks an answer to be JSON of a schema while it is written.
+
+        Raises:
+          ValueError: if the schema is invalid.
+        """
+        raise ValueError("response_format is not supported yet; leave it out")
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def _options_of(self, given: tuple[tuple[str, Any], ...]) -> GenerationOptions:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -326,14 +327,13 @@ def _prompts(body: CompletionBody) -> list[str | list[int]]:
 
 async def _complete(server: Server, body: CompletionBody, request: fastapi.Request) -> Response:
     served = server.writer(body.model)
-    _check_format(body)
     prompts = await asyncio.to_thread(lambda: [served.prompt(p) for p in _prompts(body)])
     if body.echo and body.logprobs is not None and served.model.kind != "decoder":
         raise ValueError(
             f"echo with logprobs: {served.name} has an encoder, which gives its prompt no "
             "probabilities; leave one of them out"
         )
-    plan = w.plan(served, body, prompts, _deadline(server))
+    plan = await asyncio.to_thread(w.plan, served, body, prompts, _deadline(server))
     begin, num_top = w.head("text_completion", served.name), body.logprobs
     echoes = [served.text(prompt) if body.echo else "" for prompt in prompts]
 
@@ -377,9 +377,8 @@ async def _complete(server: Server, body: CompletionBody, request: fastapi.Reque
 
 async def _chat(server: Server, body: ChatBody, request: fastapi.Request) -> Response:
     served = server.writer(body.model)
-    _check_format(body)
     prompt = await asyncio.to_thread(served.chat_prompt, body.messages)
-    plan = w.plan(served, body, [prompt], _deadline(server))
+    plan = await asyncio.to_thread(w.plan, served, body, [prompt], _deadline(server))
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     begin = w.head(kind, served.name)
 
@@ -410,13 +409,6 @@ async def _chat(server: Server, body: ChatBody, request: fastapi.Request) -> Res
         }
 
     return await _respond(server, served, body, request, plan, begin, answer, first, chunk)
-
-
-def _check_format(body: CompletionBody | ChatBody) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise ValueError(
-            f"response_format {body.response_format.type} is not supported; leave it out"
-        )
 
 
 def _deadline(server: Server) -> float:
@@ -546,6 +538,9 @@ def serve(
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = _Uvicorn(config, app.state.server)
+
+    # uvicorn raises the signal again once it has stopped; then there is nothing left to do.
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
     async def run() -> None:
         task = asyncio.create_task(server.serve())

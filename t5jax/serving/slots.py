@@ -4,7 +4,8 @@ A slot is a row of the cache with the state of the answer that is written in it.
 leave between steps. There is a fixed set of programs: `prefill` for each length of a prompt,
 `insert` for each of them, and `decode` for each shape of the part of the slots that is in use.
 The decoder's last prompt token (of an encoder-decoder, its start token) is read by `decode`, so
-that all tokens of an answer come from one place.
+that all tokens of an answer come from one place; and so are a few more, if what comes before them
+was in another slot already (`share`).
 
 N slots, R of them in use, L tokens, K steps of one call, T most probable tokens, V vocab, W words
 of 32 bits.
@@ -19,13 +20,22 @@ import jax
 import jax.numpy as jnp
 
 from t5jax.architectures import Architecture
-from t5jax.decoding import EVERY_PART, GenerationOptions, History, RowOptions, choose, row_options
+from t5jax.decoding import (
+    EVERY_PART,
+    Choice,
+    GenerationOptions,
+    History,
+    RowOptions,
+    choose,
+    row_options,
+)
 from t5jax.models import api
 
 MAX_STEPS = 16
 """The maximum number of tokens that one call of `decode` writes in each slot."""
 PARTS = EVERY_PART._replace(forces=False)
 """The options of decoding that requests may have."""
+NOTHING, READING = -1, -2
 NUM_TOP = 20
 """The number of most probable tokens that are reported; the limit of OpenAI's interface."""
 
@@ -44,10 +54,9 @@ class Slots(flax.struct.PyTreeNode):
     """The state of all slots."""
 
     cache: Any
-    tokens: jax.Array  # int32 [N], the token to read next.
     left: jax.Array  # int32 [N], the number of tokens still to write; 0 if the slot is free.
     index: jax.Array  # int32 [N], the number of tokens written.
-    history: History  # What the decoder has read and written.
+    history: History  # What the decoder reads, at the positions of the cache, and has written.
     options: RowOptions
 
 
@@ -55,8 +64,9 @@ class Step(flax.struct.PyTreeNode):
     """What one call of `decode` has written."""
 
     written: jax.Array
-    """int32 [K, R, 2]: the token, or -1 for none, and the bits of its float32 log-probability. One
-    array, so that there is one transfer to the host."""
+    """int32 [K, R, 2]: the token, and the bits of its float32 log-probability. One array, so that
+    there is one transfer to the host. NOTHING for a slot that is free, READING if a token of the
+    prompt was read."""
     top_ids: jax.Array
     """int32 [K, R, T], the most probable tokens; only if asked for."""
     top_logprobs: jax.Array
@@ -69,7 +79,6 @@ def empty(model: Architecture, size: Size) -> Slots:
     options = row_options([GenerationOptions()] * size.rows)
     return Slots(
         cache=api.init_cache(model, size.rows, size.source_length, size.length),
-        tokens=zeros,
         left=zeros,
         index=zeros,
         history=History(jnp.zeros((size.rows, size.length + 1), jnp.int32), zeros),
@@ -120,15 +129,26 @@ def insert(
     def put(kept: Any, new: Any) -> Any:
         return jax.tree.map(lambda x, new: x.at[slot].set(new[0]), kept, new)
 
-    last = history.lengths_N - 1
     return Slots(
         cache=api.insert(model, slots.cache, rows, slot[None]),
-        tokens=put(slots.tokens, history.tokens_NL[0, last]),
         left=slots.left.at[slot].set(left),
         index=slots.index.at[slot].set(0),
         history=put(slots.history, history),
         options=put(slots.options, options),
     )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def share(model: Architecture, slots: Slots, source: jax.Array, length: jax.Array) -> Any:
+    """Returns what `insert` inserts for a prompt that begins like what a slot holds.
+
+    Args:
+      model: the description, of a decoder.
+      slots: the slots.
+      source: int32 [], the slot.
+      length: int32 [], how many tokens they share, less than the prompt has.
+    """
+    return api.take(slots.cache, source[None]).replace(positions=length[None])
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
@@ -144,7 +164,8 @@ def decode(
     params: api.Params,
     slots: Slots,
     kept_N: jax.Array,
-    allowed_RW: jax.Array | None,
+    allowed_RW: jax.Array,
+    constrained: jax.Array,
     size: Size,
     num_steps: jax.Array,
     stop_early: jax.Array,
@@ -157,13 +178,13 @@ def decode(
       params: as returned by `api.arrange_for_decoding`.
       slots: the slots.
       kept_N: bool [N], false for slots whose answers are not needed any more.
-      allowed_RW: int32 with a bit for each id that may be written; None for all.
+      allowed_RW: int32 with a bit for each id that may be written next.
+      constrained: bool [], whether that holds; otherwise all ids may be written.
       size: the part of the slots to read; all that is in use must be within it.
       num_steps: int32 [], at most MAX_STEPS.
       stop_early: bool [], whether to return as soon as an answer ends, because others wait.
       with_top: bool [], whether to report the most probable tokens.
     """
-    parts = PARTS._replace(allows=allowed_RW is not None)
     shape = jax.eval_shape(functools.partial(empty, model, size))
     part = jax.tree.map(lambda x, like: x[_prefix(like)], slots, shape)
     part = part.replace(left=jnp.where(kept_N[: size.rows], part.left, 0))
@@ -181,36 +202,45 @@ def decode(
         # What other slots write goes to the end of their row.
         positions_R = jnp.where(is_live_R, now.cache.positions, size.length - 1)
         cache = now.cache.replace(positions=positions_R)
-        logits_RV, cache = api.decode_step(model, params, cache, now.tokens)
+        tokens_RL, lengths_R = now.history
+        rows_R = jnp.arange(size.rows)
+        logits_RV, cache = api.decode_step(model, params, cache, tokens_RL[rows_R, positions_R])
+        # Until the last token of the prompt is read, none is written.
+        writes_R = is_live_R & (now.cache.positions + 1 >= lengths_R)
         positions_R = jnp.where(is_live_R, cache.positions, now.cache.positions)
-        choice = choose(
-            logits_RV,
-            now.options,
-            now.index,
-            ends=model.end_token_ids,
-            parts=parts,
-            history=now.history,
-            allowed_NW=allowed_RW,
+
+        def chosen(**changes: Any) -> Choice:
+            return choose(
+                logits_RV,
+                now.options,
+                now.index,
+                ends=model.end_token_ids,
+                history=now.history,
+                **changes,
+            )
+
+        choice = jax.lax.cond(
+            constrained,
+            lambda: chosen(parts=PARTS, allowed_NW=allowed_RW),
+            lambda: chosen(parts=PARTS._replace(allows=False)),
         )
-        new_R = jnp.where(is_live_R, choice.tokens_N, -1)
+        new_R = jnp.where(writes_R, choice.tokens_N, jnp.where(is_live_R, READING, NOTHING))
         bits_R = jax.lax.bitcast_convert_type(choice.log_probs_N, jnp.int32)
         new = jnp.stack([new_R, bits_R], axis=-1), *_top(logits_RV, num_top, with_top)
         out = jax.tree.map(lambda x, new: x.at[step].set(new), out, new)
         ended_R = jnp.any(new_R[:, None] == jnp.array(model.end_token_ids)[None], axis=-1)
-        tokens_RL, lengths_R = now.history
-        places_R = jnp.where(is_live_R, lengths_R, tokens_RL.shape[1])
-        tokens_RL = tokens_RL.at[jnp.arange(size.rows), places_R].set(new_R, mode="drop")
+        places_R = jnp.where(writes_R, lengths_R, tokens_RL.shape[1])
+        tokens_RL = tokens_RL.at[rows_R, places_R].set(new_R, mode="drop")
         now = now.replace(
             cache=cache.replace(positions=positions_R),
-            tokens=jnp.where(is_live_R, new_R, now.tokens),
-            left=jnp.where(is_live_R & ~ended_R, now.left - 1, 0),
-            index=now.index + is_live_R,
-            history=History(tokens_RL, lengths_R + is_live_R),
+            left=jnp.where(is_live_R & ~ended_R, now.left - writes_R, 0),
+            index=now.index + writes_R,
+            history=History(tokens_RL, lengths_R + writes_R),
         )
         return step + 1, now, out
 
     out = (
-        jnp.full((MAX_STEPS, size.rows, 2), -1, jnp.int32),
+        jnp.full((MAX_STEPS, size.rows, 2), NOTHING, jnp.int32),
         jnp.zeros((MAX_STEPS, size.rows, num_top), jnp.int32),
         jnp.zeros((MAX_STEPS, size.rows, num_top), jnp.float32),
     )
@@ -224,7 +254,6 @@ def decode(
     cache = {name: put(getattr(slots.cache, name), getattr(part.cache, name)) for name in changed}
     return Slots(
         cache=slots.cache.replace(**cache),
-        tokens=put(slots.tokens, part.tokens),
         left=put(jnp.zeros_like(slots.left), part.left),
         index=put(slots.index, part.index),
         history=put(slots.history, part.history),

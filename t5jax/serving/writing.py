@@ -71,6 +71,7 @@ def plan(
             raise ValueError("top_logprobs is set without logprobs; set logprobs to true")
         num_top = body.top_logprobs or 0
     options = served.options(body, per_prompt)
+    is_constrained = options.json_schema is not None
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -81,6 +82,7 @@ def plan(
             num_top=num_top,
             streaming=bool(body.stream),
             deadline=deadline,
+            constraint=served.constraint(options) if is_constrained else None,
         )
         for prompt in prompts
         for number in range(per_prompt)
@@ -154,6 +156,8 @@ def check_finished(piece: Piece) -> None:
     if piece.finish_reason == "cancelled":
         raise ApiError(499, "the client went away")
     if piece.finish_reason == "error":
+        if piece.error:
+            raise ApiError(400, piece.error)
         raise ApiError(500, "the engine failed; the server's log says why")
 
 

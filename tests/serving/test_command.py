@@ -44,7 +44,8 @@ def test_keys_that_are_none(tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(ValueError, match=message) as error:
         read_keys(file)
-    assert "hush7" not in str(error.value), "a key must not be shown"
+    shown = str(error.value).replace(str(file), "")
+    assert "hush7" not in shown, "a key must not be shown"
 
 
 def test_keys_are_lines(tmp_path):

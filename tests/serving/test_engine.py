@@ -72,7 +72,7 @@ def test_the_bits_of_an_answer_do_not_depend_on_company():
 
 
 def test_nothing_is_compiled_after_the_start(engine):
-    programs = (slots.prefill, slots.insert, slots.move, slots.decode)
+    programs = (slots.prefill, slots.insert, slots.share, slots.move, slots.decode)
     before = [program._cache_size() for program in programs]
     rng = np.random.default_rng(1)
     for _ in range(3):
@@ -211,3 +211,29 @@ def test_memory_decides_how_many_slots_there_are(monkeypatch):
     assert slots_with(10 * one).size.rows == 6
     with pytest.raises(ValueError, match="max_length"):
         slots_with(one / 2)
+
+
+def test_what_prompts_share_is_read_once_and_changes_nothing():
+    rng = np.random.default_rng(5)
+    begin = tuple(rng.integers(3, 200, 20).tolist())
+    turns = [begin, (*begin, 7), (*begin[:18], 9, 8)]
+    with engine_of(GPT) as engine:
+        found, shared = [], []
+        for turn in turns:
+            found.append(Listener(engine, Request(turn, 6)).result())
+            shared.append(engine.counters.shared_tokens)
+        # The next turn of a conversation, while another answer is being written.
+        answer = found[0][0]
+        other = Listener(engine, Request((5, 6), 15, GenerationOptions(min_tokens=15)))
+        following = Request((*begin, *answer, 4), 4)
+        found.append(Listener(engine, following).result())
+        other.result()
+        assert shared == [0, 20, 38]
+        assert engine.counters.shared_tokens > 38 + 20
+    with engine_of(GPT, batch_invariant=True) as engine:
+        alone = [Listener(engine, Request(turn, 6)).result() for turn in turns]
+        alone.append(Listener(engine, following).result())
+        assert engine.counters.shared_tokens == 0
+    for one, other in zip(alone, found, strict=True):
+        assert (one[0], one[2:]) == (other[0], other[2:])
+        np.testing.assert_allclose(one[1], other[1], atol=2e-5)
