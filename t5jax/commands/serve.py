@@ -1,8 +1,8 @@
 """`t5jax serve`: OpenAI's interface to models."""
 
 import dataclasses
-import ipaddress
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -67,19 +67,20 @@ def serve(args: list[str]) -> None:
     _check(options)
     if not models:
         raise ValueError("there is no model; give one or more: t5jax serve MODEL")
-    keys = read_keys(options.api_key_file) if options.api_key_file else ()
-    if not keys and not is_loopback(options.host):
-        raise ValueError(
-            f"--host {options.host} lets other machines in; give --api-key-file FILE with a key a "
-            "line, or leave --host out"
-        )
     try:
+        from t5jax.serving.protection import is_loopback
         from t5jax.serving.server import ServerOptions
         from t5jax.serving.server import serve as run
     except ImportError as error:
         raise ValueError(
             f"{error.name} is missing; install what serving needs: pip install 't5jax[serve]'"
         ) from None
+    keys = read_keys(options.api_key_file) if options.api_key_file else ()
+    if not keys and not is_loopback(options.host):
+        raise ValueError(
+            f"--host {options.host} lets other machines in; give --api-key-file FILE with a key a "
+            "line, or leave --host out"
+        )
     import jax
 
     from t5jax.pretrained import load
@@ -87,8 +88,7 @@ def serve(args: list[str]) -> None:
     from t5jax.serving.served import ServedModel
 
     logging.basicConfig(format="t5jax: %(levelname)s: %(message)s", level=logging.WARNING)
-    # Small programs count as well: all of them are compiled before the first request.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    _keep_programs(jax.config)
     sizes = EngineOptions(
         slots=options.slots,
         max_length=options.max_length,
@@ -126,6 +126,18 @@ def serve(args: list[str]) -> None:
 
     run(served, host=options.host, port=options.port, options=bounds, on_start=on_start)
     _say("stopped")
+
+
+def _keep_programs(config) -> None:
+    """Keeps compiled programs on disk, so that the next start compiles nothing.
+
+    JAX's own settings are obeyed where they are given.
+    """
+    if config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        config.update("jax_compilation_cache_dir", str(Path(cache) / "t5jax" / "programs"))
+    # Small programs count as well: all of them are compiled before the first request.
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _say(text: str) -> None:
@@ -169,16 +181,6 @@ def _check(options: Serve) -> None:
         raise ValueError(f"--port is {options.port}; it must be at most 65535")
     if not options.max_seconds > 0:
         raise ValueError(f"--max-seconds is {options.max_seconds}; it must be above 0")
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def read_keys(file: Path) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ _PROMPT_TOKENS = 2048
 # A prompt shares at least so many tokens, and at most so many more are read one by one.
 _SHARED_TOKENS, _MOST_READ = 16, 64
 _MEMORY_SHARE = 0.6
+_UNKNOWN_MEMORY = 2.0 * 2**30
 _MOST_SLOTS, _MOST_SLOTS_CPU = 128, 32
 
 
@@ -664,6 +665,8 @@ def free_memory(mesh: jax.sharding.Mesh) -> tuple[float, int]:
     if devices[0].platform == "cpu":
         return _free_host_memory(), _MOST_SLOTS_CPU
     stats = [device.memory_stats() or {} for device in devices]
+    if not all("bytes_limit" in s for s in stats):
+        return _UNKNOWN_MEMORY * len(devices), _MOST_SLOTS
     free = min(s.get("bytes_limit", 0) - s.get("bytes_in_use", 0) for s in stats)
     return free * len(devices), _MOST_SLOTS
 
@@ -674,7 +677,7 @@ def _free_host_memory() -> float:
             kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
         return kib * 1024 / 2  # Others need memory as well.
     except (OSError, StopIteration):
-        return 2 * 2**30
+        return _UNKNOWN_MEMORY
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:

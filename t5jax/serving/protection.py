@@ -6,6 +6,7 @@ Plain ASGI, so that a client that goes away is noticed behind it.
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ class Protection:
         max_body_bytes: int = 4 * 2**20,
         max_concurrent: int = 512,
         body_seconds: float = 30.0,
+        max_seconds: float = 660.0,
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Wraps an app.
@@ -43,18 +45,27 @@ class Protection:
           max_body_bytes: the maximum size of a body.
           max_concurrent: the maximum number of requests that are being answered.
           body_seconds: how long a client may take to send a body.
+          max_seconds: how long a request may take in all, which slow readers are held to.
           is_stopping: whether new requests are refused.
         """
         self._app, self._max_bytes, self._max_concurrent = app, max_body_bytes, max_concurrent
         # Digests have the same length, so that the time of a comparison says nothing of a key.
         self._digests = [_digest(key.encode()) for key in api_keys]
-        self._body_seconds, self._is_stopping = body_seconds, is_stopping
+        self._body_seconds, self._max_seconds = body_seconds, max_seconds
+        self._is_stopping = is_stopping
         self.num_running = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
         try:
             self._check_key(scope)
             if scope["path"] in ("/health", "/ready"):
@@ -68,16 +79,30 @@ class Protection:
                 )
             self.num_running += 1
             try:
-                body = await self._read_body(scope, receive)
-                await self._app(scope, _replay(body, receive), send)
+                async with asyncio.timeout(self._max_seconds):
+                    body = await self._read_body(scope, receive)
+                    await self._app(scope, _replay(body, receive), send_on)
             finally:
                 self.num_running -= 1
         except ApiError as error:
             await _answer(error, send)
+        except TimeoutError:
+            if not has_begun:
+                await _answer(ApiError(504, "the request took too long"), send)
 
     def _check_key(self, scope: MutableMapping[str, Any]) -> None:
         path = scope["path"]
-        if not self._digests or path in _OPEN or path.startswith(_OPEN_FOLDER):
+        if not self._digests:
+            # A site whose name leads to this machine could otherwise use a visitor's browser.
+            host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            if not is_loopback(host.rsplit(":", 1)[0] if host[-1:] != "]" else host):
+                raise ApiError(
+                    403,
+                    "without API keys this server is only reached as localhost or 127.0.0.1; "
+                    "start it with --api-key-file",
+                )
+            return
+        if path in _OPEN or path.startswith(_OPEN_FOLDER):
             return
         given = b""
         for name, value in scope["headers"]:
@@ -121,6 +146,16 @@ class Protection:
         return ApiError(
             413, f"the body is larger than {self._max_bytes} bytes; send less at a time"
         )
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: bytes) -> bytes:

@@ -148,6 +148,7 @@ def make_app(
         redoc_url=None,
     )
     app.state.server = server
+    app.openapi = functools.partial(_describe, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
     _add_routes(app, server)
     app.add_middleware(
@@ -155,10 +156,24 @@ def make_app(
         api_keys=options.api_keys,
         max_body_bytes=options.max_body_bytes,
         max_concurrent=options.max_concurrent,
+        max_seconds=options.max_seconds + 60,
         is_stopping=lambda: server.stopping,
     )
     app.add_middleware(metrics_.CountRequests, metrics=server.metrics)
     return app
+
+
+def _describe(app: fastapi.FastAPI, describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the description of the interface, with the names of the models."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    description = describe()
+    for body in description["components"]["schemas"].values():
+        field = body.get("properties", {}).get("model", {})
+        for kind in (field, *field.get("anyOf", ())):
+            if kind.get("type") == "string":
+                kind["enum"] = list(app.state.server.models)
+    return description
 
 
 # --- Errors -------------------------------------------------------------------------------------
@@ -221,6 +236,7 @@ def _add_routes(app: fastapi.FastAPI, server: Server) -> None:
         for status, what in {
             400: "The request is wrong",
             401: "No valid API key",
+            403: "Not this machine",
             404: "No such model",
             408: "The body took too long",
             413: "The body is too large",
@@ -232,11 +248,14 @@ def _add_routes(app: fastapi.FastAPI, server: Server) -> None:
     post = functools.partial(app.post, responses=errors, response_model=None)
     get = functools.partial(app.get, responses=errors, response_model=None)
 
-    @post("/v1/completions")
+    kinds: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    writes = {**errors, 200: {"content": kinds}}
+
+    @post("/v1/completions", responses=writes)
     async def completions(body: CompletionBody, request: fastapi.Request) -> Response:
         return await _complete(server, body, request)
 
-    @post("/v1/chat/completions")
+    @post("/v1/chat/completions", responses=writes)
     async def chat_completions(body: ChatBody, request: fastapi.Request) -> Response:
         return await _chat(server, body, request)
 

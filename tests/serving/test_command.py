@@ -3,7 +3,8 @@
 import pytest
 
 from command_line import fails, run
-from t5jax.commands.serve import _models, is_loopback, read_keys
+from t5jax.commands.serve import _models, read_keys
+from t5jax.serving.protection import is_loopback
 
 KEY = "0123456789abcdef"
 

@@ -241,7 +241,7 @@ def slow_request(url, **changes):
     content = json.dumps(body).encode()
     connection = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         + b"Content-Length: %d\r\n\r\n" % len(content)
         + content
     )
@@ -300,8 +300,11 @@ def test_health_readiness_and_figures(url):
 
 
 def test_the_interface_describes_itself(url):
-    paths = httpx.get(f"{url}/openapi.json").json()["paths"]
-    assert {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"} <= set(paths)
+    description = httpx.get(f"{url}/openapi.json").json()
+    paths = {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"}
+    assert paths <= set(description["paths"])
+    body = description["components"]["schemas"]["CompletionBody"]
+    assert body["properties"]["model"]["enum"] == ["t5", "gpt"]
 
 
 @pytest.mark.parametrize("name", ["", "page/page.js", "page/page.css"])
@@ -318,7 +321,7 @@ def transport(models, **options):
     from t5jax.serving.server import ServerOptions
 
     app = make_app(models, ServerOptions(**options))
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x"), app
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost"), app
 
 
 def test_a_key_is_needed_where_there_are_keys(models, url, caplog):
@@ -346,6 +349,16 @@ def test_a_key_is_needed_where_there_are_keys(models, url, caplog):
     statuses = asyncio.run(run())
     assert statuses == {"none": 401, "wrong": 401, "another scheme": 401, "right": 200}
     assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]"])
+def test_this_machine_needs_no_key(url, host):
+    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "10.0.0.1"])
+def test_a_site_whose_name_leads_here_is_refused(url, host):
+    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 403
 
 
 def test_while_it_stops_new_requests_are_refused(models, url):
