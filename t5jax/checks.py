@@ -35,6 +35,13 @@ def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:
         )
 
 
+def check_names(given: Iterable[str], kind: Any) -> None:
+    """Raises ValueError for a name that is no field of a dataclass."""
+    known = tuple(kind.__dataclass_fields__)
+    for name in given:
+        check_choice(name, known, "an option")
+
+
 def check_at_least(value: float, least: float, name: str) -> None:
     """Raises ValueError if a number is less than `least`, or NaN."""
     if not value >= least:

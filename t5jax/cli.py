@@ -44,7 +44,7 @@ COMMANDS = {
     "train": "train.train",
     "plan": "plan.plan",
     "eval": "model.evaluate",
-    "infer": "model.infer",
+    "infer": "infer.infer",
     "embed": "model.embed",
     "serve": "serve.serve",
     "export": "model.export",

@@ -10,7 +10,6 @@ t5jax.load("runs/numbers").export("exported")
 
 import dataclasses
 import functools
-import logging
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -22,7 +21,7 @@ import numpy as np
 from t5jax import batch as features
 from t5jax import decoding, sharding
 from t5jax.architectures import Architecture, Dtype
-from t5jax.checks import check_at_least, check_choice
+from t5jax.checks import check_at_least, check_choice, check_names
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
 from t5jax.evaluation import evaluate_model
@@ -30,8 +29,6 @@ from t5jax.models import api
 from t5jax.source import Source, find
 from t5jax.special_tokens import check_prompts, check_vocabulary, example_format
 from t5jax.tokenizers import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "first", "max", "pooler"]
 """How the vectors of a text's tokens are combined."""
@@ -55,32 +52,90 @@ class Pretrained:
     dtype: Dtype | None = None
     """The dtype passed to `load`."""
 
+    def options(self, **given: Any) -> decoding.GenerationOptions:
+        """Returns how answers are written, by default as generation_config.json says.
+
+        Args:
+          **given: fields of `decoding.GenerationOptions`; None is not set.
+        Raises:
+          ValueError: for an unknown option, a value out of range, or a contradiction.
+        """
+        check_names(given, decoding.GenerationOptions)
+        generation = {} if self.source is None else self.source.generation()
+        return decoding.options_of(generation, given)
+
     def generate(
         self,
         prompts: Sequence[str],
         *,
-        max_tokens: int = 64,
+        max_tokens: int | None = None,
         batch_size: int = 32,
         special_tokens: bool = False,
+        **options: Any,
     ) -> list[str]:
-        """Returns the greedy answer to each prompt.
+        """Returns the answer to each prompt, the first one if several are asked for.
 
         Args:
           prompts: texts, which begin and end as the model's tokenizer begins and ends them. A
             decoder continues the text; an empty one has the start of a text for it to read.
-          max_tokens: the maximum length of an answer in tokens.
+          max_tokens: the maximum length of an answer in tokens. None: as generation_config.json
+            says, or 64.
           batch_size: the number of prompts per batch. Rows and lengths are padded to powers of two,
             so that few shapes are compiled.
           special_tokens: keep special tokens in the answers, such as T5's "<extra_id_0>", which
             separate the texts of gaps.
+          **options: others of `decoding.GenerationOptions`, such as temperature or num_beams.
+            Without any, answers are greedy, unless generation_config.json asks for more.
         Raises:
-          ValueError: if the model does not generate text, or has too few positions.
+          ValueError: if the model does not generate text, or has too few positions, or for options
+            that contradict each other.
         """
-        self._check_writes()
+        answers = self.answers(
+            prompts,
+            self.options(max_tokens=max_tokens, **options),
+            batch_size=batch_size,
+            special_tokens=special_tokens,
+        )
+        return [one.text for one, *_ in answers]
+
+    def answers(
+        self,
+        prompts: Sequence[str],
+        options: decoding.GenerationOptions | None = None,
+        *,
+        batch_size: int = 32,
+        special_tokens: bool = False,
+        rows: int | None = None,
+        first: int = 0,
+    ) -> list[list[decoding.Answer]]:
+        """Returns all answers to each prompt, with tokens, scores and log-probabilities.
+
+        Args:
+          prompts: as for `generate`.
+          options: how answers are written; None: as generation_config.json says.
+          batch_size: as for `generate`.
+          special_tokens: as for `generate`.
+          rows: as for `decoding.Generator.answers`.
+          first: the number of the first prompt, on which drawn tokens depend.
+        Raises:
+          ValueError: as for `generate`.
+        """
+        self.check_writes()
+        options = self.options() if options is None else options
         eos = self.tokenizer.eos_id
         inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
-        generate = self._generator(special_tokens)
-        return generate(self.params, inputs, max_tokens=max_tokens, batch_size=batch_size)
+        generator = self._generator(special_tokens)
+        return generator.answers(
+            self.params, inputs, options, batch_size=batch_size, rows=rows, first=first
+        )
+
+    def check_writes(self) -> None:
+        """Raises ValueError if the model has no decoder, and so writes no text."""
+        if self.model.kind == "encoder":
+            raise ValueError(
+                f"{self.model.family} is an encoder and writes no text; `t5jax embed` gives its "
+                "embeddings, `t5jax eval` what it predicts"
+            )
 
     def score(
         self,
@@ -106,7 +161,7 @@ class Pretrained:
           ValueError: if the numbers of prompts and answers differ, or the model writes no text, or
             has too few positions.
         """
-        self._check_writes()
+        self.check_writes()
         if isinstance(prompts, str) or isinstance(answers, str) or len(prompts) != len(answers):
             raise ValueError(
                 f"prompts and answers are {len(prompts)} and {len(answers)}; expected two lists of "
@@ -212,13 +267,6 @@ class Pretrained:
         """
         export_model(self._found(), output, **options)
 
-    def _check_writes(self) -> None:
-        if self.model.kind == "encoder":
-            raise ValueError(
-                f"{self.model.family} is an encoder and writes no text; `t5jax embed` gives its "
-                "embeddings, `t5jax eval` what it predicts"
-            )
-
     def _generator(self, special_tokens: bool) -> decoding.Generator:
         return decoding.Generator(
             self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm, special_tokens
@@ -263,36 +311,6 @@ def _embed(
     return sharding.constrain(x_BD.astype(jnp.float32), None, None)
 
 
-# Settings of generation_config.json that change greedy answers, with the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "repetition_penalty": (1, 1.0),
-    "encoder_repetition_penalty": (1, 1.0),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "bad_words_ids": (),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-}
-
-
-def _warn_of_settings(generation: dict[str, Any]) -> None:
-    asked = [
-        f"{name} {generation[name]}"
-        for name, neutral in _NEUTRAL.items()
-        if generation.get(name) is not None and generation[name] not in neutral
-    ]
-    if asked:
-        _log.warning(
-            "generation_config.json sets %s, which is not implemented; answers are plainly greedy",
-            ", ".join(asked),
-        )
-
-
 def load(
     name_or_path: str,
     *,
@@ -321,7 +339,6 @@ def load(
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
     model = dataclasses.replace(model, scan_layers=False)
     if model.kind != "encoder":
-        _warn_of_settings(source.generation())
         with sharding.use_mesh(mesh, rules):
             params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
     prefix_lm = source.config.data.prefix_lm

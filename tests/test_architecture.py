@@ -24,7 +24,7 @@ ORDER = [
     {"t5jax.commands"},
     {"t5jax.train", "t5jax.serving", "t5jax.lm_eval"},
     {"t5jax.plan"},
-    {"t5jax.pretrained", "t5jax.program"},
+    {"t5jax.bulk", "t5jax.pretrained", "t5jax.program"},
     {"t5jax.evaluation", "t5jax.convert"},
     {"t5jax.source"},
     {"t5jax.t5x"},

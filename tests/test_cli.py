@@ -16,6 +16,7 @@ from command_line import fails, run
 from processes import environment
 from t5jax.cli import COMMANDS, main
 from t5jax.config import Config, MeshConfig, from_json, to_json
+from t5jax.decoding import Answer, GenerationOptions
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
 TASK = """
@@ -88,7 +89,7 @@ def test_help_has_the_defaults_of_a_config(capsys):
     ("command", "expected"),
     [
         ("eval", ["MODEL", "--mixture STR", "--json {None}|PATH", "(default: test)"]),
-        ("infer", ["MODEL", "--prompt", "--max-tokens INT", "(default: 64)"]),
+        ("infer", ["MODEL", "--prompt", "--max-tokens {None}|INT", "--top-p"]),
         ("embed", ["MODEL", "--text", "--pooling {mean,first,max,pooler}", "--output"]),
         ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite", "--encoder-only"]),
         ("import", ["MODEL OUTPUT"]),
@@ -165,9 +166,18 @@ class Fake:
         self.asked.append((*args, options))
         return self
 
-    def generate(self, texts, **options):
-        self.asked.append((texts, options))
-        return [f"{text}\nanswered" for text in texts]
+    def options(self, **given):
+        given = {name: value for name, value in given.items() if value is not None}
+        return GenerationOptions(**given)
+
+    def answers(self, texts, how, **options):
+        self.asked.append((texts, how, options))
+        return [[Answer(f"{text}\nanswered", [7], "stop")] * how.num_answers for text in texts]
+
+    def check_writes(self):
+        pass
+
+    tokenizer = None
 
     def embed(self, texts, **options):
         self.asked.append((texts, options))
@@ -188,7 +198,11 @@ def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
     assert (status, out) == (0, "a b\nanswered\nc\nanswered\n")
     assert fake.asked == [
         ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2)}),
-        (["a b", "c"], {"max_tokens": 3, "batch_size": 2, "special_tokens": False}),
+        (
+            ["a b", "c"],
+            GenerationOptions(max_tokens=3),
+            {"batch_size": 2, "special_tokens": False, "rows": 2, "first": 0},
+        ),
     ]
     # Of prompts that are lines, each answer is one.
     monkeypatch.setattr(sys, "stdin", io.StringIO("a b\n\n"))
@@ -340,7 +354,10 @@ def test_mistakes_in_a_command(args, message, config, tmp_path, capsys):
 def test_no_prompts(exported, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
     message = fails(capsys, "infer", "--model", exported)
-    assert "there is no prompt; give --prompt TEXT, or lines on standard input" in message
+    assert (
+        "there is no prompt; give --prompt TEXT, --input FILE, or lines on standard input"
+        in message
+    )
 
 
 @pytest.mark.usefixtures("eight_devices_cli")

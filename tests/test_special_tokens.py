@@ -14,6 +14,7 @@ from folders import FOLDERS, LINES, edit, write_folder
 from t5jax.batch import BatchSpec
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet
+from t5jax.decoding import GenerationOptions
 from t5jax.evaluation import Evaluator
 from t5jax.sharding import use_mesh
 from t5jax.source import find
@@ -379,9 +380,9 @@ def test_generation_config_goes_out_as_it_came(changed, tmp_path, capsys):
 
 def test_settings_that_are_not_implemented_are_named(changed, caplog):
     folder = changed("gpt2")
-    edit(folder / "generation_config.json", num_beams=4, repetition_penalty=1.0, temperature=0.6)
-    t5jax.load(str(folder))
+    edit(folder / "generation_config.json", typical_p=0.4, repetition_penalty=1.0, temperature=0.6)
+    assert t5jax.load(str(folder)).options() == GenerationOptions()
     assert caplog.messages == [
-        "generation_config.json sets num_beams 4, which is not implemented; answers are plainly "
-        "greedy"
+        "generation_config.json sets typical_p 0.4, which is not implemented; its own answers "
+        "differ"
     ]

@@ -1,4 +1,4 @@
-"""`t5jax eval`, `infer`, `embed`, `export` and `import`, the commands that take a model."""
+"""`t5jax eval`, `embed`, `export` and `import`, commands that take a model."""
 
 import dataclasses
 import io
@@ -76,48 +76,7 @@ def evaluate(args: list[str]) -> None:
     evaluate_model(**fields(options))
 
 
-# --- infer --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Infer:
-    """Answers prompts with greedy decoding. Only answers go to standard output.
-
-    Without --prompt, each line of standard input is a prompt, and each line of output an answer.
-    """
-
-    model: str
-    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
-    MODEL."""
-    prompt: tuple[str, ...] = ()
-    """One or more prompts."""
-    max_tokens: int = 64
-    """Maximum length of an answer in tokens."""
-    batch_size: int = 32
-    """Prompts per batch."""
-    special_tokens: bool = False
-    """Show special tokens in answers, such as T5's <extra_id_0> in front of the text of a gap."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of computation and parameters. None: as in training."""
-    mesh: MeshConfig = MeshConfig()
-    """Devices to use."""
-
-
-def infer(args: list[str]) -> None:
-    options = parse(Infer, model_first(args), prog="t5jax infer", positional=True)
-    check_options(options, 1, "max_tokens", "batch_size")
-    prompts = _given_or_lines(options.prompt, "prompt")
-
-    from t5jax.pretrained import load
-
-    answers = load(options.model, dtype=options.dtype, mesh=options.mesh).generate(
-        prompts,
-        max_tokens=options.max_tokens,
-        batch_size=options.batch_size,
-        special_tokens=options.special_tokens,
-    )
-    for answer in answers:
-        print(answer if options.prompt else answer.replace("\n", " "))
+# --- embed --------------------------------------------------------------------------------------
 
 
 def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
@@ -132,9 +91,6 @@ def _given_or_lines(given: tuple[str, ...], what: str) -> list[str]:
     if not lines:
         raise ValueError(f"there is no {what}; give --{what} TEXT, or lines on standard input")
     return lines
-
-
-# --- embed --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

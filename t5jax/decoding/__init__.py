@@ -1,7 +1,9 @@
 """Decoding: from prompts to tokens and texts."""
 
+from t5jax.decoding.answers import Answer
 from t5jax.decoding.batches import padded_batches
 from t5jax.decoding.choice import Choice, History, choose
+from t5jax.decoding.constraints import Constraint
 from t5jax.decoding.generator import Generator
 from t5jax.decoding.greedy import greedy
 from t5jax.decoding.options import GenerationOptions, options_of
@@ -10,7 +12,9 @@ from t5jax.decoding.scoring import Score, log_probs
 
 __all__ = [
     "EVERY_PART",
+    "Answer",
     "Choice",
+    "Constraint",
     "GenerationOptions",
     "Generator",
     "History",

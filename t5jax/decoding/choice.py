@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 def choose(
     logits_NV: jax.Array,
-    rows: RowOptions,
+    rows: RowOptions | None,
     index_N: jax.Array,
     *,
     ends: tuple[int, ...],
@@ -48,7 +48,7 @@ def choose(
 
     Args:
       logits_NV: float32.
-      rows: the options of each row.
+      rows: the options of each row; None if there are no parts.
       index_N: int32, how many tokens of the answer have been written.
       ends: the ids that end a text.
       parts: which options are obeyed; static.
@@ -57,11 +57,13 @@ def choose(
         llguidance write them.
       num_top: the number of alternatives K; static.
     """
-    scores_NV = process(
-        logits_NV, rows, index_N, ends=ends, parts=parts, history=history, allowed_NW=allowed_NW
-    )
+    scores_NV = logits_NV
+    if rows is not None:
+        scores_NV = process(
+            logits_NV, rows, index_N, ends=ends, parts=parts, history=history, allowed_NW=allowed_NW
+        )
     tokens_N = jnp.argmax(scores_NV, axis=-1).astype(jnp.int32)
-    if parts.draws:
+    if rows is not None and parts.draws:
         is_drawn_N = rows.temperature > 0
 
         def drawn() -> jax.Array:

@@ -1,6 +1,7 @@
 """What a user may ask of decoding, and what a model's generation_config.json asks by default."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -277,18 +278,24 @@ def options_of(
         if value != getattr(default, name)
     ]
     if said:
-        _log.info("generation_config.json: %s (as transformers takes it)", ", ".join(said))
+        _say("generation_config.json: %s, as transformers takes it", ", ".join(said))
     ignored = [
         f"{name} {theirs[name]}"
         for name, neutral in _NOT_IMPLEMENTED.items()
         if name in theirs and theirs[name] not in neutral
     ]
     if ignored:
-        _log.warning(
+        _say(
             "generation_config.json sets %s, which is not implemented; its own answers differ",
             ", ".join(ignored),
         )
     return options
+
+
+@functools.lru_cache(maxsize=64)
+def _say(message: str, *args: str) -> None:
+    """Logs once, and not for every call of `generate`."""
+    _log.warning(message, *args)
 
 
 def _value(name: str, value: Any) -> Any:

@@ -203,6 +203,12 @@ def take(cache: Cache, slots_N: jax.Array) -> Cache:
     return caches.take(cache, slots_N)
 
 
+def reorder(cache: Cache, slots_N: jax.Array) -> Cache:
+    """Returns what `take` does, if row n and row `slots_N[n]` have the same encoding, as the beams
+    of one prompt have; it is not copied."""
+    return caches.reorder(cache, slots_N)
+
+
 def decode_step(
     model: Architecture, params: Params, cache: Cache, tokens_N: jax.Array
 ) -> tuple[jax.Array, Cache]:

@@ -166,6 +166,14 @@ def take(cache: Cache, slots_N) -> Cache:
     return jax.tree.map(lambda x: x[slots_N], cache)
 
 
+def reorder(cache: Cache, slots_N) -> Cache:
+    """Returns what `take` does, if row n and row `slots_N[n]` have the same encoding."""
+    positions, keys, values = jax.tree.map(
+        lambda x: x[slots_N], (cache.positions, cache.keys, cache.values)
+    )
+    return cache.replace(positions=positions, keys=keys, values=values)
+
+
 def extend(keys, values, k_NGK, v_NGK, positions_N) -> tuple[jax.Array, jax.Array, AttentionMask]:
     """Returns one layer's keys and values with one more token per row, and the token's mask.
 

@@ -73,6 +73,11 @@ class ByteTokenizer:
                 data.append(i - _FIRST_BYTE)
         return data.decode(errors="ignore")
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes of each id; none for what is no text."""
+        text = range(_FIRST_BYTE, _LAST_BYTE + 1 - _NUM_FREE)
+        return [bytes([i - _FIRST_BYTE]) if i in text else b"" for i in range(self.vocab_size)]
+
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files or _hugging_face_files(self))
 

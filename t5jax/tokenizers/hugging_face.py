@@ -129,6 +129,10 @@ class HuggingFaceTokenizer:
             text = PreTrainedTokenizerBase.clean_up_tokenization(self, text)
         return text
 
+    def to_json(self) -> str:
+        """Returns the content of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files)
 

@@ -97,6 +97,19 @@ class SentencePieceTokenizer:
         text: str = self._processor.decode(clean_ids(self, ids, special_tokens))
         return text
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes of each id, with a space where a word begins; none for what is no
+        text."""
+
+        def one(i: int) -> bytes:
+            piece: str = self._processor.id_to_piece(i)
+            if self._processor.is_byte(i):
+                return bytes([int(piece[3:5], 16)])
+            is_text = i not in self.special_ids and not self._processor.is_control(i)
+            return piece.replace("▁", " ").encode() if is_text else b""
+
+        return list(map(one, range(self.vocab_size)))
+
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files)
 

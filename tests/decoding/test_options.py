@@ -80,7 +80,7 @@ def test_generation_config_asks_as_of_transformers_and_the_user_wins(generation,
 
 
 def test_the_log_says_what_was_taken_and_what_is_ignored(caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         options_of(
             {"repetition_penalty": 1.3, "max_length": 9, "typical_p": 0.3}, {"max_tokens": 4}
         )

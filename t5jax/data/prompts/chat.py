@@ -177,13 +177,17 @@ class ChatTemplate(PromptTemplate):
             tokenizer=tokenizer,
         )
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, row: Row, **variables: Any) -> str:
         """Returns the prompt for the next reply to a conversation.
 
+        Args:
+          row: with the messages.
+          **variables: others of the template, such as strftime_now.
         Raises:
           ValueError: if the template refuses it.
         """
-        return self._apply(_messages(row, self.messages), add_generation_prompt=True)
+        messages = _messages(row, self.messages)
+        return self._apply(messages, add_generation_prompt=True, **variables)
 
     def render(self, row: Row, number: int = 0) -> Prompt:
         messages = _messages(row, self.messages)
@@ -235,7 +239,7 @@ class ChatTemplate(PromptTemplate):
         messages[after_system:after_system] = turns
         return self.render(row | {self.messages: messages}, number)
 
-    def _apply(self, messages: list[Row], *, add_generation_prompt: bool) -> str:
+    def _apply(self, messages: list[Row], *, add_generation_prompt: bool, **variables: Any) -> str:
         if self.text is None:
             raise ValueError(
                 f"template {self} takes the tokenizer's chat template and there is no tokenizer; "
@@ -248,6 +252,7 @@ class ChatTemplate(PromptTemplate):
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
+                **variables,
             )
         except Exception as error:  # Whatever the template's expressions may raise.
             raise ValueError(f"the chat template fails: {error}") from None

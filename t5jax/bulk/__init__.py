@@ -1,0 +1,1 @@
+"""Files of prompts in, files of answers out, of any size."""

@@ -1,0 +1,376 @@
+"""`t5jax infer`: answers to prompts, from the command line, a stream, or a file of any size."""
+
+import contextlib
+import dataclasses
+import datetime
+import io
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from t5jax.bulk.output import AnswersFile, read_run, sample_of
+from t5jax.bulk.reading import Render, count_lines, field_of, read_lines, read_prompts
+from t5jax.commands.parse import check_options, model_first, parse
+from t5jax.config import MeshConfig
+from t5jax.storage import to_json
+
+_BATCHES = 4  # That are read at a time, to put prompts of like lengths together.
+
+
+@dataclasses.dataclass(frozen=True)
+class Infer:
+    """Answers prompts. Only answers go to standard output.
+
+    Without --prompt and --input, each line of standard input is a prompt, and each line of output
+    an answer. Options whose default is None are those of the model's generation_config.json, which
+    are taken as transformers takes them; without any, answers are greedy.
+    """
+
+    model: str
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
+    MODEL."""
+    prompt: tuple[str, ...] = ()
+    """One or more prompts."""
+    input: Path | None = None
+    """A file of prompts, one a line: texts, or JSON if it ends in .jsonl. "-": standard input."""
+    output: Path | None = None
+    """A file for the answers: JSON lines with tokens and scores if it ends in .jsonl, otherwise
+    texts. The same command goes on where it was stopped."""
+    json_lines: bool = False
+    """Standard input and output are JSON lines."""
+    field: str = "prompt"
+    """The field of a JSON line that holds the prompt."""
+    template: str | None = None
+    """A Jinja template that makes the prompt of a JSON line, such as "Summarize: {{ text }}"."""
+    chat: bool = False
+    """Prompts are what a user says, or the field messages of JSON lines a conversation, to which
+    the model's chat template is applied."""
+    system: str | None = None
+    """With --chat, the system message in front of each prompt."""
+    max_tokens: int | None = None
+    """Maximum length of an answer in tokens. None: as in generation_config.json, or 64."""
+    min_tokens: int | None = None
+    """An answer does not end before it has this many tokens."""
+    temperature: float | None = None
+    """Draw tokens, after dividing logits by it; 0: take the most probable token."""
+    top_k: int | None = None
+    """Only draw one of the k most probable tokens; 0: any. As in transformers, 50 where tokens are
+    drawn and nothing is set."""
+    top_p: float | None = None
+    """Only draw one of the most probable tokens that together have this probability."""
+    min_p: float | None = None
+    """Only draw a token at least this probable, times the probability of the most probable one."""
+    seed: int = 0
+    """What drawn tokens depend on, beside the prompt's number."""
+    repetition_penalty: float | None = None
+    """Divide the logits of tokens that were read or written before by it."""
+    no_repeat_ngram_size: int | None = None
+    """No sequence of this many tokens occurs twice."""
+    num_beams: int | None = None
+    """Beam search with this many beams; 1: none."""
+    length_penalty: float | None = None
+    """A beam's score is the sum of log-probabilities divided by its length to this power."""
+    early_stopping: Literal["true", "false", "never"] | None = None
+    """When beam search ends: once there are num_beams answers (true), once better ones are unlikely
+    (false) or impossible (never)."""
+    num_answers: int | None = None
+    """Answers to each prompt: several samples, or the best beams."""
+    stop: tuple[str, ...] = ()
+    """An answer ends before the first of these texts."""
+    forced_tokens: tuple[int, ...] = ()
+    """Ids that every answer begins with."""
+    suppressed_tokens: tuple[int, ...] = ()
+    """Ids that are never written."""
+    allowed_tokens: tuple[int, ...] = ()
+    """The only ids that are written, besides those that end a text."""
+    json_schema: str | None = None
+    """A JSON schema that answers satisfy, or a file with one; "{}" for any JSON object."""
+    regex: str | None = None
+    """A regular expression that answers match as a whole."""
+    logprobs: int | None = None
+    """In JSON lines: the log-probability of each token, and this many alternatives."""
+    batch_size: int = 32
+    """Prompts per batch."""
+    special_tokens: bool = False
+    """Show special tokens in answers, such as T5's <extra_id_0> in front of the text of a gap."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of computation and parameters. None: as in training."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices to use."""
+
+
+_GENERATION = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
+    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty"),
+    *("early_stopping", "num_answers", "stop", "forced_tokens", "suppressed_tokens"),
+    *("allowed_tokens", "json_schema", "regex", "logprobs"),
+)
+# What does not change the answers, or is compared in another form.
+_NO_EFFECT = ("prompt", "input", "output", "batch_size", "mesh")
+
+
+def infer(args: list[str]) -> None:
+    options = parse(Infer, model_first(args), prog="t5jax infer", positional=True)
+    _check(options)
+    with contextlib.ExitStack() as stack:
+        lines, total = _lines(options, stack)
+        from t5jax.pretrained import load
+
+        output = None
+        if options.output is not None:
+            # Before the model, which may take long to load.
+            lines_per_prompt = 1 if _writes_json(options) else options.num_answers or 1
+            output = stack.enter_context(
+                AnswersFile(options.output, _run(options), lines_per_prompt)
+            )
+        model = load(options.model, dtype=options.dtype, mesh=options.mesh)
+        model.check_writes()
+        how = model.options(**_generation(options))
+        if output is not None and not _writes_json(options):
+            _check_number(options, how.num_answers)
+        prompts = read_prompts(lines, _name(options), _render(options, model.tokenizer))
+        done = 0 if output is None else output.num_prompts
+        if options.chat and not _reads_json(options):
+            as_chat = _chat(options, model.tokenizer)
+            prompts = ((text, as_chat(text)) for text, _ in prompts)
+        prompts = itertools.islice(prompts, done, None)
+        bar = stack.enter_context(_progress(total, done)) if output is not None else None
+        rows = options.batch_size if total is None or total >= options.batch_size else total
+        number = done
+        while window := list(itertools.islice(prompts, _BATCHES * options.batch_size)):
+            try:
+                answers = model.answers(
+                    [prompt for _, prompt in window],
+                    how,
+                    batch_size=options.batch_size,
+                    special_tokens=options.special_tokens,
+                    rows=min(rows, max(number, len(window))) if total is None else rows,
+                    first=number,
+                )
+            except ValueError as error:
+                if not number:
+                    raise
+                raise ValueError(f"{error} (counted from prompt {number})") from error
+            written = [
+                line
+                for (given, _), own in zip(window, answers, strict=True)
+                for line in _written(options, given, own)
+            ]
+            number += len(window)
+            if output is None:
+                print("\n".join(written), flush=True)
+            else:
+                output.write(written, len(window))
+                assert bar is not None
+                bar(number)
+        if not number:
+            raise ValueError(
+                "there is no prompt; give --prompt TEXT, --input FILE, or lines on standard input"
+            )
+        if output is not None:
+            again = f", {done} of them before" if done else ""
+            print(f"wrote {options.output}: {number} prompts{again}", file=sys.stderr)
+
+
+def _check(options: Infer) -> None:
+    check_options(options, 1, "max_tokens", "batch_size", "num_answers", "num_beams")
+    if options.prompt and options.input is not None:
+        raise ValueError("--prompt and --input are both given; give one of them")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system is for --chat; add --chat, or write it into the prompt")
+    if options.template is not None and (options.chat or not _reads_json(options)):
+        raise ValueError(
+            "--template makes prompts of JSON lines; give a .jsonl file with --input, or "
+            "--json-lines, and no --chat"
+        )
+    if options.logprobs is not None and not _writes_json(options):
+        raise ValueError(
+            "--logprobs are written to JSON lines; add --json-lines, or --output FILE.jsonl"
+        )
+    if options.output is not None and not options.output.parent.is_dir():
+        raise ValueError(
+            f"--output {options.output}: there is no folder {options.output.parent}; make it first"
+        )
+
+
+def _check_number(options: Infer, num_answers: int) -> None:
+    if num_answers != (options.num_answers or 1):
+        raise ValueError(
+            f"generation_config.json asks for {num_answers} answers; give --num-answers, so that "
+            "the lines of each prompt are known, or write JSON lines (--output FILE.jsonl)"
+        )
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+def _lines(options: Infer, stack: contextlib.ExitStack) -> tuple[Iterator[str], int | None]:
+    """Returns the lines to read, and how many there are if that is known."""
+    if options.prompt:
+        return iter(options.prompt), len(options.prompt)
+    if options.input is not None and str(options.input) != "-":
+        try:
+            total = count_lines(options.input)
+            file = stack.enter_context(options.input.open("rb"))
+        except OSError as error:
+            raise ValueError(f"cannot read {options.input}: {error.strerror}") from None
+        if not total:
+            raise ValueError(f"{options.input} is empty; expected a prompt on each line")
+        return read_lines(file, str(options.input)), total
+    if sys.stdin.isatty():
+        print("one prompt a line; Ctrl-D ends", file=sys.stderr)
+    # Bytes, since otherwise a lone \r would end a line as well.
+    file = getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())
+    return read_lines(file, _name(options)), None
+
+
+def _name(options: Infer) -> str:
+    if options.prompt:
+        return "--prompt"
+    from_file = options.input is not None and str(options.input) != "-"
+    return str(options.input) if from_file else "standard input"
+
+
+def _reads_json(options: Infer) -> bool:
+    if options.prompt:
+        return False
+    if options.input is not None and str(options.input) != "-":
+        return options.input.suffix in (".jsonl", ".ndjson")
+    return options.json_lines
+
+
+def _writes_json(options: Infer) -> bool:
+    if options.output is not None:
+        return options.output.suffix in (".jsonl", ".ndjson")
+    return options.json_lines
+
+
+def _render(options: Infer, tokenizer: Any) -> Render | None:
+    if not _reads_json(options):
+        return None
+    if options.chat:
+        return _chat(options, tokenizer)
+    if options.template is None:
+        return field_of(options.field)
+    from t5jax.data.prompts.templates import JinjaTemplate
+
+    template = JinjaTemplate(options.template + " ||| ", name="template")
+
+    def render(row: Any) -> str:
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, got {str(row)[:80]}")
+        return str(template.render(row).inputs)
+
+    return render
+
+
+def _chat(options: Infer, tokenizer: Any) -> Render:
+    """Returns a function that makes a prompt of a text, or of a row with messages."""
+    from t5jax.data.prompts.chat import ChatTemplate
+
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{options.model} has no chat template, so --chat has no form to write in; leave "
+            "--chat out, or add chat_template.jinja to the model's folder"
+        )
+    template = ChatTemplate().bind(tokenizer)
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    today = datetime.datetime.now().strftime
+
+    def render(row: Any) -> str:
+        if isinstance(row, str):
+            row = {"messages": [{"role": "user", "content": row}]}
+        elif isinstance(row, list):
+            row = {"messages": row}
+        elif isinstance(row, dict) and "messages" not in row and options.field in row:
+            row = {"messages": [{"role": "user", "content": row[options.field]}]}
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object with messages, got {str(row)[:80]}")
+        if system and isinstance(row.get("messages"), list):
+            row = row | {"messages": [*system, *row["messages"]]}
+        last = (row.get("messages") or [{}])[-1]
+        if not last or (isinstance(last, dict) and last.get("role") == "assistant"):
+            raise ValueError(
+                f"field 'messages' {'ends with a reply' if last else 'is missing or empty'}; "
+                "expected a conversation that ends with a message to reply to"
+            )
+        return template.prompt(row, strftime_now=today)
+
+    return render
+
+
+# --- Options and answers --------------------------------------------------------------------------
+
+
+def _generation(options: Infer) -> dict[str, Any]:
+    """Returns the options of generation that are given."""
+    given = {name: getattr(options, name) for name in _GENERATION}
+    given |= {name: None for name in _GENERATION if given[name] == ()}
+    schema = options.json_schema
+    if schema is not None and not schema.lstrip().startswith("{"):
+        try:
+            given["json_schema"] = Path(schema).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"--json-schema {schema}: {error.strerror}; give a file, or the schema itself"
+            ) from None
+    return given
+
+
+def _written(options: Infer, given: Any, answers: list[Any]) -> Iterator[str]:
+    """Yields the lines for a prompt."""
+    if _writes_json(options):
+        yield to_json({"prompt": given, "answers": [_as_json(one) for one in answers]})
+        return
+    for answer in answers:
+        is_shown_whole = bool(options.prompt) and options.output is None
+        yield answer.text if is_shown_whole else answer.text.replace("\n", " ")
+
+
+def _as_json(answer: Any) -> dict[str, Any]:
+    found = {"text": answer.text, "finish": answer.finish, "tokens": answer.tokens}
+    for name in ("score", "log_probs"):
+        if getattr(answer, name) is not None:
+            found[name] = getattr(answer, name)
+    if answer.top is not None:
+        found["top"] = [[list(pair) for pair in pairs] for pairs in answer.top]
+    return found
+
+
+def _run(options: Infer) -> dict[str, Any]:
+    """Returns what determines the answers, to be compared when the command is given again."""
+    assert options.output is not None
+    run = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in _NO_EFFECT
+    }
+    run |= _generation(options)
+    path = Path(options.model).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        run["model_files"] = [
+            [str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files
+        ]
+    if options.input is not None and str(options.input) != "-":
+        size = (read_run(options.output).get("input") or {}).get("bytes")
+        run["input"] = sample_of(options.input, size)
+    elif options.prompt:
+        run["prompts"] = list(options.prompt)
+    return run
+
+
+@contextlib.contextmanager
+def _progress(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows on standard error how many prompts are answered."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    console = Console(stderr=True)
+    columns = TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), Remaining()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda number: progress.update(task, completed=number)

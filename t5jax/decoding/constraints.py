@@ -1,0 +1,154 @@
+"""Answers that match a JSON schema or a regular expression, by llguidance.
+
+A grammar says before each token which ids may be written.
+"""
+
+import functools
+import json
+from typing import Any, cast
+
+import numpy as np
+
+from t5jax.decoding.options import GenerationOptions
+from t5jax.decoding.rows import pack_bits
+from t5jax.tokenizers import HuggingFaceTokenizer, Tokenizer
+
+_WHITESPACE = r"[ \n\r\t]{0,20}"
+
+
+class Constraint:
+    """The grammar of one answer that is being written."""
+
+    def __init__(self, options: GenerationOptions, tokenizer: Tokenizer, ends: tuple[int, ...]):
+        """Reads the grammar.
+
+        Args:
+          options: with `json_schema` or `regex`.
+          tokenizer: the tokenizer.
+          ends: the ids that end an answer.
+        Raises:
+          ValueError: if the grammar is invalid, or this vocabulary cannot write it.
+        """
+        import llguidance
+
+        self._vocabulary = _vocabulary(cast(Any, tokenizer))
+        grammar = _grammar(options, self._vocabulary.strips_space)
+        problem = llguidance.LLMatcher.validate_grammar(grammar, self._vocabulary.tokenizer)
+        if problem and not problem.startswith("WARNING"):
+            what = "regex" if options.regex is not None else "json_schema"
+            given = options.regex if options.regex is not None else options.json_schema
+            raise ValueError(f"{what} {given!r:.200} is invalid: {_reason(problem)}")
+        self._matcher = llguidance.LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0)
+        self._ends = ends
+
+    def fill(self, words: np.ndarray) -> None:
+        """Sets which ids may come next.
+
+        Args:
+          words: int32 [W], one bit for each id of the network.
+        Raises:
+          ValueError: if the vocabulary has no token for what must come next.
+        """
+        from llguidance.numpy import fill_next_token_bitmask
+
+        words[:] = 0
+        is_whole = self._matcher.is_accepting()
+        if not self._matcher.is_stopped():
+            mask = np.zeros((1, len(self._vocabulary.is_text)), np.int32)
+            fill_next_token_bitmask(self._matcher, mask)
+            mask &= self._vocabulary.is_text
+            size = min(len(words), mask.shape[1])
+            words[:size] = mask[0, :size]
+        problem = self._matcher.get_error() if self._matcher.is_error() else ""
+        # It takes what the tokenizer makes of a text that must follow, such as the unknown token.
+        if problem and "forced bytes" not in problem:
+            raise ValueError(f"the json_schema or regex fails: {_reason(problem)}")
+        for i in self._ends:
+            bit = np.int32(np.uint32(1 << i % 32).view(np.int32))
+            words[i // 32] = words[i // 32] | bit if is_whole else words[i // 32] & ~bit
+        if problem or not words.any():
+            raise ValueError(
+                "this model's vocabulary has no token for what the json_schema or regex asks for "
+                "next; ask for a text that it can write (T5's own vocabulary, for example, has no "
+                "braces)"
+            )
+
+    def read(self, token: int) -> None:
+        """Takes note of the token that was written."""
+        if token not in self._ends:
+            self._matcher.consume_token(token)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        import llguidance
+
+        eos = [tokenizer.eos_id]
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            self.tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), eos_token=eos)
+        else:
+            wrapper = llguidance.TokenizerWrapper(_Pieces(tokenizer))
+            self.tokenizer = llguidance.LLTokenizer(wrapper, eos_token=eos)
+        size = self.tokenizer.vocab_size
+        is_text = np.array(
+            [
+                i not in tokenizer.special_ids and self.tokenizer.decode_bytes([i]) != b""
+                for i in range(size)
+            ]
+        )
+        self.is_text = pack_bits(is_text)
+        """Int32 words, one bit for each id that is text."""
+        ids = tokenizer.encode("a")
+        begins_with_space = self.tokenizer.decode_bytes(ids[:1]).startswith(b" ")
+        self.strips_space = begins_with_space and not tokenizer.decode(ids).startswith(" ")
+        """Whether the space before a text's first word is part of its token, and not of the
+        text."""
+
+
+class _Pieces:
+    """What llguidance asks of a tokenizer that is not one of the `tokenizers` library."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokens = tokenizer.token_bytes()
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+        self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < len(self.tokens))
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        ids: list[int] = self._encode(text if isinstance(text, str) else text.decode())
+        return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Any) -> _Vocabulary:
+    return _Vocabulary(tokenizer)
+
+
+def _grammar(options: GenerationOptions, strips_space: bool) -> str:
+    """Returns the grammar, which allows a space in front that is not part of the text."""
+    import llguidance
+
+    if options.regex is not None:
+        regex = f" ?({options.regex})" if strips_space else options.regex
+        grammar: str = llguidance.LLMatcher.grammar_from_regex(regex)
+        return grammar
+    try:
+        schema = json.loads(options.json_schema or "")
+    except ValueError as error:
+        raise ValueError(f"json_schema {options.json_schema!r:.80} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"json_schema {options.json_schema!r:.80} is no JSON object")
+    # Otherwise a model may write spaces without end.
+    schema = {"x-guidance": {"whitespace_pattern": _WHITESPACE}} | (schema or {"type": "object"})
+    space = '" "? ' if strips_space else ""
+    return f"%llguidance {{}}\nstart: {space}json\njson: %json {json.dumps(schema)}\n"
+
+
+def _reason(problem: str) -> str:
+    """Returns a message of llguidance in one line, without the grammar that we wrote."""
+    lines = [line.strip() for line in problem.split("<state>")[0].split("\n")]
+    kept = [line for line in lines if line and "|" not in line and set(line) != {"^"}]
+    text = " ".join(kept)
+    return text.split("): ", 1)[-1] if text.startswith("at ") else text
