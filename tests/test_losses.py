@@ -6,6 +6,7 @@ B batch, T target length, D model, V vocab.
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from conformance.families import T5_EVEN as EVEN
 from conformance.families import VARIANTS
 from t5jax import batch as features
 from t5jax import losses, sharding
-from t5jax.config import LossConfig, MeshConfig
+from t5jax.config import AxisRules, LossConfig, MeshConfig
 from t5jax.losses import cross_entropy
 from t5jax.models import api
 
@@ -238,3 +239,22 @@ def test_batch_loss_is_the_loss_of_the_logits():
         logits = np.asarray(jax.jit(api.logits, static_argnums=0)(model, params, batch))
         loss, _ = jax.jit(losses.batch_loss, static_argnums=(0, 3))(model, params, batch, BOTH)
         np.testing.assert_allclose(loss, written_out(logits, *args, BOTH), rtol=1e-5)
+
+
+def test_a_sharded_vocabulary_is_never_gathered():
+    """Each of four devices computes with the logits of its quarter of the vocabulary."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, model=4))
+    batch = random_batch(EVEN, rows=4)
+
+    def loss(params):
+        return losses.batch_loss(EVEN, params, batch, BOTH)[0]
+
+    with sharding.use_mesh(mesh):
+        shapes = api.param_shapes(EVEN)
+        places = sharding.param_shardings(api.param_axes(EVEN), shapes, mesh, AxisRules())
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places
+        )
+        text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    assert re.search(rf"f32\[2,7,{EVEN.vocab_size // 4}\]", text)
+    assert not re.search(rf"\[\d+,7,{EVEN.vocab_size}\]", text)

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,9 +10,11 @@ from conformance.cases import (
     ALONE,
     LOSS,
     assert_same,
+    equations,
     loss_and_grads,
     pack,
     path_of,
+    random_batch,
     random_examples,
     random_params,
     without_segments,
@@ -181,3 +184,27 @@ def test_a_full_size_lowers(size, kernel):
         encode = jax.jit(api.encode, static_argnums=0)
         alone = model.encoder_alone()
         assert "stablehlo.while" in encode.lower(alone, api.param_shapes(alone), batch).as_text()
+
+
+def test_matrices_are_cast_before_the_scan(monkeypatch):
+    """So that their stacked gradients are bfloat16, as each of them is; no bit changes."""
+    model = change(T5, dtype="bfloat16")
+    params, batch = random_params(model), random_batch(model)
+    kernels = {x.shape for x in jax.tree.leaves(params) if x.ndim >= 3}
+
+    def gradient(params):
+        return jax.grad(lambda p: jnp.sum(api.hidden(model, p, batch).astype("float32")))(params)
+
+    def stacked(jaxpr):
+        return {
+            str(v.aval.dtype)
+            for scan in equations(jaxpr.jaxpr, "scan")
+            for v in scan.outvars
+            if v.aval.shape in kernels
+        }
+
+    assert stacked(jax.make_jaxpr(gradient)(params)) == {"bfloat16"}
+    got = jax.jit(gradient)(params)
+    monkeypatch.setattr(api, "_cast_layers", lambda model, params: params)
+    assert stacked(jax.make_jaxpr(gradient)(params)) == {"float32"}
+    jax.tree.map(np.testing.assert_array_equal, got, jax.jit(lambda p: gradient(p))(params))
