@@ -176,7 +176,11 @@ def attention(
     if not cached and backend() == "cudnn":
         lacking = _lacking_in_cudnn(q_BTHK, bias, softcap, dropout)
         if lacking is None:
-            return fused_attention(q_BTHK, k, v, mask, scale=scale, implementation="cudnn")
+            try:
+                return fused_attention(q_BTHK, k, v, mask, scale=scale, implementation="cudnn")
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                # This version of cuDNN, or this GPU, cannot do it.
+                lacking = str(error)
         if _chosen.value == "cudnn":
             raise ValueError(
                 f"train.attention is cudnn, which cannot compute this model's attention: {lacking};"
@@ -226,6 +230,7 @@ def _lacking_in_cudnn(q_BTHK, bias, softcap, dropout) -> str | None:
         "its dropout of probabilities": bool(getattr(dropout, "rate", dropout is not None)),
         f"its dtype {q_BTHK.dtype}": q_BTHK.dtype != jnp.bfloat16,
         f"its head dim {head_dim}": head_dim % 8 != 0 or head_dim > 128,
+        "a sharded length": sharding.mesh_axes(q_BTHK.shape[1:2], "length") != (None,),
     }
     return next((f"it lacks {name}" for name, lacks in found.items() if lacks), None)
 

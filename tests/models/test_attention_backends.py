@@ -44,6 +44,7 @@ def test_another_platform_is_refused(monkeypatch, name, platform, needs):
         ({"dropout": Dropout(0.1)}, "its dropout of probabilities"),
         ({"dtype": "float32"}, "its dtype float32"),
         ({"head_dim": 4}, "its head dim 4"),
+        ({}, "cuDNN is not detected"),  # As JAX says, where there is none.
     ],
 )
 def test_what_cudnn_lacks(monkeypatch, options, lacks):
@@ -54,7 +55,7 @@ def test_what_cudnn_lacks(monkeypatch, options, lacks):
     q = jnp.ones(shape, options.pop("dtype", "bfloat16"))
     with (
         api.use_attention("cudnn"),
-        pytest.raises(ValueError, match=f"cannot compute this model's attention: it lacks {lacks}"),
+        pytest.raises(ValueError, match=f"cannot compute this model's attention: .*{lacks}"),
     ):
         attention.attention(q, q, q, AttentionMask(causal=True), **options)
     if "dropout" not in options:  # A module's, which needs one around it.

@@ -13,7 +13,8 @@ What is particular to these kernels:
   and stays for all others, and the sum of its gradient over the batch stays until the last one.
 * One kernel computes all gradients, with five products per block: that of the queries, which is
   summed over the blocks of keys, stays on the chip for a whole head of a row of the batch.
-* Blocks that no query sees because of a causal mask or a window are neither computed nor read.
+* Blocks that no query sees because of a causal mask or a window are neither computed nor read;
+  blocks of other segments are not computed.
 
 B batch, H heads, G heads of keys, J heads of values, K head dim, T query length, S key length.
 """
@@ -87,6 +88,26 @@ class Blocks:
             low = jnp.maximum(low, start)
         return _div(low, self.queries), _div(high, self.queries)
 
+    def may_meet(self, scalars, ids, place: tuple, batch: tuple, grid: tuple[int, int]):
+        """Returns whether a query of a block may have the id of one of its keys.
+
+        The ranges of the blocks' ids, if there are several blocks, follow the other scalars.
+
+        Args:
+          scalars: as for `forward`.
+          ids: likewise.
+          place: the indices of the blocks of queries and keys.
+          batch: the index and number of the row of the batch.
+          grid: the numbers of blocks of queries and keys.
+        """
+        if ids is None or grid == (1, 1):
+            return True
+        (i, j), (row, rows), (grid_q, grid_k) = place, batch, grid
+        q, k = 2 + row * grid_q + i, 2 + 2 * rows * grid_q + row * grid_k + j
+        return (scalars[q] <= scalars[k + rows * grid_k]) & (
+            scalars[k] <= scalars[q + rows * grid_q]
+        )
+
     def visible(self, num_queries: int, num_keys: int, window: int | None) -> int:
         """Returns the number of blocks that are computed, for `pl.CostEstimate`."""
         grid_q, grid_k = self.grid(num_queries, num_keys)
@@ -111,7 +132,8 @@ def forward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids):
     Args:
       blocks: the blocks and the mask.
       window: the window, if it is known, for the estimate of the cost.
-      scalars: int32 [2], the position of the first query, and the window.
+      scalars: int32: the position of the first query, the window, and, if there are ids and several
+        blocks, their ranges for `Blocks.may_meet`: [2 + 2 B (T / queries) + 2 B (S / keys)].
       q: [B, H, K, T].
       k: [B, G, K, S]; H / G heads of queries share one.
       v: [B, J, K, S], likewise.
@@ -140,7 +162,9 @@ def forward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids):
             sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
             acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-        @pl.when((first <= j) & (j <= last))
+        meet = blocks.may_meet(scalars_ref, ids, (i, j), (b, batch), (grid_q, grid_k))
+
+        @pl.when((first <= j) & (j <= last) & meet)
         def _block():
             bias = None if bias_ref is None else bias_ref[j - i + grid_q - 1]
             scores, _ = _scores(
@@ -233,7 +257,9 @@ def backward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids, o
 
         first, last = blocks.queries_of(j, scalars_ref, grid_q)
 
-        @pl.when((first <= i) & (i <= last))
+        meet = blocks.may_meet(scalars_ref, ids, (i, j), (b, batch), (grid_q, grid_k))
+
+        @pl.when((first <= i) & (i <= last) & meet)
         def _block():
             queries, keys, values, grads = (x[0, 0] for x in (q_ref, k_ref, v_ref, grad_ref))
             diagonal = j - i + grid_q - 1

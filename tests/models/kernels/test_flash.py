@@ -109,6 +109,25 @@ def test_bfloat16():
     compare(q, k, v, AttentionMask(causal=True), random(2, 63), atol=1.5e-2)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        AttentionMask(causal=True),
+        AttentionMask(window=jnp.int32(1)),
+        AttentionMask.within(jnp.array([[1] * BLOCK + [2] * BLOCK])),
+        AttentionMask(is_token_BS=jnp.array([[True] * BLOCK + [False] * BLOCK])),
+    ],
+    ids=["causal", "window", "segments", "padding"],
+)
+def test_blocks_that_no_query_sees_are_not_computed(mask):
+    """Values there may be anything: 0 times NaN would be NaN."""
+    q, k, v = (random(1, 2 * BLOCK, 1, 8) for _ in range(3))
+    expected = reference_attention(q, k, v, mask)[:, :BLOCK]
+    v = v.at[:, BLOCK:].set(jnp.nan)
+    out = flash_attention(q, k, v, mask, block=BLOCK, interpret=True)
+    np.testing.assert_allclose(out[:, :BLOCK], expected, atol=1e-6)
+
+
 def test_queries_without_keys():
     """Their output is 0, as are all of their gradients; NaN would spread to the parameters."""
     is_token = jnp.array([[False] * 20, [True] * 20])
