@@ -149,8 +149,11 @@ def _reading(checkpoint: Path):
     except Exception as error:
         # A KeyError is of a part that Orbax does not find, such as "state".
         undecodable = (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError)
-        reason = _first_line(error)
-        if isinstance(error, undecodable) or str(error).startswith(_LOST):
+        first: BaseException = error  # Orbax wraps what TensorStore says of an array.
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = _first_line(first)
+        if isinstance(error, undecodable) or str(first).startswith(_LOST):
             raise ValueError(
                 f"checkpoint {checkpoint} is damaged ({reason}); delete its folder to go on from "
                 "the one before it, or copy it again"
@@ -158,7 +161,7 @@ def _reading(checkpoint: Path):
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -48,7 +48,7 @@ DATA_ORDER = [
     {"tasks"},
     {"prompts", "recipe"},
     {"sources", "objectives"},
-    {"batches", "bridge", "fingerprint"},
+    {"batches", "bridge", "fingerprint", "stamps"},
     {"run", "segments"},
 ]
 # Leaves: what they import is as light as they need it, who imports them does so in functions.

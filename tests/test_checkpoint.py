@@ -160,6 +160,19 @@ def test_damaged_checkpoint_is_named(part, tmp_path):
     assert_equal(restore(tmp_path, 1), state_of(1))
 
 
+def test_a_truncated_array_is_damage_too(tmp_path):
+    """Orbax hides what is wrong with it behind an error of its own."""
+    params = {"w": jax.random.normal(jax.random.key(0), (64, 64))}  # Too large for a manifest.
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, TrainState(jnp.int32(1), params, {}), {"at": 1}, CONFIG, None)
+    for path in (tmp_path / "checkpoints/1/state").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    shardings = {"w": jax.sharding.SingleDeviceSharding(jax.devices()[0])}
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match=r"checkpoints/1 is damaged \((DATA_LOSS|OUT_OF_RANGE)"):
+        checkpoint.load_params(tmp_path / "checkpoints/1", shapes, shardings)
+
+
 @pytest.mark.parametrize("part", ["config", "loop"])
 def test_truncated_json_is_damage_too(part, tmp_path):
     save(tmp_path, {1: None})

@@ -292,6 +292,10 @@ def test_f1_of_a_class_that_is_none():
         metrics.f1_binary(["y"], ["y"])
     # A part of a split may lack it.
     assert metrics.f1_binary([0, 0], [0, 1]) == {"f1_binary": 0.0}
+    # 1 is the text "1" too: precision 1, recall 1/2.
+    texts = ["1", "0", "1"], ["1", "0", "other"]
+    assert metrics.f1_binary(*texts) == {"f1_binary": pytest.approx(200 / 3)}
+    assert metrics.f1_binary(["0"], ["0"]) == {"f1_binary": 0.0}
 
 
 def test_correlations_agree_with_scipy():

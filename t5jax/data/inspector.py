@@ -5,6 +5,7 @@ import fnmatch
 import hashlib
 import itertools
 import random
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -356,10 +357,12 @@ class _Targets:
     # As pandas, Python, JSON, Excel and SQL write what is missing.
     _MISSING = ("nan", "NaN", "None", "null", "<NA>", "#N/A", "NULL", "\\N")
     _NUM_TRIED = 256
+    _MANY = 100  # That many equal targets are no accident.
 
     def __init__(self, task: seqio.Task):
         self._task, self._rng = task, random.Random(0)
         self._num_read, self._counts = 0, Counter()
+        self._first = ""
         self._changed: tuple[str, str] | None = None
         self._tried: list[TextExample] = []
         self._imperfect: dict[str, float] = {}
@@ -373,6 +376,9 @@ class _Targets:
         """
         text = example.texts["targets"].strip()
         self._num_read += 1
+        self._first = text if self._num_read == 1 else self._first
+        self._counts["same"] += text == self._first
+        self._counts["decimals"] += _DECIMALS.fullmatch(text) is not None
         self._counts[text if text in self._MISSING else _number_of_label(text)] += 1
         if tokenizer is not None:
             back = tokenizer.decode(example.ids["targets"]).strip()
@@ -427,6 +433,13 @@ class _Targets:
                 yield f"{counts[word]:,} targets are {word!r}"
         if counts["no label"] and counts["no label"] + counts["label"] == self._num_read:
             yield f"{counts['no label']:,} targets are -1, which often says that there is no label"
+        if counts["decimals"]:
+            yield (
+                f"{counts['decimals']:,} targets are numbers with 10 decimals or more; round them, "
+                "as {score:.1f} does"
+            )
+        if self._num_read == counts["same"] >= self._MANY:
+            yield f"all {self._num_read:,} targets are {self._first!r:.40}"
         if counts["changed"]:
             text, back = self._changed
             yield (
@@ -435,6 +448,9 @@ class _Targets:
             )
         for name, score in self._imperfect.items():
             yield f"the targets themselves score {name} {score:.2f}"
+
+
+_DECIMALS = re.compile(r"-?\d*\.\d{10,}")
 
 
 def _labels_alone(text: str) -> str:

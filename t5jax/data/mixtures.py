@@ -18,8 +18,9 @@ from typing import Literal, get_args
 
 from t5jax.checks import check_choice
 from t5jax.data.bridge.tf import seqio
-from t5jax.data.fingerprint import digest, stamp_files
+from t5jax.data.fingerprint import digest
 from t5jax.data.run import TRAIN_SPLIT
+from t5jax.data.stamps import stamp_files
 from t5jax.data.tasks.base import OwnSource, check_new
 from t5jax.data.tasks.foreign import kind_of
 from t5jax.data.tasks.prompted import register_variant

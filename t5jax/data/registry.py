@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import shipped
-from t5jax.checks import did_you_mean
+from t5jax.checks import did_you_mean, users_error
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.tasks.prompted import register_variant
 
@@ -82,7 +82,8 @@ def _load(path: Path) -> types.ModuleType:
 
 
 def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    kind, text = type(error).__name__, users_error(error)
+    return text if text.startswith(kind) else f"{kind}: {text}"
 
 
 class _Neighbours(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -123,7 +124,7 @@ def own_task_names() -> list[str]:
     """
     ours = set().union(*(n for path, n in _names.items() if shipped.is_shipped("tasks", path)))
     names = task_names()
-    return [name for name in names if name not in ours] or names
+    return [name for name in names if name not in ours] or ([] if _broken else names)
 
 
 def match(names: Sequence[str], split: str) -> list[str]:

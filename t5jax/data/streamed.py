@@ -12,9 +12,9 @@ import numpy as np
 
 from t5jax.data.batches.examples import Example, several_tasks
 from t5jax.data.bridge.tf import elements, seqio, tf
-from t5jax.data.fingerprint import sketch
 from t5jax.data.registry import check_mixture
 from t5jax.data.run import TRAIN_SPLIT, Run
+from t5jax.data.stamps import sketch
 from t5jax.data.tasks.base import OwnSource
 from t5jax.data.tasks.foreign import kind_of
 

@@ -62,12 +62,15 @@ def f1_binary(
     """Returns {"f1_binary": percent}, F1 of one class; it is 0 if that class does not occur.
 
     Args:
-      positive: the class, as in `functools.partial(f1_binary, positive="duplicate")`.
+      positive: the class, as in `functools.partial(f1_binary, positive="duplicate")`; 1 is also
+        the text "1".
     Raises:
       ValueError: also if there are other classes but not this one.
     """
     expected, _ = _classes(targets, predictions)
     positive = _stripped(positive)
+    if all(isinstance(label, str) and label.isdecimal() for label in expected):
+        positive = str(positive)  # 1, of targets that are texts.
     different = isinstance(positive, str) != isinstance(expected[0], str)
     if positive not in expected and (different or len(set(expected)) > 1):
         found = ", ".join(sorted(map(repr, set(expected)))[:5])

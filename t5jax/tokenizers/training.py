@@ -50,7 +50,8 @@ def train_sentencepiece(
         "bos_id": -1,
         "split_digits": True,
         "character_coverage": 1.0,
-        "max_sentence_length": max((len(line.encode()) for line in lines), default=0) + 1,
+        # SentencePiece takes nothing below 10.
+        "max_sentence_length": max([9, *(len(line.encode()) for line in lines)]) + 1,
     }
     if path is None:
         key = json.dumps([sentencepiece.__version__, settings, lines]).encode()

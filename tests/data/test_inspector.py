@@ -225,6 +225,14 @@ def test_check_doubts_targets_that_are_none():
     assert "nan, so it is missing" in answers(math.nan).error
 
 
+def test_check_doubts_targets_that_say_nothing():
+    assert answers("1", "0.30000000000000004", "0.1").doubts == (
+        "1 targets are numbers with 10 decimals or more; round them, as {score:.1f} does",
+    )
+    assert answers(*100 * ["a"]).doubts == ("all 100 targets are 'a'",)
+    assert answers(*99 * ["a"]).doubts == answers(*100 * ["a"], "b").doubts == ()
+
+
 def test_check_doubts_targets_that_the_vocabulary_cannot_give_back(tmp_path):
     vocabulary = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"</s>": 0, "<unk>": 1, "a": 2}, unk_token="<unk>")
@@ -379,6 +387,11 @@ def test_all_tasks_are_those_of_the_user(monkeypatch, tmp_path):
     assert {"gsm8k", "numbers"} <= set(registry.task_names())
     assert not {"gsm8k", "numbers"} & set(registry.own_task_names())
     assert "inspect_file" in registry.own_task_names()
+    monkeypatch.setattr(registry, "task_names", lambda: ["gsm8k"])
+    assert registry.own_task_names() == ["gsm8k"]
+    monkeypatch.setitem(registry._broken, tmp_path / "mine.py", "it fails")
+    assert registry.own_task_names() == []
+    monkeypatch.undo()
     (path,) = [path for path in registry._names if path.stem == "gsm8k"]
     monkeypatch.chdir(path.parent.parent)  # Where they are the user's own.
     assert "gsm8k" in registry.own_task_names()

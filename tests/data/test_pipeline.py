@@ -524,6 +524,13 @@ def test_sentencepiece_training_is_repeatable_and_cached(tmp_path, monkeypatch):
         train_sentencepiece(lines, 5000)
 
 
+def test_short_lines_are_lines_too(tmp_path):
+    path = train_sentencepiece(["ab", "ba", "c"], 7, tmp_path / "x.model")
+    assert load_tokenizer(path).decode(load_tokenizer(path).encode("ab c")) == "ab c"
+    with pytest.raises(ValueError, match="on 0 lines"):
+        train_sentencepiece([], 8, tmp_path / "x.model")
+
+
 # --- Task files ---------------------------------------------------------------------------------
 
 

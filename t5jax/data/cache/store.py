@@ -23,9 +23,9 @@ import numpy as np
 from t5jax.checks import check_at_least, check_local
 from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
-from t5jax.data.fingerprint import changed_file, stamp_files
 from t5jax.data.recipe import Recipe
 from t5jax.data.run import Run
+from t5jax.data.stamps import changed_file, stamp_files
 from t5jax.storage import new_folder, remove_partial, sync
 
 _log = logging.getLogger(__name__)

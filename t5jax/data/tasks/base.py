@@ -6,6 +6,7 @@ if it is one of t5jax's, which needs no TensorFlow, otherwise an adapter that re
 
 import abc
 import functools
+import inspect
 import itertools
 import logging
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from t5jax.checks import users_error
+from t5jax.checks import name_of, users_error
 from t5jax.data.batches.examples import Example
 from t5jax.data.bridge.tf import elements, from_generator, remembering_errors, seqio, tf
 from t5jax.data.bridge.vocabulary import RunVocabulary, as_tokenizer
@@ -124,6 +125,43 @@ def check_new(name: str) -> None:
     """Raises ValueError for the name of a task or mixture that is there already."""
     if name in {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}:
         raise ValueError(f"there is a task or mixture {name!r} already; choose another name")
+
+
+def check_functions(metrics: Any) -> None:
+    """Raises ValueError for metrics that are no list of functions as SeqIO calls them."""
+    if callable(metrics) or isinstance(metrics, str) or not isinstance(metrics, Iterable):
+        raise ValueError(
+            f"metrics is {_named(metrics)}; expected a list of functions, such as "
+            "[t5jax.data.exact_match]"
+        )
+    for metric in metrics:
+        if not callable(metric):
+            raise ValueError(
+                f"metrics has {_named(metric)}; expected functions of (targets, predictions), such "
+                "as t5jax.data.exact_match"
+            )
+        try:
+            parameters = inspect.signature(metric).parameters.values()
+        except ValueError:  # Of a function in C.
+            continue
+        # SeqIO tells them apart by the names of these.
+        needed = tuple(p.name for p in parameters if p.default is p.empty)
+        if needed not in _PARAMETERS:
+            raise ValueError(
+                f"metric {name_of(metric)} takes ({', '.join(needed)}); expected the parameters "
+                "(targets, predictions)"
+            )
+
+
+_PARAMETERS = (
+    ("targets", "predictions"),
+    ("targets", "scores"),
+    ("targets", "predictions", "aux_values"),
+)
+
+
+def _named(value: Any) -> str:
+    return f"the function {name_of(value)}" if callable(value) else f"{value!r:.60}"
 
 
 class OwnSource(seqio.DataSource, Kind):

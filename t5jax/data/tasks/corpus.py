@@ -17,7 +17,7 @@ from t5jax.data.objectives.base import BoundObjective, Objective, cut, example_r
 from t5jax.data.recipe import DOCUMENTS, Encoder, Recipe, in_chunks, source_files
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source, get_field
-from t5jax.data.tasks.base import TOKENS, NumberedRow, OwnSource
+from t5jax.data.tasks.base import TOKENS, NumberedRow, OwnSource, check_functions
 
 
 def text_task(
@@ -45,6 +45,10 @@ def text_task(
       ValueError: if the name is taken. When examples are read, if a row lacks the field, or the
         lengths or the vocabulary do not suit the objective.
     """
+    try:
+        check_functions(metrics)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {error}") from None
     corpus = CorpusSource(name, source, field, objective)
     return corpus.register(RunVocabulary(vocabulary), metric_fns=list(metrics))
 

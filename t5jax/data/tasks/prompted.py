@@ -38,7 +38,7 @@ from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks, source_files
 from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.segments import BREAK, encode_batch, shown
 from t5jax.data.sources.source import Row, Source, get_field
-from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource
+from t5jax.data.tasks.base import TEXT, TOKENS, NumberedRow, OwnSource, check_functions
 from t5jax.tokenizers import Tokenizer
 from t5jax.tokenizers.training import sample
 
@@ -107,6 +107,7 @@ def prompted_task(
     try:
         parsed = as_templates(templates)
         check_exemplar(exemplar)
+        check_functions(metrics)
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from None
     return _register(

@@ -82,6 +82,12 @@ def test_steps_and_held_out_rows_are_the_same(tmp_path):
         assert reached(groups, split) == in_order(groups, split)
 
 
+def test_numbers_that_are_not_equal_to_themselves_are_no_obstacle(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": NaN}\n{"n": 1}\n')
+    source = jsonl({"train": tmp_path / "a.jsonl"}).map(dict)
+    assert [str(row) for _, _, row in reached(source)] == ["{'n': nan}", "{'n': 1}"]
+
+
 def test_what_cannot_be_read_is_left_out_or_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"n": 1}\n\n{"n": \n{"n": 3}\n')

@@ -159,6 +159,15 @@ def test_bad_templates_are_refused_at_registration(templates, message):
         ({"empty": "keep"}, "empty of task 'prompted' is 'keep'"),
         ({"exemplar": "{inputs} {answer}"}, "exemplar .* is no format string: KeyError"),
         ({"exemplar": "{inputs}"}, "expected a text with {inputs} and {targets}"),
+        (
+            {"metrics": metrics.exact_match},
+            "task 'prompted': metrics is the function exact_match; expected",
+        ),
+        ({"metrics": ["accuracy"]}, "task 'prompted': metrics has 'accuracy'; expected functions"),
+        (
+            {"metrics": [lambda y, p: {}]},
+            r"metric <lambda> takes \(y, p\); expected the parameters",
+        ),
     ],
 )
 def test_bad_settings_are_refused_at_registration(settings, message):
