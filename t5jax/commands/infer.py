@@ -290,7 +290,8 @@ def _chat(options: Infer, tokenizer: Any) -> Render:
             raise ValueError(f"expected a JSON object with messages, got {str(row)[:80]}")
         if system and isinstance(row.get("messages"), list):
             row = row | {"messages": [*system, *row["messages"]]}
-        last = (row.get("messages") or [{}])[-1]
+        messages = row.get("messages")
+        last = messages[-1] if isinstance(messages, list) and messages else None
         if not last or (isinstance(last, dict) and last.get("role") == "assistant"):
             raise ValueError(
                 f"field 'messages' {'ends with a reply' if last else 'is missing or empty'}; "

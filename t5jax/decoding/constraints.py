@@ -86,7 +86,7 @@ class _Vocabulary:
         import llguidance
 
         eos = [tokenizer.eos_id]
-        if isinstance(tokenizer, HuggingFaceTokenizer):
+        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.is_byte_level:
             self.tokenizer = llguidance.LLTokenizer(tokenizer.to_json(), eos_token=eos)
         else:
             wrapper = llguidance.TokenizerWrapper(_Pieces(tokenizer))
@@ -108,16 +108,27 @@ class _Vocabulary:
 
 
 class _Pieces:
-    """What llguidance asks of a tokenizer that is not one of the `tokenizers` library."""
+    """What llguidance asks of a tokenizer whose pieces have "▁" for a space, or of bytes."""
 
     def __init__(self, tokenizer: Any):
         self.tokens = tokenizer.token_bytes()
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         self.special_token_ids = sorted(i for i in tokenizer.special_ids if i < len(self.tokens))
-        self._encode = tokenizer.encode
+        self._unk_id = tokenizer.unk_id
+        self._ids = {text: i for i, text in reversed([*enumerate(self.tokens)]) if text}
+        self._longest = max(map(len, self._ids))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        ids: list[int] = self._encode(text if isinstance(text, str) else text.decode())
+        """Returns ids with exactly these bytes, the longest first.
+
+        The tokenizer itself would put a space in front of a text that goes on within a sentence.
+        """
+        rest, ids = text.encode() if isinstance(text, str) else text, []
+        while rest:
+            sizes = range(min(self._longest, len(rest)), 0, -1)
+            size = next((n for n in sizes if rest[:n] in self._ids), 1)
+            ids.append(self._ids.get(rest[:size], self._unk_id))
+            rest = rest[size:]
         return ids
 
 

@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import itertools
+import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ _SPECIAL_TOKENS = {
 
 
 _log = logging.getLogger(__name__)
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer:
@@ -128,6 +132,27 @@ class HuggingFaceTokenizer:
 
             text = PreTrainedTokenizerBase.clean_up_tokenization(self, text)
         return text
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether its tokens are bytes in the alphabet of GPT-2."""
+        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        parts = [decoder, *decoder.get("decoders", ())]
+        return any(part.get("type") == "ByteLevel" for part in parts)
+
+    def token_bytes(self) -> list[bytes]:
+        """Returns the bytes of each id of a vocabulary like SentencePiece's, with a space where a
+        word begins; none for what is no text."""
+
+        def one(i: int) -> bytes:
+            token = self._tokenizer.id_to_token(i)
+            if token is None or i in self.special_ids:
+                return b""
+            if match := _BYTE.fullmatch(token):
+                return bytes([int(match[1], 16)])
+            return token.replace("▁", " ").encode()
+
+        return list(map(one, range(self.vocab_size)))
 
     def to_json(self) -> str:
         """Returns the content of a tokenizer.json."""

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+import folders
 from conformance.cases import random_params
 from conformance.families import VARIANTS, change
 from t5jax import sharding
 from t5jax.config import MeshConfig
-from t5jax.decoding import GenerationOptions, Generator
-from t5jax.tokenizers import ByteTokenizer
+from t5jax.decoding import Constraint, GenerationOptions, Generator
+from t5jax.tokenizers import ByteTokenizer, load_tokenizer
 
 INPUTS = [[70, 80, 1], [90, 1], [*range(60, 90), 1]]
 sample = functools.partial(GenerationOptions, max_tokens=8, temperature=1.0)
@@ -98,6 +99,30 @@ def test_answers_match_a_schema_and_an_expression():
     ):
         with pytest.raises(ValueError, match=message):
             answers(GenerationOptions(**changes), INPUTS[:1])
+
+
+@pytest.mark.parametrize("kind", ["pieces", "byte_level", "prefix_space"])
+def test_any_vocabulary_follows_a_grammar(kind, tmp_path):
+    """Tokens are drawn from those that are allowed, without a model."""
+    if kind == "pieces":
+        folders.write_spiece(tmp_path)
+    elif kind == "byte_level":
+        tokenizer = folders.byte_level(["<|endoftext|>"])
+        folders.write_tokenizer(tmp_path, tokenizer, eos_token="<|endoftext|>")
+    else:
+        tokenizer = folders.sentence_piece_like(["<unk>", "<s>", "</s>"], "<s>", True)
+        folders.write_tokenizer(tmp_path, tokenizer, eos_token="</s>", unk_token="<unk>")
+    tokenizer, rng = load_tokenizer(tmp_path), np.random.default_rng(0)
+    options = GenerationOptions(regex="(sells|buys) the (sea|dog)( and s{1,2})?")
+    for _ in range(5):
+        constraint, ids = Constraint(options, tokenizer, (tokenizer.eos_id,)), []
+        while tokenizer.eos_id not in ids:
+            words = np.zeros(tokenizer.vocab_size // 32 + 1, np.int32)
+            constraint.fill(words)
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+            ids.append(int(rng.choice(np.flatnonzero(bits))))
+            constraint.read(ids[-1])
+        assert re.fullmatch(options.regex, tokenizer.decode(ids[:-1]))
 
 
 class NoBraces(ByteTokenizer):
