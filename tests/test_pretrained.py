@@ -82,6 +82,38 @@ def test_answers_are_those_of_transformers(folder):
     assert t5jax.load(str(folder)).generate(prompts, max_tokens=6) == texts
 
 
+@pytest.mark.hf
+def test_scores_are_those_of_transformers(folder):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    pairs = [("a", "yes"), ("a", "no"), ("the longest of all of them", "yes or no"), ("b", "")]
+    model = t5jax.load(str(folder))
+    for end in (False, True):
+        found = model.score(*zip(*pairs, strict=True), end=end, batch_size=3)
+        for (prompt, answer), score in zip(pairs, found, strict=True):
+            labels = tokenizer(answer, add_special_tokens=end).input_ids
+            assert score.tokens == labels
+            if not labels:
+                assert score.total == 0.0
+                continue
+            given = tokenizer(prompt, return_tensors="pt")
+            with torch.no_grad():
+                logits_TV = theirs(**given, labels=torch.tensor([labels])).logits[0]
+            expected = torch.log_softmax(logits_TV, -1)[range(len(labels)), labels]
+            np.testing.assert_allclose(score.log_probs, expected, rtol=1e-4)
+            assert score.is_greedy.tolist() == (logits_TV.argmax(-1).numpy() == labels).tolist()
+
+
+def test_prompts_and_answers_that_do_not_match(folder):
+    model = t5jax.load(str(folder))
+    with pytest.raises(ValueError, match="prompts and answers are 1 and 2; expected two lists"):
+        model.score(["a"], ["b", "c"])
+    with pytest.raises(ValueError, match="expected two lists"):
+        model.score("a", "b")
+
+
 def test_dtype_of_a_loaded_model():
     run_dir = str(trained_run())
     full, half = pretrained.load(run_dir), pretrained.load(run_dir, dtype="bfloat16")

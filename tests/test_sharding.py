@@ -420,6 +420,17 @@ def test_two_processes_put_their_own_rows_together():
     part = {name: x[rows] for name, x in whole.items()}
     arrays = sharding.shard_batch(part, mesh, AxisRules(), 16)
     weighted = jax.jit(lambda x: (x * (1 + np.arange(16))[:, None]).sum())(arrays["x"])
+    if sys.argv[3] == "split":
+        from t5jax.evaluation.predictions import from_first_process
+
+        # What the first one finds on its disk holds for all, and so does what stops it.
+        assert from_first_process(lambda: {"found": [process]}) == {"found": [0]}
+        try:
+            from_first_process(lambda: int("none" if process == 0 else "1"))
+        except ValueError as error:
+            assert "none" in str(error)
+        else:
+            raise AssertionError("the second process went on alone")
     print(rows, int(weighted), arrays["x"].shape)
     """
     expected = (np.arange(48).reshape(16, 3) * (1 + np.arange(16))[:, None]).sum()
