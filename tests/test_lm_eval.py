@@ -70,7 +70,7 @@ class Plain:
         return log_p_TV[range(len(answer)), answer].sum().item(), greedy
 
 
-@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["t5", "llama"])
 def test_log_probabilities_are_those_of_transformers(folder, name):
     pairs = [(context, c) for context, choices, _ in QUESTIONS for c in choices]
     plain, model = Plain(folder(name)), LM(folder(name), batch_size=3)
@@ -117,8 +117,8 @@ def test_requests_of_every_kind_have_the_answers_of_the_hf_backend(folder, name)
     backend = pytest.importorskip(
         "lm_eval.models.huggingface", reason="needs accelerate and peft", exc_type=ImportError
     )
-    theirs = backend.HFLM(pretrained=folder(name), device="cpu", batch_size=2, max_length=16)
-    ours = LM(folder(name), batch_size=3, max_length=16)
+    theirs = backend.HFLM(pretrained=folder(name), device="cpu", batch_size=2, max_length=28)
+    ours = LM(folder(name), batch_size=3, max_length=28)
     texts = [(f"{context} {choices[0]}",) for context, choices, _ in QUESTIONS]
     asked = {
         "loglikelihood": [

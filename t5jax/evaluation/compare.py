@@ -17,6 +17,7 @@ from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation.scores import Answers, statistics
 from t5jax.metrics.likelihood import LOWER_IS_BETTER
 from t5jax.metrics.statistics import Statistic
+from t5jax.monitor import progress
 
 CONFIDENCE = 0.95
 FEWEST = 6
@@ -78,7 +79,7 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A resample may have a single class.
-        for _ in range(resamples):
+        for _ in progress.track(range(resamples), f"resampling {eval_set.task}"):
             sample = rng.integers(number, size=number)
             for name, fns in found.items():
                 draws[name].append(_scores(fns, sample))

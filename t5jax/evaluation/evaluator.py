@@ -140,9 +140,11 @@ class Evaluator:
         text: str | None,
         choices: tuple[float, ...],
     ) -> Answer:
-        target = self._text_of_target(example) if self._reads_text else ""
-        # Words as in lm-evaluation-harness: what stands between white space.
-        sizes = len(target.encode("utf-8", "surrogatepass")), len(re.split(r"\s+", target))
+        sizes = 0, 0
+        if self._model.kind != "encoder":
+            target = self._text_of_target(example)
+            # Words as in lm-evaluation-harness: what stands between white space.
+            sizes = len(target.encode("utf-8", "surrogatepass")), len(re.split(r"\s+", target))
         return Answer(*loss, *sizes, text, choices)
 
     @property

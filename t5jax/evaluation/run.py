@@ -223,7 +223,9 @@ def _ask(
             evaluator.check(eval_set)
         folder = None
         if output is not None:
-            folder = predictions.Folder(output, _about(source, config, asked, devices, eval_sets))
+            folder = predictions.Folder(
+                output, _about(source, config, asked, devices, eval_sets, output)
+            )
         found = {}
         for eval_set in progress.track(
             eval_sets, f"evaluating {source.path.name} on {asked.split}"
@@ -326,15 +328,18 @@ def _about(
     asked: _Question,
     devices: _Devices,
     eval_sets: Sequence[EvalSet],
+    output: Path,
 ) -> dict[str, Any]:
     """Returns what the answers depend on, as JSON values."""
-    files = sorted(file for file in source.path.rglob("*") if file.is_file())
-    stamps = [[str(f.relative_to(source.path)), f.stat().st_size] for f in files]
+    # The evaluation may be written beside the weights.
+    folder, own = source.path.absolute(), output.absolute()
+    files = [f for f in folder.rglob("*") if f.is_file() and own not in f.parents]
+    sizes = [f.stat().st_size for f in files]
     newest = max((f.stat().st_mtime_ns for f in files), default=0)
     return {
         "model": {
-            "model": str(source.path.absolute()),
-            "model's files": [len(stamps), sum(size for _, size in stamps), newest],
+            "model": str(folder),
+            "model's files": [len(sizes), sum(sizes), newest],
         },
         "options": {
             "split": asked.split,

@@ -30,7 +30,7 @@ class Answer:
     num_correct: int
     """Tokens of the target that were the most probable ones."""
     num_bytes: int
-    """Of the target's text as far as the model sees it, in UTF-8."""
+    """Of the target's text as far as the model sees it, in UTF-8. An encoder's have none."""
     num_words: int
     prediction: str | None = None
     """The text that the model writes; None if it was not asked for one."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from t5jax.metrics.statistics import Means, statistic
+from t5jax.metrics.statistics import Means, OfColumns, statistic
 from t5jax.metrics.targets import canonical, check_lengths, single_values, value_references
 
 
@@ -30,9 +30,10 @@ def is_label(target: Any, prediction: Any) -> bool:
     return accuracy([target], [prediction])["accuracy"] == 100.0
 
 
+@statistic
 def f1_micro(
     targets: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[Any] | None = None
-) -> dict[str, float]:
+) -> OfColumns:
     """Returns {"f1_micro": percent}, F1 from the counts of all classes together.
 
     With all classes this is the accuracy; `labels` leaves some out, such as "no relation".
@@ -40,12 +41,13 @@ def f1_micro(
     Args:
       labels: the classes that count. None: all that occur, as in scikit-learn.
     """
-    return {"f1_micro": _f1(targets, predictions, "micro", labels)}
+    return _f1("f1_micro", targets, predictions, "micro", labels)
 
 
+@statistic
 def f1_macro(
     targets: Sequence[Any], predictions: Sequence[Any], *, labels: Sequence[Any] | None = None
-) -> dict[str, float]:
+) -> OfColumns:
     """Returns {"f1_macro": percent}, the mean of the F1 of each class.
 
     Args:
@@ -53,12 +55,13 @@ def f1_macro(
         None: all that occur in targets or predictions, as in scikit-learn, so that every other text
         that a model generates is a class of its own with an F1 of 0.
     """
-    return {"f1_macro": _f1(targets, predictions, "macro", labels)}
+    return _f1("f1_macro", targets, predictions, "macro", labels)
 
 
+@statistic
 def f1_binary(
     targets: Sequence[Any], predictions: Sequence[Any], *, positive: Any = 1
-) -> dict[str, float]:
+) -> OfColumns:
     """Returns {"f1_binary": percent}, F1 of one class; it is 0 if that class does not occur.
 
     Args:
@@ -78,20 +81,23 @@ def f1_binary(
             f"f1_binary counts the class {positive!r}, which is no target; there are {found}; name "
             f"one by functools.partial(f1_binary, positive={expected[0]!r})"
         )
-    return {"f1_binary": _f1(targets, predictions, "micro", [positive])}
+    return _f1("f1_binary", targets, predictions, "micro", [positive])
 
 
-def matthews(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
+@statistic
+def matthews(targets: Sequence[Any], predictions: Sequence[Any]) -> OfColumns:
     """Returns {"matthews": percent}, Matthews' correlation coefficient, from -100 to 100.
 
     It is 0 if there is only one class among the targets or the predictions.
     """
     from sklearn.metrics import matthews_corrcoef
 
-    numbered = _numbered(*_classes(targets, predictions))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of a single class; the score says so.
-        return {"matthews": 100.0 * float(matthews_corrcoef(*numbered))}
+    def finish(expected: Any, predicted: Any) -> dict[str, float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of a single class; the score says so.
+            return {"matthews": 100.0 * float(matthews_corrcoef(expected, predicted))}
+
+    return OfColumns(_numbered(*_classes(targets, predictions)), finish)
 
 
 def entity_f1(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
@@ -132,20 +138,23 @@ def entity_f1(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, f
 
 
 def _f1(
+    name: str,
     targets: Sequence[Any],
     predictions: Sequence[Any],
     average: str,
     labels: Sequence[Any] | None,
-) -> float:
+) -> OfColumns:
     from sklearn.metrics import f1_score
 
     expected, predicted, *chosen = _numbered(
         *_classes(targets, predictions), *([] if labels is None else [map(_stripped, labels)])
     )
-    score = f1_score(
-        expected, predicted, labels=chosen[0] if chosen else None, average=average, zero_division=0
-    )
-    return 100.0 * float(score)
+    options = {"labels": chosen[0] if chosen else None, "average": average, "zero_division": 0}
+
+    def finish(expected: Any, predicted: Any) -> dict[str, float]:
+        return {name: 100.0 * float(f1_score(expected, predicted, **options))}
+
+    return OfColumns([expected, predicted], finish)
 
 
 def _classes(targets: Sequence[Any], predictions: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from t5jax.metrics.statistics import OfColumns, statistic
 from t5jax.metrics.targets import check_lengths
 
 
+@statistic
 def pearson(
     targets: Sequence[Any], predictions: Sequence[Any], *, default: float = -1.0
-) -> dict[str, float]:
+) -> OfColumns:
     """Returns {"pearson": percent}, the linear correlation, from -100 to 100.
 
     It is NaN if all targets or all predictions are equal, and of a single example.
@@ -23,24 +25,26 @@ def pearson(
     """
     from scipy.stats import pearsonr
 
-    return {"pearson": _correlation(pearsonr, targets, predictions, default)}
+    return _correlation("pearson", pearsonr, targets, predictions, default)
 
 
+@statistic
 def spearman(
     targets: Sequence[Any], predictions: Sequence[Any], *, default: float = -1.0
-) -> dict[str, float]:
+) -> OfColumns:
     """Returns {"spearman": percent}, the correlation of ranks; otherwise as `pearson`."""
     from scipy.stats import spearmanr
 
-    return {"spearman": _correlation(spearmanr, targets, predictions, default)}
+    return _correlation("spearman", spearmanr, targets, predictions, default)
 
 
 def _correlation(
+    name: str,
     function: Callable[..., Any],
     targets: Sequence[Any],
     predictions: Sequence[Any],
     default: float,
-) -> float:
+) -> OfColumns:
     check_lengths(targets, predictions)
     expected = [_number(target) for target in targets]
     for i, number in enumerate(expected):
@@ -51,11 +55,15 @@ def _correlation(
             )
     found = [_number(prediction) for prediction in predictions]
     predicted = [default if number is None else number for number in found]
-    if len(expected) < 2:
-        return math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of equal numbers; the score says so.
-        return 100.0 * float(function(expected, predicted).statistic)
+
+    def finish(expected: Any, predicted: Any) -> dict[str, float]:
+        if len(expected) < 2:
+            return {name: math.nan}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of equal numbers; the score says so.
+            return {name: 100.0 * float(function(expected, predicted).statistic)}
+
+    return OfColumns([[x for x in expected if x is not None], predicted], finish)
 
 
 def _number(value: Any) -> float | None:

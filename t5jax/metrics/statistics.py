@@ -54,6 +54,22 @@ class Sums:
         return self._finish(times[times > 0] @ self.counts[times > 0])
 
 
+class OfColumns:
+    """Scores that are computed from numbers of the examples, such as F1 from those of classes."""
+
+    def __init__(self, columns: Sequence[Sequence[float]], finish: Callable[..., Scores]):
+        """Computes nothing yet.
+
+        Args:
+          columns: lists of N numbers.
+          finish: the scores of the columns of a sample.
+        """
+        self._columns, self._finish = [np.asarray(column) for column in columns], finish
+
+    def __call__(self, sample: np.ndarray | None = None) -> Scores:
+        return self._finish(*(x if sample is None else x[sample] for x in self._columns))
+
+
 class Recomputed:
     """Scores of any other metric, which is called with each sample."""
 

@@ -12,7 +12,7 @@ from t5jax.evaluation import compare
 from t5jax.evaluation.scores import Answers
 from t5jax.metrics import likelihood
 from t5jax.metrics.likelihood import Details, LogProb
-from t5jax.metrics.statistics import Means, Recomputed, Sums, statistic_of
+from t5jax.metrics.statistics import Means, OfColumns, Recomputed, Sums, statistic_of
 
 
 def task(targets, *metric_fns):
@@ -40,11 +40,18 @@ def texts(seed, n=40):
         (metrics.rouge, Means),
         *((fn, Sums) for fn in (metrics.bleu, metrics.char_bleu, metrics.chrf)),
         (functools.partial(metrics.chrf, word_order=2), Sums),
-        (metrics.f1_macro, Recomputed),
+        *((fn, OfColumns) for fn in (metrics.f1_macro, metrics.f1_micro, metrics.matthews)),
+        (functools.partial(metrics.f1_binary, positive="t1"), OfColumns),
+        *((fn, OfColumns) for fn in (metrics.pearson, metrics.spearman)),
+        (lambda targets, predictions: metrics.bleu(targets, predictions), Recomputed),
     ],
 )
 def test_a_resample_has_the_score_of_its_texts(fn, kind):
     targets, predictions = texts(0), texts(1)
+    if kind is OfColumns:  # Classes, or numbers.
+        of_numbers = fn in (metrics.pearson, metrics.spearman)
+        sides = [np.random.default_rng(seed).integers(3, size=40).tolist() for seed in (0, 1)]
+        targets, predictions = [[n if of_numbers else f"t{n}" for n in side] for side in sides]
     predictions[::3] = targets[::3]
     found = statistic_of(fn, targets, predictions)
     assert type(found) is kind
