@@ -73,7 +73,7 @@ class Plain:
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_log_probabilities_are_those_of_transformers(folder, name):
     pairs = [(context, c) for context, choices, _ in QUESTIONS for c in choices]
-    plain, model = Plain(folder(name)), LM(folder(name), batch_size=3)
+    plain, model = Plain(folder(name)), LM(folder(name), batch_size=16)
     found = model.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     expected = [plain.log_prob(*pair) for pair in pairs]
     np.testing.assert_allclose([f[0] for f in found], [e[0] for e in expected], atol=1e-3)
@@ -87,7 +87,7 @@ def test_a_task_whose_answers_are_known_is_not_at_chance(folder, tmp_path, name,
     plain, rng = Plain(folder(name)), np.random.default_rng(0)
     words = ["fox", "sea", "dog", "is", "The", "by", "it", "day"]
     rows = []
-    for _ in range(12):
+    for _ in range(10):
         context, choices = " ".join(rng.choice(words, 3)), rng.choice(words, 4, replace=False)
         # The harness puts a space before each choice.
         totals = [plain.log_prob(context, f" {choice}")[0] for choice in choices]
@@ -106,7 +106,7 @@ def test_a_task_whose_answers_are_known_is_not_at_chance(folder, tmp_path, name,
         "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    model = LM(pretrained.load(folder(name)), batch_size=8)
+    model = LM(pretrained.load(folder(name)), batch_size=64)
     found = harness.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
     assert found["results"]["known"]["acc,none"] == 1.0
 
@@ -118,7 +118,7 @@ def test_requests_of_every_kind_have_the_answers_of_the_hf_backend(folder, name)
         "lm_eval.models.huggingface", reason="needs accelerate and peft", exc_type=ImportError
     )
     theirs = backend.HFLM(pretrained=folder(name), device="cpu", batch_size=2, max_length=28)
-    ours = LM(folder(name), batch_size=3, max_length=28)
+    ours = LM(folder(name), batch_size=16, max_length=28)
     texts = [(f"{context} {choices[0]}",) for context, choices, _ in QUESTIONS]
     asked = {
         "loglikelihood": [
