@@ -80,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return command(args[1:]) or 0
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint" if args[0] == "train" else ""
+        if args[0] == "eval" and any(word.startswith("--output") for word in args):
+            hint = "; the same command goes on where it was"
         return _fail(f"interrupted{hint}", 130)
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -125,8 +125,14 @@ def evaluate_model(
             _ = compared.earlier_scores(b, eval_set) if b.kind == "scores" else None
             _ = compared.earlier_answers(b, eval_set) if b.kind == "folder" else None
     answers = {name: Answers.of(*each) for name, each in found.items()}
-    if not asked.tasks:
-        asked = dataclasses.replace(asked, tasks=tuple(_names_of_run(source)))
+    # Others are asked for the same, whatever they were trained on.
+    data = _config(source, asked).data
+    asked = dataclasses.replace(
+        asked,
+        tasks=asked.tasks or tuple(_names_of_run(source)),
+        inputs_length=data.inputs_length,
+        max_tokens=data.targets_length,
+    )
     of_models = {}
     for name, other in others.items():
         folder = output / "baselines" / name.strip("/").replace("/", "_") if output else None
@@ -384,6 +390,33 @@ def _answers_of_other(
     return {task: Answers.of(*each) for task, each in found.items()}
 
 
+def _comparable(eval_set: EvalSet, model: Answers, other: Answers, name: str) -> dict[str, float]:
+    """Returns the scores of a baseline, without losses per token if its tokens are others.
+
+    Neither may those per word or byte be compared if targets are cut elsewhere.
+    """
+    scores = score(eval_set, other)
+    if model.log_probs is None or other.log_probs is None:
+        return scores
+    details = [
+        (a.details, b.details) for a, b in zip(model.log_probs, other.log_probs, strict=True)
+    ]
+    same_tokens = all(a.num_tokens == b.num_tokens for a, b in details)
+    same_texts = all(a.num_bytes == b.num_bytes for a, b in details)
+    left_out = [] if same_tokens else [fn.__name__ for fn in LOSSES]
+    if not same_texts:
+        left_out += [fn for fn in metrics.OF_SCORES if fn != "rank_accuracy"]
+    left_out = [name for name in left_out if name in scores]
+    if left_out:
+        _log.warning(
+            "task %s: %s of %s are left out, since its vocabulary reads the targets as other "
+            "tokens%s",
+            *(eval_set.task, ", ".join(left_out), name),
+            "" if "bits_per_byte" in left_out else "; --metrics bits_per_byte can be compared",
+        )
+    return {name: value for name, value in scores.items() if name not in left_out}
+
+
 def _result(
     eval_set: EvalSet,
     model: Answers,
@@ -394,7 +427,7 @@ def _result(
 ) -> dict[str, Any]:
     """Returns the scores of a model and its baselines on a task, and how they compare."""
     scores = score(eval_set, model)
-    others = {name: score(eval_set, answers) for name, answers in systems.items()}
+    others = {name: _comparable(eval_set, model, each, name) for name, each in systems.items()}
     earlier = {b.name: compared.earlier_scores(b, eval_set) for b in files}
     intervals: dict[str, compare.Interval] = {}
     comparisons: dict[str, dict[str, compare.Comparison]] = {}
@@ -402,6 +435,8 @@ def _result(
         intervals, comparisons = compare.bootstrap(
             eval_set, model, dict(systems), resamples=resamples, seed=seed
         )
+        for name, found in comparisons.items():
+            comparisons[name] = {k: one for k, one in found.items() if k in others[name]}
         lower, number = compare.lower_is_better(eval_set), len(eval_set.examples)
         for name, row in earlier.items():
             comparisons[name] = {

@@ -8,7 +8,12 @@ import pytest
 import tiny
 from t5jax import pretrained
 from t5jax.convert import export_model
+from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluation import Evaluator, evaluate_model
+from t5jax.evaluation.run import _result
+from t5jax.evaluation.scores import Answers
+from t5jax.metrics import bits_per_byte, rank_accuracy
+from t5jax.metrics.likelihood import Choice, Details, LogProb
 from tiny import one_device, trained_run  # noqa: F401
 
 OPTIONS = {"split": "validation", "batch_size": 8, "resamples": 20}
@@ -180,6 +185,30 @@ def test_beside_a_model_a_folder_and_a_file(tmp_path, capsys):
     assert widths[0] < widths[1]
     assert "loss" not in found["baselines"]["majority"]
     assert "better" in page.read_text()
+
+
+def test_losses_of_other_tokens_are_not_compared(caplog):
+    """As those of a baseline with another vocabulary: only what is per byte of the same text."""
+    examples = [EvalExample("", "", "text", [], []) for _ in range(8)]
+    asked = EvalSet("task", examples, [], str, [bits_per_byte, rank_accuracy])
+
+    def says(num_tokens, num_bytes):
+        choices = [Choice("text", "text", -1.0)]
+        details = Details(num_tokens, 0, num_bytes, 1, choices)
+        return Answers(None, [LogProb(-4.0, details)] * 8, None)
+
+    for other, expected in (
+        (says(2, 4), ["loss", "perplexity", "token_accuracy", "bits_per_byte"]),
+        (says(3, 4), ["bits_per_byte"]),
+        (says(3, 3), []),
+    ):
+        result = _result(asked, says(2, 4), {"other": other}, [], 10, 0)
+        names = [*expected, "rank_accuracy", "rank_accuracy_norm"]
+        assert list(result["baselines"]["other"]) == names
+        assert list(result["comparisons"]["other"]) == names
+    warnings = [record.getMessage() for record in caplog.records]
+    assert "--metrics bits_per_byte can be compared" in warnings[0]
+    assert "bits_per_byte of other are left out" in warnings[1]
 
 
 def test_a_baseline_of_something_else_is_refused_by_name(tmp_path, capsys):
