@@ -117,6 +117,14 @@ def earlier_answers(baseline: Baseline, eval_set: EvalSet) -> Answers:
     return Answers.of(eval_set, answers)
 
 
+def check(baseline: Baseline, eval_set: EvalSet) -> None:
+    """Raises ValueError for an earlier evaluation of something else."""
+    if baseline.kind == "scores":
+        earlier_scores(baseline, eval_set)
+    elif baseline.kind == "folder":
+        earlier_answers(baseline, eval_set)
+
+
 def trivial_answers(kind: str, eval_set: EvalSet, model: Answers) -> Answers | None:
     """Returns what a trivial predictor answers; None if the task's code cannot read it.
 

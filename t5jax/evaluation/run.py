@@ -118,12 +118,8 @@ def evaluate_model(
         max_tokens=max_tokens,
     )
     devices = _Devices(mesh, rules, batch_size, dtype)
-    found = _ask(source, asked, devices, output)
+    found = _ask(source, asked, devices, output, given)
     eval_sets = {name: eval_set for name, (eval_set, _) in found.items()}
-    for b in given:  # Said before another model is asked for hours.
-        for eval_set in eval_sets.values():
-            _ = compared.earlier_scores(b, eval_set) if b.kind == "scores" else None
-            _ = compared.earlier_answers(b, eval_set) if b.kind == "folder" else None
     answers = {name: Answers.of(*each) for name, each in found.items()}
     # Others are asked for the same, whatever they were trained on.
     data = _config(source, asked).data
@@ -206,14 +202,29 @@ class _Devices:
 
 
 def _ask(
-    source: Source, asked: _Question, devices: _Devices, output: Path | None
+    source: Source,
+    asked: _Question,
+    devices: _Devices,
+    output: Path | None,
+    given: Sequence[Baseline] = (),
 ) -> dict[str, tuple[EvalSet, list[Answer]]]:
-    """Returns what a model says of each task, by the task's name."""
+    """Returns what a model says of each task, by the task's name.
+
+    Args:
+      source: the model.
+      asked: what it is asked.
+      devices: where it is computed.
+      output: the folder of its answers, if they are kept.
+      given: baselines, of which earlier ones are checked before the model is asked for hours.
+    """
     mesh, rules = devices.mesh, source.rules(devices.mesh, devices.rules)
     sharding.check_batch_size(devices.batch_size, mesh, rules, "batch_size")
     config, tokenizer = _config(source, asked), source.tokenizer()
     check_vocabulary(source.model, tokenizer)
     eval_sets = _eval_sets(source, config, asked, tokenizer)
+    for eval_set in eval_sets:
+        for baseline in given:
+            compared.check(baseline, eval_set)
     description, params = source.read(devices.dtype, mesh, rules)
     with sharding.use_mesh(mesh, rules):
         evaluator = Evaluator(
