@@ -80,11 +80,10 @@ def test_log_probabilities_are_those_of_transformers(folder, name):
     assert [f[1] for f in found] == [e[1] for e in expected]
 
 
-@pytest.mark.parametrize("name", ["t5", "gpt2"])
-def test_a_task_whose_answers_are_known_is_not_at_chance(folder, tmp_path, name, monkeypatch):
+def test_a_task_whose_answers_are_known_is_not_at_chance(folder, tmp_path, monkeypatch):
     """Of four answers the one that transformers finds most probable: 100 %; chance is 25 %."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    plain, rng = Plain(folder(name)), np.random.default_rng(0)
+    plain, rng = Plain(folder("t5")), np.random.default_rng(0)
     words = ["fox", "sea", "dog", "is", "The", "by", "it", "day"]
     rows = []
     for _ in range(10):
@@ -106,7 +105,7 @@ def test_a_task_whose_answers_are_known_is_not_at_chance(folder, tmp_path, name,
         "doc_to_choice": "{{choices}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    model = LM(pretrained.load(folder(name)), batch_size=64)
+    model = LM(pretrained.load(folder("t5")), batch_size=64)
     found = harness.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
     assert found["results"]["known"]["acc,none"] == 1.0
 

@@ -66,8 +66,6 @@ def test_options_of_eval_count():
         assert other["model"]["loss"] != full["model"]["loss"], option
         if option == "dtype":
             assert other["model"]["loss"] == pytest.approx(full["model"]["loss"], rel=0.02)
-    (other,) = evaluate_model(run_dir, **few | {"seed": 1}).values()
-    assert other["intervals"]["loss"] != full["intervals"]["loss"]
     (other,) = evaluate_model(run_dir, **few | {"resamples": 0}).values()
     assert (other["intervals"], other["comparisons"]) == ({}, {})
     assert other["model"] == full["model"]
