@@ -188,7 +188,8 @@ def forward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids):
     def block_of_keys(h, b, i, j, scalars):
         del h, b
         first, last = blocks.keys_of(i, scalars, grid_k)
-        return jnp.maximum(first, jnp.minimum(j, last))
+        # If there are no keys to see, any block is right.
+        return jnp.maximum(jnp.minimum(first, grid_k - 1), jnp.minimum(j, last))
 
     spec = _Specs(blocks, q, k, v, lambda h, b, i, j, s: i, block_of_keys)
     lse_spec = spec.of_queries(1)
@@ -304,7 +305,7 @@ def backward(blocks: Blocks, window: int | None, scalars, q, k, v, rings, ids, o
     def block_of_queries(h, b, j, i, scalars):
         del h, b
         first, last = blocks.queries_of(j, scalars, grid_q)
-        # No query may see the keys: then any block is right.
+        # If no query sees the keys, any block is right.
         return jnp.maximum(jnp.minimum(first, grid_q - 1), jnp.minimum(i, last))
 
     spec = _Specs(blocks, q, k, v, block_of_queries, lambda h, b, j, i, s: j)
