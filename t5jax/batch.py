@@ -48,6 +48,9 @@ class BatchSpec:
     in which targets are aligned with inputs."""
     has_pairs: bool = False
     """Of an encoder: whether its rows may have two texts, as token types 0 and 1."""
+    pads_with_eos: bool = False
+    """Whether an encoder's padding has the id of eos, as with vocabularies that have no id for it:
+    then rows have segment ids, not only packed ones, since ids do not tell them apart."""
 
     @property
     def decoder_length(self) -> int:
@@ -73,6 +76,8 @@ class BatchSpec:
         if self.kind == "encoder_decoder":
             lengths |= {ENCODER_INPUT_TOKENS: source}
             packed |= dict.fromkeys((ENCODER_SEGMENT_IDS, ENCODER_POSITIONS), source)
+        if self.pads_with_eos and ENCODER_SEGMENT_IDS in packed:
+            lengths |= {ENCODER_SEGMENT_IDS: source}
         tokens = lengths | packed if self.pack else lengths
         features = {name: ((self.batch_size, n), np.dtype("int32")) for name, n in tokens.items()}
         floats = {name: ((self.batch_size, n), np.dtype("float32")) for name, n in weights.items()}
@@ -152,7 +157,13 @@ def train_spec(config: Config, *, has_inputs: bool = True, has_pairs: bool = Fal
     data, kind = config.data, config.model.kind
     if kind != "decoder":
         return BatchSpec(
-            data.batch_size, data.inputs_length, data.targets_length, data.pack, kind, has_pairs
+            data.batch_size,
+            data.inputs_length,
+            data.targets_length,
+            data.pack,
+            kind,
+            has_pairs,
+            config.model.pads_with_eos,
         )
     return BatchSpec(
         data.batch_size,

@@ -197,8 +197,7 @@ class Pretrained:
           batch_size: the number of texts per batch. Rows and lengths are padded to powers of two.
         Raises:
           ValueError: if the model is decoder-only, has no pooler for pooling "pooler", or has too
-          few
-            positions for a text.
+            few positions for a text.
         """
         if max_length is not None:
             check_at_least(max_length, 3, "max_length")

@@ -119,7 +119,7 @@ class Source:
 
         Args:
           model: the source's network, or one that shares parameters with it, as returned by
-          `adopt`.
+            `adopt`.
           shardings: the shardings of all parameters.
           new: the parameters that the source does not have (see `missing`), by path.
         """

@@ -208,12 +208,18 @@ def test_the_tokenizer_of_a_folder_without_an_eos_takes_the_models(changed, tmp_
 # --- Padding --------------------------------------------------------------------------------------
 
 
-def test_padding_with_another_id_changes_neither_answers_nor_losses(made):
-    folder, tokenizer = made("pile_t5"), their_model(made("pile_t5"))[1]
+@pytest.mark.parametrize("pads_with_eos", [False, True])
+def test_padding_with_another_id_changes_neither_answers_nor_losses(pads_with_eos, changed):
+    folder = changed("pile_t5")
+    if pads_with_eos:  # As a vocabulary without an id for padding does.
+        for file in ("config.json", "generation_config.json"):
+            edit(folder / file, pad_token_id=2)
+        edit(folder / "tokenizer_config.json", pad_token="</s>")
+    tokenizer = their_model(folder)[1]
     targets = ["Paris", "It is the sea shore", "12"]
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    labels = tokenizer(targets, return_tensors="pt", padding=True).input_ids
-    labels[labels == 1] = -100
+    labels = tokenizer(targets, return_tensors="pt", padding=True)
+    labels = labels.input_ids.masked_fill(labels.attention_mask == 0, -100)
     with torch.no_grad():
         expected = their_model(folder)[0](**batch, labels=labels).loss.item()
 

@@ -203,6 +203,11 @@ class Architecture(abc.ABC):
         """Ids that end a text; the first is the one used in training."""
         return (self.eos_token_id,)
 
+    @property
+    def pads_with_eos(self) -> bool:
+        """Whether an encoder's padding has the id of what ends a text."""
+        return self.kind != "decoder" and self.pad_token_id == self.eos_token_id
+
     def _check_ends(self) -> None:
         ends = self.end_token_ids
         if len(set(ends)) < len(ends) or not all(0 <= i < self.vocab_size for i in ends):

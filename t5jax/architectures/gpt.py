@@ -155,8 +155,7 @@ class GPTConfig(StackConfig):
 _STRETCHED = ("rope_scaling_factor", "rope_low_", "rope_high_", "rope_original_")
 
 
-# --- Shared by the families' own files
-# -------------------------------------------------------------
+# --- Shared by the families' own files ------------------------------------------------------------
 
 Allowed = Mapping[str, tuple[Any, ...]]
 """Fields and the values of them that a family's checkpoints can represent."""

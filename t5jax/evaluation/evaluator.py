@@ -240,7 +240,12 @@ class Evaluator:
         sides = ["inputs", "targets"] if any(e.input_ids for e in examples) else ["targets"]
         inputs, targets = self._lengths(examples)
         spec = features.BatchSpec(
-            self._batch_size, inputs, targets, kind=self._kind, has_pairs=eval_set.has_pairs
+            self._batch_size,
+            inputs,
+            targets,
+            kind=self._kind,
+            has_pairs=eval_set.has_pairs,
+            pads_with_eos=self._model.pads_with_eos,
         )
         convert = make_converter(spec, self._format)
 

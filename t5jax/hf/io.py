@@ -51,8 +51,7 @@ def read_config(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = No
       tokenizer: the folder's tokenizer, if there is one.
     Raises:
       ValueError: if there is no config.json, its architecture is unknown, or it needs something
-      that
-        is not implemented.
+        that is not implemented.
     """
     folder = Path(folder)
     check_adapter(folder)

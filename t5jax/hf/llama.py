@@ -206,10 +206,10 @@ def write_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-# Files from 2023 contain the wavelengths of rotary embeddings.
 # Files of a network without its head, as of an embedding model, lack the prefix.
 RENAMES = ((r"^(embed_tokens|layers|norm)\.", r"model.\1."),)
 
+# Files from 2023 contain the wavelengths of rotary embeddings.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 TABLE = Table(

@@ -125,7 +125,15 @@ def read_chat_template(files: Mapping[str, bytes], name: str) -> str | None:
     are those of `read_json`."""
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode()
-    template = read_json(files, "tokenizer_config.json", name).get("chat_template")
+    given = template = read_json(files, "tokenizer_config.json", name).get("chat_template")
     if isinstance(template, list):  # Several; "default" is for plain conversations.
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in entries}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(
+            f"chat_template of tokenizer_config.json in {name} is {given!r:.60}; expected a text, "
+            'or a list of {"name": ..., "template": ...}'
+        )
     return template

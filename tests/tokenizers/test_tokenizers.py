@@ -12,7 +12,7 @@ from t5jax.tokenizers import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
-from t5jax.tokenizers.common import clean_ids, first_sentinels
+from t5jax.tokenizers.common import clean_ids, first_sentinels, read_chat_template
 
 T5_MODEL = Path(__file__).parents[3] / "shared/data/vocab/t5_spiece.model"
 TEXTS = [
@@ -268,6 +268,29 @@ def test_damaged_files_are_named(model, tmp_path):
         with pytest.raises(ValueError, match=f"{file} in .* holds None; expected a JSON object"):
             load_tokenizer(folder)
         (folder / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a", "a"),
+        (None, None),
+        ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ({"default": "d", "rag": "r"}, "d"),
+        ([{"name": "rag"}], None),
+    ],
+)
+def test_the_default_of_several_chat_templates(given, expected):
+    files = {"tokenizer_config.json": json.dumps({"chat_template": given}).encode()}
+    assert read_chat_template(files, "folder") == expected
+    files["chat_template.jinja"] = b"of its own"
+    assert read_chat_template(files, "folder") == "of its own"
+
+
+def test_a_chat_template_that_is_no_text_is_refused():
+    files = {"tokenizer_config.json": b'{"chat_template": 5}'}
+    with pytest.raises(ValueError, match="chat_template of .* in folder is 5; expected a text, or"):
+        read_chat_template(files, "folder")
 
 
 def test_a_model_without_padding_is_refused():

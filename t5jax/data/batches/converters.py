@@ -98,8 +98,9 @@ class _EncoderDecoder:
         self._form.check_ids(encoder.tokens)
         self._form.check_ids(decoder.tokens)
         batch = {features.ENCODER_INPUT_TOKENS: encoder.padded(self._form.pad_id)}
-        if self._spec.pack:
+        if self._spec.pack or self._spec.pads_with_eos:
             batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
+        if self._spec.pack:
             batch[features.ENCODER_POSITIONS] = encoder.positions()
         return batch | _decoder_features(decoder, self._spec.pack, self._form.start_id)
 
@@ -159,7 +160,7 @@ class _Encoder:
     def __call__(self, rows: Rows) -> Batch:
         encoder = _Layout([[e["inputs"] for e in row] for row in rows], self._spec.inputs_length)
         targets = np.concatenate([e["targets"] for row in rows for e in row])
-        return _encoder_features(encoder, self._spec.pack, self._form, targets, targets != 0)
+        return _encoder_features(encoder, self._spec, self._form, targets, targets != 0)
 
 
 class _Classifier:
@@ -186,7 +187,7 @@ class _Classifier:
         examples = [e for row in rows for e in row]
         classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
         is_asked = classes < self._num_labels
-        batch = _encoder_features(encoder, self._spec.pack, self._form, classes, is_asked)
+        batch = _encoder_features(encoder, self._spec, self._form, classes, is_asked)
         if self._spec.has_pairs:
             # Between two texts, the id of padding stands for eos.
             is_break = [tokens == self._form.pad_id for row in inputs for tokens in row]
@@ -215,7 +216,11 @@ class _Classifier:
 
 
 def _encoder_features(
-    encoder: "_Layout", pack: bool, form: ExampleFormat, targets: np.ndarray, is_asked: np.ndarray
+    encoder: "_Layout",
+    spec: BatchSpec,
+    form: ExampleFormat,
+    targets: np.ndarray,
+    is_asked: np.ndarray,
 ) -> Batch:
     form.check_ids(encoder.tokens)
     batch = {
@@ -223,8 +228,9 @@ def _encoder_features(
         features.ENCODER_TARGET_TOKENS: encoder.put(np.where(is_asked, targets, 0)),
         features.ENCODER_LOSS_WEIGHTS: encoder.put(is_asked, np.float32),
     }
-    if pack:
+    if spec.pack or spec.pads_with_eos:
         batch[features.ENCODER_SEGMENT_IDS] = encoder.segment_ids()
+    if spec.pack:
         batch[features.ENCODER_POSITIONS] = encoder.positions()
     return batch
 

@@ -82,6 +82,16 @@ def test_packed_rows_by_hand():
     }
 
 
+@pytest.mark.parametrize("kind", ["encoder_decoder", "encoder"])
+def test_where_padding_has_the_id_of_eos_lengths_tell_them_apart(kind):
+    spec = BatchSpec(2, 5, 5, kind=kind, pads_with_eos=True)
+    rows = [[example([8, 9, 1], [0, 7, 1])], [example([1], [1])]]
+    batch = make_converter(spec, ExampleFormat(pad_id=1))(rows)
+    validate_batch(batch, spec)
+    assert batch["encoder_input_tokens"].tolist() == [[8, 9, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert batch["encoder_segment_ids"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+
+
 def test_an_encoder_is_asked_where_targets_are():
     masked = [[example([8, 9, 2, 1], [0, 5, 7, 0])], [example([8, 9, 1], [0, 9, 0])]]
     batch = make_converter(BatchSpec(2, 5, 5, False, "encoder"))(masked)
