@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ import jinja2.sandbox
 from t5jax.data.prompts.templates import JinjaTemplate, Prompt, PromptTemplate
 from t5jax.data.sources.source import Row, no_field
 from t5jax.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 INSTRUCTION = JinjaTemplate(
     "{{ instruction }}{% if input is defined and input %}\n\n{{ input }}{% endif %}"
@@ -209,11 +212,32 @@ class ChatTemplate(PromptTemplate):
                 f"({_difference(prompt, whole)}); expected one that only adds the reply, which "
                 "ChatTemplate(text) takes"
             )
+        if not self._checked:
+            self._checked.append(True)
+            self._check_start(prompt)
         answer = whole.removeprefix(prompt).rstrip()
         answer = answer.removesuffix(dict(self.special_tokens).get("eos_token") or "")
         answer = self._after(prompt, answer)
         said = [m["content"] for m in messages[:-1] if m["role"] == "user"]
         return Prompt(prompt, answer, said[-1] if said else "")
+
+    @functools.cached_property
+    def _checked(self) -> list[bool]:
+        """Has an entry once the beginning of a prompt has been checked."""
+        return []
+
+    def _check_start(self, prompt: str) -> None:
+        """Warns where the tokenizer puts in front of prompts what the chat template leaves out."""
+        start, _ = getattr(self.tokenizer, "prompt_affixes", None) or ((), ())
+        if start and tuple(self.tokenizer.encode(prompt)[: len(start)]) != start:
+            token = dict(self.special_tokens).get("bos_token")
+            _log.warning(
+                "the chat template does not begin with %r, with which the tokenizer begins every "
+                "text: training and evaluation put it in front of conversations as well, "
+                "transformers' apply_chat_template does not; write {{ bos_token }} at the "
+                "template's beginning, so that all do",
+                token or start,
+            )
 
     def _after(self, prompt: str, answer: str) -> str:
         """Returns the answer as the text that has, alone, the tokens that it has after the prompt.

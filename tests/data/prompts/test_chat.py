@@ -151,6 +151,21 @@ def test_tokens_are_those_of_transformers(make, template, eos, tmp_path):
     assert tokens == [*apply(CHAT["messages"]), *ends]
 
 
+def test_a_start_that_the_tokenizer_has_and_the_template_lacks_is_said_once(caplog):
+    class Starting(FakeTokenizer):
+        prompt_affixes = ((7,), ())
+
+        def encode(self, text):
+            return [7] * text.startswith("<s>") + [8]
+
+    for template, said in (("{{ bos_token }}", 0), ("", 1)):
+        chat = ChatTemplate().bind(Starting(template + CHATML))
+        for _ in range(2):
+            chat.render(CHAT)
+        assert len(caplog.messages) == said
+    assert "the chat template does not begin with '<s>'" in caplog.messages[0]
+
+
 class FakeTokenizer:
     def __init__(self, chat_template):
         self.chat_template, self.special_tokens = chat_template, dict(TOKENS)
