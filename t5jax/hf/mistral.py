@@ -1,12 +1,15 @@
 """Mistral in Hugging Face's format: Llama's names, and optionally a window in all layers.
 
+Where only some have one (config.json's layer_types), transformers takes it for a Ministral; it is
+refused.
+
 Source: the checkpoints on the Hub and transformers 5 (`models/mistral`).
 """
 
 from typing import Any
 
-from t5jax.architectures import GPTConfig
-from t5jax.hf import llama, rope, tokens
+from t5jax.architectures import GPTConfig, LayerKind
+from t5jax.hf import llama, rope, tokens, windows
 from t5jax.hf.mapping import SILU, Key, Table, Tensors
 
 _KEYS = llama.keys(
@@ -21,15 +24,21 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> GPTConfig:
     Raises:
       ValueError: if a value is not implemented here, or has another type than its key.
     """
-    values, fields = llama.read_shape(raw, _KEYS, _REQUIRED)
-    window = values["sliding_window"]
+    values, fields = llama.read_shape(raw, _KEYS, _REQUIRED, ("layer_types",))
+    window, num_layers = values["sliding_window"], fields["num_layers"]
+    kinds: list[LayerKind] = ["global" if window is None else "local"] * num_layers
+    layers = windows.read_layers(raw, num_layers, kinds, window)
+    if len(layers["layer_pattern"]) > 1:
+        raise ValueError(
+            f"config.json: layer_types is {raw['layer_types']}, which is not implemented for "
+            "Mistral; expected the same for all layers"
+        )
     return GPTConfig(
         family="mistral",
         mlp_activation="gated-silu",
         mlp_bias=False,
-        layer_pattern=("global",) if window is None else ("local",),
-        sliding_window=window,
         **fields,
+        **layers,
         **rope.read_rope(raw, theta=10_000.0),
         **tokens.read_token_ids(raw, bos=1, eos=2),
     )

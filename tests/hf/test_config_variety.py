@@ -162,6 +162,11 @@ ROWS = [
     ("llama", {"max_position_embeddings": 128}, {"max_positions": 128}),
     ("mistral", {"sliding_window": 4}, {"sliding_window": 4, "layer_pattern": ("local",)}),
     ("mistral", {"sliding_window": None}, {"sliding_window": None, "layer_pattern": ("global",)}),
+    (
+        "mistral",
+        {"sliding_window": 4, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": None, "layer_pattern": ("global",)},
+    ),
     ("mistral", {"head_dim": 6}, {"head_dim": 6}),
     ("mistral", {"rope_theta": 1e6}, {"rope_theta": 1e6}),
     ("qwen3", {"attention_bias": False}, _SAME),
@@ -233,3 +238,9 @@ def test_key(model_type, changes, fields, tmp_path, recwarn):
     assert {name: getattr(changed, name) for name in fields} == fields
     assert differing <= fields.keys()
     assert not recwarn.list
+
+
+def test_layers_of_a_mistral_that_differ_are_refused(tmp_path):
+    types = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    with pytest.raises(ValueError, match=r"layer_types is .* not implemented for Mistral"):
+        read(tmp_path, "mistral", types)
