@@ -262,7 +262,10 @@ class LoopState:
     def is_over(self, step: int, config: Config) -> str:
         """Returns why a run that is started again is finished, or "" if it is not."""
         if step >= config.train.steps:
-            return f"step {step} is reached, train.steps is {config.train.steps}; raise it to go on"
+            limit = f"train.steps is {config.train.steps}"
+            if config.train.epochs is not None:
+                limit += f", which train.epochs {config.train.epochs:g} are"
+            return f"step {step} is reached, {limit}; raise it to go on"
         if self.stops(config.eval.patience):
             return f"stopped early, after {self.reason()}; raise eval.patience to go on"
         return ""

@@ -506,7 +506,8 @@ def test_epochs_in_place_of_steps(tmp_path, capsys):
     rates = [line["train/learning_rate"] for line in log.read_metrics(tmp_path)]
     assert rates == pytest.approx([1e-2, 0.75e-2])  # It falls until the end that was counted.
     train(epochs(0.4))
-    assert "step 2 is reached, train.steps is 2" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "step 2 is reached, train.steps is 2, which train.epochs 0.4 are; raise it to go" in err
     train(epochs(0.6))
     assert [line["step"] for line in log.read_metrics(tmp_path)] == [1, 2, 3]
 
