@@ -71,7 +71,9 @@ def serve(args: list[str]) -> None:
         from t5jax.serving.protection import is_loopback
         from t5jax.serving.server import ServerOptions
         from t5jax.serving.server import serve as run
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("t5jax"):
+            raise
         raise ValueError(
             f"{error.name} is missing; install what serving needs: pip install 't5jax[serve]'"
         ) from None

@@ -21,7 +21,13 @@ from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
-from t5jax.decoding import GenerationOptions, History, row_options
+from t5jax.decoding import (
+    Constraint,
+    GenerationOptions,
+    History,
+    allowed_bits,
+    row_options,
+)
 from t5jax.models import api
 from t5jax.serving import slots as device
 from t5jax.serving.slots import MAX_STEPS, NOTHING, Size, Slots
@@ -98,7 +104,7 @@ class Request:
     """Whether somebody reads the text while it is written."""
     deadline: float | None = None
     """When to give up, in seconds of time.monotonic()."""
-    constraint: Any = None
+    constraint: Constraint | None = None
     """What may be written next, of this answer alone."""
 
 
@@ -519,16 +525,22 @@ class Engine:
         return any(a is not None and a.request.constraint is not None for a in self._in_slots)
 
     def _allowed(self, size: Size) -> Any:
-        """Returns int32 [R, W], which ids may be written next; arbitrary without constraints."""
+        """Returns int32 [R, W], which ids may be written next."""
         allowed_RW = np.full((size.rows, -(-self.model.vocab_size // 32)), -1, np.int32)
         for answer in self._in_slots[: size.rows]:
-            if answer is not None and answer.request.constraint is not None:
-                try:
-                    answer.request.constraint.fill(allowed_RW[answer.slot])
-                except ValueError as error:
-                    allowed_RW[answer.slot] = -1
-                    answer.end("error", str(error))
-                    self._free(answer.slot)
+            if answer is None:
+                continue
+            row_W, request = allowed_RW[answer.slot], answer.request
+            try:
+                if request.constraint is not None:
+                    request.constraint.fill(row_W)
+                if _is_limited(request.options):
+                    sizes = self.model.vocab_size, self.model.end_token_ids
+                    row_W &= allowed_bits(request.options, *sizes, self.tokenizer.vocab_size)
+            except ValueError as error:
+                row_W[:] = -1
+                answer.end("error", str(error))
+                self._free(answer.slot)
         return allowed_RW
 
     def _dispatch(self) -> "_Dispatched":
@@ -581,7 +593,9 @@ class Engine:
         for slot in range(size.rows):
             if self._in_slots[slot] is None:  # Its last place is written over.
                 del self._held[slot][size.length - 1 :]
-        constrained = self._is_constrained
+        constrained = self._is_constrained or any(
+            answer is not None and _is_limited(answer.request.options) for answer in self._in_slots
+        )
         allowed_RW = self._allowed(size) if constrained else self._everything[size.rows]
         kept_N = np.array([answer is not None for answer in self._in_slots])
         self._slots, step = device.decode(
@@ -642,6 +656,11 @@ class Engine:
                 "an encoder max_source_length)"
             )
         return slots
+
+
+def _is_limited(options: GenerationOptions) -> bool:
+    """Returns whether some ids are never written."""
+    return bool(options.suppressed_tokens) or options.allowed_tokens is not None
 
 
 def _finite(logprob: Any) -> float:

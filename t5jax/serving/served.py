@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import dataclasses
+import datetime
 import functools
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t5jax import decoding
-from t5jax.decoding import GenerationOptions
+from t5jax.decoding import Constraint, GenerationOptions
 from t5jax.serving.engine import Engine, EngineOptions, QueueFull
 from t5jax.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, Message
 from t5jax.serving.slots import NUM_TOP
@@ -69,6 +70,7 @@ class ServedModel:
 
     def start(self) -> None:
         """Starts compiling."""
+        _ = self._generation  # Warns at the start.
         if self.engine is not None:
             self.engine.start()
         self._warm = self._worker.submit(self._compile)
@@ -156,7 +158,8 @@ class ServedModel:
             _check_text(message.text)
         if self.tokenizer.chat_template:
             rows = [{"role": m.role, "content": m.text} for m in messages]
-            text = self._template.prompt({"messages": rows})
+            today = datetime.datetime.now().strftime  # As in transformers.
+            text = self._template.prompt({"messages": rows}, strftime_now=today)
             return list(self.tokenizer.encode(text)) or [self.form.nothing]
         if self.model.kind == "encoder_decoder" and [m.role for m in messages] == ["user"]:
             return self.prompt(messages[0].text)
@@ -211,13 +214,13 @@ class ServedModel:
             changes["json_schema"] = schema
         return dataclasses.replace(options, seed=seed, **changes)
 
-    def constraint(self, options: GenerationOptions) -> Any:
+    def constraint(self, options: GenerationOptions) -> Constraint:
         """Returns what checks an answer to be JSON of a schema while it is written.
 
         Raises:
           ValueError: if the schema is invalid.
         """
-        raise ValueError("response_format is not supported yet; leave it out")
+        return Constraint(options, self.tokenizer, self.model.end_token_ids)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019
     def _options_of(self, given: tuple[tuple[str, Any], ...]) -> GenerationOptions:
@@ -228,12 +231,13 @@ class ServedModel:
         """What generation_config.json says of how answers are written."""
         source = self.pretrained.source
         generation = {} if source is None else source.generation()
-        if (generation.get("num_beams") or 1) > 1:
-            _log.warning(
-                "%s: generation_config.json asks for %s beams; the server writes without beam "
-                "search",
-                *(self.name, generation["num_beams"]),
-            )
+        asked = {"num_beams": (None, 1), "forced_bos_token_id": (None,)}
+        for name, neutral in asked.items():
+            if generation.get(name) not in neutral:
+                _log.warning(
+                    "%s: generation_config.json sets %s to %s, which the server does not obey",
+                    *(self.name, name, generation[name]),
+                )
         return {name: value for name, value in generation.items() if name not in _NOT_SERVED}
 
     def max_tokens(self, body: CompletionBody | ChatBody, prompt: Sequence[int]) -> int:

@@ -237,3 +237,14 @@ def test_what_prompts_share_is_read_once_and_changes_nothing():
     for one, other in zip(alone, found, strict=True):
         assert (one[0], one[2:]) == (other[0], other[2:])
         np.testing.assert_allclose(one[1], other[1], atol=2e-5)
+
+
+def test_tokens_that_are_suppressed_are_not_written_and_others_are_not_disturbed(engine):
+    request = Request((5, 6, 7), 6)
+    plain = Listener(engine, request).result()
+    options = GenerationOptions(suppressed_tokens=tuple(set(plain[0])))
+    limited = Request((5, 6, 7), 6, options)
+    listeners = [Listener(engine, r) for r in (request, limited, request)]
+    results = [listener.result() for listener in listeners]
+    assert results[0][0] == results[2][0] == plain[0]
+    assert not set(results[1][0]) & set(plain[0])

@@ -392,3 +392,45 @@ def test_prompts_and_answers_are_not_logged(url, caplog):
     assert answer.status_code == 200
     assert ask(url, model="t5", prompt="xyzzy" * 50).status_code == 400
     assert "xyzzy" not in caplog.text
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt"])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_is_json_of_a_schema_beside_others_that_are_free(client, name, temperature):
+    asked = {"model": name, "prompt": "abc", "max_tokens": 14, "temperature": temperature}
+    free = client.completions.create(model=name, prompt="abc", max_tokens=14)
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        forms = pool.submit(
+            client.completions.create, **asked, extra_body={"response_format": form}
+        )
+        beside = pool.submit(client.completions.create, model=name, prompt="abc", max_tokens=14)
+        choice = forms.result().choices[0]
+        assert beside.result().choices == free.choices
+    if choice.finish_reason == "stop":
+        assert 0 <= json.loads(choice.text)["n"] <= 99
+    else:  # A model of random weights may write spaces without end.
+        assert choice.text.startswith("{")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
+        {"type": "json_object", "json_schema": {"schema": {}}},
+        {"type": "xml"},
+    ],
+)
+def test_a_wrong_response_format(url, form):
+    answer = ask(url, model="t5", prompt="abc", response_format=form)
+    assert answer.status_code == 400
+    assert len(answer.json()["error"]["message"]) > 10
