@@ -259,8 +259,9 @@ class Engine:
             empty = jax.jit(device.empty, static_argnums=(0, 1))
             self._slots: Slots = empty(model, self.size)
             words = -(-model.vocab_size // 32)
+            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             self._everything = {
-                rows: jax.device_put(np.full((rows, words), -1, np.int32), replicated(mesh))
+                rows: jax.device_put(np.full((rows, words), -1, np.int32), replicated)
                 for rows in {size.rows for size in self._sizes}
             }
         self._in_slots: list[Answer | None] = [None] * num_slots
@@ -596,7 +597,9 @@ class Engine:
         constrained = self._is_constrained or any(
             answer is not None and _is_limited(answer.request.options) for answer in self._in_slots
         )
-        allowed_RW = self._allowed(size) if constrained else self._everything[size.rows]
+        allowed_RW = self._everything[size.rows]
+        if constrained:  # With the same sharding, so that it is the same program.
+            allowed_RW = jax.device_put(self._allowed(size), allowed_RW.sharding)
         kept_N = np.array([answer is not None for answer in self._in_slots])
         self._slots, step = device.decode(
             *(self.model, self._params, self._slots, kept_N, allowed_RW),
@@ -697,11 +700,6 @@ def _free_host_memory() -> float:
         return kib * 1024 / 2  # Others need memory as well.
     except (OSError, StopIteration):
         return _UNKNOWN_MEMORY
-
-
-def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-    """Returns the sharding of an array that every device holds."""
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _slot_bytes(model: Architecture, size: Size) -> int:

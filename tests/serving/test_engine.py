@@ -15,7 +15,7 @@ from t5jax.serving.engine import QueueFull, Request, Stopping
 
 MODELS = {"encoder_decoder": T5, "decoder": GPT}
 DRAW = GenerationOptions(temperature=1.0, top_k=30, top_p=0.9, seed=7)
-REPEAT = GenerationOptions(repetition_penalty=1.3, no_repeat_ngram_size=2, min_tokens=9)
+REPEAT = GenerationOptions(repetition_penalty=1.3, no_repeat_ngram_size=2)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -82,7 +82,7 @@ def test_nothing_is_compiled_after_the_start(engine):
                 Request(
                     tuple(rng.integers(3, 200, rng.integers(1, 17)).tolist()),
                     int(rng.integers(1, 16)),
-                    DRAW,
+                    (DRAW, REPEAT, GenerationOptions(suppressed_tokens=(9,)))[rng.integers(3)],
                     num_top=int(rng.integers(3)),
                     streaming=bool(rng.integers(2)),
                 ),
