@@ -23,6 +23,7 @@ from t5jax.tokenizers import ByteTokenizer
 # One layer each, and one length of prompts: what is compiled is most of a test's time.
 T5 = change(SMALL, vocab_size=384, num_encoder_layers=1, num_decoder_layers=1, scan_layers=False)
 GPT = change(GPT2, vocab_size=384, num_layers=1, eos_token_id=1, scan_layers=False)
+_COMPILING = 600  # Seconds, on a machine that has much else to do.
 SIZES = EngineOptions(slots=4, max_length=32, max_source_length=16, max_waiting=8)
 
 
@@ -53,7 +54,7 @@ def engine_of(model, **sizes) -> Iterator[Engine]:
     options = dataclasses.replace(SIZES, **sizes)
     engine = Engine(model, found.params, found.tokenizer, found.mesh, options=options)
     engine.start()
-    wait_for(lambda: engine.ready.is_set() or engine.failure)
+    wait_for(lambda: engine.ready.is_set() or engine.failure, _COMPILING)
     yield engine
     assert engine.stop(30), "it did not stop"
     assert engine.failure is None
@@ -101,7 +102,7 @@ def running(*models: ServedModel, **options) -> Iterator[str]:
     wait_for(lambda: server.started)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        wait_for(lambda: all(model.is_ready for model in models), 120)
+        wait_for(lambda: all(model.is_ready for model in models), _COMPILING)
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

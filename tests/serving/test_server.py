@@ -22,7 +22,9 @@ MESSAGES = [{"role": "user", "content": "abc"}]
 
 @pytest.fixture(scope="module")
 def models():
-    return served("t5", T5, batch_invariant=True), served("gpt", GPT, batch_invariant=True)
+    return served("t5", T5, batch_invariant=True), served(
+        "gpt", GPT, batch_invariant=True, max_length=16
+    )
 
 
 @pytest.fixture(scope="module")
