@@ -72,6 +72,7 @@ def test_kernels_compile(topology, case):
     assert all(int(flops) > 0 for flops in kernels(text))
 
 
+@pytest.mark.slow
 def test_nothing_of_the_size_of_the_scores():
     """In the compiled loss and gradient of a T5 on four chips."""
     model = T5Config(
