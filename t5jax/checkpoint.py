@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,7 @@ def create_run_dir(run_dir: str | Path) -> Path:
     check_writable_name(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{os.getpid()}"
+        probe = run_dir / f".writable-{socket.gethostname()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:

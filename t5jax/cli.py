@@ -7,6 +7,7 @@ message on standard error and a non-zero exit; results alone go to standard outp
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -38,6 +39,8 @@ t5jax COMMAND --help shows every option of a command with its default.
 t5jax --version shows the version.
 T5JAX_TRACEBACK=1 in the environment shows where an error comes from, T5JAX_KEEP_MEMORY=0 returns
 freed memory to the system after each step on a CPU, which is slower.
+On a TPU pod, in a SLURM step, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+set, the same command on every host is one run.
 """
 
 COMMANDS = {
@@ -77,7 +80,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     try:
         command = getattr(importlib.import_module(f"t5jax.commands.{module}"), function)
-        return command(args[1:]) or 0
+        status = command(args[1:]) or 0
+        if distributed := sys.modules.get("t5jax.distributed"):
+            distributed.leave()
+        return status
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint" if args[0] == "train" else ""
         if args[0] == "eval" and any(word.startswith("--output") for word in args):
@@ -88,8 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError) as error:
         if os.environ.get("T5JAX_TRACEBACK"):
+            _leave_others(str(error), error)
             raise
         return _fail(str(error))
+    except Exception as error:  # A fault of ours, which ends in a traceback.
+        _leave_others(f"{type(error).__name__}: {error}", error)
+        raise
 
 
 def _format_warning(
@@ -104,7 +114,21 @@ def _format_warning(
     return f"t5jax: {what}: {' '.join(str(message).split())}\n"
 
 
+def _leave_others(message: str, error: Exception | None = None, status: int = 1) -> None:
+    """Of several processes, ends this one, whose others would wait for it."""
+    distributed = sys.modules.get("t5jax.distributed")
+    if distributed and distributed.fail(message):
+        if error:
+            traceback.print_exception(error)
+        else:
+            print(f"t5jax: error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _fail(message: str, status: int = 1) -> int:
+    _leave_others(message, status=status)
     print(f"t5jax: error: {message}", file=sys.stderr)
     return status
 

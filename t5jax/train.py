@@ -16,10 +16,10 @@ import flax.traverse_util
 import jax
 from rich.console import Console
 
-from t5jax import checkpoint, sharding
+from t5jax import checkpoint, distributed, sharding
 from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
-from t5jax.config import Config
+from t5jax.config import Config, to_json
 from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
@@ -54,7 +54,10 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
 
     # --- Where the run stands, and what its model comes from ---
     run_dir = checkpoint.create_run_dir(config.run_dir)
+    distributed.check_same(to_json(config), "the config", "start the same command on every host")
     last = checkpoint.latest_checkpoint(run_dir)
+    remedy = f"run_dir must be one folder for all hosts: {run_dir} is not, or its files are delayed"
+    distributed.check_same(str(last and last.name), "the last checkpoint", remedy)
     loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source = None
     if config.init.model or loop.imported:
@@ -119,6 +122,13 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
         )
         for eval_set in eval_sets:
             evaluator.check(eval_set)
+    distributed.check_same(
+        repr(
+            [iterator.state(), str(epoch), *(e.target_ids for s in eval_sets for e in s.examples)]
+        ),
+        "the data (files, tasks or caches)",
+        "give every host the same ones",
+    )
 
     with run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
         # --- Resume, or begin ---
@@ -135,11 +145,12 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
                 state = state.replace(params=None)  # Never two copies on the devices.
                 params = source.params(run.model, run.shardings.params, new)
                 state = state.replace(params=params)
-        log.truncate_metrics(run_dir, start)
-        checkpoint.write_config(run_dir, config)
-        tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
-        if source:
-            hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
+        if distributed.is_main():
+            log.truncate_metrics(run_dir, start)
+            checkpoint.write_config(run_dir, config)
+            tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
+            if source:
+                hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         size = f"; an epoch is {epoch}" if epoch else ""
         say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}{size}")
@@ -147,8 +158,8 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
 
         # --- Train ---
         throughput = progress.Throughput()
-        bar = progress.ProgressBar(config.train.steps, start)
-        with bar, contextlib.closing(log.make_writer(run_dir)) as writer:
+        bar = progress.ProgressBar(config.train.steps, start, quiet=not distributed.is_main())
+        with bar, contextlib.closing(log.make_writer(run_dir, distributed.is_main())) as writer:
             reports = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
             batches = Prefetch(iterator, run.mesh, run.rules)
             for step in itertools.count(start + 1):
@@ -222,7 +233,8 @@ def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
         # The checkpoint that export and init.model take.
         loss, best = checkpoint.best_loss(run_dir), checkpoint.best_checkpoint(run_dir)
         say(f"best {config.eval.split} loss {loss:.4f} at step {best.name}")
-    plot.plot_losses(run_dir, run_dir / "loss.png")
+    if distributed.is_main():
+        plot.plot_losses(run_dir, run_dir / "loss.png")
     say(f"done: {run_dir} (loss.png shows the losses)")
     return run_dir
 
@@ -403,15 +415,16 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
 
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:
     kind = mesh.devices.flat[0].device_kind
+    hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     if mesh.size == 1:
         return f"1 {kind} device"
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} {kind} devices ({shape})"
+    return f"{mesh.size} {kind} devices ({shape}{hosts})"
 
 
 def say(text: str) -> None:
     """Prints on standard error, since standard output is for results."""
-    if jax.process_index() == 0:
+    if distributed.is_main():
         # Paths are no markup, whatever brackets are in them.
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         console.print(text, soft_wrap=True)

@@ -104,8 +104,12 @@ def trained_run(copy_to: Path | None = None) -> Path:
 
 def read_state(run_dir, step) -> dict[str, np.ndarray]:
     """Returns every array of a checkpoint, path to value, as it is on disk."""
+    path = Path(run_dir).absolute() / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        state = checkpointer.restore(Path(run_dir).absolute() / "checkpoints" / str(step) / "state")
+        # Whatever devices, of whatever processes, have saved it.
+        whole = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = jax.tree.map(lambda _: whole, checkpointer.metadata(path).item_metadata.tree)
+        state = checkpointer.restore(path, restore_args=args)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 

@@ -37,8 +37,10 @@ def train(args: list[str]) -> None:
     if print_config:
         print(to_json(config), end="")
         return
+    from t5jax import distributed
     from t5jax.train import train as run
 
+    distributed.start()
     run(config, compiled=compiled)
 
 

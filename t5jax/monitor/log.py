@@ -13,8 +13,10 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
-def make_writer(run_dir: str | Path) -> Any:
+def make_writer(run_dir: str | Path, writes: bool = True) -> Any:
     """Returns a clu.metric_writers.MetricWriter for TensorBoard and metrics.jsonl in `run_dir`.
+
+    In all processes of a run but one it writes nothing (`writes`).
 
     An existing file is appended to; call `truncate_metrics` first when a run is resumed.
     """
@@ -22,6 +24,8 @@ def make_writer(run_dir: str | Path) -> Any:
     import t5jax.data.bridge.tf  # noqa: F401, I001
     from clu import metric_writers
 
+    if not writes:
+        return metric_writers.MultiWriter([])
     metric_writers.MetricWriter.register(JsonlWriter)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     return metric_writers.MultiWriter(

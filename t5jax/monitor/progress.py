@@ -86,7 +86,12 @@ class ProgressBar:
     """
 
     def __init__(
-        self, total: int, step: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        total: int,
+        step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        quiet: bool = False,
     ) -> None:
         """Creates the bar of a run.
 
@@ -94,11 +99,12 @@ class ProgressBar:
           total: the number of steps of the run.
           step: the steps that were done before it was resumed.
           clock: the time in seconds.
+          quiet: show nothing, as in all processes of a run but one.
         """
         from rich.console import Console
 
         self._total, self._step, self._clock = total, step, clock
-        self._console = Console(stderr=True, markup=False, emoji=False)
+        self._console = Console(stderr=True, markup=False, emoji=False, quiet=quiet)
         self._first: tuple[float, int] | None = None
         self._loss: float | None = None
         self._tokens_per_second: float | None = None

@@ -1,0 +1,227 @@
+"""Several processes are one run: they start, write, resume, evaluate and end together."""
+
+import socket
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from hosts import Hosts, by_address, free_port
+from t5jax import distributed, sharding
+from t5jax.config import to_json
+from t5jax.monitor import log
+from t5jax.rendezvous import Rendezvous
+from t5jax.train import train
+from tiny import assert_same_bits, make_config, read_loop, read_metrics, read_state
+
+SECTIONS = {
+    "eval": {"every": 2, "batch_size": 8, "num_examples": 8, "num_samples": 1},
+    "checkpoint": {"every": 2},
+}
+
+
+def config_of(run_dir, steps, **sections):
+    return make_config(run_dir, train={"steps": steps, "log_every": 1}, **SECTIONS | sections)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    with Hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    def make_mesh(*config):
+        return tiny._make_mesh(*config, devices=jax.devices()[:2])
+
+    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
+
+
+def slurm(count):
+    port = str(free_port())
+    return [
+        {
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_NODES": "1",
+            "SLURM_STEP_NUM_TASKS": str(count),
+            "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i),
+            "JAX_COORDINATOR_PORT": port,
+            "T5JAX_HOST_TIMEOUT": "60",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_devices")
+def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path):
+    several, one = tmp_path / "several", tmp_path / "one"
+    config = tmp_path / "config.json"
+    config.write_text(to_json(config_of(several, 2)))
+    first, second = hosts.run(["train", str(config)], by_address(2))
+    assert (first.status, second.status) == (0, 0), (first.err, second.err)
+    assert "parameters on 2 cpu devices (data 2, 2 processes)" in first.err
+    assert "capitals: " in first.err
+    # One process speaks and writes.
+    assert all("Gloo" in line for line in second.err.splitlines()), second.err
+    assert len(list((several / "tensorboard").iterdir())) == 1
+    assert (several / "loss.png").exists()
+    train(config_of(one, 2))
+    assert_same_bits(several, one, 2)
+    assert read_metrics(several) == read_metrics(one)
+
+    # Four others go on, started by SLURM.
+    config.write_text(to_json(config_of(several, 4)))
+    ended = hosts.run(["train", str(config)], slurm(4))
+    assert [e.status for e in ended] == [0] * 4, ended[0].err
+    assert "going on from step 2" in ended[0].err
+    assert "(data 4, 4 processes)" in ended[0].err
+    train(config_of(one, 4))
+    assert read_loop(several, 4)["iterator"] == read_loop(one, 4)["iterator"]
+    got = read_state(several, 4)
+    for name, value in read_state(one, 4).items():
+        # Of four terms, a sum has another order than of two.
+        np.testing.assert_allclose(got[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    assert [line["step"] for line in log.read_metrics(several)] == [
+        line["step"] for line in log.read_metrics(one)
+    ]
+
+
+@pytest.mark.slow
+def test_when_one_is_killed_the_others_stop_and_name_it(hosts, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(to_json(config_of(tmp_path / "run", 10**6, eval={"every": 0})))
+    processes = [hosts.start(["train", str(config)], env) for env in by_address(2)]
+    while "step 2/" not in hosts.read(processes[0]):
+        assert "error" not in hosts.read(processes[0])
+        threading.Event().wait(0.05)
+    hosts.kill(processes[1])
+    ended = hosts.wait(processes[0], timeout=20)
+    assert ended.status == 1
+    message = f"t5jax: error: process 1 on {socket.gethostname()} has stopped; the same command on"
+    assert message in ended.err
+
+
+# --- Meeting --------------------------------------------------------------------------------------
+
+
+def meet(count, present, timeout=5.0, counts=None):
+    """Lets processes meet, as threads; returns what each has: its rendezvous or its error."""
+    address, found = f"localhost:{free_port()}", {}
+
+    def one(index):
+        try:
+            found[index] = Rendezvous(address, (counts or {}).get(index, count), index, timeout)
+        except ValueError as error:
+            found[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in present]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_all_know_the_names_of_all_and_part_in_peace():
+    found = meet(3, [0, 1, 2])
+    name = socket.gethostname()
+    assert [found[i].names for i in range(3)] == [[name] * 3] * 3
+    for rendezvous in found.values():
+        rendezvous.leave()
+
+
+def test_the_absent_are_named_to_those_who_came():
+    found = meet(4, [0, 2], timeout=0.5)
+    name = socket.gethostname()
+    expected = (
+        f"processes 1, 3 of 4 did not come within 0.5 s; there are 0 ({name}), 2 ({name}). Start "
+        "the same command on every host"
+    )
+    assert set(found) == {0, 2}
+    assert all(message.startswith(expected) for message in found.values())
+
+
+def test_without_process_0_the_others_say_where_it_should_be():
+    assert meet(2, [1], timeout=0.5)[1].startswith("process 0 of 2 did not come within 0.5 s (loc")
+
+
+def test_two_processes_that_count_differently_are_told():
+    found = meet(2, [0, 1], counts={1: 3})
+    assert all("counts 3 processes, and process 0 2" in message for message in found.values())
+
+
+# --- When a process is one of several -------------------------------------------------------------
+
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "h:80", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+
+
+def test_find():
+    assert distributed.find({}) is None
+    assert distributed.find(ADDRESS) == ("h:80", 2, 1, None)
+    assert distributed.find(ADDRESS | {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+    # A batch script of SLURM is one process, whatever the job has allocated.
+    assert distributed.find({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None
+
+
+def test_a_tpu_host_is_one_of_a_pod_or_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "num_tpu_chips", lambda: 4)
+    monkeypatch.setattr(distributed, "_metadata", lambda key: asked.append(key) or "a,b")
+    assert distributed._num_pod_hosts({"TPU_WORKER_HOSTNAMES": "localhost"}) == 1
+    assert distributed._num_pod_hosts({"TPU_WORKER_HOSTNAMES": "a,b,c,d"}) == 4
+    assert (
+        distributed._num_pod_hosts({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}) == 2
+    )
+    assert not asked
+    assert distributed._num_pod_hosts({}) == 2
+    assert distributed._num_pod_hosts({"JAX_PLATFORMS": "cpu"}) == 1
+    monkeypatch.setattr(distributed, "num_tpu_chips", lambda: 0)
+    assert distributed._num_pod_hosts({"TPU_WORKER_HOSTNAMES": "a,b"}) == 1
+    assert asked == ["worker-network-endpoints"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"JAX_PROCESS_ID": ""}, "JAX_NUM_PROCESSES is set, but not JAX_PROCESS_ID; set all three"),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, "is set, but not JAX_COORDINATOR_ADDRESS; set all"),
+        ({"JAX_COORDINATOR_ADDRESS": "h"}, "JAX_COORDINATOR_ADDRESS is 'h'; expected HOST:PORT"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; expected a number"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2, and JAX_NUM_PROCESSES 2; .* from 0 to 1"),
+    ],
+)
+def test_an_incomplete_environment_is_refused(env, message):
+    with pytest.raises(ValueError, match=message):
+        distributed.find(ADDRESS | env)
+
+
+def test_a_time_out_is_a_number(monkeypatch):
+    monkeypatch.setenv("T5JAX_HOST_TIMEOUT", "soon")
+    with pytest.raises(ValueError, match="T5JAX_HOST_TIMEOUT is 'soon'; expected a number of sec"):
+        distributed.timeout()
+
+
+def test_a_cpu_in_place_of_an_accelerator_is_refused(monkeypatch):
+    distributed.check_accelerator()  # JAX_PLATFORMS is cpu here.
+    monkeypatch.setattr(distributed, "num_tpu_chips", lambda: 4)
+    distributed.check_accelerator()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(distributed, "_platforms", lambda: None)
+    with pytest.raises(ValueError, match=r"has 4 TPU chips, but jax only .* 't5jax\[tpu\]'.* cpu"):
+        distributed.check_accelerator()
+    monkeypatch.setattr(distributed, "num_tpu_chips", lambda: 0)
+    distributed.check_accelerator()
+
+    def fails():
+        raise RuntimeError("Unable to initialize backend 'tpu': no device\nmore")
+
+    monkeypatch.setattr(jax, "default_backend", fails)
+    with pytest.raises(ValueError, match=r"cannot use the acc.* \(Unable to .*: no device\); mend"):
+        distributed.check_accelerator()
