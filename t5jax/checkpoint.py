@@ -110,6 +110,10 @@ class Checkpoints:
         with _reading(checkpoint):
             return TrainState(**self._manager.restore(int(checkpoint.name), args=args).state)
 
+    def wait(self) -> None:
+        """Waits until everything is written; an error of writing is raised here."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits until everything is written."""
         self._manager.close()

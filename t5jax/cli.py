@@ -38,7 +38,8 @@ CONFIG is a Python file, the name of one in ./configs or among those that come w
 t5jax COMMAND --help shows every option of a command with its default.
 t5jax --version shows the version.
 T5JAX_TRACEBACK=1 in the environment shows where an error comes from, T5JAX_KEEP_MEMORY=0 returns
-freed memory to the system after each step on a CPU, which is slower.
+freed memory to the system after each step on a CPU, which is slower. T5JAX_KEEP_PROGRAMS=0 compiles
+anew at every start of a training run.
 On a TPU pod, in a SLURM step, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
 set, the same command on every host is one run.
 """

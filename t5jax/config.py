@@ -207,6 +207,9 @@ class TrainConfig:
     """Steps between two reports of metrics."""
     seed: int = 0
     """Seed of the initial parameters and of dropout."""
+    profile: int = 0
+    """Steps to trace, once the first few are done; the trace is in `profile` of the run's folder,
+    for xprof and TensorBoard. 0: none."""
     epochs: float | None = None
     """Passes over the training examples of one task, in place of `steps`, which is computed from
     it. None: `steps` counts."""
@@ -219,6 +222,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "microbatches", "log_every"):
             check_at_least(getattr(self, name), 1, f"train.{name}")
+        check_at_least(self.profile, 0, "train.profile")
         check_choice(self.attention, typing.get_args(Attention), "train.attention")
         if self.epochs is not None:
             check_positive(self.epochs, "train.epochs")

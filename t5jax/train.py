@@ -24,8 +24,10 @@ from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
-from t5jax.monitor import log, plot, progress, tables
+from t5jax.monitor import log, plot, profile, progress, tables
+from t5jax.monitor.goodput import Goodput, describe
 from t5jax.plan.compiled import load as load_step
+from t5jax.plan.flops import peak_share
 from t5jax.program import program
 from t5jax.source import Source, adopt, find
 from t5jax.special_tokens import trained_with
@@ -52,6 +54,7 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
+    goodput = Goodput()
     # --- Where the run stands, and what its model comes from ---
     run_dir = checkpoint.create_run_dir(config.run_dir)
     distributed.check_same(to_json(config), "the config", "start the same command on every host")
@@ -130,15 +133,17 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
         "give every host the same ones",
     )
 
-    with run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
+    with goodput, run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
         # --- Resume, or begin ---
         start = int(last.name) if last else 0
         if last:
             say(f"going on from step {start} of {run_dir}")
             _say_how_the_rate_falls(saved, config)
-            state = checkpoints.restore(last, run.shapes, run.shardings)
+            with goodput.spend("checkpoint"):
+                state = checkpoints.restore(last, run.shapes, run.shardings)
         else:
-            state = run.create(jax.random.key(config.train.seed))
+            with goodput.spend("other"):
+                state = run.create(jax.random.key(config.train.seed))
             if source:
                 say(f"parameters from {source.path}")
                 new = _new_params(source, run.model, state.params)
@@ -157,20 +162,29 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
         say(f"attention: {api.attention_backend()}")
 
         # --- Train ---
-        throughput = progress.Throughput()
+        batch_shapes = run.arguments(iterator.spec)[1]
+        throughput = progress.Throughput(
+            positions=progress.count_positions(batch_shapes),
+            peak_share=peak_share(run.model, batch_shapes, run.mesh.devices.flat),
+        )
+        trace = profile.Trace(run_dir, config.train.profile, start, config.train.steps)
         bar = progress.ProgressBar(config.train.steps, start, quiet=not distributed.is_main())
         with bar, contextlib.closing(log.make_writer(run_dir, distributed.is_main())) as writer:
             reports = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
-            batches = Prefetch(iterator, run.mesh, run.rules)
+            batches = Prefetch(iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
             for step in itertools.count(start + 1):
                 batch, num_tokens, position = next(batches)
+                trace.before(step, reports.flush)
                 # Implicit transfers from the devices are errors here.
-                with jax.transfer_guard("disallow"):
+                with jax.transfer_guard("disallow"), goodput.step() as counted:
                     state, metrics = run.step(state, batch)
+                    counted.result = metrics
                 done = step == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
                 failure = None if done else batches.try_fetch()  # While the devices work.
                 reports.add(step, metrics, num_tokens)
+                if traced := trace.after(step, reports.flush):
+                    bar.print(traced)
 
                 evaluates = not failure and eval_sets and (done or step % config.eval.every == 0)
                 if evaluates or done or failure or step % config.checkpoint.every == 0:
@@ -180,7 +194,8 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
                         loss = None
                         if evaluates:
                             try:
-                                results = run_evaluation(evaluator, state.params, eval_sets)
+                                with goodput.spend("evaluation"):
+                                    results = run_evaluation(evaluator, state.params, eval_sets)
                             except Exception as error:  # Such as too little memory to generate.
                                 _raise_among_several(error)
                                 failure = error
@@ -192,11 +207,17 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
                                 if loop.stops(config.eval.patience):
                                     bar.print(f"stopping at step {step}: {loop.reason()}")
                                     done = True
-                        checkpoints.save(step, state, dataclasses.asdict(loop), config, loss)
+                        with goodput.spend("checkpoint"):
+                            checkpoints.save(step, state, dataclasses.asdict(loop), config, loss)
+                            if done:
+                                checkpoints.wait()
+                        seconds = goodput.seconds()
+                        writer.write_scalars(step, {f"time/{p}": s for p, s in seconds.items()})
                 if failure:
                     say(f"the checkpoint of step {step} is saved")
                     raise failure
                 if done:
+                    say(describe(seconds))
                     break
 
     return _finish(run_dir, loop, config)
@@ -286,11 +307,18 @@ class LoopState:
 class Prefetch:
     """Transfers the next batch to the devices while they run the current step."""
 
-    def __init__(self, iterator: BatchIterator, mesh: jax.sharding.Mesh, rules):
-        self._iterator, self._mesh, self._rules = iterator, mesh, rules
+    def __init__(
+        self, iterator: BatchIterator, mesh: jax.sharding.Mesh, rules, timed=contextlib.nullcontext
+    ):
+        """Fetches nothing yet; `timed` returns a context for each fetch."""
+        self._iterator, self._mesh, self._rules, self._timed = iterator, mesh, rules, timed
         self._slot: tuple | None = None
 
     def fetch(self) -> None:
+        with self._timed():
+            self._fetch()
+
+    def _fetch(self) -> None:
         batch = next(self._iterator)
         batch_size = self._iterator.spec.batch_size
         on_devices = sharding.shard_batch(batch, self._mesh, self._rules, batch_size)
@@ -366,7 +394,10 @@ class Reports:
         } | {f"train/{name}": rate for name, rate in rates.items()}
         self._writer.write_scalars(step, scalars)
         self._bar.update(
-            step, loss=scalars["train/loss"], tokens_per_second=rates.get("tokens_per_second")
+            step,
+            loss=scalars["train/loss"],
+            tokens_per_second=rates.get("tokens_per_second"),
+            mfu=rates.get("mfu"),
         )
 
 

@@ -32,13 +32,13 @@ ORDER = [
     {"t5jax.train_state"},
     {"t5jax.losses", "t5jax.optimizers"},
     {"t5jax.models"},
-    {"t5jax.sharding"},
+    {"t5jax.sharding", "t5jax.distributed", "t5jax.compilation"},
     {"t5jax.data.batches.converters", "t5jax.special_tokens"},
     {"t5jax.data.batches.examples", "t5jax.tokenizers", "t5jax.metrics"},
     {"t5jax.batch"},
     {"t5jax.config"},
     {"t5jax.architectures", "t5jax.shipped"},
-    {"t5jax.checks", "t5jax.host_memory", "t5jax.storage"},
+    {"t5jax.checks", "t5jax.host_memory", "t5jax.rendezvous", "t5jax.storage"},
 ]
 # The rooms of t5jax.data, in the same way. The package itself imports nothing but on demand.
 DATA_ORDER = [

@@ -339,7 +339,7 @@ def test_config_files(tmp_path, monkeypatch):
 LOSS_FIELDS = {"z_loss": 0.5, "label_smoothing": 0.3}
 TRAIN_FIELDS_HERE, TRAIN_FIELDS_ELSEWHERE = (
     {"seed", "microbatches"},
-    {"steps", "log_every", "epochs", "attention"},
+    {"steps", "log_every", "epochs", "profile", "attention"},
 )
 # Whole sections in another file's table.
 ELSEWHERE = {

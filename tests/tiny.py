@@ -121,9 +121,12 @@ def read_loop(run_dir, step) -> dict:
 
 def read_metrics(run_dir) -> list[dict]:
     """Returns the lines of metrics.jsonl without what depends on the clock."""
-    clock = ("time", "train/steps_per_second", "train/tokens_per_second")
-    lines = log.read_metrics(run_dir)
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+    clock = ("time", "train/steps_per_second", "train/tokens_per_second", "train/padding")
+    lines = [
+        {k: v for k, v in line.items() if k not in clock and not k.startswith("time/")}
+        for line in log.read_metrics(run_dir)
+    ]
+    return [line for line in lines if line.keys() != {"step"}]
 
 
 def assert_same_bits(run_a, run_b, step) -> None:

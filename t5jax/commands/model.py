@@ -72,9 +72,11 @@ class Eval:
 def evaluate(args: list[str]) -> None:
     options = parse(Eval, model_first(args), prog="t5jax eval", positional=True)
     from t5jax import distributed
+    from t5jax.compilation import keep_programs
     from t5jax.evaluation import evaluate_model
 
     distributed.start()
+    keep_programs()
     evaluate_model(**fields(options))
 
 

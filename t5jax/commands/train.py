@@ -38,9 +38,11 @@ def train(args: list[str]) -> None:
         print(to_json(config), end="")
         return
     from t5jax import distributed
+    from t5jax.compilation import keep_programs
     from t5jax.train import train as run
 
     distributed.start()
+    keep_programs()
     run(config, compiled=compiled)
 
 

@@ -1,8 +1,9 @@
 """Throughput and progress of a run: steps and tokens per second, a bar on stderr."""
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,14 @@ def count_tokens(batch: Batch) -> int:
     return sum(int(np.count_nonzero(batch[name])) for name in read if name in batch)
 
 
+def count_positions(batch: Mapping[str, Any]) -> int:
+    """Returns the number of positions for these tokens in a batch, from its arrays or shapes."""
+    read = (ENCODER_INPUT_TOKENS, DECODER_TARGET_TOKENS)
+    return sum(math.prod(batch[name].shape) for name in read if name in batch)
+
+
 class Throughput:
-    """Steps and tokens per second of training since they were last read.
+    """Steps and tokens per second of training since they were last read, padding and MFU.
 
     The clock starts when the first step, which compiles, is done, and is stopped during `pause()`.
 
@@ -30,8 +37,22 @@ class Throughput:
         writer.write_scalars(step, speed.read())
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        positions: int = 0,
+        peak_share: float | None = None,
+    ) -> None:
+        """Creates the clock, which does not run yet.
+
+        Args:
+          clock: the time in seconds.
+          positions: of a batch, for the share of padding. 0: none is computed.
+          peak_share: the share of the devices' peak that one step per second is, for MFU. None:
+            none is computed.
+        """
+        self._clock, self._positions, self._peak_share = clock, positions, peak_share
         self._start: float | None = None
         self._steps = self._tokens = 0
 
@@ -56,7 +77,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Returns {"steps_per_second", "tokens_per_second"} and starts over.
 
-        Empty if there is nothing to measure: no step since the first one or the last reading.
+        Also "padding", in percent of the positions, if there is some, and "mfu" in percent. Empty
+        if there is nothing to measure: no step since the first one or the last reading.
         """
         if not self._steps or self._start is None:
             return {}
@@ -66,6 +88,10 @@ class Throughput:
             "steps_per_second": self._steps / seconds,
             "tokens_per_second": self._tokens / seconds,
         }
+        if self._tokens < self._positions * self._steps:
+            rates["padding"] = 100 * (1 - self._tokens / (self._positions * self._steps))
+        if self._peak_share is not None:
+            rates["mfu"] = 100 * self._peak_share * rates["steps_per_second"]
         self._start, self._steps, self._tokens = now, 0, 0
         return rates
 
@@ -108,6 +134,7 @@ class ProgressBar:
         self._first: tuple[float, int] | None = None
         self._loss: float | None = None
         self._tokens_per_second: float | None = None
+        self._mfu: float | None = None
         self._progress: Any = None
 
     def __enter__(self) -> "ProgressBar":
@@ -134,7 +161,12 @@ class ProgressBar:
             self._progress.stop()
 
     def update(
-        self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        mfu: float | None = None,
     ) -> None:
         """Shows that `step` steps are done; values that are None stay unchanged."""
         now = self._clock()
@@ -144,6 +176,7 @@ class ProgressBar:
         self._loss = self._loss if loss is None else loss
         if tokens_per_second is not None:
             self._tokens_per_second = tokens_per_second
+            self._mfu = mfu
         values = self._values(now)
         if self._progress:
             self._progress.update(self._task, completed=step, values="  ".join(values))
@@ -156,6 +189,8 @@ class ProgressBar:
             values.append(f"loss {self._loss:.4g}")
         if self._tokens_per_second is not None:
             values.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        if self._mfu is not None:
+            values.append(f"MFU {self._mfu:.1f} %")
         start, first_step = self._first or (now, self._step)
         if self._step > first_step:
             seconds = (now - start) / (self._step - first_step) * (self._total - self._step)

@@ -60,6 +60,30 @@ CHIPS = {
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "v7x": "tpu7x", "7x": "tpu7x"}
 _EXAMPLES = "v5e:2x2, v5p:4x4x4, v6e:4x4 or tpu7x:2x2x1"
 
+# What jax calls a device, and NVIDIA's peaks for bfloat16 without sparsity, from its data sheets.
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+_GPUS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "L4": 121e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the bfloat16 FLOPs per second of a device; None where they are unknown."""
+    if device_kind in _KINDS:
+        return CHIPS[_KINDS[device_kind]].peak_flops
+    words = device_kind.replace("-", " ").split()
+    for name, peak in _GPUS.items():
+        if "NVIDIA" in words and set(name.split()) <= set(words):
+            return peak
+    return None
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -8,13 +8,14 @@ appendix B). What is computed again for want of memory is not.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from t5jax.architectures import Architecture
 from t5jax.models import api
+from t5jax.plan.chips import peak_flops
 
 
 def step_flops(model: Architecture, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
@@ -23,6 +24,16 @@ def step_flops(model: Architecture, batch: Mapping[str, jax.ShapeDtypeStruct]) -
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
     forward = jax.make_jaxpr(lambda params, batch: api.logits(plain, params, batch))
     return 3 * _products(forward(api.param_shapes(plain), shapes).jaxpr)
+
+
+def peak_share(
+    model: Architecture, batch: Mapping[str, jax.ShapeDtypeStruct], devices: Iterable[Any]
+) -> float | None:
+    """Returns the MFU of one training step per second; None where the devices' peak is unknown."""
+    peaks = [peak_flops(device.device_kind) for device in devices]
+    if None in peaks:
+        return None
+    return step_flops(model, batch) / sum(peak for peak in peaks if peak)
 
 
 def _products(jaxpr: Any) -> int:

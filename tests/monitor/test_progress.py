@@ -132,3 +132,27 @@ def test_progress_on_a_terminal_is_a_bar_and_leaves_stdout_alone():
     assert "10/10" in shown.decode()
     assert "777 tokens/s" in shown.decode()
     assert "━" in shown.decode()
+
+
+def test_padding_and_mfu_where_they_are_known(clock, capsys):
+    batch = {
+        features.ENCODER_INPUT_TOKENS: np.zeros((2, 4)),
+        features.DECODER_TARGET_TOKENS: np.zeros((2, 6)),
+        features.DECODER_INPUT_TOKENS: np.zeros((2, 6)),
+    }
+    assert progress.count_positions(batch) == 20
+    speed = progress.Throughput(clock, positions=20, peak_share=0.1)
+    for num_tokens in (20, 15, 20):
+        clock.now += 0.5
+        speed.step_done(num_tokens)
+    # 35 of 40 positions; 2 steps a second, each of which takes a tenth of the peak in a second.
+    rates = speed.read()
+    assert rates == pytest.approx(
+        {"steps_per_second": 2, "tokens_per_second": 35, "padding": 12.5, "mfu": 20}
+    )
+    speed.step_done(20)
+    clock.now += 1
+    assert "padding" not in speed.read()
+    with progress.ProgressBar(total=10, clock=clock) as bar:
+        bar.update(1, loss=1.0, tokens_per_second=35, mfu=20.04)
+    assert "35 tokens/s, MFU 20.0 %" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from t5jax.architectures import T5Config, published
 from t5jax.batch import BatchSpec
 from t5jax.plan import hlo
-from t5jax.plan.chips import CHIPS, Chip, links
+from t5jax.plan.chips import CHIPS, Chip, links, peak_flops
 from t5jax.plan.cost import cost, place
 from t5jax.plan.flops import step_flops
 
@@ -215,3 +215,19 @@ def test_a_published_model_needs_six_flops_per_parameter_and_token():
     scores = 32 * 2 * length * length * 32 * 128
     assert step_flops(model, batch) == pytest.approx(6 * (params * length + scores), rel=1e-3)
     assert math.isfinite(jnp.float32(step_flops(model, batch)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v4", 275e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_or_none(kind, peak):
+    assert peak_flops(kind) == peak

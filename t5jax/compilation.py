@@ -1,0 +1,38 @@
+"""Compiled programs on disk: a config that has been started once compiles nothing again."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+from t5jax import storage
+
+VARIABLE = "T5JAX_KEEP_PROGRAMS"
+"""Environment variable: "0" compiles anew at every start."""
+
+
+def keep_programs() -> None:
+    """Makes jax keep what it compiles, in `programs` of the folder of `storage.cache_dir`.
+
+    Where JAX_COMPILATION_CACHE_DIR or jax's own configuration names a folder, that counts. Several
+    hosts can share it: the first process writes, all read.
+    """
+    if os.environ.get(VARIABLE) == "0" or jax.config.jax_compilation_cache_dir:
+        return
+    folder = storage.cache_dir() / "programs"
+    if jax.default_backend() == "cpu":  # Its programs are for one kind of processor.
+        folder /= _processor()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _processor() -> str:
+    """Returns a name for the instructions that this machine's processor has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
