@@ -25,6 +25,7 @@ models:
   export MODEL OUTPUT                        write a Hugging Face folder
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
   plan CONFIG --topology v5e:2x2             memory and time of a run on a TPU, without one
+  doctor                                     versions, devices, memory, folders: what is wrong
 
 data:
   tasks list | show NAME | check NAME        what there is; what a model sees of it; is it sound
@@ -47,6 +48,7 @@ set, the same command on every host is one run.
 COMMANDS = {
     "train": "train.train",
     "plan": "plan.plan",
+    "doctor": "doctor.doctor",
     "eval": "model.evaluate",
     "infer": "infer.infer",
     "embed": "model.embed",

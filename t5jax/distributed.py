@@ -9,6 +9,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,8 +38,9 @@ def start() -> None:
     if not jax.distributed.is_initialized() and (place := find(os.environ)):
         address, count, index, local = place
         host, port = address.rsplit(":", 1)
-        # The port beside jax's own.
-        _rendezvous = Rendezvous(f"{host}:{int(port) + 1}", count, index, timeout())
+        # The port beside jax's own; the last one of all has none above it.
+        beside = int(port) + (1 if int(port) < 65535 else -1)
+        _rendezvous = Rendezvous(f"{host}:{beside}", count, index, timeout())
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # Has no effect elsewhere.
         jax.distributed.initialize(
             address, count, index, local, initialization_timeout=round(timeout())
@@ -54,6 +56,8 @@ def find(env: Mapping[str, str]) -> tuple[str, int, int, list[int] | None] | Non
     Raises:
       ValueError: if the environment has only some of the variables, or a value that is none.
     """
+    if env.get(COUNT) == "1":
+        return None  # On one host of a pod, say.
     given = [name for name in (ADDRESS, COUNT, INDEX) if env.get(name)]
     if ADDRESS in given or len(given) == 2:
         if len(given) < 3:
@@ -75,9 +79,9 @@ def find(env: Mapping[str, str]) -> tuple[str, int, int, list[int] | None] | Non
     return None
 
 
-def _by_address(env: Mapping[str, str]) -> tuple[str, int, int, None] | None:
+def _by_address(env: Mapping[str, str]) -> tuple[str, int, int, None]:
     host, _, port = env[ADDRESS].rpartition(":")
-    if not (host and port.isdecimal() and 0 < int(port) < 65535):
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise ValueError(
             f"{ADDRESS} is {env[ADDRESS]!r}; expected HOST:PORT of process 0, such as 10.0.0.1:8476"
         )
@@ -89,7 +93,7 @@ def _by_address(env: Mapping[str, str]) -> tuple[str, int, int, None] | None:
         raise ValueError(
             f"{INDEX} is {index}, and {COUNT} {count}; expected a number from 0 to {count - 1}"
         )
-    return (env[ADDRESS], count, index, None) if count > 1 else None
+    return env[ADDRESS], count, index, None
 
 
 def timeout() -> float:
@@ -204,6 +208,28 @@ def check_same(value: str, what: str, remedy: str) -> None:
         raise ValueError(
             f"{what} of process{'es' if len(others) > 1 else ''} {where} differs from that of "
             f"process 0{_host(0)}; {remedy}"
+        )
+
+
+def check_shared(folder: Path) -> None:
+    """Raises ValueError, in every process, if a folder is not the same one for all of them."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    token = np.frombuffer(os.urandom(8), np.uint8)
+    token = np.asarray(multihost_utils.broadcast_one_to_all(token))
+    probe = folder / f".shared-{token.tobytes().hex()}"
+    if is_main():
+        probe.touch()
+    multihost_utils.sync_global_devices("the probe is written")
+    seen = np.asarray(multihost_utils.process_allgather(np.array(probe.exists())))
+    if is_main():
+        probe.unlink()
+    if missing := [f"{i}{_host(i)}" for i, sees in enumerate(seen) if not sees]:
+        raise ValueError(
+            f"{folder} is another folder for process{'es' if len(missing) > 1 else ''} "
+            f"{', '.join(missing)} than for process 0{_host(0)}; choose one that all hosts share"
         )
 
 

@@ -49,7 +49,9 @@ class Rendezvous:
         """Accepts the others; returns the host of every process."""
         names = {0: socket.gethostname()}
         try:
-            listener = socket.create_server(("", port))
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            listener = socket.create_server(("", port), family=family, dualstack_ipv6=both)
         except OSError as error:
             raise ValueError(
                 f"process 0 cannot listen on port {port} ({error.strerror}); end what listens "

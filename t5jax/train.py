@@ -58,9 +58,13 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
     # --- Where the run stands, and what its model comes from ---
     run_dir = checkpoint.create_run_dir(config.run_dir)
     distributed.check_same(to_json(config), "the config", "start the same command on every host")
+    distributed.check_shared(run_dir)
     last = checkpoint.latest_checkpoint(run_dir)
-    remedy = f"run_dir must be one folder for all hosts: {run_dir} is not, or its files are delayed"
-    distributed.check_same(str(last and last.name), "the last checkpoint", remedy)
+    distributed.check_same(
+        str(last and last.name),
+        f"the last checkpoint in {run_dir}",
+        "start again when all hosts see the same files",
+    )
     loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source = None
     if config.init.model or loop.imported:
