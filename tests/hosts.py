@@ -62,9 +62,19 @@ class Hosts:
         return [self.wait(n) for n in [self.start(args, env, devices) for env in envs]]
 
     def read(self, process: int) -> str:
-        return self._path(process).with_suffix(".err").read_text()
+        """Returns what a process has written to stderr so far."""
+        path = self._path(process).with_suffix(".err")
+        return path.read_text() if path.exists() else ""
 
-    def wait(self, process: int, timeout: float = 120) -> Ended:
+    def wait_for(self, text: str, process: int, timeout: float = 300) -> None:
+        """Waits until a process has written a text to stderr."""
+        until = time.monotonic() + timeout
+        while text not in self.read(process):
+            assert time.monotonic() < until, self.read(process)
+            assert not self._path(process).with_suffix(".status").exists(), self.read(process)
+            time.sleep(0.05)
+
+    def wait(self, process: int, timeout: float = 300) -> Ended:
         ended, until = self._path(process).with_suffix(".status"), time.monotonic() + timeout
         while not ended.exists():
             assert time.monotonic() < until, f"process {process} hangs:\n{self.read(process)}"

@@ -77,12 +77,12 @@ def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path):
     assert read_metrics(several) == read_metrics(one)
 
     # Four others go on, started by SLURM.
-    config.write_text(to_json(config_of(several, 4)))
+    config.write_text(to_json(config_of(several, 4, eval={"every": 0})))
     ended = hosts.run(["train", str(config)], slurm(4))
     assert [e.status for e in ended] == [0] * 4, ended[0].err
     assert "going on from step 2" in ended[0].err
     assert "(data 4, 4 processes)" in ended[0].err
-    train(config_of(one, 4))
+    train(config_of(one, 4, eval={"every": 0}))
     assert read_loop(several, 4)["iterator"] == read_loop(one, 4)["iterator"]
     got = read_state(several, 4)
     for name, value in read_state(one, 4).items():
@@ -98,9 +98,7 @@ def test_when_one_is_killed_the_others_stop_and_name_it(hosts, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(to_json(config_of(tmp_path / "run", 10**6, eval={"every": 0})))
     processes = [hosts.start(["train", str(config)], env) for env in by_address(2)]
-    while "step 2/" not in hosts.read(processes[0]):
-        assert "error" not in hosts.read(processes[0])
-        threading.Event().wait(0.05)
+    hosts.wait_for("step 2/", processes[0])
     hosts.kill(processes[1])
     ended = hosts.wait(processes[0], timeout=20)
     assert ended.status == 1

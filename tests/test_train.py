@@ -106,6 +106,9 @@ def test_what_a_person_sees(tmp_path, capsys):
     assert err.count("  prediction ") == err.count("  input  ") == 2
     assert "  capitals: perplexity " in err
     assert "exact_match 0.00" in err
+    assert re.search(
+        r"^[0-9.]+ s: steps [0-9.]+ %, waiting for input .*, other [0-9.]+ %$", err, re.M
+    )
     assert f"done: {tmp_path}" in err
     samples = [line for line in log.read_metrics(tmp_path) if "validation/capitals/samples" in line]
     assert samples[0]["validation/capitals/samples"].count("prediction") == 2
@@ -215,7 +218,7 @@ def test_a_line_has_the_means_of_the_steps_since_the_last_one():
         "train/tokens_per_second": 50.0,  # The first step is that of the compilation.
     }
     assert recorder.lines == [(2, expected)]
-    assert recorder.updates[1:] == [(2, {"loss": 12 / 16, "tokens_per_second": 50.0})]
+    assert recorder.updates[1:] == [(2, {"loss": 12 / 16, "tokens_per_second": 50.0, "mfu": None})]
     reports.flush()
     # What a checkpoint of step 3 remembers for the line of step 4.
     assert reports.sums == sums_of(2.0, 1.0, 3.0, 4.0, 2.0) | {"steps": 1}
@@ -330,7 +333,7 @@ def test_run_goes_on_with_another_mesh(tmp_path, capsys):
     assert ours.keys() == expected.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-3, atol=2e-4, err_msg=name)
-    scores = log.read_metrics(run_dir)[-1]
+    scores = tiny.read_metrics(run_dir)[-1]
     assert scores.keys() >= {"validation/loss", "validation/capitals/perplexity"}
     assert not [name for name in scores if "exact_match" in name]  # Nothing was generated.
 
@@ -343,7 +346,7 @@ def test_a_schedule_that_depends_on_steps_says_so(tmp_path, capsys):
     train(make_config(tmp_path, optimizer=cosine, train={"steps": 8}, eval=NO_EVAL))
     err = capsys.readouterr().err
     assert "the cosine schedule falls until step 8 from here on; so far it fell until 4" in err
-    rates = [line["train/learning_rate"] for line in log.read_metrics(tmp_path)]
+    rates = [line["train/learning_rate"] for line in tiny.read_metrics(tmp_path)]
     # Steps 2 and 4 of a run of 4, then 6 and 8 of a run of 8: after 1, 3, 5 and 7 updates.
     fallen = (1 / 4, 3 / 4, 5 / 8, 7 / 8)
     expected = [1e-2 * (1 + math.cos(math.pi * x)) / 2 for x in fallen]
@@ -503,13 +506,13 @@ def test_epochs_in_place_of_steps(tmp_path, capsys):
 
     train(epochs(0.4))
     assert "; an epoch is 40 examples, 5 steps\n" in capsys.readouterr().err
-    rates = [line["train/learning_rate"] for line in log.read_metrics(tmp_path)]
+    rates = [line["train/learning_rate"] for line in tiny.read_metrics(tmp_path)]
     assert rates == pytest.approx([1e-2, 0.75e-2])  # It falls until the end that was counted.
     train(epochs(0.4))
     err = capsys.readouterr().err
     assert "step 2 is reached, train.steps is 2, which train.epochs 0.4 are; raise it to go" in err
     train(epochs(0.6))
-    assert [line["step"] for line in log.read_metrics(tmp_path)] == [1, 2, 3]
+    assert [line["step"] for line in tiny.read_metrics(tmp_path)] == [1, 2, 3]
 
 
 # --- A task's own code fails ----------------------------------------------------------------------
