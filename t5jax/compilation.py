@@ -16,16 +16,18 @@ VARIABLE = "T5JAX_KEEP_PROGRAMS"
 def keep_programs() -> None:
     """Makes jax keep what it compiles, in `programs` of the folder of `storage.cache_dir`.
 
-    Where JAX_COMPILATION_CACHE_DIR or jax's own configuration names a folder, that counts. Several
-    hosts can share it: the first process writes, all read.
+    jax's own settings count where they are given, such as JAX_COMPILATION_CACHE_DIR. Several hosts
+    can share the folder: the first process writes, all read.
     """
-    if os.environ.get(VARIABLE) == "0" or jax.config.jax_compilation_cache_dir:
+    if os.environ.get(VARIABLE) == "0":
         return
-    folder = storage.cache_dir() / "programs"
-    if jax.default_backend() == "cpu":  # Its programs are for one kind of processor.
-        folder /= _processor()
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if not jax.config.jax_compilation_cache_dir:
+        folder = storage.cache_dir() / "programs"
+        if jax.default_backend() == "cpu":  # Its programs are for one kind of processor.
+            folder /= _processor()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _processor() -> str:

@@ -17,6 +17,7 @@ def programs(tmp_path, monkeypatch):
     """The folder of t5jax's programs, which are kept there as from the command line."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setenv("T5JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     yield tmp_path / "cache/programs"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -83,14 +82,13 @@ def serve(args: list[str]) -> None:
             f"--host {options.host} lets other machines in; give --api-key-file FILE with a key a "
             "line, or leave --host out"
         )
-    import jax
-
+    from t5jax.compilation import keep_programs
     from t5jax.pretrained import load
     from t5jax.serving.engine import EngineOptions
     from t5jax.serving.served import ServedModel
 
     logging.basicConfig(format="t5jax: %(levelname)s: %(message)s", level=logging.WARNING)
-    _keep_programs(jax.config)
+    keep_programs()
     sizes = EngineOptions(
         slots=options.slots,
         max_length=options.max_length,
@@ -128,18 +126,6 @@ def serve(args: list[str]) -> None:
 
     run(served, host=options.host, port=options.port, options=bounds, on_start=on_start)
     _say("stopped")
-
-
-def _keep_programs(config) -> None:
-    """Keeps compiled programs on disk, so that the next start compiles nothing.
-
-    JAX's own settings are obeyed where they are given.
-    """
-    if config.jax_compilation_cache_dir is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        config.update("jax_compilation_cache_dir", str(Path(cache) / "t5jax" / "programs"))
-    # Small programs count as well: all of them are compiled before the first request.
-    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _say(text: str) -> None:
