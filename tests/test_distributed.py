@@ -100,7 +100,7 @@ def test_when_one_is_killed_the_others_stop_and_name_it(hosts, tmp_path):
     processes = [hosts.start(["train", str(config)], env) for env in by_address(2)]
     hosts.wait_for("step 2/", processes[0])
     hosts.kill(processes[1])
-    ended = hosts.wait(processes[0], timeout=20)
+    ended = hosts.wait(processes[0], timeout=60)
     assert ended.status == 1
     message = f"t5jax: error: process 1 on {socket.gethostname()} has stopped; the same command on"
     assert message in ended.err
