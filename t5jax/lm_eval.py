@@ -15,7 +15,7 @@ and what is too long loses its start.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,10 @@ from t5jax.decoding.scoring import score
 from t5jax.special_tokens import example_format
 
 _DEFAULT_LENGTH = 2048
-_GREEDY = {"do_sample": False, "temperature": 0.0}
+_OPTIONS = (
+    *("top_k", "top_p", "min_p", "seed", "num_beams", "repetition_penalty", "no_repeat_ngram_size"),
+)
+"""Settings of a task's generation_kwargs that are those of `GenerationOptions`."""
 
 
 @register_model("t5jax")
@@ -194,7 +197,7 @@ class LM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns the greedy answer to each context, up to the first of its stop sequences."""
+        """Returns the answer to each context, up to the first of its stop sequences."""
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
@@ -203,12 +206,7 @@ class LM(TemplateLM):
         for numbers in groups.values():
             settings = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
             stop, most = settings.pop("until"), int(settings.pop("max_gen_toks"))
-            others = {name: value for name, value in settings.items() if value is not None}
-            if {**_GREEDY, **others} != _GREEDY:
-                raise ValueError(
-                    f"generation_kwargs has {others}; answers are greedy here: set do_sample false "
-                    "(--gen_kwargs do_sample=False,temperature=0), and leave the others out"
-                )
+            options = _options(settings, stop, most)
             room = self.max_length - (most if self.backend == "causal" else 0)
             if room < 1:
                 raise ValueError(
@@ -216,13 +214,40 @@ class LM(TemplateLM):
                     "lower it (--gen_kwargs max_gen_toks=N), or raise max_length"
                 )
             contexts = [self._context(requests[number].args[0], room) for number in numbers]
-            found = self._generator(
-                self.loaded.params, contexts, max_tokens=most, batch_size=self.batch_size
+            found = self._generator.answers(
+                self.loaded.params, contexts, options, batch_size=self.batch_size
             )
-            for number, text in zip(numbers, found, strict=True):
-                texts[number] = postprocess_generated_text(text, stop, None)
+            for number, (answer, *_) in zip(numbers, found, strict=True):
+                texts[number] = postprocess_generated_text(answer.text, stop, None)
                 self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
         return texts
+
+
+def _options(
+    settings: Mapping[str, Any], stop: Sequence[str], max_tokens: int
+) -> decoding.GenerationOptions:
+    """Returns the options of a task's generation_kwargs, as the harness has normalized them.
+
+    Raises:
+      ValueError: for a setting that is unknown here.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    samples, temperature = given.pop("do_sample", None), given.pop("temperature", None)
+    if samples is False:
+        temperature = 0.0
+    elif samples and temperature is None:
+        temperature = 1.0
+    if unknown := sorted(given.keys() - set(_OPTIONS)):
+        raise ValueError(
+            f"generation_kwargs has {', '.join(unknown)}; expected until, max_gen_toks, do_sample, "
+            f"temperature, {', '.join(_OPTIONS)}; leave it out (--gen_kwargs)"
+        )
+    return decoding.GenerationOptions(
+        max_tokens=max_tokens,
+        stop=tuple(text for text in stop if text),
+        temperature=float(temperature or 0.0),
+        **given,
+    )
 
 
 def _load(model: "str | pretrained.Pretrained", dtype: Dtype | None) -> "pretrained.Pretrained":

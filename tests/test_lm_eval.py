@@ -136,6 +136,9 @@ def test_requests_of_every_kind_have_the_answers_of_the_hf_backend(folder, name)
     asked = requests("generate_until", *((text, settings) for (text,) in texts))
     expected, found = (m.generate_until(asked, disable_tqdm=True) for m in (theirs, ours))
     assert len(set(found)) > 1
+    hot = settings | {"do_sample": True, "temperature": 5.0}
+    drawn = ours.generate_until(requests("generate_until", *((text, hot) for (text,) in texts)))
+    assert drawn != found
     for one, other in zip(expected, found, strict=True):
         # Theirs lets an encoder-decoder write as many tokens more as the batch's inputs have.
         assert one.startswith(other) if name == "t5" else one == other
@@ -154,8 +157,8 @@ def test_settings_that_cannot_work(folder):
     def generate(**settings):
         model.generate_until(requests("generate_until", ("a", settings)))
 
-    with pytest.raises(ValueError, match=r"answers are greedy here: set do_sample false"):
-        generate(do_sample=True, temperature=0.7)
+    with pytest.raises(ValueError, match=r"generation_kwargs has typical_p; expected until, max"):
+        generate(typical_p=0.7, max_gen_toks=2)
     with pytest.raises(ValueError, match=r"max_gen_toks is 9, and the model has 8 positions"):
         generate(max_gen_toks=9)
     with pytest.raises(ValueError, match="a continuation has 12 tokens, and the model 8 positions"):
