@@ -60,8 +60,9 @@ def test_the_wheel_holds_code_tasks_and_configs_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {}
     for folder in ("t5jax", "tasks", "configs"):
+        kinds = (".py", ".html", ".jinja", ".css", ".js")
         found = (ROOT / folder).rglob("*")
-        for path in (path for path in found if path.suffix in (".py", ".html", ".css", ".js")):
+        for path in (path for path in found if path.suffix in kinds):
             name = path.relative_to(ROOT).as_posix()
             expected[name] = name if folder == "t5jax" else f"t5jax/shipped/{name}"
     assert {"tasks/numbers.py", "configs/quickstart.py"} <= expected.keys()
