@@ -47,7 +47,11 @@ REFUSED = [
     (T5Config, {"dtype": "bfloat"}, "model.dtype is 'bfloat'; .* did you mean bfloat16?"),
     (T5Config, {"family": "t6"}, "model.family is 't6'; expected one of t5"),
     (T5Config, {"mlp_activation": "gated-gelo"}, "expected one of relu, gated-gelu, .*mean gated-"),
-    (T5Config, {"remat": "all"}, "model.remat is 'all'; expected one of none, minimal, full"),
+    (
+        T5Config,
+        {"remat": "all"},
+        "model.remat is 'all'; expected one of none, minimal, attention, full",
+    ),
     (T5Config, {"d_model": 0}, "model.d_model is 0; it must be at least 1"),
     (T5Config, {"num_decoder_layers": -1}, "model.num_decoder_layers is -1; it must be at least 0"),
     (T5Config, {"vocab_size": 0}, "model.vocab_size is 0"),

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from t5jax.checks import check_at_least, check_choice, check_positive
 
 Dtype = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "minimal", "full"]
+RematPolicy = Literal["none", "minimal", "attention", "full"]
+"""What of a layer is computed again, the least first; see `remat_policy` in models/layers.py."""
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
 """Whether a network has an encoder, a decoder, or both."""
 Head = Literal[
@@ -88,8 +89,9 @@ class Architecture(abc.ABC):
     """Scan over the layers (fast to compile) or unroll them (faster on CPU). The parameters are the
     same."""
     remat: RematPolicy = "none"
-    """Recompute in the backward pass: nothing, all but products with weights (minimal), or
-    everything (full)."""
+    """What of each layer is computed again in the backward pass, to save memory. none: nothing.
+    minimal: all but products with weights and attention. attention: all but attention. full:
+    everything."""
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
     """Integer fields that may be 0; all others must be at least 1, or None if they are optional."""

@@ -7,7 +7,7 @@ B batch, T length, D model, F mlp, V vocab.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from t5jax.architectures import Architecture
 from t5jax.sharding import constrain
 
+# What attention's kernel calls what its gradient needs (`kernels/flash.py`, which is heavy to
+# import).
+ATTENTION_RESULTS = ("attention_out", "attention_log_sum_exp")
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # Hugging Face's gelu_new.
@@ -258,6 +261,36 @@ class MLP(nn.Module):
         return wo(h_BTF)
 
 
+def remat_policy(name: str) -> Callable[..., bool] | None:
+    """Returns what a layer keeps for the backward pass, besides its input.
+
+    Of one layer and token, with a residual stream D, heads of HK entries in all and an MLP of F,
+    in entries of the activations' dtype, and the FLOPs that are computed again, in parts of the
+    forward pass's:
+
+        none       every intermediate result: some 10 D + 8 HK + 8 F; nothing
+        minimal    results of products with weights and attention's output, 5 HK + 2 D + 2 F of a
+                   gated MLP; none of the products (norms and activations alone)
+        attention  attention's output, HK; all products but the scores and the MLP's last one
+        full       nothing; all products but the MLP's last one
+
+    Attention's output (and a number per query) has a name only in the kernel that gives it back
+    (`kernels/flash.py`); otherwise attention is computed again, and so are scores in memory.
+
+    Args:
+      name: of `Architecture.remat`, other than "none".
+    """
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(*ATTENTION_RESULTS)
+    return {
+        "minimal": policies.save_from_both_policies(
+            policies.checkpoint_dots_with_no_batch_dims, attention
+        ),
+        "attention": attention,
+        "full": None,
+    }[name]
+
+
 def stack(layer: type[nn.Module], config, length: int, in_axes=nn.broadcast) -> type[nn.Module]:
     """Returns `length` layers as one: parameters stacked on a leading axis, "layers".
 
@@ -267,9 +300,7 @@ def stack(layer: type[nn.Module], config, length: int, in_axes=nn.broadcast) -> 
       in_axes: for each further argument, 0 if it has an entry for each layer.
     """
     if config.remat != "none":
-        policy = None
-        if config.remat == "minimal":
-            policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+        policy = remat_policy(config.remat)
         # In a scan nothing can be merged across layers, so CSE need not be prevented.
         layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
     return nn.scan(

@@ -1,5 +1,6 @@
 """`t5jax plan` with libtpu's compiler, which needs no TPU."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -12,8 +13,9 @@ from t5jax import sharding
 from t5jax.architectures import T5Config
 from t5jax.batch import train_spec
 from t5jax.config import Config, DataConfig, MeshConfig, override, to_json
-from t5jax.plan import compiled
-from t5jax.plan.chips import CHIPS, _parse, find_topology
+from t5jax.plan import compiled, plan, search
+from t5jax.plan.chips import CHIPS, Topology, _parse, find_topology
+from t5jax.plan.cost import Cost
 from t5jax.program import program
 
 needs_libtpu = pytest.mark.skipif(
@@ -50,24 +52,24 @@ def test_a_plan_and_its_file(config, capsys, tmp_path):
         capsys, "plan", config, "--topology", "v5e:2x2", "--json", "--save", file
     )
     assert status == 0, err
-    plan = json.loads(out)
-    assert (plan["num_devices"], plan["mesh"]["fsdp"]) == (4, 4)
-    assert plan["fits"]
+    found = json.loads(out)
+    assert (found["num_devices"], found["mesh"]["fsdp"]) == (4, 4)
+    assert found["fits"]
     D, HK, F, V = 128, 128, 256, 384
     layer = 4 * D * HK + 3 * D * F
     params = 2 * V * D + 2 * layer + 4 * D * HK + 2 * 2 * 32 + 7 * D
-    assert plan["num_params"] == params
-    memory = plan["memory"]
+    assert found["num_params"] == params
+    memory = found["memory"]
     # Float32 in quarters; the tables of biases, which have no axis to shard, whole.
     assert memory["parameters"] == 4 * ((params - 2 * 2 * 32) // 4 + 2 * 2 * 32)
     assert memory["batch"] == 8 // 4 * (32 + 3 * 16) * 4
     assert memory["left"] == memory["available"] - memory["needed"]
-    assert plan["tokens"] == 8 * (32 + 16)
-    assert plan["mfu"] == pytest.approx(plan["flops"] / (plan["seconds"] * 4 * 197e12))
-    networks = {(c["kind"], c["network"]) for c in plan["cost"]["collectives"]}
+    assert found["tokens"] == 8 * (32 + 16)
+    assert found["mfu"] == pytest.approx(found["flops"] / (found["seconds"] * 4 * 197e12))
+    networks = {(c["kind"], c["network"]) for c in found["cost"]["collectives"]}
     assert ("all-gather", "ICI") in networks
     assert all(network == "ICI" for _, network in networks)
-    places = [o["place"] for o in plan["cost"]["operations"]]
+    places = [o["place"] for o in found["cost"]["operations"]]
     assert "optimizer" in places
     assert any(p.startswith("encoder/layers/mlp") for p in places)
     assert "libtpu" not in err  # Quiet.
@@ -153,3 +155,67 @@ def test_a_saved_step_computes_the_same(tmp_path):
     (tmp_path / "text").write_text("{}")
     with pytest.raises(ValueError, match=r"is no compiled step"):
         compiled.load(str(tmp_path / "text"), run, config, spec)
+
+
+# --- Searching, with a compiler that adds up ------------------------------------------------------
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Lists what is compiled: a step as long as fsdp is wide, some GiB a row."""
+    tried = []
+
+    def plan_step(config, topology, spec):
+        tried.append(config)
+        rows = spec.batch_size // config.train.microbatches // 4
+        per_row = {"none": 8, "minimal": 6, "attention": 3, "full": 2}[config.model.remat]
+        memory = plan.Memory(0, 0, 0, rows * per_row * 2**30, 0, 15 * 2**30)
+        seconds = config.mesh.fsdp * (1 if config.model.remat == "none" else 2)
+        cost = Cost(seconds, 0, 0, [], [], [])
+        mesh = dict(data=1)
+        found = plan.Plan(
+            topology.title, 4, mesh, "", "", "train", spec.batch_size, 100, {}, 0, memory, cost,
+            1, 1.0,
+        )  # fmt: skip
+        return found, None
+
+    monkeypatch.setattr(search, "plan_step", plan_step)
+    return tried
+
+
+def four_devices(slices=1):
+    return Topology("v5e:2x2", CHIPS["v5e"], (2, 2), slices, tuple(jax.devices()[:4]))
+
+
+def test_a_search_ranks_what_fits_and_compiles_nothing_impossible(compiles):
+    config = override(TINY, {"model.num_heads": 1, "model.d_kv": 128})
+    trials = search.search(config, four_devices(), train_spec(config), remats=("none", "full"))
+    # One head cannot be divided: no mesh with tensor parallelism is compiled.
+    assert len(compiles) == 6
+    best = trials[0]
+    assert (best.changes["mesh.fsdp"], best.changes["model.remat"]) == (1, "full")
+    rejected = {
+        (t.changes["mesh.fsdp"], t.changes["model.remat"]): t.reason
+        for t in trials
+        if t.changes["mesh.model"] == 1 and t.reason
+    }
+    assert rejected == {(n, "none"): "1.00 GiB too much" for n in (1, 2, 4)}
+    divided = [t.reason for t in trials if t.changes["mesh.model"] > 1]
+    assert len(divided) == 6
+    assert all("is not divisible by the" in reason for reason in divided)
+
+
+def test_a_search_stops_at_its_limit(compiles):
+    trials = search.search(TINY, four_devices(), train_spec(TINY), max_compiles=2)
+    assert len(compiles) == 2
+    assert sum("not compiled: 2 programs were" in t.reason for t in trials) > 5
+
+
+def test_the_nearest_config_that_fits(compiles):
+    config = override(TINY, {"data.batch_size": 64})
+    spec = dataclasses.replace(train_spec(config))
+    found = search.nearest(config, four_devices(), spec)
+    # 16 rows a device are too many under each policy; in four parts 4 are not.
+    assert found.changes == {"model.remat": "full", "train.microbatches": 4}
+    assert search.describe_changes(found.changes) == "--model.remat full --train.microbatches 4"
+    assert [c.model.remat for c in compiles] == ["minimal", "attention", "full", "full", "full"]
