@@ -89,7 +89,7 @@ def test_help_has_the_defaults_of_a_config(capsys):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("eval", ["MODEL", "--mixture STR", "--json {None}|PATH", "(default: test)"]),
+        ("eval", ["MODEL", "--tasks [STR [STR ...]]", "--json {None}|PATH", "(default: test)"]),
         ("infer", ["MODEL", "--prompt", "--max-tokens {None}|INT", "--top-p"]),
         ("embed", ["MODEL", "--text", "--pooling {mean,first,max,pooler}", "--output"]),
         ("export", ["MODEL OUTPUT", "--dtype {float32,bfloat16}", "--overwrite", "--encoder-only"]),
