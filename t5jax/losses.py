@@ -17,12 +17,14 @@ from t5jax import batch as features
 from t5jax.architectures import Architecture
 from t5jax.config import LossConfig
 from t5jax.models import api
-from t5jax.sharding import local_size
+from t5jax.sharding import local_size, platform
 
 Sums = dict[str, jax.Array]
 
-# The most logits that a device holds at a time: 2^25 in float32 are 128 MiB.
-_MAX_LOGITS = 2**25
+# The most logits that a device holds at a time: 2^25 in float32 are 128 MiB. On TPU 1 GiB, since
+# the devices add up the gradient of the unembedding once for each chunk.
+_MAX_LOGITS = {"tpu": 2**28}
+_MAX_LOGITS_ELSEWHERE = 2**25
 
 
 def cross_entropy(
@@ -89,8 +91,8 @@ def batch_loss(
 
 
 def _num_chunks(num_logits: float, length: int) -> int:
-    """Returns the smallest number of equal chunks that keeps the logits within _MAX_LOGITS."""
-    wanted = num_logits / _MAX_LOGITS
+    """Returns the smallest number of equal chunks that keep the logits within the limit."""
+    wanted = num_logits / _MAX_LOGITS.get(platform(), _MAX_LOGITS_ELSEWHERE)
     return next(n for n in range(1, length + 1) if length % n == 0 and (n >= wanted or n == length))
 
 

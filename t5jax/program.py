@@ -78,6 +78,14 @@ class Program:
             return self.step.lower(*self.arguments(spec))
 
 
+_OPTIONS = {
+    # Otherwise the compiler cuts each product with a sharded weight into parts, which wait for the
+    # weight's parts one after the other. Whole products with the gathered weight take a fifth of
+    # the time (by libtpu 0.0.42's estimate of Llama 3 8B on 16 chips).
+    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+}
+
+
 def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     """Returns the program of a run.
 
@@ -120,6 +128,11 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         create=jax.jit(
             lambda key: create_train_state(model, tx, key, frozen), out_shardings=shardings
         ),
-        step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
+        ),
         attention=config.train.attention,
     )

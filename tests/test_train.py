@@ -714,6 +714,7 @@ CHANGES = {
     "train.microbatches": (3, "data.batch_size 8 is not divisible by train.microbatches 3"),
     "train.log_every": (2, test_how_often_and_how_much_is_measured),
     "train.seed": (1, test_runs_do_not_mix),
+    "train.profile": (-1, "train.profile is -1"),  # 2: test_compilation.py.
     "train.attention": ("flash", "flash, which runs on tpu only, but the devices are cpu; set"),
     "init.model": ("./absent", "there is no folder ./absent"),
 }
