@@ -206,9 +206,10 @@ def test_a_search_ranks_what_fits_and_compiles_nothing_impossible(compiles):
 
 
 def test_a_search_stops_at_its_limit(compiles):
-    trials = search.search(TINY, four_devices(), train_spec(TINY), max_compiles=2)
+    spec = train_spec(TINY)
+    trials = search.search(TINY, four_devices(), spec, remats=("none",), max_compiles=2)
     assert len(compiles) == 2
-    assert sum("not compiled: 2 programs were" in t.reason for t in trials) > 5
+    assert sum("not compiled: 2 programs were" in t.reason for t in trials) == len(trials) - 2
 
 
 def test_the_nearest_config_that_fits(compiles):
