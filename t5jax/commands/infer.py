@@ -116,6 +116,7 @@ def infer(args: list[str]) -> None:
     _check(options)
     with contextlib.ExitStack() as stack:
         lines, total = _lines(options, stack)
+        from t5jax.compilation import keep_programs
         from t5jax.pretrained import load
 
         output = None
@@ -125,6 +126,7 @@ def infer(args: list[str]) -> None:
             output = stack.enter_context(
                 AnswersFile(options.output, _run(options), lines_per_prompt)
             )
+        keep_programs()
         model = load(options.model, dtype=options.dtype, mesh=options.mesh)
         model.check_writes()
         how = model.options(**_generation(options))

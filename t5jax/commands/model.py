@@ -138,8 +138,10 @@ def embed(args: list[str]) -> None:
 
     import numpy as np
 
+    from t5jax.compilation import keep_programs
     from t5jax.pretrained import load
 
+    keep_programs()
     vectors = load(options.model, dtype=options.dtype, mesh=options.mesh).embed(
         texts,
         pooling=options.pooling,
