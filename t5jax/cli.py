@@ -82,6 +82,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), 2)
     try:
+        from t5jax.plan.chips import quieten_without_tpu
+
+        quieten_without_tpu()
         command = getattr(importlib.import_module(f"t5jax.commands.{module}"), function)
         status = command(args[1:]) or 0
         if distributed := sys.modules.get("t5jax.distributed"):

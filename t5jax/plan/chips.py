@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from t5jax.checks import check_at_least, did_you_mean
@@ -215,6 +216,16 @@ def quieten() -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Any: it is looked for, but not used.
     }.items():
         os.environ.setdefault(name, value)
+
+
+def quieten_without_tpu() -> None:
+    """Calls `quieten` where libtpu is installed for planning, without a TPU in the machine."""
+    if libtpu_version() is None:
+        return
+    # TPUs, and the network of Google's machines, have this vendor. jax is not asked: it loads long.
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors):
+        quieten()
 
 
 def links(shape: Sequence[int], group: int) -> int:
