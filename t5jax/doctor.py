@@ -14,6 +14,7 @@ from t5jax import storage
 
 _LEAST_MEMORY = 4 * 2**30
 _LEAST_DISK = 5 * 2**30
+# libtpu's own constant: the same on every machine, whatever TMPDIR says.
 _LIBTPU_LOCK = Path("/tmp/libtpu_lockfile")
 
 

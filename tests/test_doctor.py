@@ -20,7 +20,6 @@ REQUIRES = [
 def test_a_sound_machine(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "_LEAST_MEMORY", 0)
     monkeypatch.setattr(doctor, "_LEAST_DISK", 0)
-    monkeypatch.setattr(doctor, "_LIBTPU_LOCK", tmp_path / "none")
     monkeypatch.setattr(doctor, "libtpu", lambda: doctor.Finding("libtpu", "not installed"))
     monkeypatch.setattr(doctor, "libtpu_lock", lambda: doctor.Finding("TPU lock", "none"))
     assert main(["doctor", "--folder", str(tmp_path / "runs/new")]) == 0

@@ -17,6 +17,7 @@ R = T + S - 1 distances.
 
 import contextlib
 import functools
+import logging
 import operator
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ import jax.numpy as jnp
 
 from t5jax import sharding
 from t5jax.models.positions import spread_over_diagonals
+
+_log = logging.getLogger(__name__)
 
 # Finite, so that the softmax of a row without keys is uniform instead of NaN.
 MASKED = -1e9
@@ -186,7 +189,13 @@ def attention(
                 f"train.attention is cudnn, which cannot compute this model's attention: {lacking};"
                 " set train.attention to auto or reference"
             )
+        _warn_of_reference(lacking)
     return reference_attention(q_BTHK, k, v, mask, **scores, cached=cached)
+
+
+@functools.cache  # Once, not for every layer.
+def _warn_of_reference(lacking: str) -> None:
+    _log.warning("attention is computed in plain JAX where cuDNN cannot do it: %s", lacking)
 
 
 def reference_attention(
