@@ -96,6 +96,11 @@ lint: install  ## rules, format and types: ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+.PHONY: docs
+docs: install  ## the site of docs/, in build/site/
+	$(BIN)/python -m sphinx -W -n --keep-going -q docs build/site
+	@echo 'build/site/index.html'
+
 .PHONY: clean
 clean:  ## remove environments, caches and builds; runs/ stays
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .ruff_cache .mypy_cache

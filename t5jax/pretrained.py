@@ -1,11 +1,13 @@
 """A trained model on the devices: generates, scores and embeds texts, is evaluated and exported.
 
-model = t5jax.load("google/flan-t5-small")
-model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)
-model.score(["Is the sky blue?"] * 2, ["yes", "no"])
-t5jax.load("bert-base-uncased").embed(["One vector per text."])
-t5jax.load("runs/numbers").evaluate(split="validation")
-t5jax.load("runs/numbers").export("exported")
+For example::
+
+    model = t5jax.load("google/flan-t5-small")
+    model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)
+    model.score(["Is the sky blue?"] * 2, ["yes", "no"])
+    t5jax.load("bert-base-uncased").embed(["One vector per text."])
+    t5jax.load("runs/numbers").evaluate(split="validation")
+    t5jax.load("runs/numbers").export("exported")
 """
 
 import dataclasses

@@ -1,9 +1,11 @@
 """The program of a run: what a config computes on a mesh, before anything is on the devices.
 
-run = program(config, sharding.make_mesh(config.mesh))
-with run.use():
-    state = run.create(jax.random.key(config.train.seed))
-    state, metrics = run.step(state, batch)
+A run of one step::
+
+    run = program(config, sharding.make_mesh(config.mesh))
+    with run.use():
+        state = run.create(jax.random.key(config.train.seed))
+        state, metrics = run.step(state, batch)
 """
 
 import contextlib

@@ -80,7 +80,8 @@ def read_blocks(text: str) -> list[Block]:
     if start is not None:
         raise ValueError(f"line {start}: the block is not closed")
     for block in blocks:
-        if block.language not in {"bash", "python", *SHOWN}:
+        directive = block.language.startswith("{")  # Of the site: a table of contents, say.
+        if block.language not in {"bash", "python", *SHOWN} and not directive:
             raise ValueError(
                 f"line {block.line}: language {block.language!r}; expected bash, python, or one "
                 f"that is only shown: {', '.join(sorted(SHOWN))}"
@@ -90,7 +91,7 @@ def read_blocks(text: str) -> list[Block]:
                 f"line {block.line}: {block.comment!r} in front of a block; expected "
                 "'<!-- not run: REASON -->' or '<!-- saved as: PATH -->'"
             )
-    return blocks
+    return [block for block in blocks if not block.language.startswith("{")]
 
 
 def as_run(code: str) -> str:

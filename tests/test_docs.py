@@ -1,5 +1,6 @@
 """The blocks of every page of docs/ run, and what pages say of the project's files is so."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -65,3 +66,30 @@ def test_every_block_of_the_page_runs(page: Path, tmp_path: Path):
         pytest.importorskip("ctranslate2")
         pytest.importorskip("torch")
     assert run_page(text, tmp_path) > 0
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    """Every link, every docstring, and every page in the table of contents."""
+    from sphinx.cmd import build
+
+    warnings = tmp_path / "warnings.txt"
+    command = ["-n", "-q", "-E", "-d", tmp_path / "doctrees", "-w", warnings]
+    build.main([str(word) for word in (*command, ROOT / "docs", tmp_path / "site")])
+    assert warnings.read_text() == ""
+    assert (tmp_path / "site/index.html").exists()
+
+
+def test_messages_that_the_page_explains_are_those_of_the_code():
+    said = "\n".join(
+        node.value
+        for path in (ROOT / "t5jax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    rows = re.findall(
+        r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    )
+    named = [part for row in rows for part in re.findall("`(.*?)`", row)]
+    theirs = {"RESOURCE_EXHAUSTED"}  # XLA's.
+    assert len(named) > 20
+    assert [part for part in named if part not in said and part not in theirs] == []

@@ -1,0 +1,71 @@
+"""The site of these pages, by Sphinx: `make docs` writes it to build/site/."""
+
+import re
+
+from sphinx.util.nodes import make_refnode
+
+import t5jax
+
+project = "t5jax"
+author = "the authors of t5jax"
+version = release = t5jax.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = f"t5jax {release}"
+html_copy_source = False
+
+# Links to a heading of another page.
+myst_heading_anchors = 4
+
+# `name` is code in a docstring, as it is in Markdown and in an editor.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+
+# Types of other packages are named and not linked, so that a build asks no other site.
+nitpick_ignore_regex = [("py:.*", r"(?!t5jax\b).*")]
+
+_texts_of_attributes: dict[str, list[str]] = {}
+
+
+def before_napoleon(app, what, name, obj, options, lines):
+    """Escapes what is plain in Markdown and means something in reStructuredText."""
+    for number, line in enumerate(lines):
+        parts = re.split(r"(`[^`]*`)", line)
+        parts[::2] = [re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]]
+        lines[number] = "".join(parts)
+    if what == "attribute":
+        # Napoleon would take what stands before a colon for a type.
+        _texts_of_attributes[name] = lines[:]
+        lines.clear()
+
+
+def after_napoleon(app, what, name, obj, options, lines):
+    lines.extend(_texts_of_attributes.pop(name, []))
+
+
+def link_where_documented(app, env, node, contnode):
+    """Finds a class under the name by which users import it, such as `t5jax.data.Template`."""
+    target = node.get("reftarget", "")
+    if not target.startswith("t5jax."):
+        return None
+    name = target.rpartition(".")[2]
+    for documented, entry in env.get_domain("py").objects.items():
+        if documented.rpartition(".")[2] == name and entry.objtype in ("class", "data"):
+            where = (node["refdoc"], entry.docname, entry.node_id)
+            return make_refnode(app.builder, *where, contnode, documented)
+    return contnode  # A type of the inside.
+
+
+def keep_links_within_the_site(app, docname, source):
+    """Pages link to a file of the project as its readers on a forge need it."""
+    source[0] = source[0].replace("(../CONTRIBUTING.md)", "(contributing.md)")
+
+
+def setup(app):
+    app.connect("source-read", keep_links_within_the_site)
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
+    app.connect("missing-reference", link_where_documented)
