@@ -36,6 +36,11 @@ def before_napoleon(app, what, name, obj, options, lines):
         parts = re.split(r"(`[^`]*`)", line)
         parts[::2] = [re.sub(r"[*|]|_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2]]
         lines[number] = "".join(parts)
+    if what == "module":
+        # What is indented below a colon is code.
+        for number in range(len(lines) - 2):
+            if lines[number].endswith(":") and lines[number + 2].startswith("    "):
+                lines[number] += ":"
     if what == "attribute":
         # Napoleon would take what stands before a colon for a type.
         _texts_of_attributes[name] = lines[:]

@@ -1,6 +1,6 @@
 """A trained model on the devices: generates, scores and embeds texts, is evaluated and exported.
 
-For example::
+For example:
 
     model = t5jax.load("google/flan-t5-small")
     model.generate(["A step by step recipe to make bolognese pasta:"], max_tokens=64)

@@ -1,6 +1,6 @@
 """The program of a run: what a config computes on a mesh, before anything is on the devices.
 
-A run of one step::
+One step of a run:
 
     run = program(config, sharding.make_mesh(config.mesh))
     with run.use():
