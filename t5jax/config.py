@@ -138,6 +138,9 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
     """Parameters to leave as they are: patterns that match their paths, such as encoder/* or
     */embedding."""
+    learning_rates: tuple[str, ...] = ()
+    """Other peak learning rates for some parameters, as PATTERN:RATE, such as lm_head/*:1e-4. The
+    last match counts; schedule and warm-up stay."""
 
     def __post_init__(self) -> None:
         check_choice(self.name, typing.get_args(Optimizer), "optimizer.name")
@@ -148,6 +151,7 @@ class OptimizerConfig:
                 f"optimizer.learning_rate is {rate}; expected a positive number (T5 fine-tunes "
                 "with adafactor at 1e-3 and pre-trains at 1.0 with schedule inverse_sqrt)"
             )
+        parse_patterns(self.learning_rates, float, "optimizer.learning_rates")
         check_at_least(self.warmup_steps, 0, "optimizer.warmup_steps")
         if self.schedule == "inverse_sqrt" and self.warmup_steps < 1:
             raise ValueError(
@@ -175,6 +179,72 @@ class OptimizerConfig:
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"optimizer.{field} is {value}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): a matrix W becomes W + scale A B. Only A and B are
+    trained and saved; the parameters of init.model stay as they are."""
+
+    rank: int = 8
+    """R: a matrix [in, out] gets A [in, R] and B [R, out]."""
+    alpha: float | None = None
+    """The scale is alpha / rank. None: alpha is the rank, and the scale 1."""
+    targets: tuple[str, ...] = ("query", "value")
+    """Matrices to adapt: the last part of their paths, such as query or wi_0, or patterns of whole
+    paths, such as decoder/*/mlp/*. all-linear: all matrices of all layers."""
+    dropout: float = 0.0
+    """Rate of dropout of an adapter's input, in training."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank) (arXiv:2312.03732), with which high ranks learn as fast."""
+    dora: bool = False
+    """Also train the norm of each column (arXiv:2402.09353)."""
+    ranks: tuple[str, ...] = ()
+    """Other ranks for some of the targets, as PATTERN:RANK, such as */mlp/wo:16. The last match
+    counts."""
+    alphas: tuple[str, ...] = ()
+    """Other values of alpha for some of the targets, as PATTERN:ALPHA."""
+    train: tuple[str, ...] = ()
+    """Parameters of the base to train and save too: patterns of their paths, such as */scale or
+    lm_head/*. A new head is always trained."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self.rank, 1, "adapter.rank")
+        if self.alpha is not None:
+            check_positive(self.alpha, "adapter.alpha")
+        if not self.targets:
+            raise ValueError(
+                "adapter.targets is empty; expected matrices, such as query and value, or "
+                "all-linear"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
+        parse_patterns(self.ranks, int, "adapter.ranks")
+        parse_patterns(self.alphas, float, "adapter.alphas")
+
+
+def parse_patterns(
+    given: Iterable[str], kind: type[int] | type[float], name: str
+) -> list[tuple[str, float]]:
+    """Returns patterns with their numbers, from PATTERN:NUMBER each.
+
+    Raises:
+      ValueError: if one cannot be parsed, or its number is not above 0.
+    """
+    found = []
+    for text in given:
+        pattern, _, number = text.rpartition(":")
+        try:
+            value = kind(number)
+        except ValueError:
+            value = -1
+        if not (pattern and 0 < value < math.inf):
+            raise ValueError(
+                f"{name} has {text!r}; expected PATTERN:NUMBER, such as "
+                f"*/mlp/wo:{'16' if kind is int else '1e-4'}, with a number above 0"
+            )
+        found.append((pattern, value))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +416,8 @@ class AxisRules:
     """Vocabulary, in parameters and logits."""
     positions: MeshAxes = None
     """Learned positions of GPT-2 and BERT, in parameters."""
+    rank: MeshAxes = None
+    """The rank of adapters."""
     buckets: MeshAxes = None
     """Buckets of the relative-position bias."""
     layers: MeshAxes = None
@@ -367,6 +439,7 @@ class Config:
     resumed."""
     model: Architecture = DEFAULT
     init: InitConfig = InitConfig()
+    adapter: LoraConfig | None = None
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -386,6 +459,11 @@ class Config:
             raise ValueError(
                 f"train.epochs is {self.train.epochs:g}, but data.mixture_changes reads several "
                 "mixtures, whose epochs differ; set train.steps, and leave train.epochs out"
+            )
+        if self.adapter is not None and self.optimizer.freeze:
+            raise ValueError(
+                f"optimizer.freeze is {self.optimizer.freeze}, but with an adapter all parameters "
+                "of the base are frozen; leave it out (adapter.train names those that are not)"
             )
         if self.data.prefix_lm and self.model.kind != "decoder":
             raise ValueError(

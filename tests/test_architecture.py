@@ -30,7 +30,7 @@ ORDER = [
     {"t5jax.t5x"},
     {"t5jax.checkpoint", "t5jax.decoding", "t5jax.hf", "t5jax.train_step", "t5jax.monitor"},
     {"t5jax.train_state"},
-    {"t5jax.losses", "t5jax.optimizers"},
+    {"t5jax.losses", "t5jax.optimizers", "t5jax.adapters"},
     {"t5jax.models"},
     {"t5jax.sharding", "t5jax.distributed", "t5jax.compilation"},
     {"t5jax.data.batches.converters", "t5jax.special_tokens"},

@@ -17,14 +17,23 @@ import jax
 from t5jax import batch as features
 from t5jax.architectures import FAMILIES, Architecture
 from t5jax.models import cache as caches
+from t5jax.models.adapted import column_norms, merged_kernel
 from t5jax.models.attention import backend as attention_backend
 from t5jax.models.attention import check_backend as check_attention
 from t5jax.models.attention import use_backend as use_attention
 from t5jax.models.cache import Cache
 
-__all__ = ["attention_backend", "check_attention", "use_attention"]
+__all__ = [
+    "attention_backend",
+    "check_attention",
+    "column_norms",
+    "merged_kernel",
+    "use_attention",
+]
 
 Params = dict[str, Any]
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+"""The last parts of the paths of parameters that are used in the dtype of the computation."""
 
 
 # A family's module defines Network, with the methods `hidden`, `unembed` and `logits` (and
@@ -147,7 +156,7 @@ def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     def cast(path, x):
         names = [getattr(key, "key", None) for key in path]
         # The relative bias is added to float32 scores; norms and biases are also float32.
-        is_matrix = names[-1] in ("kernel", "embedding") and "relative_bias" not in names
+        is_matrix = names[-1] in MATRICES and "relative_bias" not in names
         return x.astype(dtype) if is_matrix else x
 
     params = jax.tree_util.tree_map_with_path(cast, params)
@@ -227,10 +236,17 @@ def decode_step(
 
 def _apply(model, params, dropout_rng, *args, method):
     train = dropout_rng is not None and model.dropout_rate > 0
-    rngs = {"dropout": dropout_rng} if train else None
+    drops = train or (dropout_rng is not None and _has(params, "lora_dropout"))
+    rngs = {"dropout": dropout_rng} if drops else None
     params = _stacked(params)
     params = _cast_layers(model, params)
     return _network(model, train=train).apply({"params": params}, *args, method=method, rngs=rngs)
+
+
+def _has(params: Params, leaf: str) -> bool:
+    """Returns whether any module has a parameter of this name."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return any(getattr(path[-1], "key", None) == leaf for path, _ in paths)
 
 
 def _cast_layers(model: Architecture, params: Params) -> Params:
@@ -243,7 +259,7 @@ def _cast_layers(model: Architecture, params: Params) -> Params:
 
     def cast(path, x):
         names = [getattr(key, "key", None) for key in path]
-        is_stacked = "layers" in names and names[-1] == "kernel"
+        is_stacked = "layers" in names and names[-1] in ("kernel", "lora_a", "lora_b")
         return x.astype(model.dtype) if is_stacked and x.dtype == "float32" else x
 
     return jax.tree_util.tree_map_with_path(cast, params)

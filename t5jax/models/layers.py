@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t5jax.architectures import Architecture
+from t5jax.models.adapted import adapted
 from t5jax.sharding import constrain
 
 # What attention's kernel calls what its gradient needs (`kernels/flash.py`, which is heavy to
@@ -84,7 +85,8 @@ class Linear(nn.Module):
         kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
         read = "ABC"[: len(self.inputs)]
         written = "DEF"[: len(self.outputs)]
-        x = _product(f"...{read},{read}{written}->...{written}", x, kernel.astype(dtype))
+        y = _product(f"...{read},{read}{written}->...{written}", x, kernel.astype(dtype))
+        x = adapted(self, x, kernel, y, len(self.inputs))
         if not self.use_bias:
             return x
         init = nn.with_logical_partitioning(nn.initializers.zeros, tuple(self.outputs))
@@ -215,6 +217,7 @@ class Unembedding(nn.Module):
         logits_BTV = jnp.einsum(
             "...D,DV->...V", x_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
         )
+        logits_BTV = adapted(self, x_BTD, kernel, logits_BTV, 1)
         if not self.use_bias:
             return logits_BTV
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
