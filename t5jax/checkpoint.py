@@ -262,6 +262,17 @@ def read_config(checkpoint: Path) -> Config:
         ) from None
 
 
+def read_run_config(run_dir: Path) -> Config:
+    """Returns the config with which a run was last started."""
+    path = run_dir / CONFIG_FILE
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged, or was written by another version of t5jax: {error}"
+        ) from None
+
+
 def read_loop(checkpoint: Path) -> dict:
     """Returns the loop's plain values.
 

@@ -24,6 +24,8 @@ models:
   serve MODEL [--port PORT]                  OpenAI's interface over HTTP, and a page to try it
   export MODEL OUTPUT                        write a Hugging Face folder
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
+  runs [FOLDER]                              runs with their state, step and best loss
+  report RUN...                              a page of curves, samples and scores, side by side
   plan CONFIG --topology v5e:2x2             memory and time of a run on a TPU, without one
   doctor                                     versions, devices, memory, folders: what is wrong
 
@@ -47,6 +49,8 @@ set, the same command on every host is one run.
 
 COMMANDS = {
     "train": "train.train",
+    "runs": "report.runs",
+    "report": "report.report",
     "plan": "plan.plan",
     "doctor": "doctor.doctor",
     "eval": "model.evaluate",

@@ -24,7 +24,7 @@ from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
-from t5jax.monitor import log, plot, profile, progress, tables
+from t5jax.monitor import environment, log, plot, profile, progress, tables
 from t5jax.monitor.goodput import Goodput, describe
 from t5jax.plan.compiled import load as load_step
 from t5jax.plan.flops import peak_share
@@ -157,6 +157,7 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
         if distributed.is_main():
             log.truncate_metrics(run_dir, start)
             checkpoint.write_config(run_dir, config)
+            environment.record(run_dir, list(run.mesh.devices.flat))
             tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
             if source:
                 hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())

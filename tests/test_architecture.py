@@ -22,6 +22,7 @@ MODULES = {
 ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
+    {"t5jax.report"},
     {"t5jax.train", "t5jax.serving", "t5jax.lm_eval", "t5jax.doctor"},
     {"t5jax.plan"},
     {"t5jax.bulk", "t5jax.pretrained", "t5jax.program"},
@@ -38,7 +39,8 @@ ORDER = [
     {"t5jax.batch"},
     {"t5jax.config"},
     {"t5jax.architectures", "t5jax.shipped"},
-    {"t5jax.checks", "t5jax.host_memory", "t5jax.rendezvous", "t5jax.storage"},
+    {"t5jax.checks", "t5jax.host_memory", "t5jax.rendezvous", "t5jax.html"},
+    {"t5jax.storage"},
 ]
 # The rooms of t5jax.data, in the same way. The package itself imports nothing but on demand.
 DATA_ORDER = [

@@ -4,7 +4,6 @@ Nothing is loaded from elsewhere. The examples are JSON in the page, and are sho
 markup. Those on which the model and its baselines disagree most come first.
 """
 
-import functools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation.predictions import as_json
 from t5jax.evaluation.scores import Answers, scores_of_examples
-from t5jax.storage import to_json
+from t5jax.html import as_script, fill
 
 MOST_EXAMPLES = 1000
 """Examples of a task in the page; `predictions/` has all of them."""
@@ -35,14 +34,15 @@ def render(
     """
     baselines = list(dict.fromkeys(name for row in results.values() for name in row["baselines"]))
     examples = {task: _examples(*each) for task, each in systems.items()}
-    return _template().render(
+    return fill(
+        Path(__file__).with_name("page.html.jinja"),
         model=model,
         split=split,
         baselines=baselines,
         results=results,
         total={task: row["num_examples"] for task, row in results.items()},
         examples=examples,
-        data=_as_script({"model": model, "tasks": examples}),
+        data=as_script({"model": model, "tasks": examples}),
         number=_number,
     )
 
@@ -104,22 +104,8 @@ def _as_texts(targets: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def _as_script(value: Any) -> str:
-    """Returns JSON that may stand in a <script>: no text in it can end the element."""
-    return to_json(value).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 def _number(metric: str, value: Any) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:.{4 if metric.endswith('loss') or metric == 'bits_per_byte' else 2}f}"
     return text.replace("-", "\u2212")
-
-
-@functools.cache
-def _template() -> Any:
-    import jinja2
-
-    text = Path(__file__).with_name("page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(text)
