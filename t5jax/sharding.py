@@ -218,6 +218,23 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Any
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
+def divided(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh, rules: AxisRules
+) -> NamedSharding:
+    """Returns the NamedSharding of an array whose dimensions stay whole if the mesh does not
+    divide them."""
+    spec = partition_spec(axes, rules)
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            *(
+                None if size % _num_devices(mesh, mesh_axes) else mesh_axes
+                for size, mesh_axes in zip(shape, spec, strict=True)
+            )
+        ),
+    )
+
+
 def divisible_rules(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> AxisRules:
     """Returns rules under which the mesh divides every parameter of a model as it is.
 

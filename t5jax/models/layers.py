@@ -13,8 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t5jax import quantized
 from t5jax.architectures import Architecture
 from t5jax.models.adapted import adapted
+from t5jax.quantized import Quantized
 from t5jax.sharding import constrain
 
 # What attention's kernel calls what its gradient needs (`kernels/flash.py`, which is heavy to
@@ -64,6 +66,15 @@ def _product_backward(equation, saved, grad):
 _product.defvjp(_product_forward, _product_backward)
 
 
+def _matrix(module: nn.Module, name: str, *args):
+    """Returns a parameter that may be quantized, and then has other shapes than `args` say."""
+    if module.has_variable("params", name):
+        given = module.get_variable("params", name)
+        if isinstance(given, Quantized):
+            return given
+    return module.param(name, *args)
+
+
 class Linear(nn.Module):
     """A matrix `kernel` from the last dimensions of its input to those of its output.
 
@@ -82,10 +93,14 @@ class Linear(nn.Module):
         """Takes [..., *inputs] and returns [..., *outputs], in the description's dtype."""
         dtype, param_dtype = self.config.dtype, self.config.param_dtype
         axes, shape = (*self.inputs, *self.outputs), (*self.inputs.values(), *self.outputs.values())
-        kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
+        kernel = _matrix(self, "kernel", normal(self.stddev, axes), shape, param_dtype)
         read = "ABC"[: len(self.inputs)]
         written = "DEF"[: len(self.outputs)]
-        y = _product(f"...{read},{read}{written}->...{written}", x, kernel.astype(dtype))
+        equation = f"...{read},{read}{written}->...{written}"
+        if isinstance(kernel, Quantized):
+            y = quantized.product(equation, x, kernel, dtype)
+        else:
+            y = _product(equation, x, kernel.astype(dtype))
         x = adapted(self, x, kernel, y, len(self.inputs))
         if not self.use_bias:
             return x
@@ -184,19 +199,16 @@ class Embedding(nn.Module):
     def setup(self):
         init = normal(self.stddev, (self.axis, "embed"))
         shape = (self.num_embeddings, self.features)
-        self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
+        self.embedding = _matrix(self, "embedding", init, shape, self.config.param_dtype)
 
     def __call__(self, tokens_BT):
+        if isinstance(self.embedding, Quantized):
+            return quantized.rows(self.embedding, tokens_BT, self.config.dtype)
         return _lookup(self.embedding, tokens_BT).astype(self.config.dtype)
 
     def attend(self, x_BTD):
         """Returns float32 logits [B, T, V]."""
-        return jnp.einsum(
-            "...D,VD->...V",
-            x_BTD,
-            self.embedding.astype(self.config.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return _logits("...D,VD->...V", x_BTD, self.embedding, self.config.dtype)
 
 
 class Unembedding(nn.Module):
@@ -213,16 +225,21 @@ class Unembedding(nn.Module):
     def __call__(self, x_BTD):
         dtype, param_dtype = self.config.dtype, self.config.param_dtype
         shape, axes = (self.features, self.num_embeddings), ("embed", self.axis)
-        kernel = self.param("kernel", normal(self.stddev, axes), shape, param_dtype)
-        logits_BTV = jnp.einsum(
-            "...D,DV->...V", x_BTD, kernel.astype(dtype), preferred_element_type=jnp.float32
-        )
+        kernel = _matrix(self, "kernel", normal(self.stddev, axes), shape, param_dtype)
+        logits_BTV = _logits("...D,DV->...V", x_BTD, kernel, dtype)
         logits_BTV = adapted(self, x_BTD, kernel, logits_BTV, 1)
         if not self.use_bias:
             return logits_BTV
         init = nn.with_logical_partitioning(nn.initializers.zeros, axes[1:])
         bias_V = self.param("bias", init, shape[1:], param_dtype)
         return logits_BTV + float32_for(logits_BTV, bias_V)
+
+
+def _logits(equation: str, x_BTD, matrix, dtype):
+    """Returns the product with an output matrix, as float32."""
+    if isinstance(matrix, Quantized):
+        return quantized.product(equation, x_BTD, matrix, jnp.float32)
+    return jnp.einsum(equation, x_BTD, matrix.astype(dtype), preferred_element_type=jnp.float32)
 
 
 def Dropout(rate: float) -> nn.Module:

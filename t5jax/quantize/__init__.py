@@ -1,0 +1,1 @@
+"""Quantization of matrices: which ones and how, the folders that hold them, calibration."""
