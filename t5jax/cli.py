@@ -18,6 +18,7 @@ T5, GPT and BERT in JAX, from a prompted task to a trained, evaluated, exported 
 
 models:
   train CONFIG [--section.field VALUE ...]   train; goes on by itself where the run stopped
+  sweep CONFIG --space FIELD=VALUES          train with many values of some fields; the best ones
   eval MODEL                                 a task's metrics, loss and perplexity
   infer MODEL --prompt TEXT                  answers to prompts
   embed MODEL --text TEXT                    vectors of texts, of BERT or a T5's encoder
@@ -49,6 +50,7 @@ set, the same command on every host is one run.
 
 COMMANDS = {
     "train": "train.train",
+    "sweep": "sweep.sweep",
     "runs": "report.runs",
     "report": "report.report",
     "plan": "plan.plan",

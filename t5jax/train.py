@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.traverse_util
@@ -40,11 +41,17 @@ class NonFiniteLoss(ValueError):
     """The loss or the gradient is NaN or infinite."""
 
 
-def train(config: Config, *, compiled: str | None = None) -> Path:
+def train(
+    config: Config,
+    *,
+    compiled: str | None = None,
+    watch: Callable[[int, dict[str, float]], str] | None = None,
+) -> Path:
     """Trains until `train.steps`, or until the validation loss stops improving.
 
     Args:
       compiled: a file with the compiled step, as `t5jax plan --save` writes it.
+      watch: takes the step and the metrics of each evaluation; the run stops when it returns why.
     Returns:
       The run's folder: checkpoints, metrics.jsonl, TensorBoard events, loss.png, the tokenizer.
     Raises:
@@ -206,8 +213,13 @@ def train(config: Config, *, compiled: str | None = None) -> Path:
                                 failure = error
                             else:
                                 loss = mean_loss([result for _, result in results.values()])
-                                report_evaluation(step, results, loss, config, writer, bar)
+                                scalars = report_evaluation(
+                                    step, results, loss, config, writer, bar
+                                )
                                 loop.add(step, loss)
+                                if watch and (why := watch(step, scalars)):
+                                    bar.print(f"stopping at step {step}: {why}")
+                                    done = True
                                 failure = _failure_of(results)
                                 if loop.stops(config.eval.patience):
                                     bar.print(f"stopping at step {step}: {loop.reason()}")
@@ -428,8 +440,9 @@ def _raise_among_several(error: Exception) -> None:
         raise error
 
 
-def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
-    """Writes the scores of an evaluation, and prints a line and samples for each task."""
+def report_evaluation(step, results, loss, config: Config, writer, bar) -> dict[str, float]:
+    """Writes the scores of an evaluation, and prints a line and samples for each task; returns them
+    by the names of metrics.jsonl."""
     split = config.eval.split
     bar.print(f"step {step}: {split} loss {loss:.4f}")
     if split == "train":  # Metrics of training steps have that name.
@@ -447,6 +460,7 @@ def report_evaluation(step, results, loss, config: Config, writer, bar) -> None:
             writer.write_texts(step, {f"{split}/{task}/samples": tables.samples_markdown(*columns)})
     writer.write_scalars(step, scalars)
     writer.flush()
+    return scalars
 
 
 def describe_mesh(mesh: jax.sharding.Mesh) -> str:

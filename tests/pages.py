@@ -94,6 +94,11 @@ def read_blocks(text: str) -> list[Block]:
     return [block for block in blocks if not block.language.startswith("{")]
 
 
+def is_run(block: Block) -> bool:
+    """Returns whether a block is run, and not only shown or saved."""
+    return block.language not in SHOWN and not block.comment
+
+
 def as_run(code: str) -> str:
     """Returns a block of shell with what `INSTEAD` replaces, and one command a line."""
     lines = []
