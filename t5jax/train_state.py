@@ -52,7 +52,10 @@ def train_state_shapes(
     model: Architecture, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
 ) -> TrainState:
     """Returns the state as ShapeDtypeStructs, without computing it."""
-    return jax.eval_shape(lambda: create_train_state(model, tx, jax.random.key(0), frozen))
+    params = api.param_shapes(model)
+    trainable, _ = split(params, frozen)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, params, jax.eval_shape(tx.init, trainable))
 
 
 def train_state_shardings(

@@ -8,7 +8,8 @@ B batch, N rows of a cache, S source length, P prompt length, T target length, D
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -75,17 +76,22 @@ def init_params(model: Architecture, key: jax.Array) -> Params:
 
 def param_shapes(model: Architecture) -> Params:
     """Returns the tree of parameters as ShapeDtypeStructs, without computing them."""
-    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return _map_boxes(lambda box: box.value, model)
 
 
 def param_axes(model: Architecture) -> dict:
     """Returns the same tree with tuples of logical axes as leaves."""
-    boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
-    return jax.tree.map(
-        lambda box: tuple(box.names),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    return _map_boxes(lambda box: tuple(box.names), model)
+
+
+def _map_boxes(function: Callable[[Any], Any], model: Architecture) -> dict:
+    boxed = _boxed_shapes(model)
+    return jax.tree.map(function, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+@functools.lru_cache(maxsize=64)  # A run asks often, and tracing a network takes a while.
+def _boxed_shapes(model: Architecture) -> dict:
+    return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
 
 
 def logits(
