@@ -17,12 +17,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from t5jax import sharding
+from t5jax import train as loop
 from t5jax.architectures import T5Config
 from t5jax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvalConfig,
+    InitConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -67,11 +69,39 @@ def _one_device_mesh(*config):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", _one_device_mesh)
+    monkeypatch.setattr(loop, "program", _program_of)
 
 
 @pytest.fixture
 def eight_devices(one_device, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", _make_mesh)
+
+
+# --- Programs -------------------------------------------------------------------------------------
+
+# Tracing, lowering and loading a program takes most of the time of a run of a few steps. Runs that
+# compute the same share one.
+_make_program = functools.cache(loop.program)
+
+
+def _program_of(config: Config, mesh):
+    # What plan/compiled.py leaves out of what a compiled step was made for.
+    data = dataclasses.replace(
+        config.data,
+        mixture="",
+        mixture_changes=(),
+        task_files=(),
+        vocabulary="",
+        cache=None,
+        seed=0,
+    )
+    sections = {"init": InitConfig(), "eval": EvalConfig(), "checkpoint": CheckpointConfig()}
+    train = dataclasses.replace(config.train, log_every=1, epochs=None, profile=0)
+    if config.optimizer.schedule == "constant" and not config.optimizer.warmup_steps:
+        train = dataclasses.replace(train, steps=1)
+    return _make_program(
+        dataclasses.replace(config, run_dir="", data=data, train=train, **sections), mesh
+    )
 
 
 # --- Runs -----------------------------------------------------------------------------------------
@@ -92,6 +122,7 @@ def _trained() -> tempfile.TemporaryDirectory:
     # Whoever asks first, and from a fixture that comes before `one_device`: on one device.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", _one_device_mesh)
+        patch.setattr(loop, "program", _program_of)
         train(make_config(Path(folder.name) / "run"))
     return folder
 
