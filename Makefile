@@ -101,6 +101,10 @@ docs: install  ## the site of docs/, in build/site/
 	$(BIN)/python -m sphinx -W -n --keep-going -q docs build/site
 	@echo 'build/site/index.html'
 
+.PHONY: gcp-flags
+gcp-flags: install  ## let this machine's gcloud CLI parse every command of gcp/
+	PYTHONPATH=. $(BIN)/python tests/gcp/gcloud_flags.py
+
 .PHONY: clean
 clean:  ## remove environments, caches and builds; runs/ stays
 	rm -rf $(VENV) .venv-* build dist .pytest_cache .ruff_cache .mypy_cache

@@ -46,6 +46,7 @@ def start() -> None:
             address, count, index, local, initialization_timeout=round(timeout())
         )
     check_accelerator()
+    _check_count(os.environ)
 
 
 def find(env: Mapping[str, str]) -> tuple[str, int, int, list[int] | None] | None:
@@ -77,6 +78,20 @@ def find(env: Mapping[str, str]) -> tuple[str, int, int, list[int] | None] | Non
         if None not in found[:3]:
             return found
     return None
+
+
+def _check_count(env: Mapping[str, str]) -> None:
+    """Raises ValueError if there are not as many processes as the environment says.
+
+    A host that does not find the others would train alone, into the same folder as they do.
+    """
+    expected, count = env.get(COUNT), jax.process_count()
+    if expected and expected != str(count):
+        processes = f"{count} process{'es' if count > 1 else ''}"
+        raise ValueError(
+            f"{COUNT} is {expected!r}, but this run has {processes}: the others were not found; "
+            f"set {ADDRESS} and {INDEX} as well, or leave it out"
+        )
 
 
 def _by_address(env: Mapping[str, str]) -> tuple[str, int, int, None]:

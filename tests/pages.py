@@ -42,6 +42,8 @@ INSTEAD = [
         "{0} --train.steps 2 --optimizer.warmup-steps 1 --eval.num-examples 4",
         "tests/test_train.py",
     ),
+    # It would wait for minutes between two questions to Google.
+    (r"(python -m gcp (?:create|watch) .*)", "{0} --interval 0", "tests/gcp"),
     (r"(t5jax eval (?!.*--help).*)", "{0} --num-examples 4", "tests/test_evaluate.py"),
 ]
 # Languages of blocks that are only shown, such as a command's output.

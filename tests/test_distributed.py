@@ -160,6 +160,14 @@ def test_two_processes_that_count_differently_are_told():
 ADDRESS = {"JAX_COORDINATOR_ADDRESS": "h:80", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 
 
+def test_another_number_of_processes_than_was_said_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is '4', but this run has 1 process: "):
+        distributed.start()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    distributed.start()
+
+
 def test_find():
     assert distributed.find({}) is None
     assert distributed.find(ADDRESS) == ("h:80", 2, 1, None)

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CODE = ("t5jax", "tasks", "configs", "benchmarks", "tests")
+CODE = ("t5jax", "tasks", "configs", "benchmarks", "gcp", "tests")
 # Top-level modules whose distribution installs them under more than one name, or shares them.
 DISTRIBUTIONS = {"google": "protobuf", "orbax": "orbax-checkpoint"}
 

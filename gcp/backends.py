@@ -1,0 +1,419 @@
+"""The two ways to a TPU on Google Cloud: queued resources, and Compute Engine.
+
+Google's Cloud TPU API with its queued resources has v4 to v6e. TPU7x and later only exist as
+machines of Compute Engine, of which several make a slice by a workload policy with its topology.
+Whether something is there is read from lists, never from an error: what could not be asked is not
+absent.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from gcp.settings import Settings
+from gcp.steps import Commands, Step, base_name, has
+
+LABEL = "t5jax"
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+DISK = "200GB"
+
+
+class State(enum.Enum):
+    """What there is of a slice."""
+
+    ABSENT = "absent"
+    WAITING = "waiting"
+    READY = "ready"
+    LOST = "lost"
+    """Preempted, failed or stopped: to be deleted, and made again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resource:
+    """Something that costs money."""
+
+    kind: str
+    name: str
+    zone: str
+    detail: str
+    accelerator: str = ""
+    """As in a file of settings; empty for what is no TPU."""
+    provisioning: str = ""
+
+
+class Backend(Protocol):
+    """What is asked of each way."""
+
+    def create(self, s: Settings) -> list[Step]:
+        """Returns the steps to a slice, or to a request for one."""
+
+    def delete(self, s: Settings) -> list[Step]:
+        """Returns the steps that leave nothing of it."""
+
+    def state(self, commands: Commands, s: Settings) -> tuple[State, str]:
+        """Returns what there is, and in Google's words."""
+
+    def ssh(
+        self, commands: Commands, s: Settings, worker: int | None, script: str
+    ) -> list[list[str]]:
+        """Returns the commands that run a script on one worker, or on all (None)."""
+
+
+def choose(s: Settings) -> Backend:
+    """Returns the way to the slice of a run.
+
+    Raises:
+      ValueError: if the one that was asked for does not have it, or needs more fields.
+    """
+    generation = s.slice.generation
+    backend = s.backend or ("queued" if generation.accelerator else "compute")
+    if backend == "queued":
+        if not generation.accelerator:
+            raise ValueError(
+                f"queued resources have no {generation.name}: it only exists on Compute Engine and "
+                'GKE; set backend = "compute", or leave it out'
+            )
+        _refuse(s, "queued", ("reservation", "vm_image"))
+        if s.max_wait and s.provisioning == "reserved":
+            raise ValueError("max_wait is for requests that wait in a queue; leave it out")
+        return Queued()
+    if not generation.machine:
+        raise ValueError(f"Compute Engine has no {generation.name}; leave backend out")
+    _refuse(s, "compute", ("max_wait", "runtime_version"))
+    if not s.vm_image:
+        raise ValueError(
+            "backend compute needs vm_image, the image of its machines; list those with software "
+            "for TPUs: gcloud compute images list --project=ubuntu-os-accelerator-images "
+            '--no-standard-images, and set vm_image = "projects/ubuntu-os-accelerator-images/'
+            'global/images/family/FAMILY"'
+        )
+    if (s.provisioning == "reserved") != bool(s.reservation):
+        raise ValueError('reservation = "NAME" and provisioning = "reserved" belong together')
+    return Compute()
+
+
+def _refuse(s: Settings, backend: str, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(s, name):
+            raise ValueError(f"{name} has no effect on backend {backend}; leave it out")
+
+
+def _network(s: Settings) -> list[str]:
+    network = [f"--network={s.network}"] if s.network else []
+    return network + ([f"--subnetwork={s.subnetwork}"] if s.subnetwork else [])
+
+
+def _gcloud(s: Settings, *words: str) -> tuple[str, ...]:
+    return ("gcloud", *words, f"--project={s.project}")
+
+
+# --- Queued resources -----------------------------------------------------------------------------
+
+_QUEUED = ("compute", "tpus", "queued-resources")
+_TPU_VM = ("compute", "tpus", "tpu-vm")
+_QUEUED_STATES = {
+    "CREATING": State.WAITING,
+    "ACCEPTED": State.WAITING,
+    "PROVISIONING": State.WAITING,
+    "WAITING_FOR_RESOURCES": State.WAITING,
+    "ACTIVE": State.READY,
+    "FAILED": State.LOST,
+    "SUSPENDING": State.LOST,
+    "SUSPENDED": State.LOST,
+    "DELETING": State.LOST,
+}
+_LIVING_NODES = {"READY", "CREATING", "STARTING", "RESTARTING", "REIMAGING", "REPAIRING"}
+
+
+class Queued:
+    """A queued resource with one node, both of the run's name."""
+
+    def create(self, s: Settings) -> list[Step]:
+        zone = f"--zone={s.zone}"
+        how = {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[s.provisioning]
+        if s.max_wait:
+            how.append(f"--valid-until-duration={s.max_wait}")
+        runtime = s.runtime_version or s.slice.generation.runtime
+        return [
+            Step(
+                f"queued resource {s.name}",
+                _gcloud(
+                    s,
+                    *(*_QUEUED, "create", s.name, zone, f"--node-id={s.name}"),
+                    *(f"--accelerator-type={s.slice.accelerator_type}",),
+                    *(f"--runtime-version={runtime}", *how, *_network(s)),
+                    *(f"--service-account={s.service_account}", f"--scopes={SCOPE}"),
+                    *(f"--labels={LABEL}={s.name}", "--quiet"),
+                ),
+                ask=self._list(s),
+                is_done=has(s.name),
+                undo=self._delete(s),
+            )
+        ]
+
+    def delete(self, s: Settings) -> list[Step]:
+        node = _gcloud(s, *_TPU_VM, "list", f"--zone={s.zone}", "--format=json")
+        remove = _gcloud(s, *_TPU_VM, "delete", s.name, f"--zone={s.zone}", "--quiet")
+        return [
+            Step(
+                f"delete queued resource {s.name}",
+                self._delete(s),
+                ask=self._list(s),
+                is_done=lambda answer: not has(s.name)(answer),
+                when="if this lists it",
+                attempts=3,
+            ),
+            # The queued resource takes its node with it; this finds one that stayed behind.
+            Step(
+                f"delete TPU VM {s.name}",
+                remove,
+                ask=node,
+                is_done=lambda answer: not has(s.name)(answer),
+                when="if this lists it",
+                attempts=3,
+            ),
+        ]
+
+    def state(self, commands: Commands, s: Settings) -> tuple[State, str]:
+        found = [r for r in commands.ask(self._list(s)) if base_name(r) == s.name]
+        if not found:
+            return State.ABSENT, "no queued resource"
+        word = found[0].get("state", {}).get("state", "unknown")
+        state = _QUEUED_STATES.get(word, State.WAITING)
+        if state is not State.READY:
+            return state, word
+        nodes = commands.ask(_gcloud(s, *_TPU_VM, "list", f"--zone={s.zone}", "--format=json"))
+        node = next((n.get("state", "unknown") for n in nodes if base_name(n) == s.name), "no node")
+        if node == "READY":
+            return State.READY, f"{word}, node {node}"
+        return (State.WAITING if node in _LIVING_NODES else State.LOST), f"{word}, node {node}"
+
+    def ssh(
+        self, commands: Commands, s: Settings, worker: int | None, script: str
+    ) -> list[list[str]]:
+        which = "all" if worker is None else str(worker)
+        words = (*_TPU_VM, "ssh", s.name, f"--zone={s.zone}", f"--worker={which}")
+        return [[*_gcloud(s, *words, f"--command={script}"), "--quiet"]]
+
+    def _list(self, s: Settings) -> tuple[str, ...]:
+        return _gcloud(s, *_QUEUED, "list", f"--zone={s.zone}", "--format=json")
+
+    def _delete(self, s: Settings) -> tuple[str, ...]:
+        return _gcloud(s, *_QUEUED, "delete", s.name, f"--zone={s.zone}", "--force", "--quiet")
+
+
+# --- Compute Engine -------------------------------------------------------------------------------
+
+_GROUPS = ("compute", "instance-groups", "managed")
+_TEMPLATES = ("compute", "instance-templates")
+_POLICIES = ("compute", "resource-policies")
+_STARTING = {"PROVISIONING", "STAGING", "PENDING", "REPAIRING", ""}
+
+
+class Compute:
+    """A managed instance group; several hosts have a workload policy of the slice's topology."""
+
+    def create(self, s: Settings) -> list[Step]:
+        template = ["--reservation-affinity=specific", f"--reservation={s.reservation}"]
+        if s.provisioning != "reserved":
+            template = [
+                f"--provisioning-model={'SPOT' if s.provisioning == 'spot' else 'STANDARD'}"
+            ]
+        if s.provisioning == "spot":
+            template.append("--instance-termination-action=STOP")
+        image_project, image = _image(s.vm_image)
+        network = [f"--subnet={s.subnetwork}", f"--region={s.region}"] if s.subnetwork else []
+        network = ([f"--network={s.network}"] if s.network else []) + network
+        several = s.slice.hosts > 1
+        steps = []
+        if several:
+            steps.append(
+                Step(
+                    f"workload policy {s.name}",
+                    _gcloud(
+                        s,
+                        *(*_POLICIES, "create", "workload-policy", s.name, f"--region={s.region}"),
+                        *("--type=HIGH_THROUGHPUT", f"--accelerator-topology={s.slice.shape}"),
+                        "--quiet",
+                    ),
+                    ask=self._list(s, _POLICIES),
+                    is_done=has(s.name),
+                    undo=self._delete(s, _POLICIES),
+                )
+            )
+        policy = f"projects/{s.project}/regions/{s.region}/resourcePolicies/{s.name}"
+        steps += [
+            Step(
+                f"instance template {s.name}",
+                _gcloud(
+                    s,
+                    *(*_TEMPLATES, "create", s.name, f"--machine-type={s.slice.machine_type}"),
+                    *(f"--image-project={image_project}", image, f"--boot-disk-size={DISK}"),
+                    *("--maintenance-policy=TERMINATE", *template, *network),
+                    *(f"--service-account={s.service_account}", f"--scopes={SCOPE}"),
+                    *(f"--labels={LABEL}={s.name}", "--quiet"),
+                ),
+                ask=self._list(s, _TEMPLATES),
+                is_done=has(s.name),
+                undo=self._delete(s, _TEMPLATES),
+            ),
+            Step(
+                f"instance group {s.name}",
+                _gcloud(
+                    s,
+                    *(*_GROUPS, "create", s.name, f"--zone={s.zone}", f"--size={s.slice.hosts}"),
+                    *(f"--template={s.name}", f"--base-instance-name={s.name}"),
+                    # A slice with one new machine is none: all of it is made again.
+                    "--default-action-on-vm-failure=do-nothing",
+                    *([f"--workload-policy={policy}"] if several else []),
+                    "--quiet",
+                ),
+                ask=self._list(s, _GROUPS),
+                is_done=has(s.name),
+                undo=self._delete(s, _GROUPS),
+            ),
+        ]
+        return steps
+
+    def delete(self, s: Settings) -> list[Step]:
+        kinds = {
+            "instance group": _GROUPS,
+            "instance template": _TEMPLATES,
+            "workload policy": _POLICIES,
+        }
+        return [
+            Step(
+                f"delete {kind} {s.name}",
+                self._delete(s, words),
+                ask=self._list(s, words),
+                is_done=lambda answer: not has(s.name)(answer),
+                when="if this lists it",
+                attempts=3,
+            )
+            for kind, words in kinds.items()
+        ]
+
+    def state(self, commands: Commands, s: Settings) -> tuple[State, str]:
+        if not has(s.name)(commands.ask(self._list(s, _GROUPS))):
+            return State.ABSENT, "no instance group"
+        found = [m.get("instanceStatus") or "" for m in commands.ask(self._instances(s))]
+        running = found.count("RUNNING")
+        words = f"{running} of {s.slice.hosts} machines run"
+        if lost := sorted({word for word in found if word not in ("RUNNING", *_STARTING)}):
+            return State.LOST, f"{words}, others are {', '.join(lost)}"
+        if running == s.slice.hosts:
+            return State.READY, words
+        return State.WAITING, words
+
+    def ssh(
+        self, commands: Commands, s: Settings, worker: int | None, script: str
+    ) -> list[list[str]]:
+        names = ["INSTANCE"]
+        if not commands.dry_run:
+            names = sorted(base_name(m["instance"]) for m in commands.ask(self._instances(s)))
+        if worker is not None:
+            names = names[worker : worker + 1]
+        words = ("compute", "ssh")
+        return [
+            [*_gcloud(s, *words, name, f"--zone={s.zone}", f"--command={script}"), "--quiet"]
+            for name in names
+        ]
+
+    def _instances(self, s: Settings) -> tuple[str, ...]:
+        zone = f"--zone={s.zone}"
+        return _gcloud(s, *_GROUPS, "list-instances", s.name, zone, "--format=json")
+
+    def _list(self, s: Settings, kind: Sequence[str]) -> tuple[str, ...]:
+        where = {
+            _GROUPS: [f"--zones={s.zone}"],
+            _POLICIES: [f"--regions={s.region}"],
+            _TEMPLATES: [],
+        }[tuple(kind)]
+        return _gcloud(s, *kind, "list", *where, "--format=json")
+
+    def _delete(self, s: Settings, kind: Sequence[str]) -> tuple[str, ...]:
+        where = {
+            _GROUPS: [f"--zone={s.zone}"],
+            _POLICIES: [f"--region={s.region}"],
+            _TEMPLATES: [],
+        }[tuple(kind)]
+        return _gcloud(s, *kind, "delete", s.name, *where, "--quiet")
+
+
+def _image(name: str) -> tuple[str, str]:
+    _, project, _, _, *rest = name.split("/")
+    if rest[0] == "family":
+        return project, f"--image-family={rest[1]}"
+    return project, f"--image={rest[0]}"
+
+
+# --- What costs money -----------------------------------------------------------------------------
+
+
+def billable_questions(s: Settings) -> Mapping[str, tuple[str, ...]]:
+    """Returns what lists all that may cost money, of this run and of others."""
+    zone = f"--zone={s.zone}"
+    return {
+        "tpu": _gcloud(s, *_TPU_VM, "list", zone, "--format=json"),
+        "queued": _gcloud(s, *_QUEUED, "list", zone, "--format=json"),
+        "instance": _gcloud(
+            s, "compute", "instances", "list", f"--filter=labels.{LABEL}:*", "--format=json"
+        ),
+        "group": _gcloud(s, *_GROUPS, "list", f"--zones={s.zone}", "--format=json"),
+        "disk": _gcloud(
+            s, "compute", "disks", "list", f"--filter=labels.{LABEL}:*", "--format=json"
+        ),
+        "bucket": _gcloud(s, "storage", "buckets", "list", "--format=json"),
+    }
+
+
+def billable(commands: Commands, s: Settings) -> list[Resource]:
+    """Returns what costs money now, or will as soon as a request is granted."""
+    answers = {kind: commands.ask(question) for kind, question in billable_questions(s).items()}
+    found = []
+    for node in answers["tpu"]:
+        scheduling = node.get("schedulingConfig", {})
+        spot = scheduling.get("spot") or scheduling.get("preemptible")
+        found.append(
+            Resource(
+                "TPU VM",
+                base_name(node),
+                s.zone,
+                node.get("state", "unknown"),
+                node.get("acceleratorType", "").rpartition("/")[2],
+                "spot" if spot else "on-demand",
+            )
+        )
+    nodes = {resource.name for resource in found}
+    for request in answers["queued"]:
+        state = request.get("state", {}).get("state", "unknown")
+        if base_name(request) not in nodes and _QUEUED_STATES.get(state) is not State.LOST:
+            detail = f"{state}, costs once it is granted"
+            found.append(Resource("queued resource", base_name(request), s.zone, detail))
+    for machine in answers["instance"]:
+        zone = base_name(machine.get("zone", s.zone))
+        model = machine.get("scheduling", {}).get("provisioningModel", "STANDARD")
+        found.append(
+            Resource(
+                "instance",
+                base_name(machine),
+                zone,
+                machine.get("status", "unknown"),
+                base_name(machine.get("machineType", "")),
+                "spot" if model == "SPOT" else "on-demand",
+            )
+        )
+    for group in answers["group"]:
+        if base_name(group.get("instanceTemplate", "")) == s.name or base_name(group) == s.name:
+            size = group.get("targetSize", "?")
+            found.append(Resource("instance group", base_name(group), s.zone, f"keeps {size}"))
+    for disk in answers["disk"]:
+        size = f"{disk.get('sizeGb', '?')} GB"
+        found.append(Resource("disk", base_name(disk), base_name(disk.get("zone", "")), size))
+    for bucket in answers["bucket"]:
+        if base_name(bucket) == s.bucket or "t5jax" in bucket.get("labels", {}):
+            found.append(
+                Resource("bucket", base_name(bucket), bucket.get("location", ""), "by its size")
+            )
+    return found
