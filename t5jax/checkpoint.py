@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5jax.checks import check_local
-from t5jax.config import Config, from_json, to_json
+from t5jax.config import Config, LoraConfig, from_json, to_json
 from t5jax.train_state import TrainState
 
 CONFIG_FILE = "t5jax_config.json"
@@ -73,27 +73,44 @@ class Checkpoints:
         self.close()
 
     def save(
-        self, step: int, state: TrainState, loop: dict, config: Config, loss: float | None = None
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict,
+        config: Config,
+        loss: float | None = None,
+        base: dict[str, str] | None = None,
     ) -> None:
         """Begins to save; an error of the save before this one is raised here.
 
         Args:
+          state: what is saved of it, see `Program.saved`.
           loop: the state of the loop as plain values, including the position in the data.
           loss: the validation loss, which selects the best checkpoint; ignored if not finite.
+          base: with an adapter, the digests of the base's parameters.
         """
-        self._save(step, _as_dict(state), loop, config, loss)
+        self._save(step, _as_dict(state), loop, config, loss, base)
 
     def save_params(self, params, config: Config) -> None:
         """Saves only parameters, as step 0, for other runs to start from."""
         self._save(0, {"params": params}, {}, config, None)
 
-    def _save(self, step, state: dict, loop: dict, config: Config, loss: float | None) -> None:
+    def _save(
+        self,
+        step,
+        state: dict,
+        loop: dict,
+        config: Config,
+        loss: float | None,
+        base: dict[str, str] | None = None,
+    ) -> None:
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 loop=ocp.args.JsonSave(loop),
                 config=ocp.args.JsonSave(json.loads(to_json(config))),
+                **({} if base is None else {"base": ocp.args.JsonSave(base)}),
             ),
             metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
         )
@@ -290,6 +307,13 @@ def read_loop(checkpoint: Path) -> dict:
     return values
 
 
+def read_base(checkpoint: Path) -> dict[str, str]:
+    """Returns the digests of the base's parameters, of a checkpoint that has an adapter."""
+    with _reading(checkpoint):
+        digests: dict[str, str] = json.loads((checkpoint / "base" / "metadata").read_text())
+    return digests
+
+
 def load_params(checkpoint: Path, shapes, shardings):
     """Returns a checkpoint's parameters alone, placed by `shardings`; dtypes as in `shapes`."""
     item = {"params": _abstract(shapes, shardings)}
@@ -367,6 +391,12 @@ def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None
         if (was := getattr(getattr(saved, section), name, None))
         != (now := getattr(getattr(config, section), name))
     ]
+    was, now = _fixed_adapter(saved.adapter), _fixed_adapter(config.adapter)
+    changes += [
+        f"adapter{name and '.' + name} was {was.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
     # The optimizer's state has other parts with these than without.
     switches = ("weight_decay", "b1")
     for name in switches if config.optimizer.name == "adafactor" else switches[:1]:
@@ -378,6 +408,14 @@ def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None
             f"the run in {config.run_dir} cannot go on: {'; '.join(changes)}; set it back, or "
             "begin a new run_dir (with init.model to start from this run's parameters)"
         )
+
+
+def _fixed_adapter(adapter: LoraConfig | None) -> dict[str, Any]:
+    """Returns the fields of an adapter that a run keeps."""
+    if adapter is None:
+        return {"": None}
+    fields = dataclasses.asdict(adapter)
+    return {"": type(adapter).__name__} | fields
 
 
 def _fixed_fields(config: Config) -> dict[str, list[str]]:

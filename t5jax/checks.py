@@ -6,6 +6,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -63,6 +64,30 @@ def check_local(path: Any, name: str) -> None:
             f"{name} is {path}; expected one of a file system: mount the bucket (gcsfuse), or take "
             "a local disk"
         )
+
+
+def match_paths(patterns: Iterable[str], paths: Iterable[str], option: str) -> frozenset[str]:
+    """Returns the paths that shell patterns match; "*" also matches "/".
+
+    Args:
+      patterns: such as encoder/*.
+      paths: of parameters.
+      option: what has the patterns, for the message.
+    Raises:
+      ValueError: if one matches nothing, with the nearest paths.
+    """
+    paths = list(paths)
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {path for path in paths if fnmatchcase(path, pattern)}
+        if not matched:
+            hint = did_you_mean(pattern, paths, most=3)
+            raise ValueError(
+                f"{option} has {pattern!r}, which matches no parameter; {hint}there are "
+                f"{', '.join(paths)}"
+            )
+        found |= matched
+    return frozenset(found)
 
 
 # --- A user's code --------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5jax.config import OptimizerConfig
+from t5jax.checks import match_paths
+from t5jax.config import OptimizerConfig, parse_patterns
 
 Axes = Any
 """A tree of tuples of logical axes, one per parameter."""
@@ -151,7 +152,30 @@ def make_optimizer(
                 lambda step: -config.weight_decay * schedule(step), mask=_decays(param_axes)
             )
         )
-    return _in_float32(optax.chain(*parts))
+    chain = optax.chain(*parts)
+    if not config.learning_rates:
+        return _in_float32(chain)
+    factors = _rate_factors(config, param_axes)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = chain.update(grads, state, params)
+        return jax.tree.map(lambda u, factor: u * factor, updates, factors), state
+
+    return _in_float32(optax.GradientTransformation(chain.init, update))
+
+
+def _rate_factors(config: OptimizerConfig, param_axes: Axes) -> Any:
+    """Returns each parameter's learning rate over that of the run, by optimizer.learning_rates."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(
+        param_axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    factors = dict.fromkeys(paths, 1.0)
+    option = "optimizer.learning_rates"
+    for pattern, rate in parse_patterns(config.learning_rates, float, option):
+        factor = rate / config.learning_rate
+        factors |= dict.fromkeys(match_paths([pattern], paths, option), factor)
+    return treedef.unflatten(factors.values())
 
 
 def _default(value: float | None, default: float) -> float:
@@ -161,11 +185,11 @@ def _default(value: float | None, default: float) -> float:
 def _decays(param_axes: Axes) -> Any:
     """Returns True for every matrix, False for vectors and tables of position biases.
 
-    A bias per head also has two dimensions, but only a matrix has the axis "embed".
+    A bias per head also has two dimensions, but only a matrix has the axis "embed", or "rank".
     """
 
     def one(axes: tuple[str, ...]) -> bool:
-        return len(_own_dims(axes)) >= 2 and "embed" in axes
+        return len(_own_dims(axes)) >= 2 and bool({"embed", "rank"} & set(axes))
 
     return jax.tree.map(one, param_axes, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -250,11 +274,15 @@ def scale_by_adafactor(
 def scale_by_parameter_rms(param_axes: Axes) -> optax.GradientTransformation:
     """Multiplies an update by the RMS of its parameter, at least 1e-3, separately for each layer.
 
+    The matrices of an adapter, one of which is 0 at first, have the rate as it is.
+
     Source: arXiv:1804.04235, section 8, relative step sizes.
     """
 
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def one(u: jax.Array, p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+            if "rank" in axes:
+                return u
             return u * jnp.maximum(_rms(p, axes), _MIN_PARAMETER_RMS)
 
         return jax.tree.map(one, updates, params, param_axes), state

@@ -17,6 +17,7 @@ import jax
 import optax
 
 from t5jax import sharding
+from t5jax.adapters import params as adapters
 from t5jax.architectures import Architecture
 from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import AxisRules, Config
@@ -53,6 +54,15 @@ class Program:
     donated."""
     attention: str
     """`train.attention`."""
+    base: frozenset[str] = frozenset()
+    """With an adapter, the paths of the parameters that init.model has, which checkpoints leave
+    out."""
+    frozen: frozenset[str] = frozenset()
+    """The paths of the parameters that are not trained."""
+
+    def saved(self, state: Any) -> Any:
+        """Returns what a checkpoint has of the state, or of a tree like it."""
+        return state.replace(params=split(state.params, self.base)[0])
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -96,8 +106,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
       mesh: devices.
     Raises:
       ValueError: if the mesh does not divide the batch, a microbatch, a length or a parameter; if
-        the model has no output to train; if optimizer.freeze or the schedule does not fit the run;
-        if the devices cannot run train.attention.
+        the model has no output to train; if optimizer.freeze, the adapter or the schedule does not
+        fit the run; if the devices cannot run train.attention.
     """
     model, rules, batch_size = config.model, config.axes, config.data.batch_size
     parts = config.train.microbatches
@@ -113,10 +123,14 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     model.check_head()
     api.check_attention(config.train.attention, mesh.devices.flat[0].platform)
 
-    frozen = frozen_params(api.param_shapes(model), config.optimizer.freeze)
-    trained_axes, _ = split(api.param_axes(model), frozen)
+    adapter, base = config.adapter, frozenset[str]()
+    if adapter is None:
+        frozen = frozen_params(api.param_shapes(model), config.optimizer.freeze)
+    else:
+        base, frozen = (of(model, adapter) for of in (adapters.base_params, adapters.frozen_params))
+    trained_axes, _ = split(adapters.param_axes(model, adapter), frozen)
     tx = make_optimizer(config.optimizer, config.train.steps, trained_axes)
-    shardings = train_state_shardings(model, tx, mesh, rules, frozen)
+    shardings = train_state_shardings(model, tx, mesh, rules, frozen, adapter)
     step = make_train_step(
         model, tx, config.loss, seed=config.train.seed, microbatches=parts, frozen=frozen
     )
@@ -124,11 +138,12 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         model,
         mesh,
         rules,
-        shapes=train_state_shapes(model, tx, frozen),
+        shapes=train_state_shapes(model, tx, frozen, adapter),
         shardings=shardings,
         schedule=jax.jit(make_schedule(config.optimizer, config.train.steps)),
         create=jax.jit(
-            lambda key: create_train_state(model, tx, key, frozen), out_shardings=shardings
+            lambda key: create_train_state(model, tx, key, frozen, adapter),
+            out_shardings=shardings,
         ),
         step=jax.jit(
             step,
@@ -137,4 +152,6 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
             compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
         ),
         attention=config.train.attention,
+        base=base,
+        frozen=frozen,
     )

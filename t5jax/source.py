@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import flax.traverse_util
 import jax
 
 from t5jax import checkpoint, sharding
+from t5jax.adapters import digest, lora
+from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
 from t5jax.config import AxisRules, Config
 from t5jax.hf import hub
@@ -152,6 +155,76 @@ class Source:
         return missing
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptedSource(Source):
+    """A model with an adapter over a base: the parameters that are read have it merged."""
+
+    base: Source | None = None
+    """The base."""
+
+    def adapter(self, model: Architecture) -> dict[str, Any]:
+        """Returns the adapter's parameters and those of the base that it replaces, by path.
+
+        Args:
+          model: the network; what of the adapter is of other networks is left out.
+        """
+        config = self.config.adapter
+        assert config is not None
+        own, ours = self.config.model, _flatten(api.param_shapes(model))
+        shapes = _flatten(adapted.param_shapes(own, config))
+        base = adapted.base_params(own, config)
+        wanted = {
+            path: x
+            for path, x in shapes.items()
+            if path not in base and (path in ours or lora.kernel_of(path) in ours)
+        }
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = flax.traverse_util.unflatten_dict(wanted, sep="/")
+        places = jax.tree.map(lambda _: place, tree)
+        return jax.device_get(_flatten(checkpoint.load_params(self.path, tree, places)))
+
+    def params(
+        self, model: Architecture, shardings: Any, new: Mapping[str, jax.Array] | None = None
+    ) -> api.Params:
+        """Reads the base's parameters and merges the adapter into them."""
+        assert self.base is not None
+        found = {**(new or {}), **self.adapter(model)}
+        lacks = self.base.missing(model)
+        params = self.base.params(model, shardings, {path: found[path] for path in lacks})
+        flat = _flatten(params)
+        if self.is_checkpoint:
+            saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in flat}
+            read = digest.digests({path: flat[path] for path in saved})
+            digest.check(read, saved, str(self.path), str(self.base.path))
+        whole = flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
+
+        @functools.partial(jax.jit, out_shardings=shardings)
+        def merged(whole: api.Params) -> api.Params:
+            dtypes = jax.tree.map(lambda x: x.dtype, params)
+            return jax.tree.map(lambda x, d: x.astype(d), lora.merge(model, whole), dtypes)
+
+        return merged(whole)
+
+    def missing(self, model: Architecture) -> list[str]:
+        assert self.base is not None
+        found = self.adapter(model)
+        return [path for path in self.base.missing(model) if path not in found]
+
+
+def find_base(config: Config) -> Source:
+    """Returns the base of an adapter's run.
+
+    Raises:
+      ValueError: if the config names none, or it cannot be found.
+    """
+    if not config.init.model:
+        raise ValueError(
+            "adapter is set, but init.model is empty: an adapter is trained over a model; set "
+            "init.model, or leave the adapter out"
+        )
+    return find(config.init.model, config.data.vocabulary)
+
+
 def _flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
@@ -170,7 +243,10 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
     if checkpoint.is_run(path):
         path = checkpoint.best_checkpoint(path)
     if checkpoint.is_checkpoint(path):
-        return Source(path, checkpoint.read_config(path), tokenizer)
+        config = checkpoint.read_config(path)
+        if config.adapter is None:
+            return Source(path, config, tokenizer)
+        return AdaptedSource(path, config, tokenizer, base=_base_of(path, config))
     if path.is_dir() and t5x_files.is_checkpoint(path):
         raise ValueError(
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
@@ -182,6 +258,15 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
     return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer)
+
+
+def _base_of(path: Path, config: Config) -> Source:
+    try:
+        return find_base(config)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds an adapter alone; its base {config.init.model} is not found: {error}"
+        ) from error
 
 
 def adopt(model: Architecture, source: Source, name: str) -> Architecture:

@@ -18,6 +18,8 @@ import jax
 from rich.console import Console
 
 from t5jax import checkpoint, distributed, sharding
+from t5jax.adapters import digest
+from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config, to_json
@@ -29,9 +31,10 @@ from t5jax.monitor import environment, log, plot, profile, progress, tables
 from t5jax.monitor.goodput import Goodput, describe
 from t5jax.plan.compiled import load as load_step
 from t5jax.plan.flops import peak_share
-from t5jax.program import program
-from t5jax.source import Source, adopt, find
+from t5jax.program import Program, program
+from t5jax.source import Source, adopt, find, find_base
 from t5jax.special_tokens import trained_with
+from t5jax.train_state import split
 
 # Schedules that depend on train.steps.
 FALLING = {"cosine", "linear"}
@@ -73,7 +76,7 @@ def train(
         "start again when all hosts see the same files",
     )
     loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
-    source = None
+    source, base = None, find_base(config) if config.adapter else None
     if config.init.model or loop.imported:
         # A run that has begun does not need its source, which may no longer exist.
         name = str(last or config.init.model)
@@ -82,6 +85,8 @@ def train(
         if own := source.own_tokenizer():
             model = trained_with(model, own)
         config = dataclasses.replace(config, model=model)
+    if base:
+        config = _with_new_head(config, base)
     if last:
         saved = checkpoint.read_config(last)
         if config.train.epochs is not None and config.train.epochs == saved.train.epochs:
@@ -151,16 +156,27 @@ def train(
             say(f"going on from step {start} of {run_dir}")
             _say_how_the_rate_falls(saved, config)
             with goodput.spend("checkpoint"):
-                state = checkpoints.restore(last, run.shapes, run.shardings)
+                state = checkpoints.restore(last, run.saved(run.shapes), run.saved(run.shardings))
         else:
             with goodput.spend("other"):
                 state = run.create(jax.random.key(config.train.seed))
             if source:
                 say(f"parameters from {source.path}")
+            if source and not base:
                 new = _new_params(source, run.model, state.params)
                 state = state.replace(params=None)  # Never two copies on the devices.
                 params = source.params(run.model, run.shardings.params, new)
                 state = state.replace(params=params)
+        digests = None
+        if base:
+            own = run.saved(state)
+            state = state.replace(params=None)
+            params = _params_over(base, run, own.params, begins=not last)
+            state = state.replace(params=params)
+            flat = flax.traverse_util.flatten_dict(params, sep="/")
+            digests = digest.digests({path: flat[path] for path in sorted(run.base)})
+            if last:
+                digest.check(digests, checkpoint.read_base(last), str(run_dir), str(base.path))
         if distributed.is_main():
             log.truncate_metrics(run_dir, start)
             checkpoint.write_config(run_dir, config)
@@ -170,6 +186,9 @@ def train(
                 hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         size = f"; an epoch is {epoch}" if epoch else ""
+        if run.frozen:
+            share = sum(x.size for x in jax.tree.leaves(split(state.params, run.frozen)[0]))
+            size = f", {share:,} of them trained ({share / num_params:.2%}){size}"
         say(f"{num_params:,} parameters on {describe_mesh(run.mesh)}{size}")
         say(f"attention: {api.attention_backend()}")
 
@@ -225,7 +244,8 @@ def train(
                                     bar.print(f"stopping at step {step}: {loop.reason()}")
                                     done = True
                         with goodput.spend("checkpoint"):
-                            checkpoints.save(step, state, dataclasses.asdict(loop), config, loss)
+                            plain = dataclasses.asdict(loop)
+                            checkpoints.save(step, run.saved(state), plain, config, loss, digests)
                             if done:
                                 checkpoints.wait()
                         seconds = goodput.seconds()
@@ -254,6 +274,33 @@ def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Ar
         say(f"new, as the seed has them: {', '.join(missing)}")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     return {name: flat[name] for name in missing}
+
+
+def _with_new_head(config: Config, base: Source) -> Config:
+    """Returns a config that also trains the parameters that the base of its adapter lacks."""
+    new = [name for name in base.missing(config.model) if name not in config.adapter.train]
+    adapter = dataclasses.replace(config.adapter, train=(*config.adapter.train, *new))
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def _params_over(base: Source, run: Program, own: api.Params, *, begins: bool) -> api.Params:
+    """Returns the parameters of an adapter over its base, which is read.
+
+    Args:
+      own: the parameters that the base does not have, and those of it that are trained.
+      begins: whether no step has been trained, so that the base's are as they were.
+    """
+    paths = flax.traverse_util.flatten_dict(api.param_shapes(run.model), sep="/")
+    own, places = (
+        flax.traverse_util.flatten_dict(tree, sep="/") for tree in (own, run.shardings.params)
+    )
+    new = {path: own[path] for path in base.missing(run.model)}
+    shardings = flax.traverse_util.unflatten_dict({path: places[path] for path in paths}, sep="/")
+    read = flax.traverse_util.flatten_dict(base.params(run.model, shardings, new), sep="/")
+    if begins:
+        own = {path: x for path, x in own.items() if path not in paths}
+    params = flax.traverse_util.unflatten_dict(read | own, sep="/")
+    return adapted.begin(run.model, params) if begins else params
 
 
 def _say_how_the_rate_falls(saved: Config, config: Config) -> None:

@@ -5,7 +5,6 @@ but have neither gradients nor optimizer state.
 """
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.struct
@@ -16,9 +15,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5jax import sharding
+from t5jax.adapters.params import init_params, param_axes, param_shapes
 from t5jax.architectures import Architecture
-from t5jax.checks import did_you_mean
-from t5jax.config import AxisRules
+from t5jax.checks import match_paths
+from t5jax.config import AxisRules, LoraConfig
 from t5jax.models import api
 from t5jax.optimizers import state_axes
 
@@ -36,23 +36,28 @@ def create_train_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     frozen: frozenset[str] = frozenset(),
+    adapter: LoraConfig | None = None,
 ) -> TrainState:
     """Returns the state at step 0 with random parameters; jit it with `train_state_shardings`.
 
     Args:
       tx: of the trainable parameters.
       frozen: paths of the others.
+      adapter: the adapter, whose parameters are beside the network's.
     """
-    params = api.init_params(model, key)
+    params = init_params(model, adapter, key)
     trainable, _ = split(params, frozen)
     return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trainable))
 
 
 def train_state_shapes(
-    model: Architecture, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
+    model: Architecture,
+    tx: optax.GradientTransformation,
+    frozen: frozenset[str] = frozenset(),
+    adapter: LoraConfig | None = None,
 ) -> TrainState:
     """Returns the state as ShapeDtypeStructs, without computing it."""
-    params = api.param_shapes(model)
+    params = param_shapes(model, adapter)
     trainable, _ = split(params, frozen)
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(step, params, jax.eval_shape(tx.init, trainable))
@@ -64,16 +69,17 @@ def train_state_shardings(
     mesh: Mesh,
     rules: AxisRules,
     frozen: frozenset[str] = frozenset(),
+    adapter: LoraConfig | None = None,
 ) -> TrainState:
     """Returns the NamedSharding of every leaf of the state.
 
     Raises:
       ValueError: if the mesh does not divide a parameter evenly.
     """
-    shapes = train_state_shapes(model, tx, frozen)
-    params = sharding.param_shardings(api.param_axes(model), shapes.params, mesh, rules)
+    shapes, all_axes = train_state_shapes(model, tx, frozen, adapter), param_axes(model, adapter)
+    params = sharding.param_shardings(all_axes, shapes.params, mesh, rules)
     trainable, _ = split(shapes.params, frozen)
-    trained_axes, _ = split(api.param_axes(model), frozen)
+    trained_axes, _ = split(all_axes, frozen)
     axes = state_axes(shapes.opt_state, trainable, trained_axes)
     opt_state = sharding.param_shardings(axes, shapes.opt_state, mesh, rules)
     return TrainState(NamedSharding(mesh, PartitionSpec()), params, opt_state)
@@ -92,22 +98,13 @@ def frozen_params(params: api.Params, patterns: Iterable[str]) -> frozenset[str]
       ValueError: if a pattern matches nothing, or nothing is left to train.
     """
     paths = list(_flatten(params))
-    frozen: set[str] = set()
-    for pattern in patterns:
-        matched = {path for path in paths if fnmatchcase(path, pattern)}
-        if not matched:
-            hint = did_you_mean(pattern, paths)
-            raise ValueError(
-                f"optimizer.freeze has {pattern!r}, which matches no parameter; {hint}there are "
-                f"{', '.join(paths)}"
-            )
-        frozen |= matched
+    frozen = match_paths(patterns, paths, "optimizer.freeze")
     if len(frozen) == len(paths):
         raise ValueError(
             f"optimizer.freeze {', '.join(map(repr, patterns))} matches all {len(paths)} "
             "parameters, so there is nothing to train; leave a pattern out"
         )
-    return frozenset(frozen)
+    return frozen
 
 
 def split(tree: api.Params, frozen: frozenset[str]) -> tuple[api.Params, api.Params]:

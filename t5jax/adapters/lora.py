@@ -194,6 +194,11 @@ def merge(model: Architecture, params: api.Params) -> api.Params:
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
+def kernel_of(path: str) -> str:
+    """Returns the path of the matrix that a parameter of an adapter belongs to."""
+    return f"{path.rpartition('/')[0]}/kernel"
+
+
 def has_adapter(params: Mapping[str, Any]) -> bool:
     """Returns whether a tree of parameters has an adapter's."""
     return any(path.rpartition("/")[2] in LEAVES for path in _flatten(params))

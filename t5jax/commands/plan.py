@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t5jax.commands.parse import check_options, parse
-from t5jax.commands.train import known_configs, load_config_file
+from t5jax.commands.train import known_configs, load_config_file, with_sections
 from t5jax.config import Config
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def plan(args: list[str]) -> int:
         description=description,
         return_unknown=True,
     )
-    config = parse(Config, rest, prog=prog, default=load_config_file(name))
+    config = with_sections(load_config_file(name), rest)
+    config = parse(Config, rest, prog=prog, default=config)
     _check(options)
 
     from t5jax.plan.chips import find_topology

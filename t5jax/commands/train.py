@@ -1,5 +1,6 @@
 """`t5jax train`."""
 
+import dataclasses
 import inspect
 import traceback
 from pathlib import Path
@@ -33,6 +34,7 @@ def train(args: list[str]) -> None:
         f"Python file, a .json file that --print-config wrote, or one of: {known}. With CONFIG "
         "before --help, defaults are those of that config."
     )
+    config = with_sections(config, args)
     config = parse(Config, args, prog=prog, description=description, default=config)
     if print_config:
         print(to_json(config), end="")
@@ -44,6 +46,15 @@ def train(args: list[str]) -> None:
     distributed.start()
     keep_programs()
     run(config, compiled=compiled)
+
+
+def with_sections(config, args: list[str]):
+    """Returns the config with the sections that options set, where it leaves them out."""
+    from t5jax.config import LoraConfig
+
+    if config.adapter is None and any(arg.startswith("--adapter.") for arg in args):
+        return dataclasses.replace(config, adapter=LoraConfig())
+    return config
 
 
 def load_config_file(name_or_path: str):

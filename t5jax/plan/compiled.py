@@ -125,7 +125,7 @@ def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: {k: v for k, v in section.items() if k not in _IGNORED.get(name, set())}
         for name, section in config.items()
-        if name not in _IGNORED_SECTIONS
+        if name not in _IGNORED_SECTIONS and section is not None
     }
 
 

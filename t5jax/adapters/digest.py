@@ -1,0 +1,49 @@
+"""Digests of parameters, by which an adapter knows the base that it was trained over."""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def digests(params: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Returns 16 hexadecimal digits for each array, by path.
+
+    They are of the values in bfloat16, so that a base in float32 and the same one in bfloat16 have
+    the same, and do not depend on how arrays are sharded.
+    """
+    sums = jax.device_get({path: _sums(x) for path, x in params.items()})
+    return {path: "".join(f"{int(x):08x}" for x in pair) for path, pair in sums.items()}
+
+
+def check(found: Mapping[str, str], expected: Mapping[str, str], adapter: str, base: str) -> None:
+    """Raises ValueError if a base is not the one that an adapter was trained over."""
+    other = [path for path in expected if found.get(path) != expected[path]]
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise ValueError(
+            f"the adapter in {adapter} was trained over another base: {other[0]}{more} in {base} "
+            f"has changed since; give the base as it was"
+        )
+
+
+@jax.jit
+def _sums(x: jax.Array) -> jax.Array:
+    """Returns two sums of hashed values, uint32 [2]; sums, so that no order is involved."""
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for dim in range(x.ndim):
+        stride = int(np.prod(x.shape[dim + 1 :])) % 2**32
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride)
+    mixed = _scramble(_scramble(index) ^ bits)
+    total = functools.partial(jnp.sum, dtype=jnp.uint32)
+    return jnp.stack([total(mixed), total(_scramble(mixed + jnp.uint32(1)))])
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+    """A bijective hash of uint32: MurmurHash3's finalizer."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

@@ -1,0 +1,115 @@
+"""Runs that train an adapter: what moves, what is saved, and what other commands make of it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import numpy as np
+import pytest
+
+from t5jax import checkpoint
+from t5jax.config import InitConfig, LoraConfig, from_json, to_json
+from t5jax.models import api
+from t5jax.source import find
+from t5jax.train import train
+from tiny import (  # noqa: F401
+    NO_EVAL,
+    assert_same_bits,
+    make_config,
+    one_device,
+    read_state,
+    trained_run,
+)
+
+LORA = LoraConfig(rank=2, alpha=4, targets=("query", "wo"), dropout=0.1, train=("*/final_norm/*",))
+
+
+def config_over(base: Path, run_dir: Path, adapter=LORA, steps=2, **sections):
+    config = make_config(run_dir, train={"steps": steps}, eval=NO_EVAL, **sections)
+    return dataclasses.replace(config, init=InitConfig(str(base)), adapter=adapter)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return trained_run(tmp_path_factory.mktemp("base") / "run")
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        from t5jax import sharding
+
+        make = sharding.make_mesh
+        patch.setattr(sharding, "make_mesh", lambda *a: make(*a, devices=jax.devices()[:1]))
+        return train(config_over(base, tmp_path_factory.mktemp("adapted") / "run"))
+
+
+def flat_params(source) -> dict[str, np.ndarray]:
+    _, params = source.read()
+    return flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+
+
+def test_only_the_adapter_is_saved_and_all_of_it_has_moved(base, adapted):
+    state = read_state(adapted, 2)
+    trained = {name for name in state if name.startswith("['params']")}
+    leaves = {name.split("'")[-2] for name in trained}
+    assert leaves == {"lora_a", "lora_b", "lora_scale", "lora_dropout", "scale"}
+    assert not [name for name in trained if "norm" in name and "final_norm" not in name]
+    for name in trained:
+        if name.endswith("['lora_b']"):
+            assert np.abs(state[name]).min() > 0, name
+        if name.endswith("['lora_scale']"):
+            assert np.all(state[name] == 2)
+    size = sum(x.nbytes for name, x in state.items() if name in trained)
+    moments = sum(x.nbytes for name, x in state.items() if name.startswith("['opt_state']"))
+    assert moments <= 2.05 * size  # Adam has two of each trained parameter.
+    before, after = flat_params(find(str(base))), flat_params(find(str(adapted)))
+    moved = {name for name, x in before.items() if np.any(x != after[name])}
+    # What reads the run has the adapter merged.
+    assert moved == {
+        name
+        for name in before
+        if name.split("/")[-2] in ("query", "wo", "final_norm")
+    }
+
+
+def test_resumed_is_as_if_never_stopped(base, adapted, tmp_path):
+    run_dir = tmp_path / "run"
+    train(config_over(base, run_dir, steps=1))
+    train(config_over(base, run_dir))
+    assert_same_bits(run_dir, adapted, 2)
+
+
+def test_a_changed_base_is_refused_by_name(base, adapted, tmp_path):
+    other = train(make_config(tmp_path / "other", train={"steps": 1, "seed": 1}, eval=NO_EVAL))
+    copy = Path(shutil.copytree(adapted, tmp_path / "copy"))
+    step = checkpoint.latest_checkpoint(copy)
+    saved = step / "config" / "metadata"
+    saved.write_text(saved.read_text().replace(str(base), str(other)))
+    with pytest.raises(ValueError, match=r"trained over another base: .*/kernel and \d+ more in"):
+        find(str(copy)).read()
+    with pytest.raises(ValueError, match="trained over another base"):
+        train(config_over(other, copy, steps=3))
+    saved.write_text(saved.read_text().replace(str(other), str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match=r"holds an adapter alone; its base .*absent is not found"):
+        find(str(copy))
+
+
+def test_an_adapter_needs_a_base(tmp_path):
+    config = dataclasses.replace(make_config(tmp_path / "run"), adapter=LORA)
+    with pytest.raises(ValueError, match=r"init.model is empty: an adapter is trained over a model"):
+        train(config)
+
+
+def test_its_fields_stay(base, adapted):
+    with pytest.raises(ValueError, match=r"adapter.rank was 2 and is 3"):
+        train(config_over(base, adapted, dataclasses.replace(LORA, rank=3), steps=3))
+    with pytest.raises(ValueError, match=r"adapter was 'LoraConfig' and is None"):
+        train(config_over(base, adapted, None, steps=3))
+
+
+def test_as_json():
+    config = config_over(Path("base"), Path("run"))
+    assert from_json(to_json(config)) == config
