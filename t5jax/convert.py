@@ -12,7 +12,7 @@ from t5jax.config import MeshConfig
 from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import check_destination
-from t5jax.source import Source, find
+from t5jax.source import AdaptedSource, Source, find
 
 _log = logging.getLogger(__name__)
 
@@ -25,10 +25,11 @@ def export_model(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
     encoder_only: bool = False,
-    format: Literal["huggingface", "ctranslate2"] = "huggingface",
+    format: Literal["huggingface", "ctranslate2", "peft"] | None = None,
+    merge: bool = False,
     quantization: ctranslate2.Quantization | None = None,
 ) -> None:
-    """Writes a model as a folder for Hugging Face or CTranslate2.
+    """Writes a model as a folder for Hugging Face or CTranslate2, an adapter as one for PEFT.
 
     Args:
       model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
@@ -37,18 +38,42 @@ def export_model(
       max_shard_bytes: the largest size of a file of weights; several files get an index.
       overwrite: replace an existing model.
       encoder_only: only write the encoder of a T5, as for transformers' T5EncoderModel.
-      format: what is to read the folder.
+      format: what is to read the folder. None: PEFT for a model with an adapter, which is written
+        alone, and otherwise Hugging Face.
+      merge: write the whole model, with the adapter merged.
       quantization: for CTranslate2: the type of its weights; None: dtype.
     Raises:
       ValueError: if the model cannot be read, or the output cannot be written.
     """
+    source = find(model) if isinstance(model, str) else model
+    is_adapted = isinstance(source, AdaptedSource)
+    if format == "peft" or merge:
+        if not is_adapted:
+            option = "merge" if merge else "format peft"
+            raise ValueError(
+                f"{source.path} has no adapter, so --{option} has no effect; leave it out"
+            )
+        if format == "peft" and merge:
+            raise ValueError("format peft is of an adapter alone; leave out either it or merge")
+    if format is None:
+        format = "peft" if is_adapted and not merge else "huggingface"
+    if format == "peft":
+        for option, given in (("encoder_only", encoder_only), ("quantization", quantization)):
+            if given:
+                raise ValueError(
+                    f"{option} is of a whole model, and an adapter is written alone; set merge "
+                    "(--merge), or leave it out"
+                )
+        assert isinstance(source, AdaptedSource)
+        source.export_adapter(output, overwrite=overwrite)
+        return
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
         check_destination(Path(output), overwrite)
         parent = Path(output).absolute().parent
         with tempfile.TemporaryDirectory(dir=parent) as made:
-            export_model(model, f"{made}/model", dtype=dtype)
+            export_model(source, f"{made}/model", dtype=dtype, format="huggingface")
             ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite=True)
         return
     if quantization:
@@ -56,7 +81,6 @@ def export_model(
             f"quantization {quantization} is for CTranslate2; set format to ctranslate2 (--format "
             "ctranslate2), or leave it out"
         )
-    source = find(model) if isinstance(model, str) else model
     tokenizer = source.own_tokenizer()
     if tokenizer is None:
         _log.warning("%s holds no tokenizer, so only its weights are exported", source.path)

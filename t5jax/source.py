@@ -9,13 +9,14 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import numpy as np
 
 from t5jax import checkpoint, sharding
 from t5jax.adapters import digest, lora
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
 from t5jax.config import AxisRules, Config
-from t5jax.hf import hub
+from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.t5x import files as t5x_files
@@ -162,15 +163,22 @@ class AdaptedSource(Source):
     base: Source | None = None
     """The base."""
 
+    def generation(self) -> dict[str, Any]:
+        assert self.base is not None
+        return super().generation() if self.is_checkpoint else self.base.generation()
+
     def adapter(self, model: Architecture) -> dict[str, Any]:
         """Returns the adapter's parameters and those of the base that it replaces, by path.
 
         Args:
           model: the network; what of the adapter is of other networks is left out.
         """
+        own, ours = self.config.model, _flatten(api.param_shapes(model))
+        if not self.is_checkpoint:
+            read = peft.read(self.path, own)
+            return {p: x for p, x in read.items() if p in ours or lora.kernel_of(p) in ours}
         config = self.config.adapter
         assert config is not None
-        own, ours = self.config.model, _flatten(api.param_shapes(model))
         shapes = _flatten(adapted.param_shapes(own, config))
         base = adapted.base_params(own, config)
         wanted = {
@@ -209,6 +217,22 @@ class AdaptedSource(Source):
         assert self.base is not None
         found = self.adapter(model)
         return [path for path in self.base.missing(model) if path not in found]
+
+    def export_adapter(self, output: str, *, overwrite: bool = False) -> None:
+        """Writes the adapter alone, as a folder that peft loads.
+
+        Raises:
+          ValueError: if the output cannot be written, or PEFT's format lacks something.
+        """
+        assert self.base is not None
+        if self.is_checkpoint:
+            name = self.config.init.model
+            base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
+        else:
+            base = peft.base_of(self.path)
+        params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
+        tokenizer = self.own_tokenizer()
+        peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
 
 
 def find_base(config: Config) -> Source:
@@ -253,11 +277,34 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
             "--vocabulary FILE`, and give OUTPUT here"
         )
     path = hub.resolve(name_or_path)
+    if peft.is_adapter(path):
+        return _peft_adapter(path, tokenizer, vocabulary)
     if tokenizer is None:
         # If there is none, or it is damaged, `Source.tokenizer` will say so.
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
     return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer)
+
+
+def _peft_adapter(path: Path, tokenizer: Tokenizer | None, vocabulary: str) -> AdaptedSource:
+    name = peft.base_of(path)
+    if not name:
+        raise ValueError(
+            f"{path} holds an adapter alone, and its adapter_config.json names no base; write it "
+            "there, as base_model_name_or_path"
+        )
+    try:
+        base = find(name, vocabulary)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds an adapter alone; its base {name} is not found: {error}; write where it "
+            "is into adapter_config.json, as base_model_name_or_path"
+        ) from error
+    if tokenizer is None:
+        with contextlib.suppress(ValueError):
+            tokenizer = load_tokenizer(path)
+    config = Config(model=base.model)
+    return AdaptedSource(path, config, tokenizer or base.own_tokenizer(), base=base)
 
 
 def _base_of(path: Path, config: Config) -> Source:

@@ -72,10 +72,10 @@ class Matrix:
 
 def matrices(model: Architecture) -> dict[str, Matrix]:
     """Returns the matrices of a network that can be adapted, by the paths of their modules."""
-    axes = _flatten(api.param_axes(model))
+    axes = flatten(api.param_axes(model))
     return {
         path.removesuffix("/kernel"): Matrix(x.shape, axes[path])
-        for path, x in _flatten(api.param_shapes(model)).items()
+        for path, x in flatten(api.param_shapes(model)).items()
         if path.endswith("/kernel")
     }
 
@@ -152,7 +152,7 @@ def init(config: LoraConfig, model: Architecture, base: api.Params, key: jax.Arr
     Args:
       key: of A.
     """
-    flat = dict(_flatten(base))
+    flat = dict(flatten(base))
     for number, (path, (matrix, rank, scale)) in enumerate(targets(config, model).items()):
         shapes = {name: matrix.leaf(name, rank)[0] for name in LEAVES}
         bound = math.prod(matrix.shape[matrix.stacked :][: matrix.num_inputs]) ** -0.5
@@ -168,7 +168,7 @@ def init(config: LoraConfig, model: Architecture, base: api.Params, key: jax.Arr
         if config.dora:
             values["dora_magnitude"] = norms(flat[f"{path}/kernel"], matrix)
         flat |= {f"{path}/{name}": value for name, value in values.items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def norms(kernel: jax.Array, matrix: Matrix) -> jax.Array:
@@ -184,14 +184,14 @@ def merge(model: Architecture, params: api.Params) -> api.Params:
     Args:
       params: the base's with an adapter; without one, they are returned as they are.
     """
-    flat = dict(_flatten(params))
+    flat = dict(flatten(params))
     for path, matrix in matrices(model).items():
         adapter = {name: flat.pop(f"{path}/{name}") for name in LEAVES if f"{path}/{name}" in flat}
         if adapter:
             kernel = flat[f"{path}/kernel"]
             merged = api.merged_kernel(kernel, adapter, matrix.num_inputs)
             flat[f"{path}/kernel"] = merged.astype(kernel.dtype)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def kernel_of(path: str) -> str:
@@ -201,8 +201,15 @@ def kernel_of(path: str) -> str:
 
 def has_adapter(params: Mapping[str, Any]) -> bool:
     """Returns whether a tree of parameters has an adapter's."""
-    return any(path.rpartition("/")[2] in LEAVES for path in _flatten(params))
+    return any(path.rpartition("/")[2] in LEAVES for path in flatten(params))
 
 
-def _flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree of parameters by path."""
     return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tree of leaves by path."""
+    tree: dict[str, Any] = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
+    return tree

@@ -163,7 +163,7 @@ def embed(args: list[str]) -> None:
 @dataclasses.dataclass(frozen=True)
 class Export:
     """Writes a model as a Hugging Face folder: safetensors, config.json and the tokenizer; or for
-    CTranslate2."""
+    CTranslate2. An adapter is written alone, for PEFT, or merged."""
 
     model: str
     """Run (its best checkpoint), one checkpoint, hub name, or Hugging Face folder."""
@@ -177,9 +177,12 @@ class Export:
     """Replace an existing model."""
     encoder_only: bool = False
     """Only write the encoder of a T5, as for transformers' T5EncoderModel."""
-    format: Literal["huggingface", "ctranslate2"] = "huggingface"
-    """What is to read the folder. CTranslate2's own converter scales the logits of T5 1.1, mT5 and
+    format: Literal["huggingface", "ctranslate2", "peft"] | None = None
+    """What is to read the folder. None: peft for a model with an adapter, which is written alone,
+    otherwise huggingface. CTranslate2's own converter scales the logits of T5 1.1, mT5 and
     UMT5 wrongly under transformers 5."""
+    merge: bool = False
+    """Write the whole model, with its adapter merged."""
     quantization: (
         Literal["int8", "int8_float32", "int8_bfloat16", "int16", "float16", "bfloat16"] | None
     ) = None

@@ -26,7 +26,9 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
+_ADAPTER_TORCH = "adapter_model.bin"
 
 
 # --- JSON ---------------------------------------------------------------------------------------
@@ -59,24 +61,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Warns of an adapter (PEFT's LoRA) in a model's folder, which is not applied.
+    """Warns of an adapter (PEFT's LoRA) in the folder of a whole model, which is not applied.
 
     transformers applies it, where peft is installed.
-
-    Raises:
-      ValueError: if the folder holds an adapter alone.
     """
-    if not (folder / _ADAPTER).is_file():
+    if not (folder / ADAPTER).is_file():
         return
-    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
-    merge = "merge it into the weights first (peft's merge_and_unload, then save_pretrained)"
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"{folder} holds an adapter of {base}, which is no model by itself; {merge}"
-        )
+    base = read_json(folder / ADAPTER).get("base_model_name_or_path")
     warnings.warn(
-        f"{folder} also holds an adapter ({_ADAPTER}, of {base}), which is not applied; {merge}, "
-        "or remove it",
+        f"{folder} also holds an adapter ({ADAPTER}, of {base}), which is not applied; move it to "
+        "a folder of its own, which is then taken as its base with it, or remove it",
         stacklevel=3,
     )
 
@@ -154,28 +148,32 @@ def has_weights(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_tensors(folder: str | os.PathLike[str]) -> Iterator[Tensors]:
+def open_tensors(folder: str | os.PathLike[str], *, adapter: bool = False) -> Iterator[Tensors]:
     """Opens the weights of a folder by name; a tensor is read when it is indexed.
 
+    Args:
+      folder: the folder.
+      adapter: open those of an adapter.
     Raises:
       ValueError: if there are none, a file is missing or incomplete, or they are in
         pytorch_model.bin and torch is not installed.
     """
     folder = Path(folder)
+    safe, pickled = (ADAPTER_TENSORS, _ADAPTER_TORCH) if adapter else (_SAFETENSORS, _TORCH)
     with contextlib.ExitStack() as stack:
         tensors: dict[str, Any] = {}
-        if files := _weight_files(folder, _SAFETENSORS):
+        if files := _weight_files(folder, safe):
             for path in files:
                 file = stack.enter_context(_open_safetensors(path))
                 tensors |= {name: _SafeTensor(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-        elif files := _weight_files(folder, _TORCH):
+        elif files := _weight_files(folder, pickled):
             for path in files:
                 content = _load_torch(path)
                 tensors |= {name: _TorchTensor(tensor) for name, tensor in content.items()}
         else:
             there = sorted(p.name for p in folder.glob("*"))
             raise ValueError(
-                f"{folder} has no weights: expected {_SAFETENSORS} or {_TORCH}, whole or in shards "
+                f"{folder} has no weights: expected {safe} or {pickled}, whole or in shards "
                 f"with an index; found {', '.join(there[:8]) or 'nothing'}"
             )
         yield tensors
@@ -290,7 +288,8 @@ def check_destination(folder: Path, overwrite: bool) -> None:
             "yet, or overwrite the model in it with --overwrite (overwrite=True)"
         )
     # Overwriting deletes the folder, so it may only contain a model.
-    if entries and (not (folder / CONFIG).is_file() or any(e.is_dir() for e in entries)):
+    files = {path.name for path in entries}
+    if entries and (not files & {CONFIG, ADAPTER} or any(e.is_dir() for e in entries)):
         raise ValueError(
             f"{folder} is not overwritten: it holds no {CONFIG}, or folders that no export has; "
             "give another folder, or empty it yourself"

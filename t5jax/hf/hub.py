@@ -71,7 +71,12 @@ def _needed(files: Iterable[str]) -> list[str]:
     weights."""
     files = [f for f in files if "/" not in f]
     small = [f for f in files if f.endswith((".json", ".model", ".txt", ".jinja"))]
-    for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+    for pattern in (
+        r"model(-\d+-of-\d+)?\.safetensors",
+        r"pytorch_model(-\d+-of-\d+)?\.bin",
+        r"adapter_model\.safetensors",
+        r"adapter_model\.bin",
+    ):
         weights = [f for f in files if re.fullmatch(pattern, f)]
         if weights:
             return small + weights

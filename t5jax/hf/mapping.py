@@ -61,7 +61,7 @@ class Rearrange:
     pattern: str
 
     @property
-    def _groups(self) -> list[list[str]]:
+    def their_groups(self) -> list[list[str]]:
         """The axes of ours that make up each axis of theirs."""
         theirs = self.pattern.split("->")[0]
         return [
@@ -69,26 +69,27 @@ class Rearrange:
         ]
 
     @property
-    def _ours(self) -> list[str]:
+    def our_axes(self) -> list[str]:
+        """The axes of ours."""
         return self.pattern.split("->")[1].split()
 
     def _order(self) -> list[int]:
         """For each axis of ours, its index among the axes of theirs after splitting."""
-        split = [name for group in self._groups for name in group]
-        assert sorted(split) == sorted(self._ours), self.pattern
-        return [split.index(name) for name in self._ours]
+        split = [name for group in self.their_groups for name in group]
+        assert sorted(split) == sorted(self.our_axes), self.pattern
+        return [split.index(name) for name in self.our_axes]
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        size = dict(zip(self._ours, shape, strict=True))
-        return tuple(math.prod(size[name] for name in group) for group in self._groups)
+        size = dict(zip(self.our_axes, shape, strict=True))
+        return tuple(math.prod(size[name] for name in group) for group in self.their_groups)
 
     def read(self, tensor: Tensor, index: Index, shape: tuple[int, ...]) -> np.ndarray:
-        size = dict(zip(self._ours, shape, strict=True))
-        span = dict(zip(self._ours, index, strict=True))
+        size = dict(zip(self.our_axes, shape, strict=True))
+        span = dict(zip(self.our_axes, index, strict=True))
         # A slice of a merged axis is contiguous in its first part; other parts are read completely
         # and sliced afterwards. Heads come first, so sharding by heads reads nothing twice.
         theirs, split, rest = [], [], []
-        for first, *others in self._groups:
+        for first, *others in self.their_groups:
             width = math.prod(size[name] for name in others)
             theirs.append(slice(span[first].start * width, span[first].stop * width))
             split += [span[first].stop - span[first].start, *(size[name] for name in others)]

@@ -100,8 +100,11 @@ def _product_added(kernel, adapter: Mapping, num_inputs: int):
 def _dora_factor(whole, adapter: Mapping, num_inputs: int):
     """Returns a column's magnitude over its norm, float32 [..., *outputs]; the norm has no
     gradient (section 4.3)."""
-    norms = column_norms(whole, num_inputs, adapter["lora_scale"].ndim)
-    return adapter["dora_magnitude"].astype(jnp.float32) / jax.lax.stop_gradient(norms)
+    scale = adapter["lora_scale"]
+    norms = jax.lax.stop_gradient(column_norms(whole, num_inputs, scale.ndim))
+    factor = adapter["dora_magnitude"].astype(jnp.float32) / norms
+    # A layer whose scale is 0 has no adapter.
+    return jnp.where(jnp.expand_dims(scale, range(scale.ndim, factor.ndim)) == 0, 1, factor)
 
 
 def _broadcast(x, y, num_outputs: int):

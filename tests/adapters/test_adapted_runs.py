@@ -11,7 +11,6 @@ import pytest
 
 from t5jax import checkpoint
 from t5jax.config import InitConfig, LoraConfig, from_json, to_json
-from t5jax.models import api
 from t5jax.source import find
 from t5jax.train import train
 from tiny import (  # noqa: F401
@@ -69,9 +68,7 @@ def test_only_the_adapter_is_saved_and_all_of_it_has_moved(base, adapted):
     moved = {name for name, x in before.items() if np.any(x != after[name])}
     # What reads the run has the adapter merged.
     assert moved == {
-        name
-        for name in before
-        if name.split("/")[-2] in ("query", "wo", "final_norm")
+        name for name in before if name.split("/")[-2] in ("query", "wo", "final_norm")
     }
 
 
@@ -99,7 +96,9 @@ def test_a_changed_base_is_refused_by_name(base, adapted, tmp_path):
 
 def test_an_adapter_needs_a_base(tmp_path):
     config = dataclasses.replace(make_config(tmp_path / "run"), adapter=LORA)
-    with pytest.raises(ValueError, match=r"init.model is empty: an adapter is trained over a model"):
+    with pytest.raises(
+        ValueError, match=r"init.model is empty: an adapter is trained over a model"
+    ):
         train(config)
 
 

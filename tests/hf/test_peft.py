@@ -1,0 +1,194 @@
+"""LoRA in PEFT's format against peft itself: what is written here and what is written there."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conformance.families import VARIANTS
+from t5jax.adapters import lora
+from t5jax.config import LoraConfig
+from t5jax.hf import io
+from t5jax.hf import peft as ours
+from t5jax.models import api
+
+torch = pytest.importorskip("torch", reason="peft runs on torch")
+peft = pytest.importorskip("peft", reason="what is compared with")
+transformers = pytest.importorskip("transformers", reason="what peft adapts")
+pytestmark = pytest.mark.hf
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+IDS = np.arange(6, 22).reshape(2, 8)
+_FOLDERS: dict = {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    def make(variant):
+        """Returns a description, its random parameters and their folder."""
+        if variant not in _FOLDERS:
+            model = VARIANTS[variant]
+            params = jax.jit(lambda: api.init_params(model, jax.random.key(0)))()
+            params = jax.tree.map(lambda x: x + 0.01, params)
+            folder = tmp_path_factory.mktemp("base") / variant
+            io.save_params(folder, model, params)
+            _FOLDERS[variant] = model, params, folder
+        return _FOLDERS[variant]
+
+    return make
+
+
+def there(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    kind = getattr(transformers, raw["architectures"][0])
+    return kind.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def their_logits(model):
+    ids = torch.tensor(IDS)
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits.numpy()
+
+
+def our_logits(model, params):
+    names = {
+        "decoder": ["decoder_input_tokens"],
+        "encoder": ["encoder_input_tokens"],
+        "encoder_decoder": ["encoder_input_tokens", "decoder_input_tokens"],
+    }[model.kind]
+    run = jax.jit(lambda params: api.logits(model, params, {n: jnp.array(IDS) for n in names}))
+    logits = run(params)
+    return logits[:, 0] if getattr(model, "head", "") == "sequence_classification" else logits
+
+
+def adapted(params, leaves):
+    return jax.tree.map(
+        jnp.asarray, lora.unflatten(lora.flatten(params) | {p: x for p, x in leaves.items()})
+    )
+
+
+def moved(leaves):
+    rng = np.random.default_rng(0)
+    return {
+        path: x + 0.2 * rng.normal(size=x.shape).astype(np.float32)
+        if path.rpartition("/")[2] in lora.TRAINED
+        else x
+        for path, x in leaves.items()
+    }
+
+
+HERE = {
+    "t5_1_1": LoraConfig(rank=3, alpha=6, targets=("query", "wi_0", "lm_head"), rslora=True),
+    "t5_1_0": LoraConfig(
+        rank=2, targets=("decoder/*/cross_attention/*", "wo"), ranks=("decoder/*/wo:3",), dora=True
+    ),
+    "gpt2": LoraConfig(rank=2, alpha=3, targets=("query", "value", "wi"), ranks=("value:3",)),
+    "gpt2 dora": LoraConfig(rank=2, targets=("all-linear",), dora=True),
+    "llama_scaled": LoraConfig(rank=2, targets=("query", "key", "out"), alphas=("key:7",)),
+    "bert_sequence_classification": LoraConfig(
+        rank=2, targets=("query", "value"), train=("classifier/*", "pooler/*")
+    ),
+    "t5gemma": LoraConfig(rank=2, targets=("all-linear",)),
+}
+
+
+@pytest.mark.parametrize("case", HERE)
+def test_written_here_peft_computes_the_same(folders, tmp_path, case):
+    config = HERE[case]
+    model, params, folder = folders(case.split()[0])
+    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    leaves = moved({path: start[path] for path in lora.leaves(config, model)})
+    whole = {
+        p: x + 0.1
+        for p, x in start.items()
+        if p.split("/")[0] in {pattern.split("/")[0] for pattern in config.train}
+    }
+    ours.save(tmp_path / "adapter", model, leaves | whole, str(folder))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(missing|unexpected|mismatch)")
+        loaded = peft.PeftModel.from_pretrained(there(folder), tmp_path / "adapter")
+    expected = their_logits(loaded)
+    found = our_logits(model, adapted(params, leaves | whole))
+    np.testing.assert_allclose(found, expected, atol=3e-5)
+    assert np.abs(expected - our_logits(model, params)).max() > 1e-2
+    # And back: the same parameters.
+    read = ours.read(tmp_path / "adapter", model)
+    again = our_logits(model, adapted(params, read))
+    np.testing.assert_allclose(again, expected, atol=3e-5)
+    if "gpt2" not in case:
+        for path, x in (leaves | whole).items():
+            np.testing.assert_allclose(read[path], x, rtol=1e-6, err_msg=path)
+
+
+THERE = {
+    "t5_1_1": {
+        "target_modules": r".*decoder.*\.(q|wo)",
+        "rank_pattern": {"SelfAttention.q": 4},
+        "alpha_pattern": {r"decoder\.block\.1\..*wo": 5},
+        "use_rslora": True,
+    },
+    "gpt2": {
+        "target_modules": ["c_attn", "mlp.c_proj"],
+        "layers_to_transform": [1],
+        "fan_in_fan_out": True,
+        "use_dora": True,
+        "bias": "lora_only",
+    },
+    "llama_scaled": {"target_modules": "all-linear", "init_lora_weights": "gaussian"},
+    "bert_sequence_classification": {"task_type": "SEQ_CLS", "target_modules": ["query"]},
+}
+
+
+@pytest.mark.parametrize("case", THERE)
+def test_written_there_computes_the_same_here(folders, tmp_path, case):
+    model, params, folder = folders(case)
+    torch.manual_seed(0)
+    fields = {"r": 3, "lora_alpha": 4, **THERE[case]}
+    made = peft.get_peft_model(there(folder), peft.LoraConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, x in made.named_parameters():
+            if x.requires_grad and "original" not in name:
+                x += 0.1 * torch.randn(x.shape)
+    expected = their_logits(made)
+    made.save_pretrained(tmp_path / "adapter")
+    leaves = ours.read(tmp_path / "adapter", model)
+    params = adapted(params, leaves)
+    np.testing.assert_allclose(our_logits(model, params), expected, atol=3e-5)
+    np.testing.assert_allclose(our_logits(model, lora.merge(model, params)), expected, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', which is not implemented; expected LORA"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]"),
+        ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base's weights"),
+        ({"r": 5}, r"has rank 2 in the tensors, but 5 in adapter_config.json"),
+    ],
+)
+def test_what_is_not_implemented_is_refused(folders, tmp_path, changes, message):
+    model, params, folder = folders("llama_scaled")
+    config = LoraConfig(rank=2, targets=("query",))
+    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    leaves = {path: start[path] for path in lora.leaves(config, model)}
+    ours.save(tmp_path / "adapter", model, leaves, str(folder))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        ours.read(tmp_path / "adapter", model)
+
+
+def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
+    model, params, folder = folders("llama_scaled")
+    config = LoraConfig(rank=2, targets=("query",))
+    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    leaves = {path: start[path] for path in lora.leaves(config, model)}
+    ours.save(tmp_path / "adapter", model, leaves, str(folder))
+    with pytest.raises(ValueError, match=r"of another base.*no place for model.*q_proj.lora_A"):
+        ours.read(tmp_path / "adapter", folders("gpt2")[0])
