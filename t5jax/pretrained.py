@@ -13,7 +13,7 @@ For example:
 import dataclasses
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,13 +22,14 @@ import numpy as np
 
 from t5jax import batch as features
 from t5jax import decoding, sharding
+from t5jax.adapters import lora
 from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import check_at_least, check_choice, check_names
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
 from t5jax.evaluation import evaluate_model
 from t5jax.models import api
-from t5jax.source import Source, find
+from t5jax.source import Source, find, read_adapters
 from t5jax.special_tokens import check_prompts, check_vocabulary, example_format
 from t5jax.tokenizers import Tokenizer
 
@@ -53,6 +54,25 @@ class Pretrained:
     those arranged for decoding may be less precise."""
     dtype: Dtype | None = None
     """The dtype passed to `load`."""
+    adapters: tuple[str, ...] = ()
+    """The names of the adapters among the parameters, of which each row of a batch has its own; see
+    `api.with_adapters`. The methods here are those of the model without them."""
+
+    def with_adapter(self, number: int) -> "Pretrained":
+        """Returns the model with one of its adapters; 0 is none.
+
+        Args:
+          number: of the adapter, from 1, in the order of `adapters`.
+        """
+        if not self.adapters:
+            return self
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                jnp.take(x, number, axis=_adapter_axis(path)) if _is_adapters(path) else x
+            ),
+            self.params,
+        )
+        return dataclasses.replace(self, params=params, adapters=())
 
     def options(self, **given: Any) -> decoding.GenerationOptions:
         """Returns how answers are written, by default as generation_config.json says.
@@ -292,6 +312,18 @@ class Pretrained:
         return ids
 
 
+def _is_adapters(path: Any) -> bool:
+    return getattr(path[-1], "key", None) in lora.LEAVES
+
+
+def _adapter_axis(path: Any) -> int:
+    """Returns the axis of the adapters: behind that of layers, if they are stacked."""
+    keys = [getattr(key, "key", None) for key in path]
+    # Layers that are arranged for decoding are a tuple, whose entries have an index.
+    is_apart = any(isinstance(key, jax.tree_util.SequenceKey) for key in path)
+    return int("layers" in keys and not is_apart)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "pooling"))
 def _embed(
     model: Architecture, params: api.Params, batch: dict[str, jax.Array], pooling: Pooling
@@ -318,6 +350,7 @@ def load(
     dtype: Dtype | None = None,
     mesh: MeshConfig = MeshConfig(),
     rules: AxisRules | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> Pretrained:
     """Loads a model and its tokenizer.
 
@@ -328,19 +361,28 @@ def load(
       mesh: the devices; fsdp and model shard the parameters, data replicates them.
       rules: how arrays are sharded over the mesh; an axis that it does not divide stays whole.
         None: as in the run.
+      adapters: adapters by name, to serve several over one model: runs or PEFT's folders. To use
+        one alone, load it by its own name.
     Raises:
       ValueError: if the model cannot be found or read, or its tokenizer writes ids that have no
-        embedding.
+        embedding; if an adapter is of another base.
     """
     source, mesh = find(name_or_path), sharding.make_mesh(mesh)
     rules = source.rules(mesh, rules)
     tokenizer = source.tokenizer()
     check_vocabulary(source.model, tokenizer)
     model, params = source.read(dtype, mesh, rules)
+    if adapters:
+        leaves = read_adapters(source, model, params, adapters)
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        params = lora.unflatten({**lora.flatten(params), **jax.device_put(leaves, replicated)})
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
     model = dataclasses.replace(model, scan_layers=False)
     if model.kind != "encoder":
         with sharding.use_mesh(mesh, rules):
             params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)
     prefix_lm = source.config.data.prefix_lm
-    return Pretrained(model, params, tokenizer, mesh, rules, prefix_lm, source, dtype)
+    return Pretrained(
+        *(model, params, tokenizer, mesh, rules, prefix_lm, source, dtype),
+        adapters=tuple(adapters or ()),
+    )

@@ -307,6 +307,46 @@ def _peft_adapter(path: Path, tokenizer: Tokenizer | None, vocabulary: str) -> A
     return AdaptedSource(path, config, tokenizer or base.own_tokenizer(), base=base)
 
 
+def read_adapters(
+    base: Source, model: Architecture, params: api.Params, adapters: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Returns several adapters over one base, as `lora.stack` stacks them.
+
+    Args:
+      base: the base.
+      model: its network.
+      params: its parameters.
+      adapters: runs, checkpoints or PEFT's folders by name.
+    Raises:
+      ValueError: if one is no adapter, is of another base, or replaces parameters of the base.
+    """
+    flat, found = _flatten(params), []
+    for name, given in adapters.items():
+        path = Path(given).expanduser()
+        if checkpoint.is_run(path):
+            path = checkpoint.best_checkpoint(path)
+        config = Config(model=base.model)
+        if checkpoint.is_checkpoint(path):
+            config = checkpoint.read_config(path)
+            if config.adapter is None:
+                raise ValueError(
+                    f"adapter {name}: {given} is a run without an adapter; serve it as a model"
+                )
+            saved = checkpoint.read_base(path)
+            read = digest.digests({p: flat[p] for p in saved if p in flat})
+            digest.check(read, saved, str(path), str(base.path))
+        elif not peft.is_adapter(path := hub.resolve(given)):
+            raise ValueError(f"adapter {name}: {given} is a whole model; serve it as a model")
+        leaves = AdaptedSource(path, config, base=base).adapter(model)
+        if replaced := [p for p in leaves if p.rpartition("/")[2] not in lora.LEAVES]:
+            raise ValueError(
+                f"adapter {name}: {given} also replaces {replaced[0]} of its base, which cannot be "
+                f"shared; serve it as a model of its own: t5jax serve {given}"
+            )
+        found.append(leaves)
+    return lora.stack(model, found)
+
+
 def _base_of(path: Path, config: Config) -> Source:
     try:
         return find_base(config)

@@ -11,13 +11,14 @@ L layers, R rank.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t5jax.architectures import Architecture
 from t5jax.checks import did_you_mean
@@ -192,6 +193,36 @@ def merge(model: Architecture, params: api.Params) -> api.Params:
             merged = api.merged_kernel(kernel, adapter, matrix.num_inputs)
             flat[f"{path}/kernel"] = merged.astype(kernel.dtype)
     return unflatten(flat)
+
+
+def stack(
+    model: Architecture, adapters: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Returns several adapters as one, whose leaves have an axis for them behind that of layers.
+
+    Number 0 changes nothing; the given ones begin at 1. See `api.with_adapters`.
+
+    Args:
+      adapters: leaves by path.
+    """
+    stacked: dict[str, np.ndarray] = {}
+    for path, matrix in matrices(model).items():
+        there = [adapter for adapter in adapters if f"{path}/lora_a" in adapter]
+        if not there:
+            continue
+        rank = max(adapter[f"{path}/lora_a"].shape[-1] for adapter in there)
+        for name in LEAVES:
+            if name == "lora_dropout" or not any(f"{path}/{name}" in a for a in there):
+                continue
+            shape = matrix.leaf(name, rank)[0]
+            nothing = np.full(shape, np.nan if name == "dora_magnitude" else 0, np.float32)
+            parts = [nothing]
+            for adapter in adapters:
+                x = adapter.get(f"{path}/{name}", nothing)
+                padding = [(0, size - own) for size, own in zip(shape, x.shape, strict=True)]
+                parts.append(np.pad(x, padding))
+            stacked[f"{path}/{name}"] = np.stack(parts, matrix.stacked)
+    return stacked
 
 
 def kernel_of(path: str) -> str:

@@ -1,5 +1,6 @@
 """`t5jax serve`: OpenAI's interface to models."""
 
+import collections
 import dataclasses
 import logging
 import sys
@@ -51,14 +52,16 @@ class Serve:
 
 
 _USAGE = """\
-usage: t5jax serve MODEL [MODEL ...] [OPTIONS]
+usage: t5jax serve MODEL [MODEL ...] [--adapter NAME=PATH ...] [OPTIONS]
 
 MODEL is a hub name, a Hugging Face folder, a run, or a checkpoint, optionally with a name for
 requests: NAME=MODEL, or --model NAME=MODEL. Without one it is the hub name, or the folder's.
+--adapter serves adapters over one MODEL, each under its name: runs, or PEFT's folders.
 """
 
 
 def serve(args: list[str]) -> None:
+    adapters, args = _adapters(args)
     models, rest = _models(args)
     if any(word in ("-h", "--help") for word in rest):
         print(_USAGE)
@@ -66,6 +69,14 @@ def serve(args: list[str]) -> None:
     _check(options)
     if not models:
         raise ValueError("there is no model; give one or more: t5jax serve MODEL")
+    if adapters and len(models) > 1:
+        raise ValueError(
+            f"--adapter is over one model, and there are {len(models)}: {', '.join(models)}; give "
+            "one, or start a server for each"
+        )
+    for name in adapters:
+        if name in models:
+            raise ValueError(f"a model and an adapter have the name {name!r}; give another one")
     try:
         from t5jax.serving.protection import is_loopback
         from t5jax.serving.server import ServerOptions
@@ -99,9 +110,12 @@ def serve(args: list[str]) -> None:
     served = []
     for name, model in models.items():
         _say(f"loading {model}")
-        found = load(model, dtype=options.dtype, mesh=options.mesh)
+        found = load(model, dtype=options.dtype, mesh=options.mesh, adapters=adapters)
         served.append(ServedModel(name, found, sizes))
         _say(_describe(served[-1]))
+    served += [served[0].adapted(name, number) for number, name in enumerate(adapters, 1)]
+    if adapters:
+        _say(f"adapters: {', '.join(adapters)}")
     bounds = ServerOptions(
         api_keys=keys,
         max_body_bytes=options.max_body_bytes,
@@ -130,6 +144,32 @@ def serve(args: list[str]) -> None:
 
 def _say(text: str) -> None:
     print(f"t5jax: {text}", file=sys.stderr, flush=True)
+
+
+def _adapters(args: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the adapters by name, and the other arguments."""
+    adapters: dict[str, str] = {}
+    rest: list[str] = []
+    words = collections.deque(args)
+    while words:
+        word = words.popleft()
+        if word == "--adapter":
+            given = []
+            while words and not words[0].startswith("-"):
+                given.append(words.popleft())
+        elif word.startswith("--adapter="):
+            given = [word.removeprefix("--adapter=")]
+        else:
+            rest.append(word)
+            continue
+        for text in given or [""]:
+            name, _, path = text.partition("=")
+            if not name or not path:
+                raise ValueError(f"--adapter {text}: expected NAME=PATH")
+            if name in adapters:
+                raise ValueError(f"two adapters have the name {name!r}; give them different ones")
+            adapters[name] = path
+    return adapters, rest
 
 
 def _models(args: list[str]) -> tuple[dict[str, str], list[str]]:

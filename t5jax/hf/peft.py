@@ -281,9 +281,8 @@ def _read_module(
         "lora_scale": [np.float32(scale) for _, _, scale in factors],
     }
     if any(m is not None for m in magnitudes):
-        # A layer without an adapter has the scale 0, whatever its magnitude.
-        ones = np.ones(num_outputs)
-        stacked["dora_magnitude"] = [ones if m is None else m for m in magnitudes]
+        none = np.full(num_outputs, np.nan)
+        stacked["dora_magnitude"] = [none if m is None else m for m in magnitudes]
     return {
         f"{module.path}/{name}": np.stack(layers)
         .reshape(module.matrix.leaf(name, rank)[0])

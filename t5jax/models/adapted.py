@@ -40,7 +40,7 @@ def adapted(module: nn.Module, x, kernel, y, num_inputs: int):
         keep = 1 - adapter["lora_dropout"]
         kept = jax.random.bernoulli(module.make_rng("dropout"), keep, x.shape)
         x = jnp.where(kept, x / keep.astype(x.dtype), 0)
-    read, written = "ABC"[:num_inputs], "DEF"[: kernel.ndim - num_inputs]
+    read, written = "ABC"[:num_inputs], "DEF"[: y.ndim - x.ndim + num_inputs]
     a, b = leaf("lora_a").astype(x.dtype), leaf("lora_b").astype(x.dtype)
     h = jnp.einsum(f"{row}...{read},{row}{read}R->{row}...R", x, a)
     delta = jnp.einsum(f"{row}...R,{row}R{written}->{row}...{written}", h, b)
@@ -100,11 +100,11 @@ def _product_added(kernel, adapter: Mapping, num_inputs: int):
 def _dora_factor(whole, adapter: Mapping, num_inputs: int):
     """Returns a column's magnitude over its norm, float32 [..., *outputs]; the norm has no
     gradient (section 4.3)."""
-    scale = adapter["lora_scale"]
-    norms = jax.lax.stop_gradient(column_norms(whole, num_inputs, scale.ndim))
+    norms = column_norms(whole, num_inputs, adapter["lora_scale"].ndim)
+    norms = jax.lax.stop_gradient(norms)
     factor = adapter["dora_magnitude"].astype(jnp.float32) / norms
-    # A layer whose scale is 0 has no adapter.
-    return jnp.where(jnp.expand_dims(scale, range(scale.ndim, factor.ndim)) == 0, 1, factor)
+    # NaN stands in a stack where a layer, or an adapter, has no magnitude.
+    return jnp.where(jnp.isnan(factor), 1, factor)
 
 
 def _broadcast(x, y, num_outputs: int):

@@ -150,6 +150,29 @@ def new_params(model: Architecture, source: Architecture) -> list[str]:
     ]
 
 
+def with_adapters(params: Params, rows_B: jax.Array) -> Params:
+    """Returns parameters with which each row of a batch has an adapter of its own.
+
+    Args:
+      params: with several adapters, as `adapters.lora.stack` returns them, arranged for decoding or
+        not; without, they are returned as they are.
+      rows_B: int32 [B], the index of each row's adapter.
+    """
+
+    def visit(tree):
+        if isinstance(tree, tuple):
+            return tuple(map(visit, tree))
+        if not isinstance(tree, dict):
+            return tree
+        tree = {name: visit(value) for name, value in tree.items()}
+        if "lora_scale" in tree:
+            layers = tree["lora_scale"].shape[:-1]
+            tree["lora_rows"] = jax.numpy.broadcast_to(rows_B, (*layers, *rows_B.shape))
+        return tree
+
+    return visit(params) if _has(params, "lora_scale") else params
+
+
 def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     """Returns the parameters in the layout that is fastest for decoding.
 

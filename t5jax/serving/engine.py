@@ -106,6 +106,8 @@ class Request:
     """When to give up, in seconds of time.monotonic()."""
     constraint: Constraint | None = None
     """What may be written next, of this answer alone."""
+    adapter: int = 0
+    """Which of the adapters in the parameters writes it; 0 is the model itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +269,7 @@ class Engine:
         self._in_slots: list[Answer | None] = [None] * num_slots
         # What the decoder has read of the answer in each slot, or of the last one.
         self._held: list[list[int]] = [[] for _ in range(num_slots)]
+        self._held_by = [0] * num_slots  # The adapter that has read it.
         self._last_used = [0.0] * num_slots
         self._shares = (
             self._kind == "decoder"
@@ -397,7 +400,7 @@ class Engine:
     def _compile(self) -> None:
         """Runs every program once."""
         for length in self._prompt_lengths:
-            rows = self._prefill([1], length)
+            rows = self._prefill([1], length, 0)
             self._insert(rows, 0, Request((1,), 0))
         for size in self._sizes:
             self._decode(size, 0, False, False)
@@ -449,7 +452,7 @@ class Engine:
     def _admit(self) -> None:
         """Fills free slots with requests that wait, as many as do not hold up the others long."""
         read = 0
-        last: tuple[tuple[int, ...], Any] = (), None
+        last: tuple[Any, Any] = None, None
         while self._waiting and None in self._in_slots and read < _PROMPT_TOKENS:
             with self._changed:
                 answer = self._waiting.popleft()
@@ -460,13 +463,14 @@ class Engine:
             request, slot = answer.request, self._in_slots.index(None)
             length = next(n for n in self._prompt_lengths if n >= len(request.prompt))
             self.counters.prompt_tokens += len(request.prompt)
-            source, shared = self._longest_shared(request.prompt)
+            source, shared = self._longest_shared(request.prompt, request.adapter)
             if source is not None:
                 rows = device.share(self.model, self._slots, np.int32(source), np.int32(shared))
                 self.counters.shared_tokens += shared
             else:
-                if last[0] != request.prompt:  # Several answers to one prompt read it once.
-                    last = (request.prompt, self._prefill(request.prompt, length))
+                key = request.prompt, request.adapter
+                if last[0] != key:  # Several answers to one prompt read it once.
+                    last = key, self._prefill(request.prompt, length, request.adapter)
                     read += length
                 rows = last[1]
             if shared < len(self._held[slot]) - 1:
@@ -474,6 +478,7 @@ class Engine:
             self._insert(rows, slot, request)
             self._in_slots[slot], answer.slot = answer, slot
             self._held[slot] = list(request.prompt)
+            self._held_by[slot] = request.adapter
             self._last_used[slot] = time.monotonic()
 
     def _keep_held(self, slot: int) -> None:
@@ -485,7 +490,7 @@ class Engine:
         if oldest != slot:
             self._move(slot, oldest)
 
-    def _longest_shared(self, prompt: Sequence[int]) -> tuple[int | None, int]:
+    def _longest_shared(self, prompt: Sequence[int], adapter: int) -> tuple[int | None, int]:
         """Returns a slot that holds what a prompt begins with, and how many tokens of it.
 
         None if reading the rest of the prompt one by one would take longer than all of it.
@@ -494,6 +499,8 @@ class Engine:
             return None, 0
         most, best = 0, None
         for slot, held in enumerate(self._held):
+            if self._held_by[slot] != adapter:
+                continue
             # The last token of the prompt is read in any case; that of an answer was not.
             limit = min(len(prompt), len(held)) - 1
             if limit > most and held[most] == prompt[most]:
@@ -505,10 +512,10 @@ class Engine:
             return None, 0
         return best, most
 
-    def _prefill(self, prompt: Sequence[int], length: int) -> Any:
+    def _prefill(self, prompt: Sequence[int], length: int, adapter: int) -> Any:
         batch = features.prompt_batch([prompt], self._kind, self._parts, length)
         batch = sharding.shard_batch(batch, self._mesh, self._rules)
-        return device.prefill(self.model, self._params, batch)
+        return device.prefill(self.model, self._params, batch, np.int32(adapter))
 
     def _insert(self, rows: Any, slot: int, request: Request) -> None:
         read: Sequence[int] = request.prompt
@@ -519,7 +526,10 @@ class Engine:
         history = History(tokens_1L, np.array([len(read)], np.int32))
         options = row_options([request.options], [(0, request.number)], num_forced=1)
         numbers = np.int32(slot), np.int32(request.max_tokens)
-        self._slots = device.insert(self.model, self._slots, rows, *numbers, history, options)
+        self._slots = device.insert(
+            *(self.model, self._slots, rows, *numbers, history, options),
+            np.int32(request.adapter),
+        )
 
     @property
     def _is_constrained(self) -> bool:
@@ -588,6 +598,7 @@ class Engine:
         if answer is not None:
             answer.slot = target
         self._held[target], self._held[source] = self._held[source], []
+        self._held_by[target] = self._held_by[source]
         self._last_used[target], self._last_used[source] = self._last_used[source], 0.0
 
     def _decode(self, size: Size, num_steps: int, stop_early: bool, with_top: bool) -> device.Step:

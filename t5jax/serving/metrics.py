@@ -75,7 +75,7 @@ class Metrics:
             "written_tokens": ("Tokens written", lambda e: e.counters.tokens),
             "steps": ("Steps of the decoder", lambda e: e.counters.steps),
         }
-        engines = [(m.name, m.engine) for m in self._models if m.engine is not None]
+        engines = [(m.name, m.engine) for m in self._models if m.engine is not None and m.base is m]
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"t5jax_{name}", text, labels=["model"])
             for model, engine in engines:

@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import copy
 import dataclasses
 import datetime
 import functools
@@ -49,6 +50,7 @@ class ServedModel:
           options: sizes of its engine.
         """
         self.name, self.pretrained = name, pretrained
+        self.adapter, self.base = 0, self
         self.model, self.tokenizer = pretrained.model, pretrained.tokenizer
         self.form = example_format(self.model, self.tokenizer)
         self.token_text = TokenTexts(self.tokenizer)
@@ -66,10 +68,24 @@ class ServedModel:
         self._lock = threading.Lock()
         self._warm: concurrent.futures.Future[None] | None = None
 
+    def adapted(self, name: str, adapter: int) -> "ServedModel":
+        """Returns the model with one of its adapters, which shares the engine.
+
+        Args:
+          name: the name in requests.
+          adapter: its number, from 1.
+        """
+        other = copy.copy(self)
+        other.name, other.adapter = name, adapter
+        other.pretrained = self.pretrained.with_adapter(adapter)
+        return other
+
     # --- Starting and stopping --------------------------------------------------------------------
 
     def start(self) -> None:
-        """Starts compiling."""
+        """Starts compiling; one that shares another's engine begins with it."""
+        if self.base is not self:
+            return
         _ = self._generation  # Warns at the start.
         if self.engine is not None:
             self.engine.start()
@@ -78,12 +94,16 @@ class ServedModel:
     @property
     def is_ready(self) -> bool:
         engine = self.engine
+        if self.base is not self:
+            return self.base.is_ready
         warm = self._warm is not None and self._warm.done() and self._warm.exception() is None
         return warm and (engine is None or (engine.ready.is_set() and engine.is_alive))
 
     @property
     def failure(self) -> BaseException | None:
         """What went wrong, if the model cannot answer any more."""
+        if self.base is not self:
+            return self.base.failure
         if self.engine is not None and self.engine.failure is not None:
             return self.engine.failure
         if self._warm is not None and self._warm.done():
@@ -92,6 +112,8 @@ class ServedModel:
 
     def stop(self, timeout: float | None = None) -> bool:
         """Finishes what has been asked for; returns whether it was in time."""
+        if self.base is not self:
+            return True
         done = self.engine is None or self.engine.stop(timeout)
         self._worker.shutdown(wait=False, cancel_futures=True)
         return done

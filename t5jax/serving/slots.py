@@ -58,6 +58,7 @@ class Slots(flax.struct.PyTreeNode):
     index: jax.Array  # int32 [N], the number of tokens written.
     history: History  # What the decoder reads, at the positions of the cache, and has written.
     options: RowOptions
+    adapters: jax.Array  # int32 [N], the adapter of each answer; 0 for the model itself.
 
 
 class Step(flax.struct.PyTreeNode):
@@ -83,12 +84,24 @@ def empty(model: Architecture, size: Size) -> Slots:
         index=zeros,
         history=History(jnp.zeros((size.rows, size.length + 1), jnp.int32), zeros),
         options=jax.tree.map(jnp.asarray, options),
+        adapters=zeros,
     )
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def prefill(model: Architecture, params: api.Params, batch: Mapping[str, jax.Array]) -> Any:
-    """Returns what `insert` inserts for the first prompt of a batch; the others are padding."""
+def prefill(
+    model: Architecture, params: api.Params, batch: Mapping[str, jax.Array], adapter: jax.Array
+) -> Any:
+    """Returns what `insert` inserts for the first prompt of a batch; the others are padding.
+
+    Args:
+      model: the description.
+      params: as for `decode`.
+      batch: the batch.
+      adapter: int32 [], the adapter that reads it.
+    """
+    num_rows = len(next(iter(batch.values())))
+    params = api.with_adapters(params, jnp.full(num_rows, adapter))
     rows = api.prefill(model, params, batch)[1]
     rows = jax.tree.map(lambda x: x[:1], rows)
     if model.kind == "decoder":
@@ -113,6 +126,7 @@ def insert(
     left: jax.Array,
     history: History,
     options: RowOptions,
+    adapter: jax.Array,
 ) -> Slots:
     """Returns the slots with a prompt in one of them.
 
@@ -124,6 +138,7 @@ def insert(
       left: int32 [], the number of tokens to write.
       history: what the decoder reads before the answer, of one row.
       options: the options of one row.
+      adapter: int32 [], the adapter that writes it.
     """
 
     def put(kept: Any, new: Any) -> Any:
@@ -135,6 +150,7 @@ def insert(
         index=slots.index.at[slot].set(0),
         history=put(slots.history, history),
         options=put(slots.options, options),
+        adapters=slots.adapters.at[slot].set(adapter),
     )
 
 
@@ -175,7 +191,7 @@ def decode(
 
     Args:
       model: the description.
-      params: as returned by `api.arrange_for_decoding`.
+      params: as returned by `api.arrange_for_decoding`, possibly with several adapters.
       slots: the slots.
       kept_N: bool [N], false for slots whose answers are not needed any more.
       allowed_RW: int32 with a bit for each id that may be written next.
@@ -189,6 +205,7 @@ def decode(
     part = jax.tree.map(lambda x, like: x[_prefix(like)], slots, shape)
     part = part.replace(left=jnp.where(kept_N[: size.rows], part.left, 0))
     before_R = part.left
+    params = api.with_adapters(params, part.adapters)
     num_top = min(NUM_TOP, model.vocab_size)
 
     def unfinished(carry: Any) -> jax.Array:
@@ -258,6 +275,7 @@ def decode(
         index=put(slots.index, part.index),
         history=put(slots.history, part.history),
         options=slots.options,
+        adapters=slots.adapters,
     ), Step(*out)
 
 

@@ -83,6 +83,7 @@ def plan(
             streaming=bool(body.stream),
             deadline=deadline,
             constraint=served.constraint(options) if is_constrained else None,
+            adapter=served.adapter,
         )
         for prompt in prompts
         for number in range(per_prompt)
