@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5jax.checks import check_local
-from t5jax.config import Config, LoraConfig, from_json, to_json
+from t5jax.config import AdapterConfig, Config, from_json, to_json
 from t5jax.train_state import TrainState
 
 CONFIG_FILE = "t5jax_config.json"
@@ -410,7 +410,7 @@ def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None
         )
 
 
-def _fixed_adapter(adapter: LoraConfig | None) -> dict[str, Any]:
+def _fixed_adapter(adapter: AdapterConfig | None) -> dict[str, Any]:
     """Returns the fields of an adapter that a run keeps."""
     if adapter is None:
         return {"": None}

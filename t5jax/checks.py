@@ -10,13 +10,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 
-def did_you_mean(name: object, known: Iterable[object], most: int = 1) -> str:
+def did_you_mean(
+    name: object, known: Iterable[object], most: int = 1, likeness: float = 0.6
+) -> str:
     """Returns "did you mean NEAREST? ", or "" if no known name is similar.
 
     Args:
       most: the number of similar names to suggest.
+      likeness: how similar they must be, from 0 to 1.
     """
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=most)
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=most, cutoff=likeness)
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
@@ -81,7 +84,7 @@ def match_paths(patterns: Iterable[str], paths: Iterable[str], option: str) -> f
     for pattern in patterns:
         matched = {path for path in paths if fnmatchcase(path, pattern)}
         if not matched:
-            hint = did_you_mean(pattern, paths, most=3)
+            hint = did_you_mean(pattern, paths, most=3, likeness=0.2)
             raise ValueError(
                 f"{option} has {pattern!r}, which matches no parameter; {hint}there are "
                 f"{', '.join(paths)}"

@@ -223,6 +223,21 @@ class LoraConfig:
         parse_patterns(self.alphas, float, "adapter.alphas")
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Prompt tuning (arXiv:2104.08691): vectors that the encoder of a T5 reads before its input.
+    Only they are trained and saved; the parameters of init.model stay as they are."""
+
+    prompt_length: int = 20
+    """The number of vectors. They begin as the embeddings of tokens that the seed draws."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self.prompt_length, 1, "adapter.prompt_length")
+
+
+AdapterConfig = LoraConfig | PromptConfig
+
+
 def parse_patterns(
     given: Iterable[str], kind: type[int] | type[float], name: str
 ) -> list[tuple[str, float]]:
@@ -439,7 +454,7 @@ class Config:
     resumed."""
     model: Architecture = DEFAULT
     init: InitConfig = InitConfig()
-    adapter: LoraConfig | None = None
+    adapter: LoraConfig | PromptConfig | None = None
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -464,6 +479,11 @@ class Config:
             raise ValueError(
                 f"optimizer.freeze is {self.optimizer.freeze}, but with an adapter all parameters "
                 "of the base are frozen; leave it out (adapter.train names those that are not)"
+            )
+        if isinstance(self.adapter, PromptConfig) and self.data.pack:
+            raise ValueError(
+                "data.pack is True, but a soft prompt is before each row, and only its first text "
+                "would read it; leave data.pack out"
             )
         if self.data.prefix_lm and self.model.kind != "decoder":
             raise ValueError(
@@ -567,6 +587,10 @@ def _check_field(name: str, known: Iterable[str], path: str) -> None:
         raise ValueError(f"config field {path}{name} does not exist; {hint}".rstrip("; "))
 
 
+def _fields_of(kind: Any) -> tuple[str, ...]:
+    return tuple(getattr(kind, "__dataclass_fields__", ()))
+
+
 class _WrongType(ValueError):
     """A value has none of the types of its field."""
 
@@ -583,6 +607,8 @@ def _from_plain(value: Any, kind: Any, path: str) -> Any:
             _check_field(name, hints, path)
         return kind(**{n: _from_plain(v, hints[n], f"{path}{n}.") for n, v in value.items()})
     if origin in (typing.Union, types.UnionType):
+        if isinstance(value, dict):  # Of several sections, the one that has these fields.
+            args = tuple(sorted(args, key=lambda arg: len(set(value) - set(_fields_of(arg)))))
         for arg in args:
             try:
                 return _from_plain(value, arg, path)

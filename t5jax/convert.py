@@ -67,6 +67,11 @@ def export_model(
         assert isinstance(source, AdaptedSource)
         source.export_adapter(output, overwrite=overwrite)
         return
+    if is_adapted and isinstance(source, AdaptedSource) and source.has_prompt:
+        raise ValueError(
+            f"{source.path} has a soft prompt, which {format} has no place for; export it as peft "
+            "(--format peft), or serve it from here"
+        )
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import jax
 import numpy as np
 
 from t5jax import checkpoint, sharding
-from t5jax.adapters import digest, lora
+from t5jax.adapters import digest, lora, prompt
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
-from t5jax.config import AxisRules, Config
+from t5jax.config import AxisRules, Config, PromptConfig
 from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
 from t5jax.models import api
@@ -163,6 +162,13 @@ class AdaptedSource(Source):
     base: Source | None = None
     """The base."""
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the adapter is a soft prompt, which cannot be merged."""
+        if self.is_checkpoint:
+            return isinstance(self.config.adapter, PromptConfig)
+        return peft.is_prompt(self.path)
+
     def generation(self) -> dict[str, Any]:
         assert self.base is not None
         return super().generation() if self.is_checkpoint else self.base.generation()
@@ -176,16 +182,12 @@ class AdaptedSource(Source):
         own, ours = self.config.model, _flatten(api.param_shapes(model))
         if not self.is_checkpoint:
             read = peft.read(self.path, own)
-            return {p: x for p, x in read.items() if p in ours or lora.kernel_of(p) in ours}
+            return {p: x for p, x in read.items() if _fits(p, ours)}
         config = self.config.adapter
         assert config is not None
         shapes = _flatten(adapted.param_shapes(own, config))
         base = adapted.base_params(own, config)
-        wanted = {
-            path: x
-            for path, x in shapes.items()
-            if path not in base and (path in ours or lora.kernel_of(path) in ours)
-        }
+        wanted = {path: x for path, x in shapes.items() if path not in base and _fits(path, ours)}
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         tree = flax.traverse_util.unflatten_dict(wanted, sep="/")
         places = jax.tree.map(lambda _: place, tree)
@@ -206,12 +208,20 @@ class AdaptedSource(Source):
             digest.check(read, saved, str(self.path), str(self.base.path))
         whole = flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
 
-        @functools.partial(jax.jit, out_shardings=shardings)
-        def merged(whole: api.Params) -> api.Params:
-            dtypes = jax.tree.map(lambda x: x.dtype, params)
-            return jax.tree.map(lambda x, d: x.astype(d), lora.merge(model, whole), dtypes)
-
-        return merged(whole)
+        merged = jax.jit(lambda whole: lora.merge(model, whole))(whole)
+        # A soft prompt cannot be merged, and stays beside the base's parameters.
+        dtypes, places = {p: x.dtype for p, x in flat.items()}, _flatten(shardings)
+        mesh = next(iter(places.values())).mesh
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return flax.traverse_util.unflatten_dict(
+            {
+                path: jax.device_put(
+                    x.astype(dtypes.get(path, x.dtype)), places.get(path, replicated)
+                )
+                for path, x in _flatten(merged).items()
+            },
+            sep="/",
+        )
 
     def missing(self, model: Architecture) -> list[str]:
         assert self.base is not None
@@ -233,6 +243,11 @@ class AdaptedSource(Source):
         params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
         tokenizer = self.own_tokenizer()
         peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
+
+
+def _fits(path: str, params: Mapping[str, Any]) -> bool:
+    """Returns whether a network with these parameters has a place for one of an adapter."""
+    return path in params or lora.kernel_of(path) in params or path == prompt.PATH
 
 
 def find_base(config: Config) -> Source:
@@ -338,6 +353,11 @@ def read_adapters(
         elif not peft.is_adapter(path := hub.resolve(given)):
             raise ValueError(f"adapter {name}: {given} is a whole model; serve it as a model")
         leaves = AdaptedSource(path, config, base=base).adapter(model)
+        if prompt.PATH in leaves:
+            raise ValueError(
+                f"adapter {name}: {given} is a soft prompt, which cannot share a base; serve it as "
+                f"a model of its own: t5jax serve {given}"
+            )
         if replaced := [p for p in leaves if p.rpartition("/")[2] not in lora.LEAVES]:
             raise ValueError(
                 f"adapter {name}: {given} also replaces {replaced[0]} of its base, which cannot be "

@@ -22,7 +22,7 @@ from t5jax.adapters import digest
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
-from t5jax.config import Config, to_json
+from t5jax.config import Config, LoraConfig, to_json
 from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
@@ -169,9 +169,9 @@ def train(
                 state = state.replace(params=params)
         digests = None
         if base:
-            own = run.saved(state)
+            own, key = run.saved(state), jax.random.key(config.train.seed)
             state = state.replace(params=None)
-            params = _params_over(base, run, own.params, begins=not last)
+            params = _params_over(base, run, own.params, key, begins=not last)
             state = state.replace(params=params)
             flat = flax.traverse_util.flatten_dict(params, sep="/")
             digests = digest.digests({path: flat[path] for path in sorted(run.base)})
@@ -278,12 +278,16 @@ def _new_params(source: Source, model: Architecture, params) -> dict[str, jax.Ar
 
 def _with_new_head(config: Config, base: Source) -> Config:
     """Returns a config that also trains the parameters that the base of its adapter lacks."""
+    if not isinstance(config.adapter, LoraConfig):
+        return config
     new = [name for name in base.missing(config.model) if name not in config.adapter.train]
     adapter = dataclasses.replace(config.adapter, train=(*config.adapter.train, *new))
     return dataclasses.replace(config, adapter=adapter)
 
 
-def _params_over(base: Source, run: Program, own: api.Params, *, begins: bool) -> api.Params:
+def _params_over(
+    base: Source, run: Program, own: api.Params, key: jax.Array, *, begins: bool
+) -> api.Params:
     """Returns the parameters of an adapter over its base, which is read.
 
     Args:
@@ -300,7 +304,7 @@ def _params_over(base: Source, run: Program, own: api.Params, *, begins: bool) -
     if begins:
         own = {path: x for path, x in own.items() if path not in paths}
     params = flax.traverse_util.unflatten_dict(read | own, sep="/")
-    return adapted.begin(run.model, params) if begins else params
+    return adapted.begin(run.model, params, key) if begins else params
 
 
 def _say_how_the_rate_falls(saved: Config, config: Config) -> None:

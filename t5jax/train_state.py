@@ -18,7 +18,7 @@ from t5jax import sharding
 from t5jax.adapters.params import init_params, param_axes, param_shapes
 from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
-from t5jax.config import AxisRules, LoraConfig
+from t5jax.config import AdapterConfig, AxisRules
 from t5jax.models import api
 from t5jax.optimizers import state_axes
 
@@ -36,7 +36,7 @@ def create_train_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     frozen: frozenset[str] = frozenset(),
-    adapter: LoraConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> TrainState:
     """Returns the state at step 0 with random parameters; jit it with `train_state_shardings`.
 
@@ -54,7 +54,7 @@ def train_state_shapes(
     model: Architecture,
     tx: optax.GradientTransformation,
     frozen: frozenset[str] = frozenset(),
-    adapter: LoraConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> TrainState:
     """Returns the state as ShapeDtypeStructs, without computing it."""
     params = param_shapes(model, adapter)
@@ -69,7 +69,7 @@ def train_state_shardings(
     mesh: Mesh,
     rules: AxisRules,
     frozen: frozenset[str] = frozenset(),
-    adapter: LoraConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> TrainState:
     """Returns the NamedSharding of every leaf of the state.
 

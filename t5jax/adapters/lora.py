@@ -124,7 +124,7 @@ def _matching(pattern: str, paths: Iterable[str], option: str, what: str) -> set
     found = {path for path in paths if one(path)}
     if not found:
         names = [*dict.fromkeys(path.rpartition("/")[2] for path in paths)]
-        hint = did_you_mean(pattern, paths if "/" in pattern else names, most=3)
+        hint = did_you_mean(pattern, paths if "/" in pattern else names, 3, likeness=0.2)
         raise ValueError(
             f"{option} has {pattern!r}, which matches no {what}; {hint}there are {', '.join(paths)}"
         )

@@ -95,6 +95,8 @@ class Architecture(abc.ABC):
 
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
     """Integer fields that may be 0; all others must be at least 1, or None if they are optional."""
+    TAKES_SOFT_PROMPTS: ClassVar[bool] = False
+    """Whether the encoder reads a soft prompt before its input."""
     HEAD_REMEDY: ClassVar[str] = "take a model with a decoder"
     """What to do if a head is needed, but there is none; part of an error message."""
 

@@ -60,6 +60,7 @@ class T5Config(Architecture):
     """Id that begins the decoder's text."""
 
     MAY_BE_ZERO = ("num_decoder_layers",)
+    TAKES_SOFT_PROMPTS = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

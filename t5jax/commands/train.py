@@ -50,11 +50,13 @@ def train(args: list[str]) -> None:
 
 def with_sections(config, args: list[str]):
     """Returns the config with the sections that options set, where it leaves them out."""
-    from t5jax.config import LoraConfig
+    from t5jax.config import LoraConfig, PromptConfig
 
-    if config.adapter is None and any(arg.startswith("--adapter.") for arg in args):
-        return dataclasses.replace(config, adapter=LoraConfig())
-    return config
+    given = [arg for arg in args if arg.startswith("--adapter.")]
+    if config.adapter is not None or not given:
+        return config
+    is_prompt = all(arg.startswith("--adapter.prompt") for arg in given)
+    return dataclasses.replace(config, adapter=PromptConfig() if is_prompt else LoraConfig())
 
 
 def load_config_file(name_or_path: str):

@@ -68,6 +68,7 @@ def beam_search(
     params = api.arrange_for_decoding(model, params)
     logits_BV, rows = api.prefill(model, params, batch)
     num_prompts, source_length = next(iter(batch.values())).shape
+    source_length += api.prompt_length(params)
     slots_N = jnp.repeat(jnp.arange(num_prompts), num_beams)
     cache = api.init_cache(model, num_prompts * num_beams, source_length, max_tokens)
     cache = api.insert(model, cache, api.take(rows, slots_N), jnp.arange(len(slots_N)))

@@ -120,6 +120,7 @@ def _start(
 ) -> State:
     logits_BV, rows = api.prefill(model, params, batch)
     num_rows, source_length = next(iter(batch.values())).shape
+    source_length += api.prompt_length(params)
     cache = api.init_cache(model, num_rows, source_length, max_tokens)
     cache = api.insert(model, cache, rows, jnp.arange(num_rows))
     history = None

@@ -1,4 +1,6 @@
-"""LoRA in the format of the PEFT library: adapter_config.json and adapter_model.safetensors.
+"""LoRA and soft prompts in the format of the PEFT library.
+
+A folder has adapter_config.json and adapter_model.safetensors.
 
 Tensors lie beside their modules, in torch's layout: `lora_A.weight` [R, in], `lora_B.weight`
 [out, R], `lora_magnitude_vector` [out], for matrices [out, in] and for GPT-2's [in, out] alike.
@@ -23,7 +25,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from t5jax.adapters import lora
+from t5jax.adapters import lora, prompt
 from t5jax.architectures import FAMILIES, Architecture
 from t5jax.hf.files import (
     ADAPTER,
@@ -46,6 +48,11 @@ _TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 def is_adapter(folder: Path) -> bool:
     """Returns whether a folder holds an adapter alone."""
     return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
+
+
+def is_prompt(folder: Path) -> bool:
+    """Returns whether the adapter in a folder is a soft prompt."""
+    return read_json(folder / ADAPTER).get("peft_type") == "PROMPT_TUNING"
 
 
 def base_of(folder: Path) -> str:
@@ -162,7 +169,10 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal")
 def _check(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{where}: peft_type is {kind!r}, which is not implemented; expected LORA")
+        raise ValueError(
+            f"{where}: peft_type is {kind!r}, which is not implemented; expected LORA or "
+            "PROMPT_TUNING"
+        )
     for key in _REFUSED:
         if config.get(key):
             raise ValueError(
@@ -214,10 +224,12 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
         the tensor.
     """
     config = read_json(folder / ADAPTER)
+    if config.get("peft_type") == "PROMPT_TUNING":
+        return {prompt.PATH: _read_prompt(folder, config, model)}
     _check(config, str(folder / ADAPTER))
     with open_tensors(folder, adapter=True) as tensors:
         found = {
-            _renamed(name.removeprefix(_PREFIX), model): tensors[name][
+            _renamed(name, model): tensors[name][
                 tuple(slice(0, size) for size in tensors[name].shape)
             ].astype(np.float32)
             for name in tensors
@@ -233,8 +245,28 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     return params
 
 
+def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -> np.ndarray:
+    """Returns a soft prompt [P, D]; of those that PEFT also keeps for a decoder it uses none."""
+    if not model.TAKES_SOFT_PROMPTS:
+        raise ValueError(f"{folder} is a soft prompt, and {model.family} takes none here")
+    with open_tensors(folder, adapter=True) as tensors:
+        name = "prompt_embeddings"
+        if list(tensors) != [name]:
+            raise ValueError(f"{folder} has tensors {', '.join(tensors)}; expected {name} alone")
+        whole = tensors[name][tuple(slice(0, size) for size in tensors[name].shape)]
+    length = config.get("num_virtual_tokens") or len(whole)
+    if whole.shape[1] != model.d_model or len(whole) < length:
+        raise ValueError(
+            f"{folder} is an adapter of another base: {name} is {list(whole.shape)}; expected "
+            f"[{length}, {model.d_model}]"
+        )
+    return whole[:length].astype(np.float32)
+
+
 def _renamed(name: str, model: Architecture) -> str:
     """Returns the name of a tensor under the prefix that the table has."""
+    # A bias that is trained lies in the module that PEFT wraps.
+    name = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
     for pattern, replacement in _table(model).renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -359,6 +391,11 @@ def save(
     """
     folder = Path(folder).absolute()
     check_destination(folder, overwrite)
+    if prompt.PATH in params:
+        vectors = params[prompt.PATH]
+        config = _prompt_config(model, len(vectors), base)
+        _write(folder, config, {"prompt_embeddings": vectors.astype(np.float32)}, tokenizer)
+        return
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, tuple[int, float]] = {}
     for name, adapter in _written(model, params):
@@ -371,7 +408,15 @@ def save(
     tensors |= {f"{_PREFIX}{name}": x for name, x in whole.items()}
     config = _config(model, modules, base, any("magnitude" in name for name in tensors))
     config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
+    _write(folder, config, tensors, tokenizer)
 
+
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    tokenizer: Tokenizer | None,
+) -> None:
     def write(where: Path) -> None:
         write_json(where / ADAPTER, config)
         if tokenizer is not None:
@@ -379,6 +424,22 @@ def save(
         safetensors.numpy.save_file(tensors, where / ADAPTER_TENSORS, metadata={"format": "pt"})
 
     write_whole(folder, write)
+
+
+def _prompt_config(model: Architecture, length: int, base: str) -> dict[str, Any]:
+    described = _table(model).write_config(model)
+    return {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_virtual_tokens": length,
+        "token_dim": model.d_model,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": described["num_heads"],
+        "num_layers": described["num_layers"],
+        "prompt_tuning_init": "RANDOM",
+    }
 
 
 @dataclasses.dataclass(frozen=True)

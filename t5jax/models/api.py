@@ -197,13 +197,19 @@ def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     return params | {"decoder": decoder | {"layers": layers}}
 
 
+def prompt_length(params: Params) -> int:
+    """Returns the number of vectors of a soft prompt, which the encoder reads before its input."""
+    return len(params["soft_prompt"]["embedding"]) if "soft_prompt" in params else 0
+
+
 def init_cache(model: Architecture, slots: int, source_length: int, max_length: int) -> Cache:
     """Returns an empty cache.
 
     Args:
       model: the description.
       slots: the number of rows, N.
-      source_length: the maximum length of an encoder's input or a decoder's prompt in tokens.
+      source_length: the maximum length of an encoder's input, with a soft prompt if there is one,
+        or of a decoder's prompt in tokens.
       max_length: the maximum number of tokens to generate.
     """
     layers, dtype = _module(model).cache_layers(model), model.dtype

@@ -273,31 +273,50 @@ class Network(nn.Module):
 
     def encode(self, batch):
         """Returns the encoding [B, S, D]."""
+        encoded_BSD, _ = self.read(batch)
+        start = encoded_BSD.shape[1] - batch[features.ENCODER_INPUT_TOKENS].shape[1]
+        return encoded_BSD[:, start:] if start else encoded_BSD
+
+    def read(self, batch):
+        """Returns the encoding [B, S, D], and the marks of tokens, [B, S]: segment ids if the batch
+        has them, otherwise bool.
+
+        With a soft prompt (arXiv:2104.08691) both begin with it, and S is as much longer. It is a
+        parameter that `t5jax.adapters` makes, and lies before the first token, as if its vectors
+        were those of tokens of the first segment.
+        """
         tokens_BS = batch[features.ENCODER_INPUT_TOKENS]
-        mask = AttentionMask(is_token_BS=_is_token(self.config, batch))
-        if features.ENCODER_SEGMENT_IDS in batch:
-            mask = AttentionMask.within(batch[features.ENCODER_SEGMENT_IDS])
-        x_BSD = constrain(self.token_embedder(tokens_BS), "batch", "length", "activation_embed")
-        return self.encoder(x_BSD, mask)
+        x_BSD, marks_BS = self.token_embedder(tokens_BS), _is_token(self.config, batch)
+        is_segmented = features.ENCODER_SEGMENT_IDS in batch
+        if is_segmented:
+            marks_BS = batch[features.ENCODER_SEGMENT_IDS]
+        if self.has_variable("params", "soft_prompt"):
+            prompt_PD = self.variables["params"]["soft_prompt"]["embedding"].astype(x_BSD.dtype)
+            prompt_BPD = jnp.broadcast_to(prompt_PD, (len(x_BSD), *prompt_PD.shape))
+            x_BSD = jnp.concatenate([prompt_BPD, x_BSD], axis=1)
+            ones_BP = jnp.ones(prompt_BPD.shape[:2], marks_BS.dtype)
+            marks_BS = jnp.concatenate([ones_BP, marks_BS], axis=1)
+        mask = AttentionMask(is_token_BS=marks_BS)
+        if is_segmented:
+            mask = AttentionMask.within(marks_BS)
+        x_BSD = constrain(x_BSD, "batch", "length", "activation_embed")
+        return self.encoder(x_BSD, mask), marks_BS
 
     def hidden(self, batch):
         """Returns the decoder's output [B, T, D] for `unembed`; of an encoder-only network, its
         own."""
-        encoded_BSD = self.encode(batch)
         if self.config.kind == "encoder":
-            return encoded_BSD
+            return self.encode(batch)
+        encoded_BSD, marks_BS = self.read(batch)
         tokens_BT = batch[features.DECODER_INPUT_TOKENS]
         # Padding of the decoder's inputs may have the same id as its start token. It need not be
         # masked: it comes last, so that only padding attends to it.
         mask = AttentionMask(causal=True)
-        cross_mask = AttentionMask(is_token_BS=_is_token(self.config, batch))
+        cross_mask = AttentionMask(is_token_BS=_are_tokens(marks_BS))
         if features.DECODER_SEGMENT_IDS in batch:
-            ids_BT, ids_BS = (
-                batch[features.DECODER_SEGMENT_IDS],
-                batch[features.ENCODER_SEGMENT_IDS],
-            )
+            ids_BT = batch[features.DECODER_SEGMENT_IDS]
             mask = AttentionMask.within(ids_BT, causal=True)
-            cross_mask = AttentionMask(query_segments_BT=ids_BT, key_segments_BS=ids_BS)
+            cross_mask = AttentionMask(query_segments_BT=ids_BT, key_segments_BS=marks_BS)
         x_BTD = constrain(self.token_embedder(tokens_BT), "batch", "length", "activation_embed")
         return self._scale(self.decoder(x_BTD, encoded_BSD, mask, cross_mask))
 
@@ -330,6 +349,11 @@ def _is_token(cfg: T5Config, batch):
     return batch[features.ENCODER_INPUT_TOKENS] != cfg.pad_token_id
 
 
+def _are_tokens(marks_BS):
+    """Returns bool [B, S] for `Network.read`'s marks."""
+    return marks_BS if marks_BS.dtype == bool else marks_BS != 0
+
+
 def unembed_params(cfg: T5Config) -> tuple[str, ...]:
     """Returns the names of the parameters that `Network.unembed` reads."""
     if cfg.kind == "encoder":
@@ -348,13 +372,13 @@ def cache_layers(cfg: T5Config) -> tuple[LayerShape, ...]:
 
 def prefill(cfg: T5Config, params, batch) -> tuple[jax.Array, Cache]:
     """Encodes the inputs and reads the start token."""
-    encoded_BSD = Network(cfg).apply({"params": params}, batch, method="encode")
+    encoded_BSD, marks_BS = Network(cfg).apply({"params": params}, batch, method="read")
     layer = DecoderLayer(cfg)
     cross = [
         layer.apply({"params": layer_params}, encoded_BSD, method="cross_keys_values")
         for layer_params in params["decoder"]["layers"]
     ]
-    rows = caches.of_encoding(cache_layers(cfg), cross, _is_token(cfg, batch))
+    rows = caches.of_encoding(cache_layers(cfg), cross, _are_tokens(marks_BS))
     start_B = jnp.full(len(encoded_BSD), cfg.decoder_start_token_id, jnp.int32)
     return decode_step(cfg, params, rows, start_B)
 

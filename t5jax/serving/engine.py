@@ -247,13 +247,15 @@ class Engine:
         self.options = options
         longest = model.longest_row
         length = min(options.max_length, longest or options.max_length)
-        source = 0
+        source, prompt = 0, api.prompt_length(params)
         if model.kind == "encoder_decoder":
             source = min(options.max_source_length, longest or options.max_source_length)
-        self.bytes_per_slot = _slot_bytes(model, Size(self._parts, source, length)) // self._parts
+        self.bytes_per_slot = (
+            _slot_bytes(model, Size(self._parts, source, length, prompt)) // self._parts
+        )
         num_slots = options.slots or self._fitting_slots()
         num_slots = -(-num_slots // self._parts) * self._parts
-        self.size = Size(num_slots, source, length)
+        self.size = Size(num_slots, source, length, prompt)
         self.counters = Counters()
         self._sizes = _sizes(self.size, self._parts, options.batch_invariant)
         self._prompt_lengths = _powers(_SHORTEST_PROMPT, source or length)
@@ -729,7 +731,9 @@ def _sizes(whole: Size, parts: int, batch_invariant: bool) -> list[Size]:
     while whole.length // factor >= _SHORTEST_ROW:
         lengths.add((-(-whole.source_length // factor), -(-whole.length // factor)))
         factor *= 4
-    return [Size(r, *length) for r in sorted(rows) for length in sorted(lengths)]
+    return [
+        Size(r, *length, whole.prompt_length) for r in sorted(rows) for length in sorted(lengths)
+    ]
 
 
 def _powers(least: int, most: int) -> list[int]:

@@ -48,6 +48,8 @@ class Size(NamedTuple):
     """Tokens of the encoder's input; 0 without an encoder."""
     length: int
     """Tokens that the decoder reads."""
+    prompt_length: int = 0
+    """Vectors of a soft prompt, which the encoder reads besides."""
 
 
 class Slots(flax.struct.PyTreeNode):
@@ -79,7 +81,9 @@ def empty(model: Architecture, size: Size) -> Slots:
     zeros = jnp.zeros(size.rows, jnp.int32)
     options = row_options([GenerationOptions()] * size.rows)
     return Slots(
-        cache=api.init_cache(model, size.rows, size.source_length, size.length),
+        cache=api.init_cache(
+            model, size.rows, size.source_length + size.prompt_length, size.length
+        ),
         left=zeros,
         index=zeros,
         history=History(jnp.zeros((size.rows, size.length + 1), jnp.int32), zeros),
