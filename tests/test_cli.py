@@ -16,7 +16,7 @@ import tiny
 from command_line import fails, run
 from processes import environment
 from t5jax.cli import COMMANDS, main
-from t5jax.config import Config, MeshConfig, from_json, to_json
+from t5jax.config import Config, LoraConfig, MeshConfig, from_json, to_json
 from t5jax.decoding import Answer, GenerationOptions
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
 
@@ -59,6 +59,8 @@ def test_without_a_command_the_usage(capsys):
 def options_of(cls, prefix=""):
     for field in dataclasses.fields(cls):
         value = getattr(cls(), field.name)
+        if field.name == "adapter":  # None, until one of its options is given.
+            value = LoraConfig()
         if dataclasses.is_dataclass(value):
             yield from options_of(type(value), f"{prefix}{field.name}.")
         else:

@@ -520,6 +520,7 @@ FIELDS = {
     "eps": ({"name": "adamw"}, {"eps": 0.1}),
     "decay_rate": ({}, {"decay_rate": 0.5}),
     "clip_threshold": ({}, {"clip_threshold": 0.1}),
+    "learning_rates": ({}, {"learning_rates": ("emb*:1e-4",)}),
 }
 
 

@@ -32,7 +32,8 @@ def train(args: list[str]) -> None:
         f"{inspect.cleandoc(train.__doc__)}\n\n--print-config prints the whole config as JSON "
         "instead. --compiled FILE takes the step that `t5jax plan --save` compiled. CONFIG is a "
         f"Python file, a .json file that --print-config wrote, or one of: {known}. With CONFIG "
-        "before --help, defaults are those of that config."
+        "before --help, defaults are those of that config. --adapter.rank and its like train "
+        "LoRA, --adapter.prompt-length alone a soft prompt; without them there is no adapter."
     )
     config = with_sections(config, args)
     config = parse(Config, args, prog=prog, description=description, default=config)
@@ -53,9 +54,10 @@ def with_sections(config, args: list[str]):
     from t5jax.config import LoraConfig, PromptConfig
 
     given = [arg for arg in args if arg.startswith("--adapter.")]
-    if config.adapter is not None or not given:
+    asks = {"-h", "--help"} & set(args)
+    if config.adapter is not None or not (given or asks):
         return config
-    is_prompt = all(arg.startswith("--adapter.prompt") for arg in given)
+    is_prompt = given and all(arg.startswith("--adapter.prompt") for arg in given)
     return dataclasses.replace(config, adapter=PromptConfig() if is_prompt else LoraConfig())
 
 

@@ -12,6 +12,7 @@ from t5jax.adapters import lora, prompt
 from t5jax.architectures import BertConfig, T5Config
 from t5jax.commands.train import with_sections
 from t5jax.config import (
+    AxisRules,
     Config,
     DataConfig,
     LoraConfig,
@@ -95,6 +96,15 @@ def test_a_soft_prompt_is_all_that_moves():
     rows = before["token_embedder/embedding"]
     for vector in before[prompt.PATH]:
         assert np.any(np.all(rows == vector, axis=1))
+
+
+def test_the_rank_may_be_sharded():
+    axes = AxisRules(rank="model", mlp=None, heads=None)
+    config = change(adapter=LoraConfig(rank=2, targets=("wo",)), axes=axes)
+    run = program(config, sharding.make_mesh(MeshConfig(data=2, fsdp=2, model=2)))
+    specs = {path: x.spec for path, x in lora.flatten(run.shardings.params).items()}
+    assert specs["encoder/layers/mlp/wo/lora_a"][-1] == "model"
+    assert specs["encoder/layers/mlp/wo/lora_b"][1:] == ("model", "fsdp")
 
 
 def test_rates_by_pattern():
