@@ -35,7 +35,7 @@ CHECKPOINTS_DIR = "checkpoints"
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 # These do not change a network's parameters and what they compute, up to rounding.
-_FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate")
+_FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate", "kv_cache")
 
 
 class Checkpoints:

@@ -24,6 +24,7 @@ models:
   embed MODEL --text TEXT                    vectors of texts, of BERT or a T5's encoder
   serve MODEL [--port PORT]                  OpenAI's interface over HTTP, and a page to try it
   export MODEL OUTPUT                        write a Hugging Face folder
+  compress MODEL OUTPUT --weights int8       round its matrices to 8 or 4 bits
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
   runs [FOLDER]                              runs with their state, step and best loss
   report RUN...                              a page of curves, samples and scores, side by side
@@ -60,6 +61,7 @@ COMMANDS = {
     "embed": "model.embed",
     "serve": "serve.serve",
     "export": "model.export",
+    "compress": "compress.compress",
     "import": "model.import_",
     "tasks": "tasks.tasks",
     "vocab": "vocab.vocab",

@@ -399,6 +399,30 @@ class MeshConfig:
                 check_at_least(getattr(self, name), 1, f"mesh.{name}")
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantization-aware training: the loss sees matrices as `t5jax compress` will round them.
+
+    Gradients pass the rounding as if it were not there (arXiv:1308.3432).
+    """
+
+    weights: Literal["int8", "int4", "nf4", "fp8"] | None = None
+    """What matrices are rounded to, as by `t5jax compress --weights`. None: no rounding."""
+    group: int | None = None
+    """int4, nf4: inputs per scale. None: 128, of nf4 64."""
+    keep: tuple[str, ...] = ()
+    """Shell patterns of paths of matrices that are not rounded."""
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            for name in ("group", "keep"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"quantize.{name} is {getattr(self, name)!r}, but quantize.weights is "
+                        "None, so nothing is rounded; set it, or leave the other out"
+                    )
+
+
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -463,6 +487,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
     axes: AxisRules = AxisRules()
+    quantize: QuantizeConfig = QuantizeConfig()
 
     def __post_init__(self) -> None:
         if self.data.batch_size % self.train.microbatches:
@@ -484,6 +509,12 @@ class Config:
             raise ValueError(
                 "data.pack is True, but a soft prompt is before each row, and only its first text "
                 "would read it; leave data.pack out"
+            )
+        if self.adapter is not None and self.quantize.weights:
+            raise ValueError(
+                f"quantize.weights is {self.quantize.weights}, but with an adapter the base is "
+                "frozen, and rounding it is not learned; leave one of them out, or start from a "
+                "model that `t5jax compress` wrote"
             )
         if self.data.prefix_lm and self.model.kind != "decoder":
             raise ValueError(

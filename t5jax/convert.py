@@ -12,6 +12,7 @@ from t5jax.config import MeshConfig
 from t5jax.hf import ctranslate2
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import check_destination
+from t5jax.quantize import files as quantized_files
 from t5jax.source import AdaptedSource, Source, find
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def export_model(
     format: Literal["huggingface", "ctranslate2", "peft"] | None = None,
     merge: bool = False,
     quantization: ctranslate2.Quantization | None = None,
+    dequantize: bool = False,
 ) -> None:
     """Writes a model as a folder for Hugging Face or CTranslate2, an adapter as one for PEFT.
 
@@ -42,10 +44,12 @@ def export_model(
         alone, and otherwise Hugging Face.
       merge: write the whole model, with the adapter merged.
       quantization: for CTranslate2: the type of its weights; None: dtype.
+      dequantize: of a compressed model, write the floats that its matrices stand for.
     Raises:
       ValueError: if the model cannot be read, or the output cannot be written.
     """
     source = find(model) if isinstance(model, str) else model
+    _check_dequantize(source, dequantize)
     is_adapted = isinstance(source, AdaptedSource)
     if format == "peft" or merge:
         if not is_adapted:
@@ -78,7 +82,8 @@ def export_model(
         check_destination(Path(output), overwrite)
         parent = Path(output).absolute().parent
         with tempfile.TemporaryDirectory(dir=parent) as made:
-            export_model(source, f"{made}/model", dtype=dtype, format="huggingface")
+            floats = f"{made}/model"
+            export_model(source, floats, dtype=dtype, format="huggingface", dequantize=dequantize)
             ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite=True)
         return
     if quantization:
@@ -89,7 +94,7 @@ def export_model(
     tokenizer = source.own_tokenizer()
     if tokenizer is None:
         _log.warning("%s holds no tokenizer, so only its weights are exported", source.path)
-    description, params = source.read(encoder_only=encoder_only)
+    description, params = source.read(encoder_only=encoder_only, dequantize=dequantize)
     hf_io.save_params(
         output,
         description,
@@ -100,6 +105,23 @@ def export_model(
         generation=_stopping(source.generation(), description),
         overwrite=overwrite,
     )
+
+
+def _check_dequantize(source: Source, dequantize: bool) -> None:
+    """Raises ValueError if a compressed model would be written as it is, or another dequantized."""
+    if source.is_quantized and not dequantize:
+        weights = quantized_files.read_scheme(source.path).weights
+        raise ValueError(
+            f"{source.path} holds {weights} matrices, for which neither transformers without "
+            "further packages nor CTranslate2 has a format; add --dequantize (dequantize=True) to "
+            "write the floats that they stand for, of which CTranslate2's --quantization int8 "
+            "makes integers again"
+        )
+    if dequantize and not source.is_quantized:
+        raise ValueError(
+            f"{source.path} is not compressed, so --dequantize (dequantize) has no effect; leave "
+            "it out"
+        )
 
 
 def _stopping(generation: dict[str, Any], model: Architecture) -> dict[str, Any]:
@@ -124,6 +146,11 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
     if checkpoint.is_run(Path(output)):
         raise ValueError(f"{output} holds a run already; choose another folder")
     source = find(model)
+    if source.is_quantized:
+        raise ValueError(
+            f"{source.path} holds a compressed model, and a run has float parameters; import a "
+            f"folder that `t5jax export {source.path} FOLDER --dequantize` writes"
+        )
     run_dir = checkpoint.create_run_dir(output)
     description, params = source.read(mesh=sharding.make_mesh(mesh))
     config = dataclasses.replace(source.config, model=description, run_dir=output)

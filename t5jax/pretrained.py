@@ -351,6 +351,7 @@ def load(
     mesh: MeshConfig = MeshConfig(),
     rules: AxisRules | None = None,
     adapters: Mapping[str, str] | None = None,
+    kv_cache: Literal["int8"] | None = None,
 ) -> Pretrained:
     """Loads a model and its tokenizer.
 
@@ -363,6 +364,7 @@ def load(
         None: as in the run.
       adapters: adapters by name, to serve several over one model: runs or PEFT's folders. To use
         one alone, load it by its own name.
+      kv_cache: "int8" keeps the keys and values of decoding in int8. None: as the model says.
     Raises:
       ValueError: if the model cannot be found or read, or its tokenizer writes ids that have no
         embedding; if an adapter is of another base.
@@ -377,7 +379,7 @@ def load(
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         params = lora.unflatten({**lora.flatten(params), **jax.device_put(leaves, replicated)})
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
-    model = dataclasses.replace(model, scan_layers=False)
+    model = dataclasses.replace(model, scan_layers=False, kv_cache=kv_cache or model.kv_cache)
     if model.kind != "encoder":
         with sharding.use_mesh(mesh, rules):
             params = jax.jit(lambda params: api.arrange_for_decoding(model, params))(params)

@@ -10,6 +10,7 @@ One step of a run:
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import AxisRules, Config
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer, make_schedule
+from t5jax.quantize.matrices import Scheme, check_installed, chosen, rounded_params
 from t5jax.train_state import (
     TrainState,
     create_train_state,
@@ -59,6 +61,9 @@ class Program:
     out."""
     frozen: frozenset[str] = frozenset()
     """The paths of the parameters that are not trained."""
+    seen: Callable[[api.Params], api.Params] = lambda params: params
+    """Returns the parameters that the loss and evaluations see: rounded, with
+    `quantize.weights`."""
 
     def saved(self, state: Any) -> Any:
         """Returns what a checkpoint has of the state, or of a tree like it."""
@@ -131,8 +136,15 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     trained_axes, _ = split(adapters.param_axes(model, adapter), frozen)
     tx = make_optimizer(config.optimizer, config.train.steps, trained_axes)
     shardings = train_state_shardings(model, tx, mesh, rules, frozen, adapter)
+    seen = _rounding(config)
     step = make_train_step(
-        model, tx, config.loss, seed=config.train.seed, microbatches=parts, frozen=frozen
+        model,
+        tx,
+        config.loss,
+        seed=config.train.seed,
+        microbatches=parts,
+        frozen=frozen,
+        seen=seen,
     )
     return Program(
         model,
@@ -154,4 +166,26 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         attention=config.train.attention,
         base=base,
         frozen=frozen,
+        seen=(lambda params: params)
+        if seen is None
+        else jax.jit(seen, out_shardings=shardings.params),
     )
+
+
+def _rounding(config: Config) -> Callable[[api.Params], api.Params] | None:
+    """Returns the rounding of quantization-aware training, None without.
+
+    Raises:
+      ValueError: if the network's matrices cannot be rounded so, or qwix is missing.
+    """
+    given = config.quantize
+    if given.weights is None:
+        return None
+    check_installed()
+    scheme = Scheme(given.weights, None, given.group, given.keep)
+    chosen(config.model, scheme)
+    return functools.partial(_rounded, config.model, scheme)
+
+
+def _rounded(model: Architecture, scheme: Scheme, params: api.Params) -> api.Params:
+    return rounded_params(model, params, scheme)

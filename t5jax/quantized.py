@@ -187,11 +187,11 @@ def _product(equation: str, dtype: Any, x: jax.Array, matrix: Quantized) -> jax.
     return (y * _of_outputs(matrix.scales, equation, y.ndim)).astype(dtype)
 
 
-def _product_forward(equation, dtype, x, matrix):
+def _product_forward(equation: str, dtype: Any, x: jax.Array, matrix: Quantized) -> Any:
     return _product(equation, dtype, x, matrix), (jnp.zeros((), x.dtype), matrix)
 
 
-def _product_backward(equation, dtype, saved, grad):
+def _product_backward(equation: str, dtype: Any, saved: Any, grad: jax.Array) -> Any:
     like_x, matrix = saved
     x_dims, matrix_dims, out_dims = re.split(",|->", equation)
     weights = matrix.dequantized(grad.dtype)

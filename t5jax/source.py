@@ -18,6 +18,7 @@ from t5jax.config import AxisRules, Config, PromptConfig
 from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
 from t5jax.models import api
+from t5jax.quantize import files as quantized_files
 from t5jax.t5x import files as t5x_files
 from t5jax.tokenizers import MissingTokenizer, Tokenizer, load_tokenizer
 
@@ -27,7 +28,7 @@ class Source:
     """The location of a model."""
 
     path: Path
-    """A Hugging Face folder, or one checkpoint of a run."""
+    """A Hugging Face folder, one checkpoint of a run, or the folder of a compressed model."""
     config: Config
     """The config of the run; for a Hugging Face folder, its model with defaults."""
     loaded_tokenizer: Tokenizer | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -36,6 +37,11 @@ class Source:
     @property
     def is_checkpoint(self) -> bool:
         return checkpoint.is_checkpoint(self.path)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is a model that `t5jax compress` wrote."""
+        return quantized_files.is_quantized(self.path)
 
     @property
     def model(self) -> Architecture:
@@ -58,6 +64,8 @@ class Source:
     @property
     def _tokenizer_folder(self) -> Path:
         run_dir = self.path.parent.parent
+        if self.is_quantized:
+            return self.path / quantized_files.TOKENIZER_DIR
         return run_dir / checkpoint.TOKENIZER_DIR if self.is_checkpoint else self.path
 
     def rules(
@@ -86,14 +94,18 @@ class Source:
         rules: AxisRules | None = None,
         *,
         encoder_only: bool = False,
+        dequantize: bool = False,
     ) -> tuple[Architecture, api.Params]:
         """Reads the description and the parameters, in the form used in training.
+
+        The matrices of a compressed model stay quantized (`t5jax.quantized`), unless asked for.
 
         Args:
           dtype: as for `load`.
           mesh: the mesh for the parameters; by default they are replicated on all devices.
           rules: how they are sharded over the mesh, see `rules`. None: as in the run.
           encoder_only: only read the encoder.
+          dequantize: return floats in place of quantized matrices.
         Raises:
           ValueError: if encoder_only is set and the model has no separate encoder.
         """
@@ -112,13 +124,15 @@ class Source:
         mesh = mesh or sharding.make_mesh()
         axes, shapes = api.param_axes(model), api.param_shapes(model)
         rules = sharding.divisible_rules(axes, shapes, mesh, rules or self.config.axes)
+        if self.is_quantized and not dequantize:
+            return model, quantized_files.load_params(self.path, shapes, axes, mesh, rules)
         shardings = sharding.param_shardings(axes, shapes, mesh, rules)
         return model, self.params(model, shardings)
 
     def params(
         self, model: Architecture, shardings: Any, new: Mapping[str, jax.Array] | None = None
     ) -> api.Params:
-        """Reads the parameters in `model.param_dtype`, one leaf at a time.
+        """Reads the parameters in `model.param_dtype`, one leaf at a time; none is quantized.
 
         Args:
           model: the source's network, or one that shares parameters with it, as returned by
@@ -127,6 +141,10 @@ class Source:
           new: the parameters that the source does not have (see `missing`), by path.
         """
         shapes, new = api.param_shapes(model), new or {}
+        if self.is_quantized:
+            own = {name: x for name, x in _flatten(shapes).items() if name not in new}
+            floats = quantized_files.load_dequantized(self.path, own, _flatten(shardings))
+            return flax.traverse_util.unflatten_dict({**floats, **new}, sep="/")
         if model.has_params_of(self.model):
             if self.is_checkpoint:
                 return checkpoint.load_params(self.path, shapes, shardings)
@@ -149,7 +167,7 @@ class Source:
           model: as returned by `adopt`.
         """
         missing = api.new_params(model, self.model)
-        if missing and not self.is_checkpoint:
+        if missing and not self.is_checkpoint and not self.is_quantized:
             spare = hf_io.spare_params(self.path, self.model, model)
             missing = [name for name in missing if name not in spare]
         return missing
@@ -286,6 +304,8 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         if config.adapter is None:
             return Source(path, config, tokenizer)
         return AdaptedSource(path, config, tokenizer, base=_base_of(path, config))
+    if quantized_files.is_quantized(path):
+        return Source(path, quantized_files.read_config(path), tokenizer)
     if path.is_dir() and t5x_files.is_checkpoint(path):
         raise ValueError(
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "

@@ -161,7 +161,8 @@ def train(
             with goodput.spend("other"):
                 state = run.create(jax.random.key(config.train.seed))
             if source:
-                say(f"parameters from {source.path}")
+                how = ", dequantized" if source.is_quantized and not base else ""
+                say(f"parameters from {source.path}{how}")
             if source and not base:
                 new = _new_params(source, run.model, state.params)
                 state = state.replace(params=None)  # Never two copies on the devices.
@@ -226,7 +227,8 @@ def train(
                         if evaluates:
                             try:
                                 with goodput.spend("evaluation"):
-                                    results = run_evaluation(evaluator, state.params, eval_sets)
+                                    seen = run.seen(state.params)
+                                    results = run_evaluation(evaluator, seen, eval_sets)
                             except Exception as error:  # Such as too little memory to generate.
                                 _raise_among_several(error)
                                 failure = error

@@ -25,6 +25,7 @@ def make_train_step(
     seed: int = 0,
     microbatches: int = 1,
     frozen: frozenset[str] = frozenset(),
+    seen: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step; jit it with the state donated.
 
@@ -37,6 +38,7 @@ def make_train_step(
         run uses the same random numbers.
       microbatches: the number of parts of the batch that are computed in sequence.
       frozen: the paths of the parameters that are not trained.
+      seen: returns the parameters that the loss sees, given those that are trained; None: the same.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -45,7 +47,9 @@ def make_train_step(
 
         def gradient(params: dict[str, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
             def loss_of(params: dict[str, Any]) -> tuple[jax.Array, Metrics]:
-                return batch_loss(model, merge(params, kept), batch, loss, dropout_rng=rng)
+                whole = merge(params, kept)
+                whole = whole if seen is None else seen(whole)
+                return batch_loss(model, whole, batch, loss, dropout_rng=rng)
 
             return jax.grad(loss_of, has_aux=True)(params)
 

@@ -23,7 +23,7 @@ ORDER = [
     {"t5jax.cli"},
     {"t5jax.commands"},
     {"t5jax.report", "t5jax.sweep"},
-    {"t5jax.train", "t5jax.serving", "t5jax.lm_eval", "t5jax.doctor"},
+    {"t5jax.train", "t5jax.serving", "t5jax.lm_eval", "t5jax.doctor", "t5jax.compress"},
     {"t5jax.plan"},
     {"t5jax.bulk", "t5jax.pretrained", "t5jax.program"},
     {"t5jax.evaluation", "t5jax.convert"},

@@ -200,7 +200,7 @@ def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
     status, out, _ = run(capsys, *command, "--prompt", "a b", "c")
     assert (status, out) == (0, "a b\nanswered\nc\nanswered\n")
     assert fake.asked == [
-        ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2)}),
+        ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2), "kv_cache": None}),
         (
             ["a b", "c"],
             GenerationOptions(max_tokens=3),

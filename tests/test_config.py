@@ -28,6 +28,7 @@ from t5jax.config import (
     LossConfig,
     MeshConfig,
     OptimizerConfig,
+    QuantizeConfig,
     TrainConfig,
     from_json,
     load_config,
@@ -353,6 +354,7 @@ ELSEWHERE = {
     DataConfig: "test_train.py",
     EvalConfig: "test_train.py",
     CheckpointConfig: "test_train.py",
+    QuantizeConfig: "quantize/test_training.py",
 }
 CONFIG_FIELDS_ELSEWHERE = {"run_dir"}
 

@@ -93,6 +93,10 @@ class Architecture(abc.ABC):
     minimal: all but products with weights and attention. attention: all but attention. full:
     everything."""
 
+    kv_cache: Literal["int8"] | None = None
+    """Decoding: keep keys and values in int8, with a scale for each token and head. None: in
+    `dtype`."""
+
     MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
     """Integer fields that may be 0; all others must be at least 1, or None if they are optional."""
     TAKES_SOFT_PROMPTS: ClassVar[bool] = False
@@ -124,6 +128,11 @@ class Architecture(abc.ABC):
             elif kind in (int, int | None):
                 least = 0 if field.name in self.MAY_BE_ZERO else 1
                 check_at_least(value, least, f"model.{field.name}")
+        if self.kv_cache and self.kind == "encoder":
+            raise ValueError(
+                f"model.kv_cache is {self.kv_cache}, but this {self.family} is an encoder, which "
+                "keeps no keys and values; leave it out"
+            )
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"model.dropout_rate is {self.dropout_rate}; it must be in [0, 1)")
 
@@ -239,7 +248,7 @@ class Architecture(abc.ABC):
     # --- Settings of a run ------------------------------------------------------------------------
 
     COMPUTE_FIELDS: ClassVar[tuple[str, ...]] = (
-        *("dtype", "param_dtype", "scan_layers", "remat", "dropout_rate"),
+        *("dtype", "param_dtype", "scan_layers", "remat", "dropout_rate", "kv_cache"),
     )
     """Fields that do not affect the names and values of parameters: each run sets them,
     independently of how the weights were trained."""

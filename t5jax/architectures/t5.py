@@ -108,7 +108,11 @@ class T5Config(Architecture):
         if self.kind == "encoder":
             return None
         return dataclasses.replace(
-            self, num_decoder_layers=0, tie_word_embeddings=False, scale_decoder_outputs=False
+            self,
+            num_decoder_layers=0,
+            tie_word_embeddings=False,
+            scale_decoder_outputs=False,
+            kv_cache=None,
         )
 
 

@@ -97,6 +97,8 @@ class Infer:
     """Show special tokens in answers, such as T5's <extra_id_0> in front of the text of a gap."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and parameters. None: as in training."""
+    kv_cache: Literal["int8"] | None = None
+    """int8: keep keys and values in a quarter of the memory. None: as the model says."""
     mesh: MeshConfig = MeshConfig()
     """Devices to use."""
 
@@ -127,7 +129,9 @@ def infer(args: list[str]) -> None:
                 AnswersFile(options.output, _run(options), lines_per_prompt)
             )
         keep_programs()
-        model = load(options.model, dtype=options.dtype, mesh=options.mesh)
+        model = load(
+            options.model, dtype=options.dtype, mesh=options.mesh, kv_cache=options.kv_cache
+        )
         model.check_writes()
         how = model.options(**_generation(options))
         if output is not None and not _writes_json(options):

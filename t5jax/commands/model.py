@@ -187,6 +187,8 @@ class Export:
         Literal["int8", "int8_float32", "int8_bfloat16", "int16", "float16", "bfloat16"] | None
     ) = None
     """For CTranslate2: type of its weights. None: --dtype."""
+    dequantize: bool = False
+    """Of a model that `t5jax compress` wrote: write the floats that its matrices stand for."""
 
 
 @dataclasses.dataclass(frozen=True)

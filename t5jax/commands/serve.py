@@ -47,6 +47,8 @@ class Serve:
     """The bits of an answer do not depend on what else is being written; slower."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and parameters. None: as in training."""
+    kv_cache: Literal["int8"] | None = None
+    """int8: keep keys and values in a quarter of the memory. None: as the model says."""
     mesh: MeshConfig = MeshConfig()
     """Devices to use."""
 
@@ -110,7 +112,13 @@ def serve(args: list[str]) -> None:
     served = []
     for name, model in models.items():
         _say(f"loading {model}")
-        found = load(model, dtype=options.dtype, mesh=options.mesh, adapters=adapters)
+        found = load(
+            model,
+            dtype=options.dtype,
+            mesh=options.mesh,
+            adapters=adapters,
+            kv_cache=options.kv_cache,
+        )
         served.append(ServedModel(name, found, sizes))
         _say(_describe(served[-1]))
     served += [served[0].adapted(name, number) for number, name in enumerate(adapters, 1)]

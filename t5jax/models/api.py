@@ -23,6 +23,7 @@ from t5jax.models.attention import backend as attention_backend
 from t5jax.models.attention import check_backend as check_attention
 from t5jax.models.attention import use_backend as use_attention
 from t5jax.models.cache import Cache
+from t5jax.models.layers import Linear, Unembedding
 
 __all__ = [
     "attention_backend",
@@ -133,6 +134,38 @@ def encode(model: Architecture, params: Params, batch: Mapping) -> jax.Array:
     return _apply(model, params, None, batch, method="encode")
 
 
+def visit_product_inputs(
+    model: Architecture,
+    params: Params,
+    batch: Mapping,
+    visit: Callable[[str, jax.Array], None],
+) -> jax.Array:
+    """Computes the network, and calls `visit` with the path of each kernel and its input.
+
+    In the layers of a stack it is called once, while their scan is traced; what it computes may
+    leave it by `jax.experimental.io_callback`, which runs for each layer in order.
+
+    Args:
+      model: the description.
+      params: the parameters, as in training.
+      batch: as for `logits`.
+      visit: takes the path, such as "encoder/layers/mlp/wo/kernel", and the input [B, T, *inputs].
+    Returns:
+      The output of the network; what it depends on is computed.
+    """
+
+    def interceptor(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, (Linear, Unembedding)) and context.method_name == "__call__":
+            visit("/".join((*module.path, "kernel")), args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        return _apply(
+            model, params, None, batch, method="logits" if model.num_outputs else "hidden"
+        )
+
+
 def new_params(model: Architecture, source: Architecture) -> list[str]:
     """Returns the paths of the parameters that `source` lacks: those of another head.
 
@@ -212,7 +245,7 @@ def init_cache(model: Architecture, slots: int, source_length: int, max_length: 
         or of a decoder's prompt in tokens.
       max_length: the maximum number of tokens to generate.
     """
-    layers, dtype = _module(model).cache_layers(model), model.dtype
+    layers, dtype = _module(model).cache_layers(model), model.kv_cache or model.dtype
     if model.kind == "decoder":
         return caches.empty(layers, slots, source_length + max_length, None, dtype)
     return caches.empty(layers, slots, max_length, source_length, dtype)

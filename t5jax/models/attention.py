@@ -163,13 +163,14 @@ def attention(
       dropout: a dropout of the probabilities with one mask for all queries of a row, as
         `layers.Dropout`, or None.
       cached: the layout of k and v. In a cache, heads precede tokens, so that a few queries read
-        memory contiguously.
+        memory contiguously. They may be `cache.Rounded`.
     Returns:
       [B, T, H, K]. Scores and softmax are float32. The output of a query that sees no key depends
       on the backend.
     Source: Vaswani et al. 2017 (arXiv:1706.03762); Ainslie et al. 2023 (arXiv:2305.13245) for the
       groups; the cap is Gemma 2's.
     """
+    k, v = (x.floats(q_BTHK.dtype) if hasattr(x, "floats") else x for x in (k, v))
     scores = {"bias": bias, "scale": scale, "softcap": softcap, "dropout": dropout}
     if not cached and _is_flash():
         from t5jax.models.kernels.flash import flash_attention  # Pallas takes time to import.

@@ -2,17 +2,20 @@
 
 Rows are the first axis of every array, so that rows can be inserted, removed and reordered
 (`insert`, `take`), and a step writes the token of each row at the position of that row (`extend`).
+With `Architecture.kv_cache` int8, a token's key and value of each head are rounded as they are
+written (`Rounded`), and floats again where attention reads them.
 
 N rows of the cache, B rows to insert, G heads of keys and values, K head dim, S tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from t5jax.models.attention import AttentionMask
+from t5jax.quantized import rounded_tokens
 from t5jax.sharding import constrain
 
 
@@ -27,6 +30,29 @@ class LayerShape(NamedTuple):
     """The logical axis of the heads."""
 
 
+class Rounded(flax.struct.PyTreeNode):
+    """Keys or values in int8, with a scale for each row, head and token."""
+
+    values: jax.Array  # int8 [N, G, S, K]
+    scales: jax.Array  # float32 [N, G, S, 1]
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Rounded":
+        """Rounds keys or values [..., K]."""
+        return cls(*rounded_tokens(x, 1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def floats(self, dtype) -> jax.Array:
+        return (self.values.astype(jnp.float32) * self.scales).astype(dtype)
+
+
+Kept: TypeAlias = Any
+"""An array, or a `Rounded` one."""
+
+
 class Cache(flax.struct.PyTreeNode):
     """The state of decoding, an argument and result of each step.
 
@@ -35,20 +61,20 @@ class Cache(flax.struct.PyTreeNode):
     """
 
     positions: jax.Array  # int32 [N]: the number of tokens that the decoder has read.
-    keys: tuple[jax.Array, ...]  # [N, G, S, K]
-    values: tuple[jax.Array, ...]  # [N, G, S, K]
+    keys: tuple[Kept, ...]  # [N, G, S, K]
+    values: tuple[Kept, ...]  # [N, G, S, K]
     # Those of the encoder's output, if there is one; they do not change.
-    cross_keys: tuple[jax.Array, ...] = ()  # [N, G, S, K]
-    cross_values: tuple[jax.Array, ...] = ()  # [N, G, S, K]
+    cross_keys: tuple[Kept, ...] = ()  # [N, G, S, K]
+    cross_values: tuple[Kept, ...] = ()  # [N, G, S, K]
     is_source: jax.Array | None = None  # bool [N, S]: where the encoder has a token.
 
     @property
-    def own(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    def own(self) -> tuple[tuple[Kept, Kept], ...]:
         """The keys and values of each layer's self-attention."""
         return tuple(zip(self.keys, self.values, strict=True))
 
     @property
-    def cross(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    def cross(self) -> tuple[tuple[Kept, Kept], ...]:
         """The keys and values of each layer's cross-attention."""
         return tuple(zip(self.cross_keys, self.cross_values, strict=True))
 
@@ -77,12 +103,16 @@ def empty(
       num_rows: the number of rows, N.
       length: the maximum number of tokens that the decoder reads.
       source_length: the maximum length of an encoder's input in tokens; None without an encoder.
-      dtype: the dtype of keys and values.
+      dtype: the dtype of keys and values; int8 for `Rounded` ones.
     """
 
-    def room(shape: LayerShape, size: int) -> jax.Array:
-        zeros = jnp.zeros((num_rows, shape.num_heads, size, shape.head_dim), dtype)
-        return constrain(zeros, "batch", shape.heads_axis, None, "head_dim")
+    def room(shape: LayerShape, size: int) -> Kept:
+        def zeros(last: int, axis: str | None, dtype) -> jax.Array:
+            x = jnp.zeros((num_rows, shape.num_heads, size, last), dtype)
+            return constrain(x, "batch", shape.heads_axis, None, axis)
+
+        kept = zeros(shape.head_dim, "head_dim", dtype)
+        return Rounded(kept, zeros(1, None, jnp.float32)) if dtype == "int8" else kept
 
     own = tuple(room(s, min(length, s.window or length)) for s in layers)
     cross: tuple[jax.Array, ...] = ()
@@ -122,7 +152,9 @@ def insert(layers: tuple[LayerShape, ...], cache: Cache, rows: Cache, slots_B) -
     """
 
     def put(kept, new):
-        return kept.at[slots_B].set(new)
+        if isinstance(kept, Rounded) and not isinstance(new, Rounded):
+            new = Rounded.of(new)
+        return jax.tree.map(lambda kept, new: kept.at[slots_B].set(new), kept, new)
 
     def put_behind(kept, new, axis, what):
         """Pads rows to the length of the cache; a step masks or overwrites the padding."""
@@ -132,14 +164,17 @@ def insert(layers: tuple[LayerShape, ...], cache: Cache, rows: Cache, slots_B) -
                 f"rows of {new.shape[axis]} {what} do not fit into a cache for "
                 f"{kept.shape[axis]}; make it larger"
             )
-        pad = [(0, spare if i == axis else 0) for i in range(new.ndim)]
-        return put(kept, jnp.pad(new, pad))
+        pad = [(0, spare if i == axis else 0) for i in range(len(new.shape))]
+        return put(kept, jax.tree.map(lambda x: jnp.pad(x, pad), new))
 
     def put_own(shape: LayerShape, kept, new):
         size = kept.shape[2]
         if shape.window is not None and new.shape[2] > size:
             index_BS = jnp.maximum(_held(rows.positions - 1, size), 0)
-            return put(kept, jnp.take_along_axis(new, index_BS[:, None, :, None], axis=2))
+            index_B1S1 = index_BS[:, None, :, None]
+            return put(
+                kept, jax.tree.map(lambda x: jnp.take_along_axis(x, index_B1S1, axis=2), new)
+            )
         return put_behind(kept, new, 2, "tokens")
 
     def all_layers(put_one, kept, new):
@@ -174,7 +209,7 @@ def reorder(cache: Cache, slots_N) -> Cache:
     return cache.replace(positions=positions, keys=keys, values=values)
 
 
-def extend(keys, values, k_NGK, v_NGK, positions_N) -> tuple[jax.Array, jax.Array, AttentionMask]:
+def extend(keys: Kept, values: Kept, k_NGK, v_NGK, positions_N) -> tuple[Kept, Kept, AttentionMask]:
     """Returns one layer's keys and values with one more token per row, and the token's mask.
 
     Args:
@@ -188,6 +223,8 @@ def extend(keys, values, k_NGK, v_NGK, positions_N) -> tuple[jax.Array, jax.Arra
     places_N = positions_N % size
 
     def write(kept, new_NGK):
+        if isinstance(kept, Rounded):
+            return jax.tree.map(write, kept, Rounded.of(new_NGK))
         return jax.vmap(
             lambda kept_GSK, new_GK, place: jax.lax.dynamic_update_slice(
                 kept_GSK, new_GK[:, None], (0, place, 0)

@@ -55,6 +55,17 @@ class Scheme:
                 )
 
 
+def check_installed() -> None:
+    """Raises ValueError if qwix is not there."""
+    try:
+        import qwix  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"quantization needs {error.name}, which is not installed; pip install "
+            "'t5jax[compress]'"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Matrix:
     """A matrix among a network's parameters."""
@@ -200,6 +211,27 @@ def quantize_params(model: Architecture, params: api.Params, scheme: Scheme) -> 
     flat = _flatten(params)
     for matrix in chosen(model, scheme):
         flat[matrix.path] = quantize(flat[matrix.path], matrix, scheme)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def rounded_params(model: Architecture, params: api.Params, scheme: Scheme) -> api.Params:
+    """Returns float parameters whose matrices are rounded; a gradient passes the rounding.
+
+    The values are those of `quantize_params`, dequantized.
+
+    Args:
+      model: the network's description.
+      params: its float parameters.
+      scheme: what to round to.
+    Raises:
+      ValueError: as `chosen`.
+    """
+    flat = _flatten(params)
+    for matrix in chosen(model, scheme):
+        x = flat[matrix.path]
+        nearest = quantize(jax.lax.stop_gradient(x), matrix, scheme).dequantized(x.dtype)
+        # Exactly the rounded one: x - x is 0, with a gradient of 1.
+        flat[matrix.path] = (x - jax.lax.stop_gradient(x)) + nearest
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -23,6 +23,7 @@ from t5jax.quantize.matrices import (
     num_bytes,
     quantize,
     quantize_params,
+    rounded_params,
 )
 from t5jax.quantized import NF4, product
 
@@ -189,6 +190,19 @@ def test_schemes_that_there_are_not(given, message):
 def test_matrices_that_a_scheme_does_not_fit(scheme, message):
     with pytest.raises(ValueError, match=message):
         chosen(VARIANTS["t5_1_1"], scheme)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_training_sees_what_will_be_written_and_passes_its_gradient(scheme):
+    model = even("t5_tied")
+    params = random_params(model)
+    given = Scheme(scheme, keep=("*/mlp/*",))
+    seen, pull = jax.vjp(lambda p: rounded_params(model, p, given), params)
+    written = dequantize_params(quantize_params(model, params, given))
+    jax.tree.map(np.testing.assert_array_equal, seen, written)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (seen, params)), strict=True))
+    ones = jax.tree.map(jnp.ones_like, params)
+    jax.tree.map(np.testing.assert_array_equal, pull(ones)[0], ones)
 
 
 def test_kept_matrices_stay_as_they_are():

@@ -1,0 +1,76 @@
+"""`t5jax compress`."""
+
+import dataclasses
+import sys
+from typing import Literal
+
+from t5jax.commands.parse import model_first, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Compress:
+    """Writes a model with its matrices rounded to 8 or 4 bits, for every command that takes MODEL.
+
+    Prints the bytes before and after, and with --tasks the quality and speed beside those of the
+    uncompressed model.
+    """
+
+    model: str
+    """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint; or --model
+    MODEL."""
+    output: str
+    """Folder to write, which does not exist yet."""
+    weights: Literal["int8", "int4", "nf4", "fp8"] = "int8"
+    """What matrices are rounded to: int8 and fp8 (e4m3) by output channel, int4 and nf4 by
+    group."""
+    activations: Literal["int8"] | None = None
+    """int8: also round the inputs of products, and multiply integers. Needs --weights int8."""
+    group: int | None = None
+    """int4, nf4: inputs per scale. None: 128, of nf4 64."""
+    keep: tuple[str, ...] = ()
+    """Shell patterns of paths of matrices that stay float, such as "token_embedder/*"."""
+    kv_cache: Literal["int8"] | None = None
+    """int8: it keeps keys and values in int8 as it writes, with a scale for each token and
+    head."""
+    method: Literal["rtn", "awq", "gptq"] = "rtn"
+    """rtn rounds to the nearest; awq and gptq take the inputs of --calibrate into account."""
+    calibrate: tuple[str, ...] = ()
+    """Tasks or mixtures whose training examples awq and gptq read."""
+    num_calibration: int = 128
+    """Number of those examples."""
+    tasks: tuple[str, ...] = ()
+    """Tasks on which to compare it with the uncompressed model."""
+    split: str = "validation"
+    """Split to compare on."""
+    task_files: tuple[str, ...] = ()
+    """Python files that register tasks, in addition to ./tasks/*.py, the shipped ones and the
+    run's."""
+    num_examples: int | None = None
+    """Maximum number of examples of each task, drawn from all of them. None: all."""
+    max_tokens: int | None = None
+    """Maximum length of answers in tokens. None: as in the run, or 128."""
+
+
+def compress(args: list[str]) -> None:
+    options = parse(Compress, model_first(args), prog="t5jax compress", positional=True)
+    from t5jax.compilation import keep_programs
+    from t5jax.compress import compress_model, print_report
+    from t5jax.quantize.matrices import Scheme
+
+    keep_programs()
+    result = compress_model(
+        options.model,
+        options.output,
+        Scheme(options.weights, options.activations, options.group, options.keep),
+        kv_cache=options.kv_cache,
+        method=options.method,
+        calibrate=options.calibrate,
+        num_calibration=options.num_calibration,
+        tasks=options.tasks,
+        task_files=options.task_files,
+        split=options.split,
+        num_examples=options.num_examples,
+        max_tokens=options.max_tokens,
+    )
+    print_report(result)
+    print(f"wrote {options.output}", file=sys.stderr)

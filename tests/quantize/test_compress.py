@@ -1,0 +1,210 @@
+"""`t5jax compress`: folders that every command takes, what is refused, calibration."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import t5jax
+import tiny
+from command_line import fails, run
+from conformance.cases import LOGITS, pack, random_examples, random_params
+from conformance.families import VARIANTS, family_of
+from t5jax import batch as features
+from t5jax import sharding
+from t5jax.config import AxisRules, MeshConfig
+from t5jax.hf import io as hf_io
+from t5jax.models import api
+from t5jax.quantize import calibrate, files
+from t5jax.quantize.matrices import Matrix, Scheme, dequantize_params, matrices, quantize
+from t5jax.source import find
+from t5jax.tokenizers import ByteTokenizer
+from tiny import one_device  # noqa: F401
+
+T5 = VARIANTS["t5_1_1"]
+MODEL = dataclasses.replace(T5, **family_of(T5).even | {"vocab_size": 384})
+PARAMS = random_params(MODEL)
+PROMPTS = ["a", "the longest of all of them", "b"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "model"
+    hf_io.save_params(path, MODEL, PARAMS, tokenizer=ByteTokenizer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def compressed(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compressed") / "int4"
+    t5jax.cli.main(["compress", str(folder), str(path), "--weights", "int4", "--group", "4"])
+    return path
+
+
+def logits_of(params, model=MODEL):
+    batch = pack(model, random_examples(model, ((4, 5), (6, 3))), [[0], [1]], 8)
+    return LOGITS(model, params, batch)
+
+
+def test_a_compressed_folder_is_a_model_like_any_other(folder, compressed, tmp_path, capsys):
+    model, params = find(str(compressed)).read()
+    assert model == dataclasses.replace(MODEL)
+    assert params["lm_head"]["kernel"].scheme == "int4"
+    expected = logits_of(dequantize_params(params))
+    np.testing.assert_allclose(logits_of(params), expected, rtol=1e-4, atol=1e-4)
+    assert "add --dequantize" in fails(capsys, "export", compressed, tmp_path / "no")
+    assert run(capsys, "export", compressed, tmp_path / "hf", "--dequantize")[0] == 0
+    exported = t5jax.load(str(tmp_path / "hf"))
+    np.testing.assert_array_equal(logits_of(dequantize_params(params)), expected)
+    answers = exported.generate(PROMPTS, max_tokens=5)
+    assert len(set(answers)) > 1
+    assert t5jax.load(str(compressed)).generate(PROMPTS, max_tokens=5) == answers
+    assert not (tmp_path / "no").exists()
+
+
+def test_on_eight_devices_a_compressed_model_computes_the_same(compressed):
+    source, mesh = find(str(compressed)), tiny._make_mesh(MeshConfig(fsdp=4, model=2))
+    _, params = source.read(mesh=mesh)
+    kernel = params["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert kernel.values.sharding.spec == PartitionSpec(None, "fsdp", "model")
+    assert kernel.scales.sharding.spec == PartitionSpec(None, "fsdp", "model")
+    with sharding.use_mesh(mesh, AxisRules()):
+        got = logits_of(params)
+    one = logits_of(source.read()[1])
+    np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_and_values_in_int8(folder):
+    whole, rounded = t5jax.load(str(folder)), t5jax.load(str(folder), kv_cache="int8")
+    caches = [api.init_cache(m.model, 2, 8, 8) for m in (whole, rounded)]
+    floats, integers = (sum(x.nbytes for x in jax.tree.leaves(c.keys)) for c in caches)
+    assert integers == floats / 4 + 4 * floats / (4 * MODEL.d_kv)
+    batch = {features.ENCODER_INPUT_TOKENS: np.array([[5, 6, 7, 1], [8, 1, 0, 0]], np.int32)}
+    logits = []
+    for model, cache in zip((whole, rounded), caches, strict=True):
+        _, rows = api.prefill(model.model, model.params, batch)
+        cache = api.insert(model.model, cache, rows, np.arange(2))
+        step = jax.jit(api.decode_step, static_argnums=0)
+        found, cache = step(model.model, model.params, cache, np.array([9, 10], np.int32))
+        logits.append(found)
+    error = np.abs(logits[0] - logits[1]).max()
+    assert 0 < error < 0.02 * np.abs(logits[0]).max()
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def change_json(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(content))
+
+
+def flip(folder):
+    path = folder / "quantized-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(folder):
+    path = folder / "quantized-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "quantized-00001.safetensors is damaged: .* does not match its checksum"),
+        (cut, "quantized-00001.safetensors is damaged or missing"),
+        (lambda f: change_json(f / files.MANIFEST, version=2), "is of version 2, this t5jax reads"),
+        (lambda f: change_json(f / files.MANIFEST, format="gguf"), "not of a model that `t5jax co"),
+        (lambda f: change_json(f / files.MANIFEST, arrays={}), "has no array .*, which its networ"),
+        (lambda f: change_json(f / files.MANIFEST, matrices=[]), "does not say what version 1"),
+    ],
+)
+def test_damaged_and_foreign_folders(compressed, tmp_path, damage, message):
+    import shutil
+
+    copy = shutil.copytree(compressed, tmp_path / "copy")
+    damage(copy)
+    with pytest.raises(ValueError, match=message):
+        find(str(copy)).read()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "awq"), "method awq needs inputs to calibrate with; give --calibrate TASK"),
+        (("--calibrate", "x"), "method rtn rounds to the nearest and reads no data"),
+        (("--weights", "nf4", "--method", "gptq", "--calibrate", "x"), "gptq rounds to integers"),
+        (("--keep", "decodr/*"), "keep has 'decodr/*', which matches no matrix"),
+        (("--weights", "int4", "--activations", "int8"), "activations int8 needs weights int8"),
+        (("--weights", "int4", "--group", "10"), "which groups of 10 do not divide; set group"),
+        (("--weights", "int3"), "invalid choice"),
+    ],
+)
+def test_options_that_cannot_be(folder, tmp_path, capsys, options, message):
+    assert message in fails(capsys, "compress", folder, tmp_path / "new", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_places_that_cannot_be(folder, compressed, tmp_path, capsys):
+    assert "is compressed already" in fails(capsys, "compress", compressed, tmp_path / "new")
+    assert "is not empty" in fails(capsys, "compress", folder, folder)
+    assert "holds a compressed model" in fails(capsys, "import", compressed, tmp_path / "run")
+    assert "is not compressed" in fails(capsys, "export", folder, tmp_path / "x", "--dequantize")
+    assert not any(tmp_path.iterdir())
+
+
+# --- Calibration ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_calibrated_rounding_loses_less_on_what_it_has_seen(method, weights):
+    rng = np.random.default_rng(0)
+    matrix = Matrix("mlp/wi/kernel", ("embed", "mlp"), (16, 24))
+    scheme = Scheme(weights, group=8 if weights == "int4" else None)
+    # Two inputs are far larger than the others, and some depend on others.
+    x_ND = rng.standard_normal((200, 16)) * np.where(np.arange(16) % 8 == 3, 40, 1)
+    x_ND[:, 4:8] += x_ND[:, :4]
+    kernel = rng.standard_normal((16, 24)).astype("float32")
+    known = np.abs(x_ND).mean(0) if method == "awq" else x_ND.T @ x_ND
+    calibrated = calibrate.quantize(kernel, matrix, scheme, method, np.float32(known))
+    nearest = quantize(kernel, matrix, scheme)
+    assert calibrated.values.shape == nearest.values.shape
+    assert calibrated.scales.shape == nearest.scales.shape
+    lost = [np.square(x_ND @ (x.dequantized() - kernel)).sum() for x in (calibrated, nearest)]
+    assert lost[0] < 0.9 * lost[1]
+
+
+def test_statistics_are_of_the_inputs_of_each_layer_without_padding():
+    batch = pack(MODEL, random_examples(MODEL, ((4, 5), (6, 3))), [[0], [1]], 8)
+    batch = {
+        name: np.pad(x, ((0, 0), (0, 1))) if name.startswith("decoder") else x
+        for name, x in batch.items()
+    }
+    path = "encoder/layers/attention/query/kernel"
+    chosen = [m for m in matrices(MODEL) if m.path == path]
+    found = {
+        method: calibrate.gather(MODEL, PARAMS, [batch, batch], chosen, method)
+        for method in ("awq", "gptq")
+    }
+    tokens = batch[features.ENCODER_INPUT_TOKENS][batch[features.ENCODER_SEGMENT_IDS] > 0]
+    x_ND = np.asarray(PARAMS["token_embedder"]["embedding"])[tokens]
+    norm = np.asarray(PARAMS["encoder"]["layers"]["pre_attention_norm"]["scale"])[0]
+    x_ND = x_ND / np.sqrt(np.square(x_ND).mean(-1, keepdims=True) + 1e-6) * norm
+    np.testing.assert_allclose(found["awq"].of(path, 0), np.abs(x_ND).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(found["gptq"].of(path, 0), 2 * x_ND.T @ x_ND, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(found["awq"].of(path, 0), found["awq"].of(path, 1))
+
+
+def test_statistics_fit_into_memory_part_by_part():
+    sizes = [(m, calibrate.num_features(m)) for m in matrices(MODEL) if not m.is_table]
+    most = 4 * max(size**2 * (m.shape[0] if m.stacked else 1) for m, size in sizes)
+    parts = list(calibrate.parts([m for m, _ in sizes], "gptq", most))
+    assert len(parts) > 2
+    assert [m for part in parts for m in part] == [m for m, _ in sizes]

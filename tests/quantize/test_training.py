@@ -1,0 +1,72 @@
+"""Quantization-aware training: what a run's step computes, and which configs it refuses."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from conformance.cases import random_batch
+from conformance.families import VARIANTS, family_of
+from t5jax import sharding
+from t5jax.config import Config, DataConfig, LoraConfig, MeshConfig, QuantizeConfig
+from t5jax.program import program
+from t5jax.quantize.matrices import Scheme, dequantize_params, quantize_params
+
+MODEL = dataclasses.replace(VARIANTS["t5_tied"], **family_of(VARIANTS["t5_tied"]).even)
+
+
+def run_of(**quantize):
+    config = Config(
+        model=MODEL,
+        data=DataConfig(inputs_length=8, targets_length=8, batch_size=4),
+        quantize=QuantizeConfig(**quantize),
+    )
+    return program(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def test_every_field_changes_what_the_loss_and_evaluations_see():
+    params = run_of().create(jax.random.key(0)).params
+    assert run_of().seen(params) is params
+    given = {
+        Scheme("int8"): {"weights": "int8"},
+        Scheme("int4"): {"weights": "int4"},
+        Scheme("int4", group=4): {"weights": "int4", "group": 4},
+        Scheme("int4", keep=("*/mlp/*",)): {"weights": "int4", "keep": ("*/mlp/*",)},
+    }
+    kernels = []
+    for scheme, fields in given.items():
+        seen = run_of(**fields).seen(params)
+        written = dequantize_params(quantize_params(MODEL, params, scheme))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), seen, written)
+        kernels.append(np.asarray(seen["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]))
+    assert all(np.any(a != b) for i, a in enumerate(kernels) for b in kernels[:i])
+
+
+def test_a_step_trains_the_floats_on_the_loss_of_the_rounded():
+    batch = random_batch(MODEL, 4, 8, 8)
+    losses = []
+    for fields in ({}, {"weights": "nf4"}):
+        run = run_of(**fields)
+        with run.use():
+            state = run.create(jax.random.key(0))
+            before = jax.tree.map(np.asarray, state.params)
+            rounded = jax.tree.map(np.asarray, run.seen(state.params))
+            state, metrics = run.step(state, batch)
+        losses.append(float(metrics["loss"]))
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
+        assert all(jax.tree.leaves(moved))
+        if fields:
+            with run_of().use():
+                _, metrics = run_of().step(state.replace(params=rounded), batch)
+            np.testing.assert_allclose(metrics["loss"], losses[-1], rtol=1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_configs_that_cannot_be():
+    with pytest.raises(ValueError, match="quantize.group is 8, but quantize.weights is None"):
+        QuantizeConfig(group=8)
+    with pytest.raises(ValueError, match="with an adapter the base is frozen"):
+        Config(adapter=LoraConfig(), quantize=QuantizeConfig("int8"))
+    with pytest.raises(ValueError, match="keep has 'x', which matches no matrix"):
+        run_of(weights="int8", keep=("x",))
