@@ -63,7 +63,7 @@ _make_mesh = sharding.make_mesh
 
 
 def _one_device_mesh(*config):
-    return _make_mesh(*config, devices=jax.devices()[:1])
+    return _make_mesh(*config[:1], devices=jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 AWQ (arXiv:2306.00978) scales the inputs that matter most up before it rounds; GPTQ
 (arXiv:2210.17323) rounds one input after the other, and lets the next ones make up for the error.
-Both are qwix's.
+AWQ is qwix's. Its GPTQ runs each step from Python, which takes minutes for a small network; the one
+here is compiled, and computes the same.
 
 D inputs of a product, of all axes together.
 """
@@ -171,35 +172,98 @@ def quantize(
       method: "awq" or "gptq".
       statistics: of its inputs, as returned by `Statistics.of`.
     """
-    from qwix.contrib import awq_core, gptq_core
-
     num_in = len(matrix.inputs)
     inputs, outputs = x.shape[:num_in], x.shape[num_in:]
     group = group_size(matrix, scheme) if scheme.weights in PACKED else num_features(matrix)
-    how = _how(scheme, group)
     w_OD = x.astype(jnp.float32).reshape(len(statistics), -1).T
     factors = None
     if method == "awq":
-        array, scales_1D = awq_core.quantize_weight(w_OD, statistics, how)
+        values, scales, scales_1D = _awq(w_OD, statistics, scheme, group)
         factors = (1 / scales_1D).reshape(*inputs, *(1 for _ in outputs))
     else:
-        # Groups are divided anew at each block, so that their scales see what is made up for.
-        with jax.numpy_rank_promotion("allow"):  # qwix broadcasts vectors with matrices.
-            array, _ = gptq_core.quantize_weight(w_OD, statistics, how, blocksize=min(group, 128))
+        most = {"int8": 127, "int4": 7}[scheme.weights]
+        values, scales = _gptq(w_OD, statistics, most, group)
 
     def ours(y_OD: jax.Array) -> jax.Array:
         by_channel = group == num_features(matrix) and y_OD.shape[1] == 1
         shape = [1] * num_in if by_channel else [*inputs[:-1], -1]
         return y_OD.T.reshape(*shape, *outputs)
 
-    array = array.replace(qvalue=ours(array.qvalue), scale=ours(array.scale))
-    return packed(array, matrix, scheme).replace(input_scales=factors)
+    return packed(ours(values), ours(scales), matrix, scheme).replace(input_scales=factors)
 
 
-def _how(scheme: Scheme, group: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("scheme", "group"))
+def _awq(w_OD: jax.Array, magnitudes_D: jax.Array, scheme: Scheme, group: int) -> Any:
+    """Returns values, scales, and factors [1, D] that the inputs' weights were multiplied with."""
     from qwix.contrib import awq_core
 
-    tiles = {1: group} if scheme.weights in PACKED else {}
-    return awq_core.qarray.HowToQuantize(
-        qtype=QTYPES[scheme.weights], channelwise_axes=[0], tiled_axes=tiles
+    how = awq_core.qarray.HowToQuantize(
+        qtype=QTYPES[scheme.weights],
+        channelwise_axes=[0],
+        tiled_axes={1: group} if scheme.weights in PACKED else {},
     )
+    array, scales_1D = awq_core.quantize_weight(w_OD, magnitudes_D, how)
+    return array.qvalue, array.scale, scales_1D
+
+
+@functools.partial(jax.jit, static_argnames=("most", "group"))
+def _gptq(w_OD: jax.Array, products_DD: jax.Array, most: int, group: int) -> Any:
+    """Returns integers [O, D] as int8, and float32 scales [O, D / group], by GPTQ.
+
+    Args:
+      w_OD: the matrix.
+      products_DD: sums of products of its inputs.
+      most: the largest integer; the smallest is -most - 1.
+      group: the inputs per scale.
+    """
+    num_out, num_in = w_OD.shape
+    # A group's scales are computed when all before it has been made up for.
+    block = next(n for n in range(min(group, 128), 0, -1) if group % n == 0)
+    diagonal_D = jnp.diag(products_DD)
+    unused_D = diagonal_D == 0
+    w_OD = jnp.where(unused_D[None], 0, w_OD)
+    damped_D = jnp.where(unused_D, 1, 0) + 0.01 * diagonal_D.mean()
+    lower_DD = jnp.linalg.cholesky(products_DD + jnp.diag(damped_D))
+    inverse_DD = jax.scipy.linalg.cho_solve((lower_DD, True), jnp.eye(num_in))
+    inverse_DD = jnp.linalg.cholesky(inverse_DD, upper=True)
+
+    def round_input(i: jax.Array, carry: Any) -> Any:
+        w_OB, values_OB, errors_OB, scale_O, inverse_BB = carry
+        w_O = w_OB[:, i]
+        value_O = jnp.clip(jnp.round(w_O / scale_O), -most - 1, most)
+        error_O = (w_O - value_O * scale_O) / inverse_BB[i, i]
+        w_OB = w_OB - error_O[:, None] * inverse_BB[i][None]  # Before i, it is 0.
+        values_OB = values_OB.at[:, i].set(value_O.astype(jnp.int8))
+        return w_OB, values_OB, errors_OB.at[:, i].set(error_O), scale_O, inverse_BB
+
+    def round_block(b: jax.Array, carry: Any) -> Any:
+        w_OD, values_OD, scales_OG = carry
+        start, number = b * block, b * block // group
+        of_group = jax.lax.dynamic_slice(w_OD, (0, number * group), (num_out, group))
+        largest_O = jnp.abs(of_group).max(axis=1)
+        fresh_O = jnp.where(largest_O > 0, largest_O / (most + 0.5), 1)
+        scale_O = jnp.where(start % group == 0, fresh_O, scales_OG[:, number])
+        rows_BD = jax.lax.dynamic_slice(inverse_DD, (start, 0), (block, num_in))
+        _, values_OB, errors_OB, _, _ = jax.lax.fori_loop(
+            0,
+            block,
+            round_input,
+            (
+                jax.lax.dynamic_slice(w_OD, (0, start), (num_out, block)),
+                jnp.zeros((num_out, block), jnp.int8),
+                jnp.zeros((num_out, block)),
+                scale_O,
+                jax.lax.dynamic_slice(rows_BD, (0, start), (block, block)),
+            ),
+        )
+        return (
+            w_OD - errors_OB @ rows_BD,
+            jax.lax.dynamic_update_slice(values_OD, values_OB, (0, start)),
+            scales_OG.at[:, number].set(scale_O),
+        )
+
+    values_OD = jnp.zeros(w_OD.shape, jnp.int8)
+    scales_OG = jnp.ones((num_out, num_in // group))
+    carry = (w_OD, values_OD, scales_OG)
+    _, values_OD, scales_OG = jax.lax.fori_loop(0, num_in // block, round_block, carry)
+    return values_OD, scales_OG

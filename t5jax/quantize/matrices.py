@@ -181,17 +181,16 @@ def quantize(x: jax.Array, matrix: Matrix, scheme: Scheme) -> Quantized:
         channelwise_axes=outputs,
         tiled_axes=tiles,
     )
-    return packed(array, matrix, scheme)
+    return packed(array.qvalue, array.scale, matrix, scheme)
 
 
-def packed(array: Any, matrix: Matrix, scheme: Scheme) -> Quantized:
-    """Returns a leaf with the numbers of qwix's QArray."""
-    values = array.qvalue
+def packed(values: jax.Array, scales: jax.Array, matrix: Matrix, scheme: Scheme) -> Quantized:
+    """Returns a leaf with numbers of the matrix's shape and their scales."""
     if scheme.weights in PACKED:
         values = pack(values, matrix.axis)
     return Quantized(
         values,
-        array.scale.astype(jnp.float32),
+        scales.astype(jnp.float32),
         scheme=scheme.weights,
         axis=matrix.axis,
         activations=None if matrix.is_table else scheme.activations,

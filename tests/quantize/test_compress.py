@@ -181,6 +181,23 @@ def test_calibrated_rounding_loses_less_on_what_it_has_seen(method, weights):
     assert lost[0] < 0.9 * lost[1]
 
 
+def test_gptq_is_that_of_qwix():
+    from qwix.contrib import gptq_core
+    from qwix.contrib.awq_core import qarray
+
+    rng = np.random.default_rng(0)
+    w_OD = rng.standard_normal((6, 16)).astype("float32")
+    x_ND = rng.standard_normal((50, 16)).astype("float32")
+    x_ND[:, 8:12] += x_ND[:, :4]
+    x_ND[:, 5] = 0  # An input that never occurs.
+    how = qarray.HowToQuantize(qtype="int4", channelwise_axes=[0], tiled_axes={1: 8})
+    with jax.numpy_rank_promotion("allow"):
+        theirs, _ = gptq_core.quantize_weight(w_OD, x_ND.T @ x_ND, how, blocksize=8)
+    values, scales = calibrate._gptq(w_OD, x_ND.T @ x_ND, 7, 8)
+    np.testing.assert_allclose(scales, theirs.scale, rtol=1e-5)
+    np.testing.assert_array_equal(values, theirs.qvalue.astype("int8"))
+
+
 def test_statistics_are_of_the_inputs_of_each_layer_without_padding():
     batch = pack(MODEL, random_examples(MODEL, ((4, 5), (6, 3))), [[0], [1]], 8)
     batch = {
