@@ -68,6 +68,12 @@ class Infer:
     """Divide the logits of tokens that were read or written before by it."""
     no_repeat_ngram_size: int | None = None
     """No sequence of this many tokens occurs twice."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that the answer has."""
+    frequency_penalty: float | None = None
+    """Subtracted from the logits of tokens that the answer has, as often as it has them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Ids, each with what is added to its logit: --logit-bias 7 -100 9 2.5"""
     num_beams: int | None = None
     """Beam search with this many beams; 1: none."""
     length_penalty: float | None = None
@@ -105,7 +111,8 @@ class Infer:
 
 _GENERATION = (
     *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed"),
-    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty"),
+    *("repetition_penalty", "no_repeat_ngram_size", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "num_beams", "length_penalty"),
     *("early_stopping", "num_answers", "stop", "forced_tokens", "suppressed_tokens"),
     *("allowed_tokens", "json_schema", "regex", "logprobs"),
 )

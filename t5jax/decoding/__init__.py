@@ -1,7 +1,7 @@
 """Decoding: from prompts to tokens and texts."""
 
 from t5jax.decoding.answers import Answer
-from t5jax.decoding.batches import padded_batches
+from t5jax.decoding.batches import padded_batches, power_of_two
 from t5jax.decoding.choice import Choice, History, choose
 from t5jax.decoding.constraints import Constraint
 from t5jax.decoding.generator import Generator
@@ -27,5 +27,6 @@ __all__ = [
     "log_probs",
     "options_of",
     "padded_batches",
+    "power_of_two",
     "row_options",
 ]

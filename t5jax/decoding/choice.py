@@ -12,7 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t5jax.decoding.penalties import ban_repeated_ngrams, penalize_repetition
+from t5jax.decoding.penalties import (
+    add_biases,
+    ban_repeated_ngrams,
+    penalize_presence,
+    penalize_repetition,
+)
 from t5jax.decoding.rows import Parts, RowOptions
 from t5jax.decoding.truncation import truncate
 
@@ -42,6 +47,7 @@ def choose(
     parts: Parts,
     history: History | None = None,
     allowed_NW: jax.Array | None = None,
+    constrained: jax.Array | None = None,
     num_top: int = 0,
 ) -> Choice:
     """Returns the next token of each row, and its log-probability.
@@ -55,12 +61,18 @@ def choose(
       history: for `parts.reads_history`.
       allowed_NW: for `parts.allows`, int32 with one bit for each id, as `rows.pack_bits` and
         llguidance write them.
+      constrained: bool [], whether `allowed_NW` is obeyed. None: it is.
       num_top: the number of alternatives K; static.
     """
     scores_NV = logits_NV
     if rows is not None:
         scores_NV = process(
-            logits_NV, rows, index_N, ends=ends, parts=parts, history=history, allowed_NW=allowed_NW
+            *(logits_NV, rows, index_N),
+            ends=ends,
+            parts=parts,
+            history=history,
+            allowed_NW=allowed_NW,
+            constrained=constrained,
         )
     tokens_N = jnp.argmax(scores_NV, axis=-1).astype(jnp.int32)
     if rows is not None and parts.draws:
@@ -85,6 +97,7 @@ def process(
     parts: Parts,
     history: History | None = None,
     allowed_NW: jax.Array | None = None,
+    constrained: jax.Array | None = None,
 ) -> jax.Array:
     """Returns scores after penalties, and -inf for tokens that must not be written.
 
@@ -107,16 +120,30 @@ def process(
             lambda x: ban_repeated_ngrams(x, *history, rows.no_repeat_ngram_size),
             scores_NV,
         )
+    if parts.presence:
+        assert history is not None
+        penalties = rows.presence_penalty, rows.frequency_penalty
+        scores_NV = _where_any(
+            (penalties[0] != 0) | (penalties[1] != 0),
+            lambda x: penalize_presence(x, *history, index_N, *penalties),
+            scores_NV,
+        )
+    if parts.biases:
+        scores_NV = _where_any(
+            jnp.any(rows.biased >= 0, axis=-1),
+            lambda x: add_biases(x, rows.biased, rows.biases),
+            scores_NV,
+        )
     if parts.min_tokens:
         is_early_N1 = (index_N < rows.min_tokens)[:, None]
         scores_NV = jnp.where(is_early_N1 & _is_in(ends, scores_NV), -jnp.inf, scores_NV)
     if parts.allows:
         assert allowed_NW is not None
-        is_allowed_NV = unpack_bits(allowed_NW, scores_NV.shape[-1])
-        scores_NV = jnp.where(is_allowed_NV, scores_NV, -jnp.inf)
-        is_left_N1 = jnp.max(scores_NV, axis=-1, keepdims=True) > -jnp.inf
-        allowed_NV = jnp.where(is_allowed_NV, plain_NV, -jnp.inf)
-        scores_NV = jnp.where(is_left_N1, scores_NV, allowed_NV)
+        given = scores_NV, plain_NV, allowed_NW
+        if constrained is None:
+            scores_NV = _mask(*given)
+        else:
+            scores_NV = jax.lax.cond(constrained, _mask, lambda x, *_: x, *given)
     if parts.forces:
         num_forced = rows.forced.shape[1]
         place_N1 = jnp.minimum(index_N, num_forced - 1)[:, None]
@@ -126,6 +153,14 @@ def process(
         forced_NV = jnp.where(is_it_NV, 0.0, -jnp.inf)
         scores_NV = jnp.where(is_forced_N1, forced_NV, scores_NV)
     return scores_NV
+
+
+def _mask(scores_NV: jax.Array, plain_NV: jax.Array, allowed_NW: jax.Array) -> jax.Array:
+    """Returns -inf for what is not allowed; the plain scores if nothing would be left."""
+    is_allowed_NV = unpack_bits(allowed_NW, scores_NV.shape[-1])
+    scores_NV = jnp.where(is_allowed_NV, scores_NV, -jnp.inf)
+    is_left_N1 = jnp.max(scores_NV, axis=-1, keepdims=True) > -jnp.inf
+    return jnp.where(is_left_N1, scores_NV, jnp.where(is_allowed_NV, plain_NV, -jnp.inf))
 
 
 def _draw(scores_NV: jax.Array, rows: RowOptions, index_N: jax.Array, parts: Parts) -> jax.Array:

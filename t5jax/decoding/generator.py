@@ -119,6 +119,25 @@ class Generator:
             for i in range(len(prompts))
         ]
 
+    def answers_to_prompt(
+        self, params: api.Params, prompt: Sequence[int], options: GenerationOptions, *, room: int
+    ) -> list[Answer]:
+        """Returns the answers to one prompt.
+
+        Args:
+          params: as for `__call__`.
+          prompt: what the model reads, as `prompts` returns it.
+          options: how answers are written, with `max_tokens`.
+          room: the program has room for so many tokens; at least `max_tokens`.
+        Raises:
+          ValueError: as for `answers`.
+        """
+        self._check_ids(options)
+        limit = options.limit(len(prompt))
+        rows = num_rows(1, 1, sharding.batch_parts(self.mesh, self.rules))
+        batch = _Batch([prompt], [limit], [(0, 0)], rows=rows, room=max(room, limit))
+        return self._write(params, batch, options)[0]
+
     def score(
         self,
         params: api.Params,
@@ -187,7 +206,7 @@ class Generator:
         """Returns the most tokens that any answer may have, and what is asked."""
         parts = Parts.of([options])
         spare = batch.rows - len(batch.prompts)
-        limits, max_tokens = None, max(batch.limits)
+        limits, max_tokens = None, batch.room or max(batch.limits)
         if min(batch.limits) < max_tokens or options.max_length is not None:
             limits = np.array([*batch.limits, *[1] * spare], np.int32)
             # A few sizes for all batches.
@@ -336,8 +355,10 @@ class Generator:
     # --- Checks -----------------------------------------------------------------------------------
 
     def _check_ids(self, options: GenerationOptions) -> None:
-        for name in ("forced_tokens", "allowed_tokens"):
-            for i in getattr(options, name) or ():
+        ids = {name: getattr(options, name) or () for name in ("forced_tokens", "allowed_tokens")}
+        ids["logit_bias"] = [i for i, _ in options.logit_bias]
+        for name, given in ids.items():
+            for i in given:
                 if i >= self.model.vocab_size:
                     raise ValueError(
                         f"{name} has id {i}, but model.vocab_size is {self.model.vocab_size}; "
@@ -376,6 +397,8 @@ class _Batch:
     limits: Sequence[int]
     streams: Sequence[tuple[int, int]]
     rows: int
+    room: int | None = None
+    """Tokens that the program has room for; None: as many as an answer may have."""
 
 
 def _before(tokens: Sequence[int], text_of: Any, stop: Sequence[str]) -> int:

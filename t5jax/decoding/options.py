@@ -48,6 +48,13 @@ class GenerationOptions:
     no_repeat_ngram_size: int = 0
     """No sequence of this many tokens occurs twice in what a decoder reads and writes. 0: any
     may."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has, as often as it has them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Ids, and what is added to their logits; as in OpenAI's interface -100 bans an id, and 100
+    leaves hardly anything else."""
     num_beams: int = 1
     """Beam search with this many beams. 1: none."""
     length_penalty: float = 1.0
@@ -86,7 +93,8 @@ class GenerationOptions:
         if self.logprobs is not None:
             check_at_least(self.logprobs, 0, "logprobs")
         check_positive(self.repetition_penalty, "repetition_penalty")
-        for name in ("temperature", "repetition_penalty", "length_penalty"):
+        numbers = ("temperature", "repetition_penalty", "length_penalty")
+        for name in (*numbers, "presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not 0 < self.top_p <= 1:
@@ -101,6 +109,12 @@ class GenerationOptions:
         for name in ("forced_tokens", "suppressed_tokens", "allowed_tokens"):
             for i in getattr(self, name) or ():
                 check_at_least(i, 0, f"an id of {name}")
+        for i, bias in self.logit_bias:
+            check_at_least(i, 0, "an id of logit_bias")
+            if not math.isfinite(bias):
+                raise ValueError(f"logit_bias of id {i} is {bias}; it must be a finite number")
+        if len(dict(self.logit_bias)) < len(self.logit_bias):
+            raise ValueError("logit_bias has an id twice; give each once")
         self._check_together()
 
     def _check_together(self) -> None:

@@ -1,9 +1,9 @@
-"""Penalties on what has been written before: repeated tokens, and repeated n-grams.
+"""Changes of scores: penalties on what has been written before, repeated n-grams, biases.
 
 What has been written is `tokens_NL`, all that the decoder of each row has read and written, of
 which `lengths_N` are tokens and the rest is arbitrary.
 
-N rows, L tokens, V vocab.
+N rows, L tokens, V vocab, E ids with a bias.
 """
 
 import jax
@@ -27,6 +27,47 @@ def penalize_repetition(
     penalty_N1 = penalty_N[:, None]
     worse_NV = jnp.where(scores_NV < 0, scores_NV * penalty_N1, scores_NV / penalty_N1)
     return jnp.where(seen_NV, worse_NV, scores_NV)
+
+
+def penalize_presence(
+    scores_NV: jax.Array,
+    tokens_NL: jax.Array,
+    lengths_N: jax.Array,
+    index_N: jax.Array,
+    presence_N: jax.Array,
+    frequency_N: jax.Array,
+) -> jax.Array:
+    """Returns scores minus penalties for tokens that the answer has, once and for each time.
+
+    As in OpenAI's interface, what was read does not count.
+
+    Args:
+      scores_NV: float32.
+      tokens_NL: int32.
+      lengths_N: int32.
+      index_N: int32, how many of the tokens, the last ones, are the answer.
+      presence_N: float32.
+      frequency_N: float32.
+    """
+    places_1L = jnp.arange(tokens_NL.shape[1])[None]
+    is_answer_NL = (places_1L >= (lengths_N - index_N)[:, None]) & (places_1L < lengths_N[:, None])
+    rows_N1 = jnp.arange(len(tokens_NL))[:, None]
+    counted_NL = jnp.where(is_answer_NL, tokens_NL, scores_NV.shape[1])  # Others are dropped.
+    counts_NV = jnp.zeros_like(scores_NV).at[rows_N1, counted_NL].add(1.0, mode="drop")
+    return scores_NV - counts_NV * frequency_N[:, None] - jnp.sign(counts_NV) * presence_N[:, None]
+
+
+def add_biases(scores_NV: jax.Array, ids_NE: jax.Array, biases_NE: jax.Array) -> jax.Array:
+    """Returns scores, to some of which something is added.
+
+    Args:
+      scores_NV: float32.
+      ids_NE: int32, different ids; -1 for none.
+      biases_NE: float32.
+    """
+    rows_N1 = jnp.arange(len(ids_NE))[:, None]
+    places_NE = jnp.where(ids_NE >= 0, ids_NE, scores_NV.shape[1])
+    return scores_NV.at[rows_N1, places_NE].add(biases_NE, mode="drop")
 
 
 def ban_repeated_ngrams(

@@ -1,6 +1,6 @@
 """The options of many answers as arrays with a row axis, and which of them a program serves.
 
-N rows, F forced tokens, W words of 32 bits.
+N rows, F forced tokens, E ids with a bias, W words of 32 bits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,6 +20,8 @@ class Parts(NamedTuple):
     truncates: bool = False
     repetition: bool = False
     ngrams: bool = False
+    presence: bool = False
+    biases: bool = False
     min_tokens: bool = False
     forces: bool = False
     allows: bool = False
@@ -34,6 +36,8 @@ class Parts(NamedTuple):
                 truncates=o.top_k > 0 or o.top_p < 1 or o.min_p > 0,
                 repetition=o.repetition_penalty != 1,
                 ngrams=o.no_repeat_ngram_size > 0,
+                presence=bool(o.presence_penalty or o.frequency_penalty),
+                biases=bool(o.logit_bias),
                 min_tokens=o.min_tokens > 0,
                 forces=bool(o.forced_tokens),
                 allows=is_constrained(o),
@@ -44,7 +48,7 @@ class Parts(NamedTuple):
     @property
     def reads_history(self) -> bool:
         """Whether `choose` needs what has been written before."""
-        return self.repetition or self.ngrams
+        return self.repetition or self.ngrams or self.presence
 
 
 EVERY_PART = Parts(*(True,) * len(Parts._fields))
@@ -65,6 +69,10 @@ class RowOptions(flax.struct.PyTreeNode):
     min_p: jax.Array  # float32 [N]; 0 for all.
     repetition_penalty: jax.Array  # float32 [N]; 1 for none.
     no_repeat_ngram_size: jax.Array  # int32 [N]; 0 for none.
+    presence_penalty: jax.Array  # float32 [N]; 0 for none.
+    frequency_penalty: jax.Array  # float32 [N]; 0 for none.
+    biased: jax.Array  # int32 [N, E], ids; -1 for none.
+    biases: jax.Array  # float32 [N, E]
     min_tokens: jax.Array  # int32 [N]
     forced: jax.Array  # int32 [N, F]; -1 for none.
     keys: jax.Array  # uint32 [N, 2]: the row's random key.
@@ -76,6 +84,7 @@ def row_options(
     streams: Sequence[tuple[int, int]] | None = None,
     *,
     num_forced: int | None = None,
+    num_biased: int | None = None,
 ) -> RowOptions:
     """Returns the options of one row each.
 
@@ -84,16 +93,23 @@ def row_options(
       streams: a pair of numbers of each row, below 2^32. Rows of the same seed draw the same
         tokens after the same prompt only if they have the same numbers; (0, 0) by default.
       num_forced: room for forced tokens, F. None: as many as the options have.
+      num_biased: room for ids with a bias, E. None: as many as the options have.
     """
 
     def of(name: str, dtype: str) -> np.ndarray:
         limit = np.iinfo(dtype).max if dtype == "int32" else np.inf
         return np.array([min(getattr(o, name), limit) for o in options], dtype)
 
-    longest = max((len(o.forced_tokens) for o in options), default=0)
-    forced = np.full((len(options), max(num_forced or longest, 1)), -1, np.int32)
+    def room(num: int | None, name: str) -> np.ndarray:
+        longest = max((len(getattr(o, name)) for o in options), default=0)
+        return np.full((len(options), max(num or longest, 1)), -1, np.int32)
+
+    forced, biased = room(num_forced, "forced_tokens"), room(num_biased, "logit_bias")
+    biases = np.zeros(biased.shape, np.float32)
     for row, o in enumerate(options):
         forced[row, : len(o.forced_tokens)] = o.forced_tokens
+        for place, (i, bias) in enumerate(o.logit_bias):
+            biased[row, place], biases[row, place] = i, bias
     seeds = [(o.seed >> 32, o.seed & 0xFFFFFFFF) for o in options]
     return RowOptions(
         temperature=of("temperature", "float32"),
@@ -102,6 +118,10 @@ def row_options(
         min_p=of("min_p", "float32"),
         repetition_penalty=of("repetition_penalty", "float32"),
         no_repeat_ngram_size=of("no_repeat_ngram_size", "int32"),
+        presence_penalty=of("presence_penalty", "float32"),
+        frequency_penalty=of("frequency_penalty", "float32"),
+        biased=biased,
+        biases=biases,
         min_tokens=of("min_tokens", "int32"),
         forced=forced,
         keys=np.array(seeds, np.uint32).reshape(-1, 2),

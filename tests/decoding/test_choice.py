@@ -150,6 +150,26 @@ def test_allowed_and_suppressed_tokens_and_what_is_left_of_them():
     assert got[2] == [1, 5][LOGITS[2, [1, 5]].argmax()]  # Nothing else: it may as well end.
 
 
+def test_presence_counts_what_was_written_and_biases_are_added():
+    history = History(
+        np.array([[3, 3, 1, 2, 2, 0], [3, 4, 4, 5, 0, 0]], "int32"), np.array([5, 4], "int32")
+    )
+    options = [
+        GenerationOptions(presence_penalty=1, frequency_penalty=0.5),
+        GenerationOptions(logit_bias=((2, -100.0), (4, 1.5))),
+    ]
+    got = process(
+        np.zeros((2, 6), "float32"),
+        row_options(options),
+        np.array([3, 2]),
+        ends=ENDS,
+        parts=Parts.of(options),
+        history=history,
+    )
+    # Of the first row, 3 was read, 1 written once and 2 twice.
+    assert got.tolist() == [[0, -1.5, -2, 0, 0, 0], [0, 0, -100, 0, 1.5, 0]]
+
+
 # --- Against transformers -------------------------------------------------------------------------
 
 
