@@ -14,7 +14,10 @@ the model's tokenizer, a continuation without; an encoder-decoder reads the cont
 and what is too long loses its start.
 """
 
+import datetime
+import functools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,6 +32,8 @@ from t5jax.architectures import Dtype
 from t5jax.checks import check_at_least
 from t5jax.decoding.scoring import score
 from t5jax.special_tokens import example_format
+
+_log = logging.getLogger(__name__)
 
 _DEFAULT_LENGTH = 2048
 _OPTIONS = (
@@ -112,6 +117,9 @@ class LM(TemplateLM):
         """Returns the tokens of a text, with those that begin and end it unless told otherwise."""
         tokenizer = self.loaded.tokenizer
         ids = tokenizer.encode(string)
+        bos = tokenizer.special_tokens.get("bos_token")
+        if add_special_tokens is None and bos and string.startswith(bos):
+            add_special_tokens = False  # A chat template has written it.
         if add_special_tokens is False:
             return list(ids)
         return self._form.prompt([*ids, tokenizer.eos_id]).tolist()
@@ -130,10 +138,36 @@ class LM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        raise ValueError(
-            "chat templates are not supported here; leave --apply_chat_template out, or ask "
-            "`t5jax eval`, whose tasks may have a ChatTemplate"
-        )
+        """Returns what the model reads of a conversation, by its own template.
+
+        Raises:
+          ValueError: if it has none, or the template refuses the conversation.
+        """
+        today = datetime.datetime.now().strftime  # As in transformers.
+        settings = {"continues": not add_generation_prompt, "strftime_now": today}
+        try:
+            return self._template.prompt({"messages": chat_history}, **settings)
+        except ValueError:
+            # As in the `hf` backend: some templates take no system message.
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            _log.warning("the chat template refuses a system message, which is left out")
+            return self._template.prompt({"messages": rest}, **settings)
+
+    @functools.cached_property
+    def _template(self) -> Any:
+        from t5jax.data.prompts.chat import ChatTemplate
+
+        if not self.loaded.tokenizer.chat_template:
+            raise ValueError(
+                f"{self.loaded.tokenizer} has no chat template; leave --apply_chat_template out"
+            )
+        return ChatTemplate().bind(self.loaded.tokenizer)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Returns the template's text, which the harness notes."""
+        return self.loaded.tokenizer.chat_template or ""
 
     # --- Requests ---------------------------------------------------------------------------------
 

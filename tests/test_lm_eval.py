@@ -1,6 +1,7 @@
 """lm-evaluation-harness: the log-probabilities and answers of its own `hf` backend."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -169,3 +170,36 @@ def test_the_command_line_of_the_harness_knows_the_model():
     from lm_eval.api.registry import get_model
 
     assert get_model("t5jax") is LM
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('no system') }}{% endif %}[{{ m['role'] }}] {{ m['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_a_conversation_is_what_transformers_makes_of_it(folder, tmp_path):
+    shutil.copytree(folder("llama"), tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(TEMPLATE)
+    model = LM(str(tmp_path / "chat"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
+    asked = [{"role": "user", "content": "the fox"}]
+    begun = [*asked, {"role": "assistant", "content": "the dog "}]
+    for messages, prompted in ((asked, True), (begun, False)):
+        text = theirs.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=prompted,
+            continue_final_message=not prompted,
+        )
+        assert model.apply_chat_template(messages, add_generation_prompt=prompted) == text
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert model.tok_encode(text) == expected
+    system = {"role": "system", "content": "be brief"}
+    assert model.apply_chat_template([system, *asked]) == model.apply_chat_template(asked)
+    assert model.chat_template(True) == TEMPLATE
+    model.loaded.tokenizer.chat_template = None
+    del model._template
+    with pytest.raises(ValueError, match="leave --apply_chat_template out"):
+        model.apply_chat_template(asked)

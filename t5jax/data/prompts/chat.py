@@ -180,17 +180,28 @@ class ChatTemplate(PromptTemplate):
             tokenizer=tokenizer,
         )
 
-    def prompt(self, row: Row, **variables: Any) -> str:
+    def prompt(self, row: Row, *, continues: bool = False, **variables: Any) -> str:
         """Returns the prompt for the next reply to a conversation.
 
         Args:
           row: with the messages.
+          continues: the last message is the beginning of the reply, as with transformers'
+            `continue_final_message`.
           **variables: others of the template, such as strftime_now.
         Raises:
           ValueError: if the template refuses it.
         """
         messages = _messages(row, self.messages)
-        return self._apply(messages, add_generation_prompt=True, **variables)
+        if not continues:
+            return self._apply(messages, add_generation_prompt=True, **variables)
+        whole = self._apply(messages, add_generation_prompt=False, **variables)
+        begun = messages[-1]["content"]
+        start = whole.rfind(begun.strip())
+        if start < 0:
+            raise ValueError("the chat template does not show the last message as it is")
+        # Some templates strip a message.
+        longer = whole[start : start + len(begun.lstrip())]
+        return whole[:start] + (longer if longer == begun.lstrip() else begun.strip())
 
     def render(self, row: Row, number: int = 0) -> Prompt:
         messages = _messages(row, self.messages)
