@@ -157,6 +157,7 @@ def postprocess(
         except Exception as error:  # Of a user's code.
             raise ValueError(
                 f"task {eval_set.task}: postprocess {name_of(eval_set.postprocess)} fails on the "
-                f"prediction {text!r:.80}: {users_error(error)}"
+                f"prediction {text!r:.80} for the inputs {example.inputs!r:.80}: "
+                f"{users_error(error)}"
             ) from error
     return values

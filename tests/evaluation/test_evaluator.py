@@ -186,8 +186,8 @@ def test_the_most_frequent_tags_are_those_of_a_text_where_none_can_be_copied():
 def test_an_error_of_a_task_names_its_function_and_the_text():
     result = run(numbers(), 8, predict=lambda params, inputs: ["half"] * len(inputs))
     assert re.match(
-        r"task stsb: postprocess postprocess fails on the prediction 'half': could not convert "
-        rf"string to float: 'half' \({__file__}, line \d+\)",
+        r"task stsb: postprocess postprocess fails on the prediction 'half' for the inputs "
+        rf"'.+': could not convert string to float: 'half' \({__file__}, line \d+\)",
         result.error,
     )
     assert set(result.scores) == {"loss", "perplexity", "token_accuracy"}
