@@ -47,12 +47,8 @@ def parse(
     )
 
 
-def model_first(args: Sequence[str]) -> list[str]:
-    """Returns the arguments with MODEL in front, where it was given as `--model MODEL`.
-
-    Raises:
-      ValueError: if a model is given in both ways, or twice, or is missing behind --model.
-    """
+def take_models(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the values of all `--model VALUE`, "" for a missing one, and the other arguments."""
     models, rest = [], []
     words = iter(args)
     for word in words:
@@ -62,6 +58,16 @@ def model_first(args: Sequence[str]) -> list[str]:
             models.append(word.removeprefix("--model="))
         else:
             rest.append(word)
+    return models, rest
+
+
+def model_first(args: Sequence[str]) -> list[str]:
+    """Returns the arguments with MODEL in front, where it was given as `--model MODEL`.
+
+    Raises:
+      ValueError: if a model is given in both ways, or twice, or is missing behind --model.
+    """
+    models, rest = take_models(args)
     if not models:
         return rest
     if any(not model or model.startswith("--") for model in models):

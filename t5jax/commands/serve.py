@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import itertools
 import logging
 import sys
 import time
 from pathlib import Path
 from typing import Literal
 
-from t5jax.commands.parse import check_options, parse
+from t5jax.commands.parse import check_options, parse, take_models
 from t5jax.config import MeshConfig
 
 
@@ -81,8 +82,8 @@ def serve(args: list[str]) -> None:
             raise ValueError(f"a model and an adapter have the name {name!r}; give another one")
     try:
         from t5jax.serving.protection import is_loopback
-        from t5jax.serving.server import ServerOptions
         from t5jax.serving.server import serve as run
+        from t5jax.serving.state import ServerOptions
     except ModuleNotFoundError as error:
         if str(error.name).startswith("t5jax"):
             raise
@@ -97,8 +98,8 @@ def serve(args: list[str]) -> None:
         )
     from t5jax.compilation import keep_programs
     from t5jax.pretrained import load
-    from t5jax.serving.engine import EngineOptions
     from t5jax.serving.served import ServedModel
+    from t5jax.serving.sizes import EngineOptions
 
     logging.basicConfig(format="t5jax: %(levelname)s: %(message)s", level=logging.WARNING)
     keep_programs()
@@ -183,17 +184,9 @@ def _adapters(args: list[str]) -> tuple[dict[str, str], list[str]]:
 def _models(args: list[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the models by name, and the other arguments."""
     models: dict[str, str] = {}
-    given, rest = [], []
-    words = iter(args)
-    for word in words:
-        if word == "--model":
-            given.append(next(words, ""))
-        elif word.startswith("--model="):
-            given.append(word.removeprefix("--model="))
-        elif not word.startswith("-") and not rest:
-            given.append(word)
-        else:
-            rest.append(word)
+    named, rest = take_models(args)
+    given = [*itertools.takewhile(lambda word: not word.startswith("-"), rest), *named]
+    rest = rest[len(given) - len(named) :]
     for word in given:
         name, equals, model = word.partition("=")
         if not equals:

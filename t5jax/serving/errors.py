@@ -2,6 +2,11 @@
 
 from typing import Any
 
+import fastapi
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -15,6 +20,22 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+
+DESCRIPTIONS: dict[int | str, dict[str, Any]] = {
+    status: {"description": what}
+    for status, what in {
+        400: "The request is wrong",
+        401: "No valid API key",
+        403: "Not this machine",
+        404: "No such model",
+        408: "The body took too long",
+        413: "The body is too large",
+        429: "Too many requests",
+        503: "Not ready, or stopping",
+        504: "The answer took too long",
+    }.items()
+}
+"""What the interface says of each status."""
 
 
 class ApiError(Exception):
@@ -49,3 +70,52 @@ def error_body(
     """Returns the body of an error."""
     kind = _TYPES.get(status, "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# --- In an application --------------------------------------------------------------------------
+
+
+def add_handlers(app: fastapi.FastAPI) -> None:
+    """Makes every error of the routes an answer in this form."""
+
+    async def api_error(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return JSONResponse(error.body, error.status, error.headers)
+
+    async def invalid(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        message, param = _first_problem(error)
+        return JSONResponse(error_body(400, message, param), 400)
+
+    async def http_error(_: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    async def value_error(_: fastapi.Request, error: Exception) -> Response:
+        return JSONResponse(error_body(400, str(error)), 400)
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ValueError, value_error)
+
+
+def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
+    """Returns what is wrong with a body, without what was sent, and where."""
+    problems = error.errors()
+    # Of a union, the member that went furthest is the one that was meant.
+    problem = max(problems, key=lambda p: len(p["loc"]))
+    place = [str(part) for part in problem["loc"] if part != "body"]
+    if problem["type"] == "json_invalid":
+        return "the body is not JSON", None
+    param = place[0] if place else None
+    if place == [] and problem["type"] == "model_attributes_type":
+        return (
+            "the body must be a JSON object; send the header Content-Type: application/json",
+            None,
+        )
+    if problem["type"] == "extra_forbidden":
+        return f"{'.'.join(place)} is not known here; leave it out", param
+    where = f"{'.'.join(place)}: " if place else ""
+    return f"{where}{problem['msg']}", param

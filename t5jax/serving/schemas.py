@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from t5jax.serving.slots import NUM_TOP
+from t5jax.serving.slots import NUM_BIASED, NUM_FORCED, NUM_TOP
 
 MAX_PROMPTS = 128
 _MAX_ANSWERS = 64
+_MAX_BEAMS = 16
 
 Text = Annotated[str, Field(max_length=2_000_000)]
 Tokens = Annotated[
@@ -23,6 +24,8 @@ Prompts = (
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
+_Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -75,10 +78,23 @@ class GenerationBody(_Body):
         True, description="Leave special tokens, such as T5's sentinels, out of the text."
     )
     user: str | None = Field(None, description="Has no effect here.")
-    # OpenAI's, of which only the values without an effect are taken.
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0
+    logit_bias: (
+        Annotated[dict[_Id, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=NUM_BIASED)]
+        | None
+    ) = Field(None, description="What is added to the logits of ids.")
+    forced_tokens: Annotated[list[_TokenId], Field(max_length=NUM_FORCED)] | None = Field(
+        None, description="Ids that every answer begins with."
+    )
+    num_beams: int | None = Field(
+        None,
+        ge=1,
+        le=_MAX_BEAMS,
+        description="Beam search, whose answers come as a whole. Without it as the model's "
+        "generation_config.json says; 1: none.",
+    )
+    length_penalty: float | None = Field(None, ge=-10, le=10, description="Of beam search.")
 
 
 class CompletionBody(GenerationBody):

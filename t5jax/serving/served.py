@@ -17,9 +17,11 @@ import numpy as np
 
 from t5jax import decoding
 from t5jax.decoding import Constraint, GenerationOptions
-from t5jax.serving.engine import Engine, EngineOptions, QueueFull
+from t5jax.serving.engine import Engine
+from t5jax.serving.errors import ApiError
 from t5jax.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, Message
-from t5jax.serving.slots import NUM_TOP
+from t5jax.serving.sizes import EngineOptions
+from t5jax.serving.slots import NUM_FORCED, NUM_TOP
 from t5jax.serving.text import TokenTexts
 from t5jax.special_tokens import check_prompts, example_format
 
@@ -29,11 +31,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _EMBEDDING_ROWS = 8
-# Of generation_config.json: a server writes samples and no beams, and lengths are asked for.
-_NOT_SERVED = (
-    *("num_beams", "length_penalty", "early_stopping", "max_length", "max_new_tokens"),
-    *("num_return_sequences", "forced_bos_token_id", "num_beam_groups", "diversity_penalty"),
+_SAME_NAME = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size"),
+    *("presence_penalty", "frequency_penalty", "min_tokens", "num_beams", "length_penalty"),
 )
+# Of generation_config.json: lengths and the number of answers are asked for.
+_NOT_SERVED = ("max_length", "max_new_tokens", "num_return_sequences")
 
 
 class ServedModel:
@@ -93,11 +96,12 @@ class ServedModel:
 
     @property
     def is_ready(self) -> bool:
-        engine = self.engine
+        """Whether it answers; what has not been compiled yet takes longer at first."""
         if self.base is not self:
             return self.base.is_ready
-        warm = self._warm is not None and self._warm.done() and self._warm.exception() is None
-        return warm and (engine is None or (engine.ready.is_set() and engine.is_alive))
+        if self.engine is not None:
+            return self.engine.ready.is_set() and self.engine.is_alive
+        return self._warm is not None and self._warm.done() and self._warm.exception() is None
 
     @property
     def failure(self) -> BaseException | None:
@@ -119,6 +123,10 @@ class ServedModel:
         return done
 
     def _compile(self) -> None:
+        if self.engine is not None:
+            while not self.engine.ready.wait(0.5):  # Whoever wants to write comes first.
+                if not self.engine.is_alive:
+                    return
         if self.model.kind != "decoder":
             for length in self._lengths:
                 for rows in (1, _EMBEDDING_ROWS):
@@ -205,21 +213,36 @@ class ServedModel:
         Raises:
           ValueError: if options contradict each other.
         """
-        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        given = {name: getattr(body, name) for name in (*names, "no_repeat_ngram_size")}
-        given["min_tokens"] = body.min_tokens
-        if num_answers > 1 and not given["temperature"]:
-            if given["temperature"] == 0:
+        given: dict[str, Any] = {name: getattr(body, name) for name in _SAME_NAME}
+        for name in ("presence_penalty", "frequency_penalty"):
+            given[name] = given[name] or None
+        if body.forced_tokens:
+            given["forced_tokens"] = tuple(body.forced_tokens)
+        if body.logit_bias:
+            bias = {int(i): float(value) for i, value in body.logit_bias.items()}
+            given["logit_bias"] = tuple(sorted(bias.items()))
+        for name in ("forced_tokens", "logit_bias"):
+            ids = [i if isinstance(i, int) else i[0] for i in given.get(name, ())]
+            if ids and max(ids) >= self.model.vocab_size:
                 raise ValueError(
-                    f"{num_answers} answers with temperature 0 would all be the same; set "
-                    "temperature to draw tokens, or n and best_of to 1"
+                    f"{name} has id {max(ids)}, but {self.name} has {self.model.vocab_size}; leave "
+                    "it out"
                 )
-            given["temperature"] = 1.0
+        has_beams = (body.num_beams or 1) > 1
+        if has_beams:
+            given["num_answers"] = num_answers
+        elif num_answers > 1 and given["temperature"] == 0:
+            raise ValueError(
+                f"{num_answers} answers with temperature 0 would all be the same; set temperature "
+                "to draw tokens, or n and best_of to 1"
+            )
         if given["temperature"] == 0:
             # As in OpenAI's interface, these are no contradiction.
             given |= dict.fromkeys(("top_k", "top_p", "min_p"))
         given = {name: value for name, value in given.items() if value is not None}
         options = self._options_of(tuple(sorted(given.items())))
+        if num_answers > 1 and not has_beams and not options.temperature:
+            options = self._options_of(tuple(sorted((given | {"temperature": 1.0}).items())))
         stop = body.stop or ()
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         changes: dict[str, Any] = {"stop": (stop,) if isinstance(stop, str) else tuple(stop)}
@@ -253,14 +276,14 @@ class ServedModel:
         """What generation_config.json says of how answers are written."""
         source = self.pretrained.source
         generation = {} if source is None else source.generation()
-        asked = {"num_beams": (None, 1), "forced_bos_token_id": (None,)}
-        for name, neutral in asked.items():
-            if generation.get(name) not in neutral:
-                _log.warning(
-                    "%s: generation_config.json sets %s to %s, which the server does not obey",
-                    *(self.name, name, generation[name]),
-                )
-        return {name: value for name, value in generation.items() if name not in _NOT_SERVED}
+        found = {name: value for name, value in generation.items() if name not in _NOT_SERVED}
+        forced = found.get("forced_bos_token_id")
+        if isinstance(forced, list) and len(forced) > NUM_FORCED:
+            raise ValueError(
+                f"{self.name}: generation_config.json forces {len(forced)} tokens, but the server "
+                f"takes at most {NUM_FORCED}"
+            )
+        return found
 
     def max_tokens(self, body: CompletionBody | ChatBody, prompt: Sequence[int]) -> int:
         """Returns the maximum length of the answer to a prompt in tokens.
@@ -271,6 +294,8 @@ class ServedModel:
         assert self.engine is not None
         room = self.engine.room(prompt)
         asked = body.max_tokens
+        if "max_tokens" not in body.model_fields_set and asked is not None:
+            asked = min(asked, room)  # Nobody asked for the default.
         if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
             if asked not in (None, body.max_completion_tokens):
                 raise ValueError(
@@ -293,11 +318,11 @@ class ServedModel:
         """Runs a method below in the model's own thread.
 
         Raises:
-          QueueFull: if too many wait already.
+          ApiError: if too many wait already.
         """
         with self._lock:
             if self._queued >= self._options.max_waiting:
-                raise QueueFull(f"{self._queued} requests wait already")
+                raise ApiError(429, f"{self._queued} requests wait; try again", retry_after=1)
             self._queued += 1
 
         def run() -> Any:
@@ -323,6 +348,26 @@ class ServedModel:
             batch_size=1,
             num_top=min(NUM_TOP, self.model.vocab_size),
         )[0]
+
+    def beams(
+        self, prompt: Sequence[int], options: GenerationOptions, special_tokens: bool
+    ) -> list[decoding.Answer]:
+        """Returns the best answers to a prompt by beam search, with `options.max_tokens`.
+
+        One program is compiled for each number of beams and power of two of lengths, when it is
+        first asked for.
+        """
+        assert options.max_tokens is not None
+        pretrained = self.pretrained
+        generator = decoding.Generator(
+            *(self.model, self.tokenizer, pretrained.mesh, pretrained.rules),
+            prefix_lm=pretrained.prefix_lm,
+            special_tokens=special_tokens,
+        )
+        room = decoding.power_of_two(options.max_tokens, least=16)
+        if self.model.kind == "decoder" and self.model.longest_row:
+            room = max(options.max_tokens, min(room, self.model.longest_row - len(prompt) + 1))
+        return generator.answers_to_prompt(pretrained.params, prompt, options, room=room)
 
     def embed(self, body: EmbeddingBody) -> tuple[np.ndarray, int]:
         """Returns the vectors of texts, float32 [N, D], and the number of their tokens.

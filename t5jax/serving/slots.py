@@ -1,14 +1,13 @@
-"""The device's side of continuous batching: slots, and the programs that fill and step them.
+"""The device's side of continuous batching: slots, and what fills and steps them.
 
 A slot is a row of the cache with the state of the answer that is written in it. Answers join and
-leave between steps. There is a fixed set of programs: `prefill` for each length of a prompt,
-`insert` for each of them, and `decode` for each shape of the part of the slots that is in use.
+leave between steps. `t5jax.serving.programs` compiles the functions here for a fixed set of shapes.
 The decoder's last prompt token (of an encoder-decoder, its start token) is read by `decode`, so
 that all tokens of an answer come from one place; and so are a few more, if what comes before them
-was in another slot already (`share`).
+was in another slot already (`insert_shared`).
 
-N slots, R of them in use, L tokens, K steps of one call, T most probable tokens, V vocab, W words
-of 32 bits.
+P prompts, N slots, R of them in use, L tokens, K steps of one call, T most probable tokens,
+V vocab, W words of 32 bits.
 """
 
 import functools
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 from t5jax.architectures import Architecture
 from t5jax.decoding import (
     EVERY_PART,
-    Choice,
     GenerationOptions,
     History,
     RowOptions,
@@ -33,9 +31,11 @@ from t5jax.models import api
 
 MAX_STEPS = 16
 """The maximum number of tokens that one call of `decode` writes in each slot."""
-PARTS = EVERY_PART._replace(forces=False)
-"""The options of decoding that requests may have."""
 NOTHING, READING = -1, -2
+NUM_FORCED = 4
+"""The maximum number of tokens that an answer has to begin with."""
+NUM_BIASED = 128
+"""The maximum number of ids with a bias."""
 NUM_TOP = 20
 """The number of most probable tokens that are reported; the limit of OpenAI's interface."""
 
@@ -79,7 +79,9 @@ class Step(flax.struct.PyTreeNode):
 def empty(model: Architecture, size: Size) -> Slots:
     """Returns free slots."""
     zeros = jnp.zeros(size.rows, jnp.int32)
-    options = row_options([GenerationOptions()] * size.rows)
+    options = row_options(
+        [GenerationOptions()] * size.rows, num_forced=NUM_FORCED, num_biased=NUM_BIASED
+    )
     return Slots(
         cache=api.init_cache(
             model, size.rows, size.source_length + size.prompt_length, size.length
@@ -92,22 +94,19 @@ def empty(model: Architecture, size: Size) -> Slots:
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
 def prefill(
-    model: Architecture, params: api.Params, batch: Mapping[str, jax.Array], adapter: jax.Array
+    model: Architecture, params: api.Params, batch: Mapping[str, jax.Array], adapters_P: jax.Array
 ) -> Any:
-    """Returns what `insert` inserts for the first prompt of a batch; the others are padding.
+    """Returns what `insert` inserts for the prompts of a batch.
 
     Args:
       model: the description.
       params: as for `decode`.
       batch: the batch.
-      adapter: int32 [], the adapter that reads it.
+      adapters_P: int32, the adapter that reads each of them.
     """
-    num_rows = len(next(iter(batch.values())))
-    params = api.with_adapters(params, jnp.full(num_rows, adapter))
+    params = api.with_adapters(params, adapters_P)
     rows = api.prefill(model, params, batch)[1]
-    rows = jax.tree.map(lambda x: x[:1], rows)
     if model.kind == "decoder":
         # The last token is read again by `decode`. Where the prompt is read in both directions, it
         # is part of what the other tokens see.
@@ -121,72 +120,72 @@ def prefill(
     )
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="slots")
+class Joining(NamedTuple):
+    """Answers that join."""
+
+    slots: Any  # int32 [P]; beyond the last slot for none.
+    left: Any  # int32 [P], the number of tokens to write.
+    history: History  # What the decoder reads before the answers.
+    options: RowOptions
+    adapters: Any  # int32 [P], that write them.
+
+
 def insert(
-    model: Architecture,
-    slots: Slots,
-    rows: Any,
-    slot: jax.Array,
-    left: jax.Array,
-    history: History,
-    options: RowOptions,
-    adapter: jax.Array,
+    model: Architecture, slots: Slots, rows: Any, which_P: jax.Array, joining: Joining
 ) -> Slots:
-    """Returns the slots with a prompt in one of them.
+    """Returns the slots with prompts in some of them.
 
     Args:
       model: the description.
       slots: the slots.
       rows: as returned by `prefill`.
-      slot: int32 [], the slot.
-      left: int32 [], the number of tokens to write.
-      history: what the decoder reads before the answer, of one row.
-      options: the options of one row.
-      adapter: int32 [], the adapter that writes it.
+      which_P: int32, the row of each answer.
+      joining: the answers.
     """
 
     def put(kept: Any, new: Any) -> Any:
-        return jax.tree.map(lambda x, new: x.at[slot].set(new[0]), kept, new)
+        return jax.tree.map(lambda x, new: x.at[joining.slots].set(new, mode="drop"), kept, new)
 
     return Slots(
-        cache=api.insert(model, slots.cache, rows, slot[None]),
-        left=slots.left.at[slot].set(left),
-        index=slots.index.at[slot].set(0),
-        history=put(slots.history, history),
-        options=put(slots.options, options),
-        adapters=slots.adapters.at[slot].set(adapter),
+        cache=api.insert(model, slots.cache, api.take(rows, which_P), joining.slots),
+        left=put(slots.left, joining.left),
+        index=put(slots.index, jnp.zeros_like(joining.left)),
+        history=put(slots.history, joining.history),
+        options=put(slots.options, joining.options),
+        adapters=put(slots.adapters, joining.adapters),
     )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def share(model: Architecture, slots: Slots, source: jax.Array, length: jax.Array) -> Any:
-    """Returns what `insert` inserts for a prompt that begins like what a slot holds.
+def insert_shared(
+    model: Architecture, slots: Slots, source: jax.Array, length: jax.Array, joining: Joining
+) -> Slots:
+    """Returns the slots with a prompt that begins like what a slot holds in one of them.
 
     Args:
       model: the description, of a decoder.
       slots: the slots.
       source: int32 [], the slot.
       length: int32 [], how many tokens they share, less than the prompt has.
+      joining: one answer.
     """
-    return api.take(slots.cache, source[None]).replace(positions=length[None])
+    rows = api.take(slots.cache, source[None]).replace(positions=length[None])
+    return insert(model, slots, rows, jnp.zeros(1, jnp.int32), joining)
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
 def move(slots: Slots, source: jax.Array, target: jax.Array) -> Slots:
     """Returns the slots with the content of one, int32 [], in another; the first one is free."""
     slots = jax.tree.map(lambda x: x.at[target].set(x[source]), slots)
     return slots.replace(left=slots.left.at[source].set(0))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "size"), donate_argnames="slots")
 def decode(
     model: Architecture,
     params: api.Params,
     slots: Slots,
+    size: Size,
     kept_N: jax.Array,
     allowed_RW: jax.Array,
     constrained: jax.Array,
-    size: Size,
     num_steps: jax.Array,
     stop_early: jax.Array,
     with_top: jax.Array,
@@ -197,10 +196,10 @@ def decode(
       model: the description.
       params: as returned by `api.arrange_for_decoding`, possibly with several adapters.
       slots: the slots.
+      size: the part of the slots to read; all that is in use must be within it. Static.
       kept_N: bool [N], false for slots whose answers are not needed any more.
       allowed_RW: int32 with a bit for each id that may be written next.
       constrained: bool [], whether that holds; otherwise all ids may be written.
-      size: the part of the slots to read; all that is in use must be within it.
       num_steps: int32 [], at most MAX_STEPS.
       stop_early: bool [], whether to return as soon as an answer ends, because others wait.
       with_top: bool [], whether to report the most probable tokens.
@@ -230,20 +229,13 @@ def decode(
         writes_R = is_live_R & (now.cache.positions + 1 >= lengths_R)
         positions_R = jnp.where(is_live_R, cache.positions, now.cache.positions)
 
-        def chosen(**changes: Any) -> Choice:
-            return choose(
-                logits_RV,
-                now.options,
-                now.index,
-                ends=model.end_token_ids,
-                history=now.history,
-                **changes,
-            )
-
-        choice = jax.lax.cond(
-            constrained,
-            lambda: chosen(parts=PARTS, allowed_NW=allowed_RW),
-            lambda: chosen(parts=PARTS._replace(allows=False)),
+        choice = choose(
+            *(logits_RV, now.options, now.index),
+            ends=model.end_token_ids,
+            parts=EVERY_PART,
+            history=now.history,
+            allowed_NW=allowed_RW,
+            constrained=constrained,
         )
         new_R = jnp.where(writes_R, choice.tokens_N, jnp.where(is_live_R, READING, NOTHING))
         bits_R = jax.lax.bitcast_convert_type(choice.log_probs_N, jnp.int32)

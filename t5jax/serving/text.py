@@ -2,82 +2,140 @@
 
 from collections.abc import Sequence
 
+from t5jax.decoding.answers import find_stop
 from t5jax.tokenizers import Tokenizer
 
 # Decoding only the last tokens keeps the time for each one constant; so many of those before are
 # needed for the text not to depend on where it was cut.
-_CONTEXT = 32
+_CONTEXT = 16
 _WINDOW = 4 * _CONTEXT
+# A tokenizer that cleans up removes the first space of each.
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class TextStream:
     """Turns tokens into pieces of text, which together are the text of all tokens.
 
-    A piece ends between characters, and what may be the beginning of a stop text is held back.
+    A piece ends between characters, and what may be the beginning of a stop text is held back. As
+    in `Generator`, stop texts are also found among special tokens that are not shown; and here
+    across them, so that no text that is shown contains one.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, special_tokens: bool = False, stop: Sequence[str] = ()
     ) -> None:
-        self._tokenizer, self._special_tokens = tokenizer, special_tokens
-        self._stop = tuple(stop)
-        self._ids: list[int] = []
-        self._anchor, self._before = 0, ""  # The text before the window.
-        self._sent = 0
-        self.text = ""
-        """The whole text so far, without what follows a stop text."""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._shown = self._searched = _Text(tokenizer, special_tokens)
+        self._hides = not special_tokens
+        self._end: str | None = None
+        self._sent = self._safe = 0
         self.stopped = False
         """Whether a stop text has occurred."""
 
-    def push(self, token: int) -> str:
-        """Returns the text that a token adds; more of it may follow with later tokens."""
+    @property
+    def text(self) -> str:
+        """The whole text so far, without what follows a stop text."""
+        return self._shown.text if self._end is None else self._end
+
+    @property
+    def _is_one(self) -> bool:
+        return self._searched is self._shown
+
+    def push(self, token: int) -> None:
+        """Adds a token."""
         assert not self.stopped
-        self._ids.append(token)
-        if len(self._ids) - self._anchor > _WINDOW:
-            self._advance()
-        self.text = self._before + self._decode(self._ids[self._anchor :])
-        found = [at for stop in self._stop if (at := self.text.find(stop, self._search_from)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-            return self.finish()
-        return self._send(len(self.text) - self._held_back())
+        if self._hides:
+            if token == self._tokenizer.eos_id:
+                return  # It does not end this answer, but would end a text.
+            if self._stop and self._is_one and token in self._tokenizer.special_ids:
+                self._searched = _Text(self._tokenizer, True, self._shown.ids)
+        self._shown.ids.append(token)
+        if not self._is_one:
+            self._searched.ids.append(token)
+        if not self._stop:
+            return
+        text = self._searched.text
+        start = max(0, self._safe - max(map(len, self._stop)))
+        place = find_stop(text[start:], self._stop)
+        if place is not None:
+            self.stopped, self._end = True, self._before(start + place)
+        elif not self._is_one and (shown := find_stop(self._shown.text, self._stop)) is not None:
+            self.stopped, self._end = True, self._shown.text[:shown]
+        self._safe = len(text) - self._held_back(text)
+
+    def take(self) -> str:
+        """Returns what the tokens since the last call add to the text; more may follow with later
+        tokens."""
+        text = self.text
+        if self.stopped:
+            return self._send(len(text))
+        held = self._held_back(text)
+        if not self._is_one:
+            held = max(held, self._held_back(self._searched.text))
+        return self._send(len(text) - held)
 
     def finish(self) -> str:
         """Returns the rest of the text."""
         return self._send(len(self.text))
-
-    @property
-    def _search_from(self) -> int:
-        return max(0, self._sent - max(map(len, self._stop), default=0))
 
     def _send(self, end: int) -> str:
         piece = self.text[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
 
-    def _held_back(self) -> int:
+    def _before(self, place: int) -> str:
+        """Returns the text that is shown before a place in the one that is searched."""
+        if self._is_one:
+            return self._shown.text[:place]
+        if (shown := find_stop(self._shown.text, self._stop)) is not None:
+            return self._shown.text[:shown]
+        ids = self._shown.ids
+        count = len(ids)
+        while count and len(self._tokenizer.decode(ids[:count])) > place:
+            count -= 1
+        return self._tokenizer.decode(ids[:count], special_tokens=False)
+
+    def _held_back(self, text: str) -> int:
         """Returns how many characters at the end may still change, or begin a stop text."""
-        text = self.text
-        held = len(text) - len(text.rstrip("\ufffd"))
-        # A decoder may strip a space at the end until more follows.
-        for stop in self._stop:
-            for n in range(min(len(stop) - 1, len(text)), held, -1):
-                if text.endswith(stop[:n]):
+        whole = text.rstrip("\ufffd")  # Parts of a character.
+        held = 0
+        for sought in (*self._stop, *(_CLEANED if self._tokenizer.cleans_up else ())):
+            for n in range(min(len(sought) - 1, len(whole)), held, -1):
+                if whole.endswith(sought[:n]):
                     held = n
                     break
-        return held
+        return len(text) - len(whole) + held
 
-    def _advance(self) -> None:
+
+class _Text:
+    """The text of tokens of which there are ever more."""
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: bool, ids: Sequence[int] = ()) -> None:
+        self.ids = list(ids)
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
+        self._num_read, self._text = 0, ""
+        self._anchor, self._before = 0, ""  # The text before the window.
+
+    @property
+    def text(self) -> str:
+        if self._num_read < len(self.ids):
+            self._num_read = len(self.ids)
+            window = self._decode(self._anchor)
+            self._text = self._before + window
+            if len(self.ids) - self._anchor > _WINDOW:
+                self._advance(window)
+        return self._text
+
+    def _advance(self, window: str) -> None:
         """Moves the beginning of the window, where this does not change the text."""
-        whole = self._decode(self._ids[self._anchor :])
-        anchor = len(self._ids) - _CONTEXT
-        context = self._decode(self._ids[anchor:])
-        if context.strip("\ufffd") and whole.endswith(context):
-            self._before += whole[: len(whole) - len(context)]
+        anchor = len(self.ids) - _CONTEXT
+        context = self._decode(anchor)
+        if context.strip("\ufffd") and window.endswith(context):
+            self._before += window[: len(window) - len(context)]
             self._anchor = anchor
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, special_tokens=self._special_tokens)
+    def _decode(self, start: int) -> str:
+        return self._tokenizer.decode(self.ids[start:], special_tokens=self._special_tokens)
 
 
 class TokenTexts:

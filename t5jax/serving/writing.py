@@ -1,16 +1,19 @@
-"""From a request's body to answers, and from answers to the bodies of OpenAI's interface."""
+"""From a request's body to answers."""
 
 import asyncio
 import dataclasses
-import json
-import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
-from t5jax.decoding import Score
-from t5jax.serving.engine import Answer, FinishReason, Piece, QueueFull, Request, Stopping, Token
 from t5jax.serving.errors import ApiError
+from t5jax.serving.requests import (
+    Answer,
+    FinishReason,
+    Piece,
+    QueueFull,
+    Request,
+    Stopping,
+    Token,
+)
 from t5jax.serving.schemas import ChatBody, CompletionBody, GenerationBody
 from t5jax.serving.served import ServedModel
 
@@ -42,6 +45,11 @@ class Plan:
     num_kept: int
     """Of each prompt's answers, the most probable ones are returned."""
 
+    @property
+    def has_beams(self) -> bool:
+        """Whether a prompt's answers are written together, by beam search."""
+        return self.requests[0].options.num_beams > 1
+
 
 def plan(
     served: ServedModel,
@@ -55,10 +63,10 @@ def plan(
       ValueError: if options contradict each other, or there is no room for an answer.
     """
     num_kept = body.n or 1
-    per_prompt, num_top = num_kept, 0
+    per_prompt = num_kept
     if isinstance(body, CompletionBody):
         per_prompt = body.best_of or num_kept
-        num_top = body.logprobs or 0
+        logprobs = body.logprobs
         if per_prompt < num_kept:
             raise ValueError(f"best_of is {per_prompt} and n {num_kept}; raise best_of")
         if body.stream and per_prompt > num_kept:
@@ -69,26 +77,49 @@ def plan(
     else:
         if body.top_logprobs is not None and not body.logprobs:
             raise ValueError("top_logprobs is set without logprobs; set logprobs to true")
-        num_top = body.top_logprobs or 0
-    options = served.options(body, per_prompt)
+        logprobs = body.top_logprobs or 0 if body.logprobs else None
+    options = dataclasses.replace(served.options(body, per_prompt), logprobs=logprobs)
+    if options.num_beams > 1 and per_prompt > num_kept:
+        raise ValueError(
+            f"best_of is {per_prompt}, but beam search (num_beams {options.num_beams}) only writes "
+            "the best; leave best_of out, or set num_beams to 1"
+        )
+    limits = [served.max_tokens(body, prompt) for prompt in prompts]
+    if body.min_tokens is not None and body.min_tokens > min(limits):
+        raise ValueError(
+            f"min_tokens is {body.min_tokens}, but an answer has at most {min(limits)} (max_tokens "
+            "and the room behind the prompt); set it to that at most"
+        )
     is_constrained = options.json_schema is not None
     requests = [
         Request(
             prompt=tuple(prompt),
-            max_tokens=served.max_tokens(body, prompt),
+            max_tokens=limits[index],
             options=options,
-            number=number,
+            stream=(index, number),
             special_tokens=not body.skip_special_tokens,
-            num_top=num_top,
             streaming=bool(body.stream),
             deadline=deadline,
             constraint=served.constraint(options) if is_constrained else None,
             adapter=served.adapter,
         )
-        for prompt in prompts
+        for index, prompt in enumerate(prompts)
         for number in range(per_prompt)
     ]
     return Plan(prompts, requests, per_prompt, num_kept)
+
+
+def wants_usage(body: GenerationBody) -> bool:
+    """Returns whether a stream ends with the usage.
+
+    Raises:
+      ValueError: if stream_options is set without stream.
+    """
+    if body.stream_options is None:
+        return False
+    if not body.stream:
+        raise ValueError("stream_options is set, but stream is not; set it, or leave them out")
+    return body.stream_options.include_usage
 
 
 class Writing:
@@ -134,7 +165,41 @@ class Writing:
                 answer.cancel()
 
 
-async def gather(writing: Writing, requests: Sequence[Request]) -> list[Written]:
+class BeamWriting:
+    """The same for answers by beam search, one prompt after the other, without a slot."""
+
+    answers: Sequence[Answer] = ()
+
+    def __init__(self, served: ServedModel, plan: Plan) -> None:
+        self._futures = []
+        try:
+            for request in plan.requests[:: plan.per_prompt]:
+                options = dataclasses.replace(request.options, max_tokens=request.max_tokens)
+                args = request.prompt, options, request.special_tokens
+                self._futures.append(served.submit(served.beams, *args))
+        except ApiError:
+            self.cancel()
+            raise
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        number = 0
+        for future in self._futures:
+            for answer in await asyncio.wrap_future(future):
+                tokens = tuple(Token(i, 0.0) for i in answer.tokens)
+                yield number, Piece(answer.text, tokens, answer.finish)
+                number += 1
+
+    def cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
+
+
+def begin(served: ServedModel, plan: Plan) -> Writing | BeamWriting:
+    """Begins to write; raises as `Writing`."""
+    return BeamWriting(served, plan) if plan.has_beams else Writing(served, plan.requests)
+
+
+async def gather(writing: Writing | BeamWriting, requests: Sequence[Request]) -> list[Written]:
     """Returns the finished answers.
 
     Raises:
@@ -171,108 +236,3 @@ def best(all_written: Sequence[Written], plan: Plan) -> list[Written]:
             group.sort(key=lambda written: -written.mean_logprob)
         kept += group[: plan.num_kept]
     return kept
-
-
-# --- Bodies -------------------------------------------------------------------------------------
-
-
-def head(kind: str, model: str) -> dict[str, Any]:
-    """Returns what begins the body of a response; the id says nothing of the request."""
-    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    ids = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind}
-    return {**ids, "created": int(time.time()), "model": model}
-
-
-def usage(prompts: Sequence[Sequence[int]], num_written: int) -> dict[str, int]:
-    """Returns the number of tokens read and written."""
-    read = sum(map(len, prompts))
-    numbers = {"prompt_tokens": read, "completion_tokens": num_written}
-    return {**numbers, "total_tokens": read + num_written}
-
-
-def completion_logprobs(
-    served: ServedModel, tokens: Sequence[Token], num_top: int, start: int = 0
-) -> dict[str, Any]:
-    """Returns the log-probabilities of a completion.
-
-    Args:
-      served: the model.
-      tokens: of the answer.
-      num_top: how many alternatives there are at each place; the token itself is always there.
-      start: where the answer begins in the text.
-    """
-    name = served.token_text
-    tops = []
-    for token in tokens:
-        top = {name(i): logprob for i, logprob in reversed(token.top[:num_top])}
-        tops.append({**top, name(token.id): token.logprob})
-    return {
-        "tokens": [name(token.id) for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": tops,
-        "text_offset": [start + token.offset for token in tokens],
-    }
-
-
-def echo_logprobs(
-    served: ServedModel, prompt: Sequence[int], score: Score, num_top: int
-) -> dict[str, Any]:
-    """Returns the log-probabilities of a prompt's tokens, of which the first has none."""
-    texts = [served.token_text(i) for i in prompt]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + (0 if text.startswith("token_id:") else len(text)))
-    tops = [
-        tuple((int(i), float(x)) for i, x in zip(ids[:num_top], values[:num_top], strict=True))
-        for ids, values in zip(score.top_tokens, score.top_log_probs, strict=True)
-    ]
-    tokens = [
-        Token(
-            int(i),
-            float(logprob),
-            top,
-            offset,
-        )
-        for i, logprob, top, offset in zip(
-            score.tokens, score.log_probs, tops, offsets[1:-1], strict=True
-        )
-    ]
-    found = completion_logprobs(served, tokens, num_top)
-    first: dict[str, Any] = {"tokens": texts[0], "token_logprobs": None, "top_logprobs": None}
-    return {name: [value, *found[name]] for name, value in {**first, "text_offset": 0}.items()}
-
-
-def chat_logprobs(served: ServedModel, tokens: Sequence[Token], num_top: int) -> dict[str, Any]:
-    """Returns the log-probabilities of a message."""
-
-    def entry(i: int, logprob: float) -> dict[str, Any]:
-        text = served.token_text(i)
-        data = None if text.startswith("token_id:") else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": data}
-
-    content = [
-        {
-            **entry(token.id, token.logprob),
-            "top_logprobs": [entry(*pair) for pair in token.top[:num_top]],
-        }
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
-
-
-def event(data: Any) -> str:
-    """Returns a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def wants_usage(body: GenerationBody) -> bool:
-    """Returns whether a stream ends with the usage.
-
-    Raises:
-      ValueError: if stream_options is set without stream.
-    """
-    if body.stream_options is None:
-        return False
-    if not body.stream:
-        raise ValueError("stream_options is set, but stream is not; set it, or leave them out")
-    return body.stream_options.include_usage

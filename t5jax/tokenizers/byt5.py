@@ -26,6 +26,7 @@ class ByteTokenizer:
     bos_id: int | None = None
     mask_id: int | None = None
     chat_template: str | None = None
+    cleans_up = False
     # Most of them are bytes of ordinary text as well: a text must not lose them.
     sentinel_ids = tuple(range(_LAST_BYTE, _LAST_BYTE - _NUM_SENTINELS, -1))
     prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None = ((), (1,))

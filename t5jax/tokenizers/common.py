@@ -33,6 +33,8 @@ class Tokenizer(Protocol):
     """The model's Jinja template that turns a conversation into a prompt, if it has one."""
     special_tokens: Mapping[str, str]
     """The tokens that a chat template may refer to: {"eos_token": "</s>", ...}."""
+    cleans_up: bool
+    """Whether decoding removes spaces before punctuation, as `clean_up_tokenization_spaces`."""
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without eos. "<extra_id_0>" becomes the id of the sentinel."""

@@ -75,7 +75,7 @@ class HuggingFaceTokenizer:
         # Some files enable truncation or padding, which would change the text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._files, self._cleans_up = dict(files), built.cleans_up
+        self._files, self.cleans_up = dict(files), built.cleans_up
         config = read_json(files, "tokenizer_config.json", name)
         config = read_json(files, "special_tokens_map.json", name) | config | built.special_tokens
         ids = self._tokenizer.get_vocab()
@@ -127,7 +127,7 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
         kept = clean_ids(self, ids, special_tokens)
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
-        if self._cleans_up:
+        if self.cleans_up:
             from transformers import PreTrainedTokenizerBase
 
             text = PreTrainedTokenizerBase.clean_up_tokenization(self, text)

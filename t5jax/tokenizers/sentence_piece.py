@@ -28,6 +28,7 @@ class SentencePieceTokenizer:
 
     bos_id: int | None = None
     mask_id: int | None = None
+    cleans_up = False
 
     def __init__(
         self,

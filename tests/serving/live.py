@@ -13,11 +13,15 @@ from conformance.cases import random_params
 from conformance.families import GPT2, change
 from conformance.families import T5 as SMALL
 from t5jax import sharding
+from t5jax.config import AxisRules
 from t5jax.models import api
 from t5jax.pretrained import Pretrained
-from t5jax.serving.engine import Engine, EngineOptions, Piece, Request
+from t5jax.serving.app import make_app
+from t5jax.serving.engine import Engine
+from t5jax.serving.requests import Piece, Request
 from t5jax.serving.served import ServedModel
-from t5jax.serving.server import ServerOptions, make_app
+from t5jax.serving.sizes import EngineOptions
+from t5jax.serving.state import ServerOptions
 from t5jax.tokenizers import ByteTokenizer
 
 # One layer each, and one length of prompts: what is compiled is most of a test's time.
@@ -27,13 +31,18 @@ _COMPILING = 600  # Seconds, on a machine that has much else to do.
 SIZES = EngineOptions(slots=4, max_length=32, max_source_length=16, max_waiting=8)
 
 
-def pretrained(model) -> Pretrained:
-    """Returns a model with random parameters on one device."""
+def pretrained(model, mesh=None) -> Pretrained:
+    """Returns a model with random parameters, by default on one device."""
     params = random_params(model)
+    rules = AxisRules()
+    if mesh is not None:
+        axes = api.param_axes(model), api.param_shapes(model)
+        rules = sharding.divisible_rules(*axes, mesh, rules)
+        params = jax.device_put(params, sharding.param_shardings(*axes, mesh, rules))
     if model.kind != "encoder":
         params = api.arrange_for_decoding(model, params)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return Pretrained(model, params, ByteTokenizer(), mesh)
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    return Pretrained(model, params, ByteTokenizer(), mesh, rules)
 
 
 def wait_for(condition, seconds=60.0) -> None:
@@ -48,13 +57,15 @@ def wait_for(condition, seconds=60.0) -> None:
 
 
 @contextlib.contextmanager
-def engine_of(model, **sizes) -> Iterator[Engine]:
-    """Yields an engine that has compiled its programs."""
-    found = pretrained(model)
+def engine_of(model, mesh=None, **sizes) -> Iterator[Engine]:
+    """Yields an engine that has compiled its programs, by default on one device."""
+    found = pretrained(model, mesh)
     options = dataclasses.replace(SIZES, **sizes)
-    engine = Engine(model, found.params, found.tokenizer, found.mesh, options=options)
+    engine = Engine(
+        *(model, found.params, found.tokenizer, found.mesh, found.rules), options=options
+    )
     engine.start()
-    wait_for(lambda: engine.ready.is_set() or engine.failure, _COMPILING)
+    wait_for(lambda: engine.programs.is_complete.is_set() or engine.failure, _COMPILING)
     yield engine
     assert engine.stop(30), "it did not stop"
     assert engine.failure is None

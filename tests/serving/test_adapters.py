@@ -10,7 +10,8 @@ from serving.live import SIZES, T5, Listener, pretrained, wait_for
 from t5jax.adapters import lora
 from t5jax.config import LoraConfig
 from t5jax.models import api
-from t5jax.serving.engine import Engine, Request
+from t5jax.serving.engine import Engine
+from t5jax.serving.requests import Request
 
 CONFIGS = (
     LoraConfig(rank=2, targets=("query", "wo"), dora=True),

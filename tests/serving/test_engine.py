@@ -1,5 +1,6 @@
 """Continuous batching: an answer does not depend on those beside it, and no slot is lost."""
 
+import dataclasses
 import time
 
 import jax
@@ -9,9 +10,10 @@ import pytest
 from conformance.cases import LOGITS, random_params
 from serving import live
 from serving.live import GPT, T5, Listener, engine_of, wait_for
+from t5jax import sharding
+from t5jax.config import MeshConfig
 from t5jax.decoding import GenerationOptions
-from t5jax.serving import slots
-from t5jax.serving.engine import QueueFull, Request, Stopping
+from t5jax.serving.requests import QueueFull, Request, Stopping
 
 MODELS = {"encoder_decoder": T5, "decoder": GPT}
 DRAW = GenerationOptions(temperature=1.0, top_k=30, top_p=0.9, seed=7)
@@ -29,7 +31,7 @@ def requests(max_tokens=12):
     rng = np.random.default_rng(0)
     options = (GenerationOptions(), DRAW, REPEAT)
     return [
-        Request(tuple(rng.integers(3, 200, n).tolist()), max_tokens, options[i % 3], number=i)
+        Request(tuple(rng.integers(3, 200, n).tolist()), max_tokens, options[i % 3], stream=(0, i))
         for i, n in enumerate((3, 16, 9, 1, 12, 5, 7))
     ]
 
@@ -73,8 +75,13 @@ def test_the_bits_of_an_answer_do_not_depend_on_company():
 
 
 def test_nothing_is_compiled_after_the_start(engine):
-    programs = (slots.prefill, slots.insert, slots.share, slots.move, slots.decode)
-    before = [program._cache_size() for program in programs]
+    compiled = []
+
+    def listen(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     rng = np.random.default_rng(1)
     for _ in range(3):
         listeners = [
@@ -83,8 +90,10 @@ def test_nothing_is_compiled_after_the_start(engine):
                 Request(
                     tuple(rng.integers(3, 200, rng.integers(1, 17)).tolist()),
                     int(rng.integers(1, 16)),
-                    (DRAW, REPEAT, GenerationOptions(suppressed_tokens=(9,)))[rng.integers(3)],
-                    num_top=int(rng.integers(3)),
+                    dataclasses.replace(
+                        (DRAW, REPEAT, GenerationOptions(suppressed_tokens=(9,)))[rng.integers(3)],
+                        logprobs=int(rng.integers(3)) or None,
+                    ),
                     streaming=bool(rng.integers(2)),
                 ),
             )
@@ -92,13 +101,14 @@ def test_nothing_is_compiled_after_the_start(engine):
         ]
         for listener in listeners:
             listener.result()
-    assert [program._cache_size() for program in programs] == before
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
 
 
 def test_several_answers_to_a_prompt_differ_and_a_seed_repeats_them(engine):
     prompt = (9, 10, 11)
     first, second = (
-        [Listener(engine, Request(prompt, 8, DRAW, number=i)).result()[0] for i in (0, 1)]
+        [Listener(engine, Request(prompt, 8, DRAW, stream=(0, i))).result()[0] for i in (0, 1)]
         for _ in range(2)
     )
     assert first == second
@@ -106,7 +116,7 @@ def test_several_answers_to_a_prompt_differ_and_a_seed_repeats_them(engine):
 
 
 def test_the_most_probable_tokens_are_reported(engine):
-    listener = Listener(engine, Request((5, 6, 7), 3, num_top=4))
+    listener = Listener(engine, Request((5, 6, 7), 3, GenerationOptions(logprobs=4)))
     listener.result()
     for token in (token for piece in listener.pieces for token in piece.tokens):
         ids, logprobs = zip(*token.top, strict=True)
@@ -201,7 +211,7 @@ def test_memory_decides_how_many_slots_there_are(monkeypatch):
     found = live.pretrained(GPT)
 
     def slots_with(free):
-        monkeypatch.setattr("t5jax.serving.engine.free_memory", lambda mesh: (free, 32))
+        monkeypatch.setattr("t5jax.serving.sizes.free_memory", lambda mesh: (free, 32))
         options = live.EngineOptions(max_length=32)
         return live.Engine(GPT, found.params, found.tokenizer, found.mesh, options=options)
 
@@ -249,3 +259,67 @@ def test_tokens_that_are_suppressed_are_not_written_and_others_are_not_disturbed
     results = [listener.result() for listener in listeners]
     assert results[0][0] == results[2][0] == plain[0]
     assert not set(results[1][0]) & set(plain[0])
+
+
+def test_presence_biases_and_forced_tokens_change_their_own_answer_alone(engine):
+    plain = Listener(engine, Request((5, 6, 7), 8)).result()
+    first = plain[0][0]
+    asked = {
+        "bias": GenerationOptions(logit_bias=((first, -100.0),)),
+        "frequency": GenerationOptions(frequency_penalty=50.0),
+        "presence": GenerationOptions(presence_penalty=50.0),
+        "forced": GenerationOptions(forced_tokens=(40, 41)),
+        "none": GenerationOptions(),
+    }
+    listeners = {n: Listener(engine, Request((5, 6, 7), 8, o)) for n, o in asked.items()}
+    ids = {name: listener.result()[0] for name, listener in listeners.items()}
+    assert ids["none"] == plain[0]
+    assert first not in ids["bias"]
+    assert ids["forced"][:2] == [40, 41]
+    for name in ("frequency", "presence"):  # What was read does not count.
+        assert ids[name][0] == first
+        assert len(set(ids[name])) == len(ids[name])
+
+
+def test_several_devices_write_what_one_writes():
+    asked = requests()[:4]
+    with engine_of(T5, batch_invariant=True) as engine:
+        alone = [Listener(engine, request).result() for request in asked]
+    mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
+    with engine_of(T5, mesh=mesh, batch_invariant=True) as engine:
+        kinds = {len(x.sharding.device_set) for x in jax.tree.leaves(engine.programs._slots.cache)}
+        assert kinds == {8}
+        together = [listener.result() for listener in [Listener(engine, r) for r in asked]]
+    for one, other in zip(alone, together, strict=True):
+        assert (one[0], one[2:]) == (other[0], other[2:])
+        np.testing.assert_allclose(one[1], other[1], atol=2e-5)
+
+
+def test_when_the_engine_fails_nobody_waits_for_ever(monkeypatch):
+    found = live.pretrained(T5)
+    engine = live.Engine(T5, found.params, found.tokenizer, found.mesh, options=live.SIZES)
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.programs, "compile", lambda: True)
+    monkeypatch.setattr(engine.programs, "reading", lambda n: (16, 4))
+    monkeypatch.setattr(engine.programs, "insert", fail)
+    listeners = [Listener(engine, Request((8, 9), 15)) for _ in range(6)]
+    engine.start()
+    assert {listener.result()[3] for listener in listeners} == {"error"}
+    with pytest.raises(Stopping):
+        Listener(engine, Request((8, 9), 15))
+
+
+def test_what_idle_rows_write_over_is_not_shared():
+    found = live.pretrained(GPT)
+    engine = live.Engine(GPT, found.params, found.tokenizer, found.mesh, options=live.SIZES)
+    prompt, written = tuple(range(30, 50)), list(range(60, 67))
+    (answer,) = engine.submit([Request(prompt, 7)], [print])
+    engine._in_slots[0], answer.slot, answer.finished = answer, 0, "length"
+    engine._held.put(0, prompt, 0)
+    engine._held.extend(0, written)
+    engine._free(answer)
+    # All of its 26 places were in use; other rows went on, so that the last one was written over.
+    assert engine._held.longest_shared((*prompt, *written, 9, 9), 0) == (0, 24)

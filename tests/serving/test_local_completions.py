@@ -5,8 +5,8 @@ import pytest
 import folders
 import t5jax
 from serving.live import running
-from t5jax.serving.engine import EngineOptions
 from t5jax.serving.served import ServedModel
+from t5jax.serving.sizes import EngineOptions
 from tiny import one_device  # noqa: F401
 
 QUESTIONS = [

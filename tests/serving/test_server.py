@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import dataclasses
 import json
 import logging
 import socket
@@ -13,8 +14,9 @@ import openai
 import pytest
 
 from conformance.cases import LOGITS, random_params
+from serving import browser
 from serving.live import GPT, T5, running, served, wait_for
-from t5jax.serving.server import make_app
+from t5jax.serving.app import make_app
 
 KEY = "a-key-of-many-letters"
 MESSAGES = [{"role": "user", "content": "abc"}]
@@ -102,6 +104,88 @@ def test_several_answers_are_drawn_and_the_best_are_kept(client):
     assert best.usage == three.usage  # All that was written counts.
 
 
+def test_the_same_prompt_twice_is_drawn_twice_as_generate_draws_it(client, models):
+    asked = {"model": "gpt", "prompt": ["abc", "abc"], "max_tokens": 6, "seed": 3}
+    found = client.completions.create(**asked, n=2)
+    texts = [choice.text for choice in found.choices]
+    options = models[1].pretrained.options(
+        max_tokens=6, temperature=1.0, top_k=50, seed=3, num_answers=2
+    )
+    answers = models[1].pretrained.answers(["abc", "abc"], options)
+    assert texts == [one.text for each in answers for one in each]
+    assert len(set(texts)) == 4
+
+
+def test_beams_are_those_of_generate_and_come_as_a_whole(client, models):
+    asked = {"model": "t5", "prompt": ["abc", "d"], "max_tokens": 6}
+    beams = {"num_beams": 3, "length_penalty": 0.5}
+    found = client.completions.create(**asked, n=2, extra_body=beams)
+    options = models[0].pretrained.options(max_tokens=6, num_answers=2, **beams)
+    answers = models[0].pretrained.answers(["abc", "d"], options)
+    expected = [one for each in answers for one in each]
+    assert [choice.text for choice in found.choices] == [one.text for one in expected]
+    assert found.usage.completion_tokens == sum(len(one.tokens) for one in expected)
+    pieces = list(client.completions.create(**asked, n=2, stream=True, extra_body=beams))
+    assert [(p.choices[0].index, p.choices[0].text) for p in pieces] == [
+        (choice.index, choice.text) for choice in found.choices
+    ]
+
+
+def test_generation_config_is_obeyed(models, monkeypatch):
+    from t5jax.serving.schemas import CompletionBody
+
+    served, body = models[0], CompletionBody(model="t5", prompt="abc")
+    config = {"do_sample": True, "temperature": 0.6, "forced_bos_token_id": 7}
+    with_config = dataclasses.replace(served.pretrained, source=_Config(config))
+    monkeypatch.setattr(served, "pretrained", with_config)
+    served.__dict__.pop("_generation", None)
+    served._options_of.cache_clear()
+    try:
+        assert served.options(body, 3).temperature == 0.6
+        config |= {"do_sample": False, "num_beams": 3}
+        served.__dict__.pop("_generation")
+        served._options_of.cache_clear()
+        beams, drawn = served.options(body, 1), served.options(body, 3)
+        assert (beams.num_beams, beams.forced_tokens) == (3, (7,))
+        assert (drawn.num_beams, drawn.temperature) == (1, 1.0)
+    finally:
+        served.__dict__.pop("_generation", None)
+        served._options_of.cache_clear()
+
+
+class _Config:
+    def __init__(self, generation):
+        self._generation = generation
+
+    def generation(self):
+        return self._generation
+
+
+def test_a_default_that_nobody_asked_for_is_no_error(client):
+    answer = client.completions.create(model="gpt", prompt=[60] * 14)
+    assert answer.usage.completion_tokens <= 3
+
+
+def test_an_echo_is_the_prompt_as_it_was_given(client):
+    answer = client.completions.create(model="t5", prompt="ab c", max_tokens=1, echo=True)
+    assert answer.choices[0].text.startswith("ab c")
+    assert "</s>" not in answer.choices[0].text[:8]
+
+
+def test_penalties_and_biases_over_http(client):
+    asked = {"model": "t5", "prompt": "abc", "max_tokens": 6, "logprobs": 0}
+    plain = client.completions.create(**asked).choices[0].logprobs.tokens
+    ids = [i for i in range(384) if i != 1]
+    bias = {str(ids[70]): 100}
+    biased = client.completions.create(**asked, logit_bias=bias).choices[0].logprobs.tokens
+    assert set(biased) == {chr(70 - 3 + 1)}
+    once = client.completions.create(**asked, logit_bias=bias, frequency_penalty=2.0)
+    assert once.choices[0].logprobs.tokens == biased  # 100 outweighs it.
+    assert plain != biased
+    forced = client.completions.create(**asked, extra_body={"forced_tokens": [70, 71]})
+    assert forced.choices[0].logprobs.tokens[:2] == ["C", "D"]
+
+
 def test_echo_gives_the_log_probabilities_of_a_prompt_as_lm_eval_reads_them(client):
     prompt = [60, 61, 62, 70]
     answer = client.completions.create(
@@ -162,7 +246,15 @@ WRONG = {
     "not a number": {"top_p": float("nan")},
     "no probability": {"top_p": 0},
     "an unknown option": {"max_token": 3},
-    "a penalty that is not implemented": {"presence_penalty": 0.5},
+    "a penalty out of range": {"presence_penalty": 2.5},
+    "a bias of no id": {"logit_bias": {"the": 1}},
+    "a bias of an id that there is not": {"logit_bias": {"999": 1}},
+    "a forced id that there is not": {"forced_tokens": [999]},
+    "beams that are drawn": {"num_beams": 2, "temperature": 1},
+    "beams with log-probabilities": {"num_beams": 2, "logprobs": 1},
+    "more answers than beams": {"num_beams": 2, "n": 3},
+    "the best of beams": {"num_beams": 3, "best_of": 3, "n": 2},
+    "an answer that is too short": {"min_tokens": 5, "max_tokens": 4},
     "equal answers": {"n": 2, "temperature": 0},
     "more than the best": {"n": 3, "best_of": 2},
     "a stream of the best": {"best_of": 2, "stream": True},
@@ -254,13 +346,13 @@ def slow_request(url, **changes):
 def test_a_client_that_goes_away_frees_its_slots(url, models, stream, monkeypatch):
     engine = models[0].engine
     before = engine.counters.finished["cancelled"]
-    decode = type(engine)._decode
+    decode = type(engine.programs).decode
 
-    def slowly(*args):
+    def slowly(*args, **options):
         time.sleep(0.05)
-        return decode(*args)
+        return decode(*args, **options)
 
-    monkeypatch.setattr(type(engine), "_decode", slowly)
+    monkeypatch.setattr(type(engine.programs), "decode", slowly)
     connection = slow_request(url, stream=stream)
     wait_for(lambda: engine.num_running == 4)
     connection.close()
@@ -282,7 +374,7 @@ def test_a_full_queue_says_when_to_come_again_and_others_are_not_disturbed(url, 
 
 
 def test_what_takes_too_long_is_given_up(models, url, monkeypatch):
-    monkeypatch.setattr("t5jax.serving.server._deadline", lambda server: time.monotonic())
+    monkeypatch.setattr("t5jax.serving.generation._deadline", lambda server: time.monotonic())
     assert ask(url, model="t5", prompt="abc").status_code == 504
 
 
@@ -319,8 +411,36 @@ def test_the_page_loads_nothing_from_elsewhere(url, name):
     assert httpx.get(f"{url}/page/../server.py").status_code == 404
 
 
+@pytest.mark.skipif(browser.find_browser() is None, reason="there is no Chromium")
+def test_the_page_writes_an_answer_in_a_browser(url, client, tmp_path):
+    asked = {"model": "t5", "prompt": "abc", "max_tokens": 9, "logprobs": 5}
+    expected = client.completions.create(**asked, temperature=0).choices[0]
+    with browser.page(browser.find_browser(), tmp_path) as page:
+        page.call("Page.navigate", url=url)
+        page.wait_for("document.getElementById('about')?.textContent.startsWith('2 models')")
+        page.value("document.getElementById('max_tokens').value = 9")
+        page.value("document.getElementById('prompt').focus()")
+        page.call("Input.insertText", text="abc")
+        page.press("Enter", modifiers=2)
+        speed = page.wait_for(
+            "/tokens in/.test(document.getElementById('speed').textContent)"
+            " && document.getElementById('speed').textContent"
+        )
+        assert speed.startswith(f"{len(expected.logprobs.tokens)} tokens in")
+        assert page.value("document.getElementById('answer').textContent") == expected.text
+        page.value("document.getElementById('tokens').focus()")
+        page.press("ArrowRight")
+        caption = page.value("document.querySelector('#alternatives caption').textContent")
+        assert caption.startswith("Token 2 of")
+        # The five most probable ones.
+        assert page.value("document.querySelectorAll('#alternatives tbody tr').length") == 5
+        assert not page.complaints
+        assert all(asked.startswith((url, "data:")) for asked in page.requests)
+        assert f"{url}/v1/completions" in page.requests
+
+
 def transport(models, **options):
-    from t5jax.serving.server import ServerOptions
+    from t5jax.serving.state import ServerOptions
 
     app = make_app(models, ServerOptions(**options))
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost"), app

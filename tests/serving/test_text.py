@@ -23,6 +23,14 @@ def tokenizers(tmp_path_factory):
     return found | {"bytes": ByteTokenizer()}
 
 
+def _pieces(stream, ids):
+    for i in ids:
+        if stream.stopped:
+            return
+        stream.push(i)
+        yield stream.take()
+
+
 NAMES = ("t5", "gpt2", "llama2", "unigram", "bytes")
 
 
@@ -34,7 +42,7 @@ def test_pieces_are_the_text_of_all_tokens(tokenizers, name, special_tokens):
     ids = [int(i) for i in ids if i != tokenizer.eos_id]
     ids += tokenizer.encode(" the quick brown fox, äöü € 你好 🙂 again" * 5)
     stream = TextStream(tokenizer, special_tokens=special_tokens)
-    pieces = [stream.push(i) for i in ids] + [stream.finish()]
+    pieces = [*_pieces(stream, ids), stream.finish()]
     expected = tokenizer.decode(ids, special_tokens=special_tokens)
     assert "".join(pieces) == stream.text == expected
     assert sum(map(bool, pieces)) > 20
@@ -44,7 +52,7 @@ def test_pieces_are_the_text_of_all_tokens(tokenizers, name, special_tokens):
 def test_half_a_character_is_held_back(tokenizers, name):
     tokenizer = tokenizers[name]
     stream = TextStream(tokenizer)
-    pieces = [stream.push(i) for i in tokenizer.encode("a€🙂")]
+    pieces = list(_pieces(stream, tokenizer.encode("a€🙂")))
     assert "".join(pieces) == "a€🙂"
     assert all("\ufffd" not in piece for piece in pieces)
 
@@ -58,19 +66,57 @@ def test_half_a_character_is_held_back(tokenizers, name):
         ("one two", ["nothing"], "one two"),
         ("one two", ["two three"], "one two"),
         ("one", ["one"], ""),
+        ("xa€y", ["a€"], "x"),
+        ("xa🙂y", ["z", "a🙂y"], "x"),
     ],
 )
 def test_a_stop_text(tokenizers, text, stop, expected):
     for name in ("gpt2", "bytes"):
         tokenizer = tokenizers[name]
         stream, sent = TextStream(tokenizer, stop=stop), ""
-        for i in tokenizer.encode(text):
-            sent += stream.push(i)
+        for piece in _pieces(stream, tokenizer.encode(text)):
+            sent += piece
             assert expected.startswith(sent)
-            if stream.stopped:
-                break
         assert sent + stream.finish() == expected
         assert stream.stopped == (expected != text)
+
+
+@pytest.mark.parametrize("stop", ["<extra_id_1>", "fox<extra_id_1> the", "a<extra_id_1>", "x the"])
+def test_a_stop_text_is_found_among_special_tokens_that_are_not_shown(tokenizers, stop):
+    tokenizer = tokenizers["t5"]
+    ids = tokenizer.encode("<extra_id_0> the fox<extra_id_1> the end<extra_id_2>")
+    whole, text = tokenizer.decode(ids), tokenizer.decode(ids, special_tokens=False)
+    stream = TextStream(tokenizer, stop=[stop])
+    sent = "".join(_pieces(stream, ids)) + stream.finish()
+    assert stream.stopped == (stop in whole or stop in text)
+    if not stream.stopped:
+        assert sent == text
+    elif stop in text:
+        assert sent == text[: text.index(stop)]
+    else:
+        assert text.startswith(sent)
+        kept = whole[: whole.index(stop)].replace("<extra_id_0>", "")
+        assert sent.split() == kept.split()
+
+
+def test_spaces_that_a_tokenizer_cleans_up_are_not_sent(tmp_path):
+    folders.write_tokenizer(
+        tmp_path, folders.unigram(0), eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.cleans_up
+    ids = tokenizer.encode("the dog , he said . they don 't , do they ' re it 's")
+    stream = TextStream(tokenizer)
+    expected = tokenizer.decode(ids, special_tokens=False)
+    assert "".join(_pieces(stream, ids)) + stream.finish() == expected
+    assert "dog, he said." in expected
+
+
+def test_an_eos_that_ends_no_answer_hides_nothing(tokenizers):
+    tokenizer = tokenizers["gpt2"]
+    ids = [*tokenizer.encode("one"), tokenizer.eos_id, *tokenizer.encode(" two")]
+    stream = TextStream(tokenizer)
+    assert "".join(_pieces(stream, ids)) + stream.finish() == "one two"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,6 +60,7 @@ function request() {
     max_tokens: number("max_tokens"),
     temperature: number("temperature"),
     stream: true,
+    num_beams: 1,
   };
   if (body.temperature > 0) Object.assign(body, { top_p: number("top_p"), top_k: number("top_k") });
   if ($("seed").value !== "") body.seed = number("seed");
