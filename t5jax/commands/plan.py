@@ -13,10 +13,13 @@ from t5jax.commands.train import known_configs, load_config_file, with_sections
 from t5jax.config import Config
 
 if TYPE_CHECKING:
+    import jax
+
     from t5jax.batch import BatchSpec
     from t5jax.plan.chips import Topology
     from t5jax.plan.plan import Plan
     from t5jax.plan.search import Trial
+    from t5jax.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +44,12 @@ class PlanOptions:
     mixture says so itself."""
     decode: bool = False
     """Plan the decoding of one token per row, with a full cache, instead of a training step."""
+    serve: bool = False
+    """Plan the program in which `t5jax serve` writes one token in each slot: the network, draws,
+    penalties and masks. As many slots as --rows, data.inputs_length tokens of input and
+    data.targets_length of an answer."""
     rows: int | None = None
-    """--decode: rows that are decoded together. None: eval.batch_size."""
+    """--decode: rows that are decoded together; --serve: slots. None: eval.batch_size."""
     search: bool = False
     """Compile the config with other meshes, policies and batch sizes, and rank them."""
     batch_sizes: tuple[int, ...] = ()
@@ -103,10 +110,13 @@ def _check(options: PlanOptions) -> None:
         raise ValueError(
             "--search and --save do not go together; save the one that you choose by its options"
         )
-    if options.rows and not options.decode:
+    if options.serve and (options.decode or options.search or options.save):
+        other = "decode" if options.decode else "search" if options.search else "save"
+        raise ValueError(f"--serve and --{other} do not go together; leave one of them out")
+    if options.rows and not (options.decode or options.serve):
         raise ValueError(
-            f"--rows is {options.rows}, but without --decode it has no effect; add --decode, or "
-            "set --data.batch-size"
+            f"--rows is {options.rows}, but without --decode or --serve it has no effect; add one, "
+            "or set --data.batch-size"
         )
     for field in ("batch_sizes", "remats", "microbatches"):
         if getattr(options, field) and not options.search:
@@ -147,8 +157,10 @@ def _plan(config: Config, topology: "Topology", spec: "BatchSpec", options: Plan
     _say(f"compiling for {topology.title}, {len(topology.devices)} devices")
     compiled = None
     try:
-        if options.decode:
-            found = plan_decoding(config, topology, options.rows or config.eval.batch_size)
+        if options.decode or options.serve:
+            rows = options.rows or config.eval.batch_size
+            lower = _lower_served if options.serve else None
+            found = plan_decoding(config, topology, rows, lower=lower)
         else:
             found, compiled = plan_step(config, topology, spec)
     except DoesNotFit as error:
@@ -177,7 +189,7 @@ def _misfit(
     from t5jax.plan.search import describe_changes, nearest
 
     message = f"the config does not fit {topology.title}: {message}"
-    if options.no_nearest or options.decode:
+    if options.no_nearest or options.decode or options.serve:
         return message
     _say(f"{message}. Looking for the nearest that does:")
     found = nearest(config, topology, spec, _say)
@@ -189,6 +201,19 @@ def _misfit(
         f"{message}; the nearest that fits: {describe_changes(found.changes)} "
         f"({found.plan.memory.left / 2**30:.2f} GiB left)"
     )
+
+
+def _lower_served(
+    run: "Program", params: Any, rows: int, source_length: int, length: int
+) -> "tuple[jax.stages.Lowered, Any]":
+    from t5jax.serving.programs import lower_step
+    from t5jax.serving.slots import Size
+
+    has_encoder = run.model.kind == "encoder_decoder"
+    size = Size(rows, source_length if has_encoder else 0, length)
+    if not has_encoder:
+        size = size._replace(length=source_length + length)
+    return lower_step(run.model, params, size, run.mesh)
 
 
 def _search(config: Config, topology: "Topology", spec: "BatchSpec", options: PlanOptions) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -108,6 +108,11 @@ class Plan:
         }
 
 
+Lower = Callable[[Program, Any, int, int, int], tuple[jax.stages.Lowered, Any]]
+"""From a program, its parameters as decoding holds them, the number of rows, and the lengths of
+inputs and answers, to a program for a token of each row and the shapes of its state."""
+
+
 def plan_step(
     config: Config, topology: Topology, spec: BatchSpec
 ) -> tuple[Plan, jax.stages.Compiled]:
@@ -154,42 +159,37 @@ def settings(config: Config) -> dict[str, Any]:
     }
 
 
-def plan_decoding(config: Config, topology: Topology, rows: int) -> Plan:
+def plan_decoding(
+    config: Config, topology: Topology, rows: int, *, lower: Lower | None = None
+) -> Plan:
     """Returns the plan of reading one token in each of `rows` rows, with a full cache.
 
     The cache has room for data.inputs_length tokens of input and as many to generate as
     eval.max_tokens, or data.targets_length, says.
 
+    Args:
+      config: the config.
+      topology: the chips.
+      rows: the number of rows.
+      lower: returns the program and the shapes of its state; None: one step of the network alone.
     Raises:
       ValueError: as `plan_step`, or if the model has no decoder.
     """
     model = config.model
     if model.kind == "encoder":
-        raise ValueError(
-            f"--decode: this {model.family} is an encoder, which writes nothing; leave --decode out"
-        )
+        raise ValueError(f"this {model.family} is an encoder, which writes nothing; take a decoder")
     run = program(config, sharding.make_mesh(config.mesh, topology.devices))
     sharding.check_batch_size(rows, run.mesh, run.rules, "--rows")
     length = config.eval.max_tokens or config.data.targets_length
     params = _decoding_params(run)
     with run.use():
-        room = jax.jit(lambda: api.init_cache(model, rows, config.data.inputs_length, length))
-        where = room.lower().compile().output_shardings
-        cache = jax.tree.map(_placed, jax.eval_shape(room), where)
-        batch = sharding.partition_spec(("batch",), run.rules)
-        tokens = jax.ShapeDtypeStruct(
-            (rows,), "int32", sharding=jax.sharding.NamedSharding(run.mesh, batch)
+        lowered, state = (lower or _lower_step)(
+            run, params, rows, config.data.inputs_length, length
         )
-        step = jax.jit(
-            lambda params, cache, tokens: api.decode_step(model, params, cache, tokens),
-            donate_argnums=1,
-            out_shardings=(None, where),
-        )
-        lowered = step.lower(params, cache, tokens)
     sizes = {
         "parameters": device_bytes(params),
         "optimizer": 0,
-        "batch": device_bytes((cache, tokens)),
+        "batch": device_bytes(state),
     }
     _check_arguments(sizes, topology)
     compiled = compile_for(lowered, topology)
@@ -205,6 +205,24 @@ def plan_decoding(config: Config, topology: Topology, rows: int) -> Plan:
         flops=0,
         num_params=sum(math.prod(x.shape) for x in jax.tree.leaves(run.shapes.params)),
     )
+
+
+def _lower_step(
+    run: Program, params: Any, rows: int, source_length: int, length: int
+) -> tuple[jax.stages.Lowered, Any]:
+    room = jax.jit(lambda: api.init_cache(run.model, rows, source_length, length))
+    where = room.lower().compile().output_shardings
+    cache = jax.tree.map(_placed, jax.eval_shape(room), where)
+    batch = sharding.partition_spec(("batch",), run.rules)
+    tokens = jax.ShapeDtypeStruct(
+        (rows,), "int32", sharding=jax.sharding.NamedSharding(run.mesh, batch)
+    )
+    step = jax.jit(
+        lambda params, cache, tokens: api.decode_step(run.model, params, cache, tokens),
+        donate_argnums=1,
+        out_shardings=(None, where),
+    )
+    return step.lower(params, cache, tokens), (cache, tokens)
 
 
 def _decoding_params(run: Program) -> Any:

@@ -102,7 +102,8 @@ def test_a_plan_and_its_file(config, capsys, tmp_path):
             ("v5e:2x2", "--model.d-ff", "40000000", "--no-nearest"),
             "the arguments of a step need 29.50 GiB per device (parameters 28.61, ",
         ),
-        (("v5e:2x2", "--rows", "4"), "without --decode it has no effect"),
+        (("v5e:2x2", "--rows", "4"), "without --decode or --serve it has no effect"),
+        (("v5e:2x2", "--serve", "--decode"), "--serve and --decode do not go together"),
         (("v5e:2x2", "--remats", "full"), "--remats has no effect without --search"),
     ],
 )
