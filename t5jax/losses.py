@@ -17,7 +17,7 @@ from t5jax import batch as features
 from t5jax.architectures import Architecture
 from t5jax.config import LossConfig
 from t5jax.models import api
-from t5jax.sharding import local_size, platform
+from t5jax.sharding import local_size, mesh_axes, platform
 
 Sums = dict[str, jax.Array]
 
@@ -85,7 +85,8 @@ def batch_loss(
         return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
 
     shape = (*targets_BT.shape, model.num_outputs)
-    chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), targets_BT.shape[1])
+    length = int(local_size(targets_BT.shape[1:], "length"))
+    chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), length)
     head = api.unembed_params(model, params)
     return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT)
 
@@ -97,8 +98,22 @@ def _num_chunks(num_logits: float, length: int) -> int:
 
 
 def _chunk(x: jax.Array, chunks: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], chunks, -1, *x.shape[2:]), 1, 0)
+    """[B, T, ...] -> [chunks, B, T / chunks, ...], neighbouring tokens together.
+
+    If the length is sharded, a chunk has every chunks-th token instead, so that each device has its
+    share of every chunk and no token moves.
+    """
+    batch, length, *rest = x.shape
+    if mesh_axes((length,), "length") == (None,):
+        return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, length // chunks, chunks, *rest), 2, 0)
+
+
+def _unchunk(x: jax.Array) -> jax.Array:
+    """The inverse of `_chunk`."""
+    chunks, batch, length, *rest = x.shape
+    strided = mesh_axes((chunks * length,), "length") != (None,)
+    return jnp.moveaxis(x, 0, 2 if strided else 1).reshape(batch, chunks * length, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -150,7 +165,7 @@ def _forward(
     init = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
     (total, head_grad), x_grad = jax.lax.scan(body, init, xs)
     head_grad = jax.tree.map(lambda g, x: g.astype(x.dtype), head_grad, head)
-    return total, (head_grad, jnp.moveaxis(x_grad, 0, 1).reshape(x_BTD.shape))
+    return total, (head_grad, _unchunk(x_grad))
 
 
 def _backward(part: Callable[..., Any], chunks: int, grads: Any, cotangents: Any) -> Any:

@@ -103,6 +103,11 @@ _OPTIONS = {
 }
 
 
+def compiler_options(platform: str) -> dict[str, str]:
+    """Returns what the compiler of a platform is told, beside its defaults."""
+    return _OPTIONS.get(platform, {})
+
+
 def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     """Returns the program of a run.
 
@@ -161,7 +166,7 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
             step,
             donate_argnums=0,
             out_shardings=(shardings, None),
-            compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
         ),
         attention=config.train.attention,
         base=base,

@@ -51,7 +51,7 @@ REFUSED = [
     (
         T5Config,
         {"remat": "all"},
-        "model.remat is 'all'; expected one of none, minimal, attention, full",
+        "model.remat is 'all'; expected one of none, minimal, mlp, attention, full",
     ),
     (T5Config, {"d_model": 0}, "model.d_model is 0; it must be at least 1"),
     (T5Config, {"num_decoder_layers": -1}, "model.num_decoder_layers is -1; it must be at least 0"),

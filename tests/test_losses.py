@@ -231,6 +231,32 @@ def test_chunks_follow_what_one_device_holds(monkeypatch):
     assert seen == [(rows * length * EVEN.vocab_size / n, length) for n in (2, 4)]
 
 
+def test_chunks_of_a_sharded_length_have_tokens_of_all_devices():
+    """So that only sums, and the gradient as the caller wants it, are exchanged."""
+    rng = np.random.default_rng(0)
+    x_BTD, head = rng.standard_normal((2, 12, 4)), rng.standard_normal((4, V))
+    targets_BT, weights_BT = rng.integers(0, V, (2, 12)), np.ones((2, 12), "float32")
+
+    def part(head, x_BTD, *rest):
+        return cross_entropy(x_BTD @ head, *rest, BOTH)
+
+    def loss(head, x_BTD):
+        x_BTD = sharding.constrain(x_BTD, "batch", "length", "activation_embed")
+        return losses._sum_over_chunks(part, 3, head, x_BTD, targets_BT, weights_BT)[0]
+
+    grad = jax.value_and_grad(loss, (0, 1))
+    arguments = head.astype("float32"), x_BTD.astype("float32")
+    expected = grad(*arguments)
+    mesh = sharding.make_mesh(MeshConfig(data=1, sequence=4), jax.devices()[:4])
+    with sharding.use_mesh(mesh):
+        compiled = jax.jit(grad).lower(*arguments).compile()
+    assert_trees_close(compiled(*arguments), expected, atol=1e-5)
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    for kind in ("all-to-all", "collective-permute"):
+        assert kind not in text
+
+
 def test_batch_loss_is_the_loss_of_the_logits():
     for name in ("t5_1_1", "t5_1_0"):
         model, batch = VARIANTS[name], random_batch(SMALL)

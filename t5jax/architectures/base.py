@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 from t5jax.checks import check_at_least, check_choice, check_positive
 
 Dtype = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "minimal", "attention", "full"]
+RematPolicy = Literal["none", "minimal", "mlp", "attention", "full"]
 """What of a layer is computed again, the least first; see `remat_policy` in models/layers.py."""
 Kind = Literal["encoder_decoder", "decoder", "encoder"]
 """Whether a network has an encoder, a decoder, or both."""
@@ -90,8 +90,8 @@ class Architecture(abc.ABC):
     same."""
     remat: RematPolicy = "none"
     """What of each layer is computed again in the backward pass, to save memory. none: nothing.
-    minimal: all but products with weights and attention. attention: all but attention. full:
-    everything."""
+    minimal: all but products with weights and attention. mlp: all but the MLP's first products.
+    attention: all but attention. full: everything."""
 
     kv_cache: Literal["int8"] | None = None
     """Decoding: keep keys and values in int8, with a scale for each token and head. None: in

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from t5jax import quantized
 from t5jax.architectures import Architecture
@@ -19,9 +20,9 @@ from t5jax.models.adapted import adapted
 from t5jax.quantized import Quantized
 from t5jax.sharding import constrain
 
-# What attention's kernel calls what its gradient needs (`kernels/flash.py`, which is heavy to
-# import).
-ATTENTION_RESULTS = ("attention_out", "attention_log_sum_exp")
+# Names of results that policies of rematerialization keep (`remat_policy`).
+ATTENTION_OUT, ATTENTION_LOG_SUM_EXP = "attention_out", "attention_log_sum_exp"
+MLP_HIDDEN = "mlp_hidden"
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=True),  # Hugging Face's gelu_new.
@@ -268,9 +269,8 @@ class MLP(nn.Module):
         model, hidden = {"embed": self.config.d_model}, {"mlp": self.config.d_ff}
 
         def wi(name):
-            return Linear(self.config, model, hidden, self.wi_stddev, self.use_bias, name=name)(
-                x_BTD
-            )
+            linear = Linear(self.config, model, hidden, self.wi_stddev, self.use_bias, name=name)
+            return checkpoint_name(linear(x_BTD), MLP_HIDDEN)
 
         activation = ACTIVATIONS[self.activation.removeprefix("gated-")]
         gated = self.activation.startswith("gated-")
@@ -291,6 +291,7 @@ def remat_policy(name: str) -> Callable[..., bool] | None:
         none       every intermediate result: some 10 D + 8 HK + 8 F; nothing
         minimal    results of products with weights and attention's output, 5 HK + 2 D + 2 F of a
                    gated MLP; none of the products (norms and activations alone)
+        mlp        the MLP's hidden products, 2 F of a gated one; attention, its products and scores
         attention  attention's output, HK; all products but the scores and the MLP's last one
         full       nothing; all products but the MLP's last one
 
@@ -301,11 +302,12 @@ def remat_policy(name: str) -> Callable[..., bool] | None:
       name: of `Architecture.remat`, other than "none".
     """
     policies = jax.checkpoint_policies
-    attention = policies.save_only_these_names(*ATTENTION_RESULTS)
+    attention = policies.save_only_these_names(ATTENTION_OUT, ATTENTION_LOG_SUM_EXP)
     return {
         "minimal": policies.save_from_both_policies(
             policies.checkpoint_dots_with_no_batch_dims, attention
         ),
+        "mlp": policies.save_only_these_names(MLP_HIDDEN),
         "attention": attention,
         "full": None,
     }[name]

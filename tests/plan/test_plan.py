@@ -1,7 +1,6 @@
 """`t5jax plan` with libtpu's compiler, which needs no TPU."""
 
 import dataclasses
-import importlib.util
 import json
 
 import jax
@@ -17,10 +16,8 @@ from t5jax.plan import compiled, plan, search
 from t5jax.plan.chips import CHIPS, Topology, _parse, find_topology
 from t5jax.plan.cost import Cost
 from t5jax.program import program
+from tpu import needs_libtpu
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="without the extra `plan`"
-)
 TINY = Config(
     model=T5Config(
         vocab_size=384,
@@ -83,6 +80,30 @@ def test_a_plan_and_its_file(config, capsys, tmp_path):
     assert "does not suit this run" in message
     assert "device was TPU v5 lite, and is cpu" in message
     assert "data.inputs_length was 32, and is 64" in message
+
+
+@needs_libtpu
+def test_a_search_and_a_plan_of_decoding(config, capsys):
+    # Without the kernels, which take long to compile.
+    here = ("plan", config, "--topology", "v5e:2x2", "--json", "--train.attention", "reference")
+    options = ("--search", "--remats", "none", "--max-compiles", 1)
+    status, out, err = run(capsys, *here, *options)
+    assert status == 0, err
+    best, *others = json.loads(out)
+    assert (best["reason"], best["plan"]["what"]) == ("", "train")
+    assert best["plan"]["seconds"] > 0
+    assert {t["reason"] for t in others if t["changes"]["mesh.model"] == 1} == {
+        "not compiled: 1 programs were (--max-compiles)"
+    }
+
+    status, out, err = run(capsys, *here, "--decode", "--rows", 8)
+    assert status == 0, err
+    found = json.loads(out)
+    assert (found["what"], found["rows"], found["tokens"], found["flops"]) == ("decode", 8, 8, 0)
+    # Two rows a device: keys and values of 32 tokens of input and 16 to write, two heads of 64 in
+    # bfloat16; then bool for each token of input, and position and token as int32.
+    rows = 2 * (2 * (32 + 16) * 2 * 64 * 2 + 32 + 4 + 4)
+    assert found["memory"]["batch"] == rows
 
 
 @needs_libtpu
@@ -169,7 +190,7 @@ def compiles(monkeypatch):
     def plan_step(config, topology, spec):
         tried.append(config)
         rows = spec.batch_size // config.train.microbatches // 4
-        per_row = {"none": 8, "minimal": 6, "attention": 3, "full": 2}[config.model.remat]
+        per_row = dict(zip(search.REMATS, (8, 6, 4, 3, 2), strict=True))[config.model.remat]
         memory = plan.Memory(0, 0, 0, rows * per_row * 2**30, 0, 15 * 2**30)
         seconds = config.mesh.fsdp * (1 if config.model.remat == "none" else 2)
         cost = Cost(seconds, 0, 0, [], [], [])
@@ -222,4 +243,4 @@ def test_the_nearest_config_that_fits(compiles):
     # 16 rows a device are too many under each policy; in four parts 4 are not.
     assert found.changes == {"model.remat": "full", "train.microbatches": 4}
     assert search.describe_changes(found.changes) == "--model.remat full --train.microbatches 4"
-    assert [c.model.remat for c in compiles] == ["minimal", "attention", "full", "full", "full"]
+    assert [c.model.remat for c in compiles] == [*search.REMATS[1:], "full", "full"]

@@ -19,9 +19,7 @@ from jax.sharding import PartitionSpec as P
 from t5jax import sharding
 from t5jax.models.kernels import flash_blocks, toeplitz
 from t5jax.models.kernels.flash_blocks import Blocks
-
-OUT, LOG_SUM_EXP = "attention_out", "attention_log_sum_exp"
-"""The names of what the gradient needs besides its inputs, for policies of `jax.checkpoint`."""
+from t5jax.models.layers import ATTENTION_LOG_SUM_EXP, ATTENTION_OUT
 
 # Blocks of [512, 512] scores: 1 MiB in float32.
 _BLOCK = 512
@@ -153,7 +151,8 @@ def _attend_forward(options, q, k, v, bias_HR, ids, window):
     of_queries, _, inputs = _specs(options, bias_HR, ids)
     run = sharding.map_shards(local, inputs, (of_queries, of_queries))
     out, lse = run(q, k, v, bias_HR, ids, window)
-    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LOG_SUM_EXP)
+    # For policies of `jax.checkpoint`: what the gradient needs besides its inputs.
+    out, lse = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(lse, ATTENTION_LOG_SUM_EXP)
     return out, (q, k, v, bias_HR, ids, window, out, lse)
 
 

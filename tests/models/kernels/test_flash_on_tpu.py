@@ -1,7 +1,5 @@
 """The kernels compiled for TPUs that are not there, by libtpu; part of the extra `plan`."""
 
-import functools
-import importlib.util
 import re
 
 import jax
@@ -16,18 +14,12 @@ from t5jax.config import Config, DataConfig, MeshConfig
 from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.models.attention import AttentionMask, attention
-from t5jax.plan.chips import find_topology
+from t5jax.plan import hlo
 from t5jax.program import program
+from tpu import needs_libtpu, squares, topology
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="without the extra `plan`"
-)
+pytestmark = needs_libtpu
 SOURCE, TARGET = 384, 160  # No other sizes of the network below.
-
-
-@functools.cache
-def devices(topology):
-    return find_topology(topology).devices
 
 
 def kernels(text) -> list[str]:
@@ -35,7 +27,7 @@ def kernels(text) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("topology", "case"),
+    ("chips", "case"),
     [
         ("v4:2x2x1", "t5"),
         ("v5e:2x2", "t5"),
@@ -44,8 +36,8 @@ def kernels(text) -> list[str]:
         ("v4:2x2x1", "gemma"),  # The chip with the least memory for a kernel.
     ],
 )
-def test_kernels_compile(topology, case):
-    mesh = sharding.make_mesh(MeshConfig(), devices(topology)[:1])
+def test_kernels_compile(chips, case):
+    mesh = sharding.make_mesh(MeshConfig(), topology(chips).devices[:1])
     where = NamedSharding(mesh, PartitionSpec())
 
     def array(*shape, dtype="bfloat16"):
@@ -88,7 +80,9 @@ def test_nothing_of_the_size_of_the_scores():
     )
     data = DataConfig(inputs_length=SOURCE, targets_length=TARGET, batch_size=4, pack=True)
     config = Config(model=model, data=data)
-    run = program(config, sharding.make_mesh(MeshConfig(data=2, model=2), devices("v5e:2x2")))
+    run = program(
+        config, sharding.make_mesh(MeshConfig(data=2, model=2), topology("v5e:2x2").devices)
+    )
     state, batch = run.arguments(train_spec(config))
 
     def loss(params, batch):
@@ -98,6 +92,4 @@ def test_nothing_of_the_size_of_the_scores():
         assert api.attention_backend() == "flash"
         text = jax.jit(jax.grad(loss)).lower(state.params, batch).compile().as_text()
     assert len(kernels(text)) == 6  # Of three attentions and their gradients.
-    for queries, keys in ((SOURCE, SOURCE), (TARGET, SOURCE), (TARGET, TARGET)):
-        found = re.findall(rf"\w+\[[\d,]*\b(?:{queries},{keys}|{keys},{queries})\]", text)
-        assert not found, set(found)
+    assert not squares(hlo.parse(text), SOURCE, TARGET)
