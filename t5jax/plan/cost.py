@@ -7,9 +7,10 @@ memory's rate.
 
 - A Pallas kernel has no cycles. It is charged by what it says of itself, at the chip's peak rates,
   whichever of FLOPs, bytes and exponentials takes longest; else by the bytes of its result.
-- Collectives have none either. They are charged by the bytes that a device receives, at the rate of
-  its links. One that is started and awaited later costs what of it the computation in between does
-  not hide; the links carry one at a time.
+- Collectives have none either, alone or in a fusion of their own, as a reduce-scatter is. They are
+  charged by the bytes that a device receives, at the rate of its links. One that is started and
+  awaited later costs what of it the computation in between does not hide; the links carry one at a
+  time.
 """
 
 import collections
@@ -171,11 +172,18 @@ class _Walk:
             size = float(i.arrays[0])
             kind = transfer[1].lower().replace("_", "-")
             return kind, "DCN", size, size / self.chip.dcn_rate
-        kind = i.opcode.removesuffix("-start")
+        kind, group, arrays = i.opcode.removesuffix("-start"), i.group_size, i.arrays
+        size = float(sum(arrays))
+        if i.opcode == "fusion" and "kind=kCustom" in i.rest:
+            inside = self.module.computations.get(i.attribute("calls"), [])
+            fused = next((j for j in inside if j.opcode in COLLECTIVES), None)
+            if fused is None:
+                return None
+            kind, group = fused.opcode, fused.group_size
+            if kind == "all-reduce" and size < sum(fused.arrays):
+                kind = "reduce-scatter"  # Of the sum, each device keeps its part.
         if kind not in COLLECTIVES:
             return None
-        group, arrays = i.group_size, i.arrays
-        size = float(sum(arrays))
         if i.opcode.endswith("-start") and kind != "all-reduce":
             size = max(arrays)  # Operand and result are in a tuple.
             if kind == "reduce-scatter":

@@ -64,7 +64,8 @@ class Instruction:
             return found[1].count(",") + 1
         if found := re.match(r"\[(\d+),(\d+)\]", text):
             return int(found[2])
-        if found := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        # The axes may follow an order of the devices: mesh['a'=16,'b'=4], device_ids=(...) {'a'}.
+        if found := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", text):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
             return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
         return 1

@@ -89,6 +89,7 @@ GROUPS = [
     "{{0,1,2,3},{4,5,6,7}}",
     "[4,4]<=[16]",
     "mesh['axis_0'=4,'axis_1'=4] {'axis_1'}",
+    "mesh['axis_0'=4,'axis_1'=1,'axis_2'=4], device_ids=([4,4]T(1,0)) {'axis_0'}",
 ]
 
 
@@ -108,6 +109,23 @@ def test_collectives(kind, size, groups):
     (one,) = found.collectives
     assert (one.kind, one.network, one.count, one.bytes) == (kind, "ICI", 1, size)
     assert found.seconds == found.waiting == size / 2
+
+
+def test_a_reduce_scatter_is_a_fusion_of_a_sum_and_its_part():
+    above = """
+%all-reduce-scatter.1 (input: bf16[16,8]) -> bf16[4,8] {
+  %input = bf16[16,8]{1,0} parameter(0)
+  %all-reduce.2 = bf16[16,8]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.3 = bf16[4,8]{1,0} dynamic-slice(%all-reduce.2), dynamic_slice_sizes={4,8}
+}
+"""
+    fused = "%f = bf16[4,8]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1"
+    found = estimate([fused], above)
+    (one,) = found.collectives
+    assert (one.kind, one.network, one.count, one.bytes) == ("reduce-scatter", "ICI", 1, 3 * 64)
+    assert found.seconds == found.waiting == 3 * 64 / 2
+    # A fusion that computes is none.
+    assert not estimate([fused.replace("all-reduce-scatter.1", "body")], LOOP).collectives
 
 
 def test_what_computation_hides_is_not_waited_for():
