@@ -147,25 +147,29 @@ T5X's figures are its own network and Adafactor, compiled for the same chip with
 
 ## What was tried
 
-T5 1.1 base on one v5e. Its products take 68 ms at the chip's peak, 85 ms as the compiler makes them;
-kernels, optimizer, and head and loss another 9, 13 and 6 ms. What is missing to the target is what the
-backward pass computes again, 28 ms, and how the rest is fused.
+T5 1.1 base on one v5e. Its products take 68 ms at the chip's peak and some 85 ms as the compiler
+makes them; kernels, optimizer, and head and loss take another 9, 13 and 6 ms. Beyond that, `full`,
+the default, has 28 ms of computing again. Others:
 
-| what | estimate | why |
-|---|---|---|
-| everything computed again (`full`), the default | 152.0 ms, 1.65 GiB | |
-| products and attention kept (`minimal`) | 162.1 ms, 8.45 GiB | A scan keeps results in a stack of all layers. Products write theirs as they compute (0.3 ms for all queries, 1.3 ms for an MLP's hidden product), but the kernels read copies: 1.8 ms each for queries, keys and values, as much as to compute them again. |
-| layers unrolled, nothing computed again; two layers of the encoder alone | 6.6 ms a layer, against 7.3 | No stacks. Two layers take 66 s of CPU to compile, all of them minutes. 1.3 ms of a layer is the gradient of `wi_0`, in which the activation's is computed once for each tile. |
-| 64 MiB of scoped VMEM, the encoder alone | | not compiled after 99 s of CPU, instead of 27 |
+- `minimal` takes 162.1 ms and 8.45 GiB. A scan stacks what is kept of all layers. Products write
+  into the stack as they compute (0.3 ms for all queries, 1.3 ms for a hidden product of the MLP),
+  but the kernels read copies: 1.8 ms each for queries, keys and values, as long as computing them.
+- `mlp` keeps the MLP's hidden products alone: from these parts, some 146 ms and 3.5 GiB. The whole
+  step has not been compiled with it.
+- Layers unrolled and nothing computed again: 6.6 ms a layer of the encoder instead of 7.3, in two
+  layers alone, which took 66 s of CPU to compile. Of each, 1.3 ms are the gradient of `wi_0`'s
+  input, in which the activation's gradient is computed once for every tile.
+- 64 MiB of scoped VMEM: the encoder was not compiled after 99 s of CPU, instead of 27.
 
-XXL on v5p:4x4x4. With `fsdp` over all 64 chips, libtpu makes each gathering of a parameter, and each
-scattered sum of a gradient, an `all-reduce` of the whole: 216 ms of waiting, and 178 ms to write the
-zeros that pad the parts. With `--mesh.data 4 --mesh.fsdp 16` it gathers and scatters over a plane of the
-torus (seen on the encoder's MLPs alone, whose products take as long as before).
+XXL on v5p:4x4x4. With `fsdp` over all 64 chips, libtpu makes each gathering of a parameter, and
+each scattered sum of a gradient, an `all-reduce` of the whole: 216 ms of waiting, and most of 178
+ms more to write the zeros that pad the parts. With `--mesh.data 4 --mesh.fsdp 16` it gathers and
+scatters over a plane of the torus, and writes no zeros: seen on the encoder's MLPs alone, not yet
+on the whole step.
 
-Gradients of weights leave each product in bfloat16, after a sum in float32 over the tokens of a device;
-devices exchange them so, and the optimizer computes in float32. The unembedding's are summed over chunks
-in float32, and the embedding's over the occurrences of a token.
+Gradients of weights leave each product in bfloat16, after a sum in float32 over the tokens of a
+device; devices exchange them so, and the optimizer computes in float32. The unembedding's are
+summed over chunks in float32, and the embedding's over the occurrences of a token.
 
 ## How the figures come about
 
