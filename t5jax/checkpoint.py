@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5jax.checks import check_local
@@ -315,24 +316,37 @@ def read_base(checkpoint: Path) -> dict[str, str]:
 
 
 def load_params(checkpoint: Path, shapes, shardings):
-    """Returns a checkpoint's parameters alone, placed by `shardings`; dtypes as in `shapes`."""
-    item = {"params": _abstract(shapes, shardings)}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-    with _reading(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        params = checkpointer.restore(checkpoint.absolute() / "state", args=args)["params"]
-    # What the checkpoint does not have is left as it was asked for.
-    missing = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if isinstance(x, jax.ShapeDtypeStruct)
-    ]
+    """Returns a checkpoint's parameters alone, placed by `shardings`; dtypes as in `shapes`.
+
+    Those of a run with optimizer.ema are the averages of what is trained.
+    """
+    abstract = _abstract(shapes, shardings)
+    averages: dict[str, Any] = {}
+    if read_config(checkpoint).optimizer.ema is not None:
+        read = _restore(checkpoint, {"opt_state": {"average": abstract}})
+        flat = flatten_dict(read["opt_state"]["average"], sep="/")
+        # What the checkpoint does not have is left as it was asked for, such as what is frozen.
+        averages = {p: x for p, x in flat.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    rest = {p: x for p, x in flatten_dict(abstract, sep="/").items() if p not in averages}
+    params = averages
+    if rest:
+        read = _restore(checkpoint, {"params": unflatten_dict(rest, sep="/")})["params"]
+        params = averages | flatten_dict(read, sep="/")
+    missing = [path for path, x in params.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if missing:
         raise ValueError(
             f"checkpoint {checkpoint} has no parameters {', '.join(missing)}, which its model has; "
             "it was saved with another version of t5jax"
         )
-    return params
+    return unflatten_dict(params, sep="/")
+
+
+def _restore(checkpoint: Path, item):
+    """Returns a part of a checkpoint's state; what it does not have stays a ShapeDtypeStruct."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    with _reading(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(checkpoint.absolute() / "state", args=args)
 
 
 def create_run_dir(run_dir: str | Path) -> Path:
@@ -403,6 +417,9 @@ def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None
         was, now = getattr(saved.optimizer, name), getattr(config.optimizer, name)
         if bool(was) != bool(now):
             changes.append(f"optimizer.{name} was {was!r} and is {now!r}")
+    was, now = saved.optimizer.ema, config.optimizer.ema
+    if (was is None) != (now is None):
+        changes.append(f"optimizer.ema was {was!r} and is {now!r}")
     if changes:
         raise ValueError(
             f"the run in {config.run_dir} cannot go on: {'; '.join(changes)}; set it back, or "
@@ -424,4 +441,10 @@ def _fixed_fields(config: Config) -> dict[str, list[str]]:
     The data's iterator checks what it depends on by itself.
     """
     model = [f.name for f in dataclasses.fields(config.model) if f.name not in _FREE_MODEL_FIELDS]
-    return {"model": model, "init": ["model"], "optimizer": ["name", "freeze"], "train": ["seed"]}
+    return {
+        "model": model,
+        "init": ["model"],
+        "optimizer": ["name", "freeze"],
+        "prune": [f.name for f in dataclasses.fields(config.prune)],
+        "train": ["seed"],
+    }

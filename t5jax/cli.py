@@ -28,6 +28,9 @@ models:
   import MODEL OUTPUT                        make a Hugging Face model or T5X checkpoint a run
   runs [FOLDER]                              runs with their state, step and best loss
   report RUN...                              a page of curves, samples and scores, side by side
+  prune MODEL OUTPUT                         remove weights, heads or MLP columns
+  trim-vocabulary MODEL OUTPUT --text FILE   keep the pieces that a task or language needs
+  distill TEACHER TASK                       a teacher's answers as a task for a student
   plan CONFIG --topology v5e:2x2             memory and time of a run on a TPU, without one
   doctor                                     versions, devices, memory, folders: what is wrong
 
@@ -63,6 +66,9 @@ COMMANDS = {
     "export": "model.export",
     "compress": "compress.compress",
     "import": "model.import_",
+    "prune": "prune.prune",
+    "distill": "distill.distill",
+    "trim-vocabulary": "prune.trim_vocabulary",
     "tasks": "tasks.tasks",
     "vocab": "vocab.vocab",
     "cache": "cache.cache",

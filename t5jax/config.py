@@ -19,11 +19,13 @@ from t5jax import shipped
 from t5jax.architectures import DEFAULT, FAMILIES, Architecture
 from t5jax.checks import check_at_least, check_choice, check_positive, did_you_mean
 
-Optimizer = Literal["adafactor", "adamw", "adamw_scaled"]
+Optimizer = Literal["adafactor", "adamw", "adamw_scaled", "muon", "schedule_free"]
 Attention = Literal["auto", "reference", "flash", "cudnn"]
 Section = TypeVar("Section")
-Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear"]
+Schedule = Literal["constant", "inverse_sqrt", "cosine", "linear", "wsd"]
 SliceAxis = Literal["data", "fsdp"]
+PrunePattern = Literal["unstructured", "2:4"]
+PruneScope = Literal["layer", "global"]
 
 MESH_AXES = ("data", "fsdp", "sequence", "model")
 """From the axis whose devices may lie furthest apart to the one that communicates most."""
@@ -109,32 +111,45 @@ class OptimizerConfig:
 
     name: Optimizer = "adafactor"
     """adafactor: as in T5X. adamw: decoupled weight decay. adamw_scaled: AdamW with a learning rate
-    that is scaled by each parameter's RMS, as Adafactor's is."""
+    that is scaled by each parameter's RMS, as Adafactor's is. muon: orthogonalized momentum for the
+    matrices of the layers, AdamW for the rest; an update of a matrix has an RMS of 0.2 times the
+    rate, about that of AdamW's, so that its rates apply. schedule_free: AdamW whose parameters are
+    a running mean, in place of a schedule that decays."""
     learning_rate: float = 1e-3
     """The peak learning rate, relative to a parameter's RMS with adafactor and adamw_scaled."""
     schedule: Schedule = "constant"
     """The shape after warm-up. inverse_sqrt: learning_rate / sqrt(max(step, warmup_steps)); cosine
-    and linear decay until train.steps."""
+    and linear decay until train.steps. wsd: constant, then a decay in the last decay_steps."""
     warmup_steps: int = 0
     """Steps of linear warm-up, the first at 1/warmup_steps of the peak; with inverse_sqrt, the
     steps at the constant initial rate (T5's pre-training: learning_rate 1.0, warmup_steps
     10000)."""
     final_fraction: float | None = None
-    """cosine and linear: the rate at train.steps as a fraction of the peak. None: 0."""
+    """cosine, linear and wsd: the rate at train.steps as a fraction of the peak. None: 0."""
+    decay_steps: int | None = None
+    """wsd: the number of steps of the decay. None: a tenth of train.steps."""
     clip_norm: float | None = None
     """Clip the gradient to this global norm. None: no clipping."""
     weight_decay: float | None = None
     """Weight decay, multiplied by the learning rate; norms and biases are excluded. None: 0."""
     b1: float | None = None
-    """adamw, adamw_scaled: decay of the first moment. None: 0.9. adafactor: momentum. None: off."""
+    """adamw, adamw_scaled, muon's AdamW: decay of the first moment. schedule_free: weight of the
+    mean in the point where gradients are computed. None: 0.9. adafactor: momentum. None: off."""
     b2: float | None = None
-    """adamw, adamw_scaled: decay of the second moment. None: 0.999."""
+    """All but adafactor: decay of the second moment. None: 0.999."""
     eps: float | None = None
-    """adamw, adamw_scaled: added to the square root of the second moment. None: 1e-8."""
+    """All but adafactor: added to the square root of the second moment. None: 1e-8."""
+    momentum: float | None = None
+    """muon: decay of the mean of gradients that is orthogonalized. None: 0.95."""
     decay_rate: float | None = None
     """adafactor: exponent of the second moment's decay, 1 - step^-decay_rate. None: 0.8."""
     clip_threshold: float | None = None
     """adafactor: clip a parameter's update to this RMS, before the learning rate. None: 1.0."""
+    ema: float | None = None
+    """Keep an exponential moving average of the parameters, with this decay (such as 0.999). It is
+    what evaluations, samples, exports and other runs get; training goes on from the parameters
+    themselves. The average is corrected for its start: after n steps, the parameters of step k have
+    a weight proportional to ema^(n - k), and the initial ones none. None: off."""
     freeze: tuple[str, ...] = ()
     """Parameters to leave as they are: patterns that match their paths, such as encoder/* or
     */embedding."""
@@ -158,12 +173,15 @@ class OptimizerConfig:
                 "optimizer.warmup_steps is 0 with schedule inverse_sqrt; it must be at least 1 "
                 "(T5 used 10000)"
             )
+        adams = ("adamw", "adamw_scaled", "muon", "schedule_free")
         used_by = {
-            "b2": ("name", ("adamw", "adamw_scaled")),
-            "eps": ("name", ("adamw", "adamw_scaled")),
+            "b2": ("name", adams),
+            "eps": ("name", adams),
+            "momentum": ("name", ("muon",)),
             "decay_rate": ("name", ("adafactor",)),
             "clip_threshold": ("name", ("adafactor",)),
-            "final_fraction": ("schedule", ("cosine", "linear")),
+            "final_fraction": ("schedule", ("cosine", "linear", "wsd")),
+            "decay_steps": ("schedule", ("wsd",)),
         }
         for field, (chooser, users) in used_by.items():
             if getattr(self, field) is not None and getattr(self, chooser) not in users:
@@ -175,10 +193,91 @@ class OptimizerConfig:
         for field in ("clip_norm", "eps", "decay_rate", "clip_threshold"):
             if getattr(self, field) is not None:
                 check_positive(getattr(self, field), f"optimizer.{field}")
-        for field in ("weight_decay", "b1", "b2", "final_fraction"):
+        if self.decay_steps is not None:
+            check_at_least(self.decay_steps, 1, "optimizer.decay_steps")
+        for field in ("weight_decay", "b1", "b2", "momentum", "final_fraction", "ema"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"optimizer.{field} is {value}; it must be in [0, 1)")
+        if self.name == "schedule_free":
+            if self.schedule != "constant":
+                raise ValueError(
+                    f"optimizer.schedule is {self.schedule}, but schedule_free takes the place of "
+                    "a schedule; leave it out (warmup_steps still applies)"
+                )
+            if self.ema is not None:
+                raise ValueError(
+                    f"optimizer.ema is {self.ema}, but the parameters of schedule_free are an "
+                    "average already; leave it out"
+                )
+            if self.b1 == 0:
+                raise ValueError(
+                    "optimizer.b1 is 0 with schedule_free, whose gradients would ignore the mean; "
+                    "it must be above 0 (0.9 is usual)"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """Weights that become and stay 0 while the others are trained.
+
+    Pruned are the matrices of the layers. The average of optimizer.ema is pruned alike.
+    """
+
+    sparsity: float | None = None
+    """Share of the weights to remove in the end. None: no pruning. 0.5 of a model that is pruned
+    already keeps its zeros."""
+    pattern: PrunePattern = "unstructured"
+    """unstructured: the weights of smallest magnitude. 2:4: the two smallest of every four
+    neighbouring inputs, at step `begin`; sparsity 0.5."""
+    scope: PruneScope | None = None
+    """unstructured: the same share of each layer's matrix ("layer"), or of all weights together
+    ("global"). None: layer."""
+    begin: int = 0
+    """Step at which pruning begins."""
+    end: int | None = None
+    """unstructured: step at which the whole share is removed; until then it grows from 0, fast at
+    first: 1 - (1 - x)^3 (arXiv:1710.01878). None: at once, at `begin`."""
+    every: int | None = None
+    """Steps between two choices of what to remove, from `begin` to `end`. None: 100."""
+    keep: tuple[str, ...] = ()
+    """Matrices to leave as they are: patterns that match their paths, such as encoder/* or
+    */wo/kernel."""
+
+    def __post_init__(self) -> None:
+        check_choice(self.pattern, typing.get_args(PrunePattern), "prune.pattern")
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.sparsity is None:
+            for name, value in default.items():
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"prune.{name} is {getattr(self, name)!r}, but prune.sparsity is None, so "
+                        "nothing is pruned; set it, or leave the other out"
+                    )
+            return
+        if not 0 < self.sparsity < 1:
+            raise ValueError(f"prune.sparsity is {self.sparsity}; it must be above 0 and below 1")
+        check_at_least(self.begin, 0, "prune.begin")
+        if self.scope is not None:
+            check_choice(self.scope, typing.get_args(PruneScope), "prune.scope")
+        if self.pattern == "2:4":
+            if self.sparsity != 0.5:
+                raise ValueError(f"prune.sparsity is {self.sparsity}, but 2:4 removes a half: 0.5")
+            for name in ("scope", "end", "every"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"prune.{name} is {getattr(self, name)!r}, but pattern 2:4 prunes at once, "
+                        "in groups of four; leave it out"
+                    )
+        if self.every is not None:
+            check_at_least(self.every, 1, "prune.every")
+            if self.end is None:
+                raise ValueError(
+                    f"prune.every is {self.every}, but prune.end is None, so all is removed at "
+                    "once; set prune.end, or leave it out"
+                )
+        if self.end is not None and self.end <= self.begin:
+            raise ValueError(f"prune.end is {self.end}; it must be above prune.begin, {self.begin}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +375,35 @@ class LossConfig:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"loss.label_smoothing is {self.label_smoothing}; it must be in [0, 1)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """A teacher, whose probabilities of all tokens a run learns beside the targets."""
+
+    teacher: str = ""
+    """A Hugging Face Hub name or folder, a run, or one checkpoint of a run: a model of any size
+    with the same vocabulary. Empty: none."""
+    temperature: float = 2.0
+    """Divides the logits of both; above 1, less probable tokens count more. The loss is multiplied
+    by its square, so that the gradient keeps its size (arXiv:1503.02531)."""
+    weight: float = 0.5
+    """Share of the teacher's loss, KL(teacher || student) for each token; the cross-entropy with
+    the targets has the rest."""
+    init_layers: bool = False
+    """Begin with the teacher's parameters, and of its layers with as many as the student has, from
+    the first to the last at equal distances. Both must be equally wide."""
+
+    def __post_init__(self) -> None:
+        check_positive(self.temperature, "distill.temperature")
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"distill.weight is {self.weight}; it must be in (0, 1]")
+        changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if changed and not self.teacher:
+            raise ValueError(
+                f"distill.{changed[0]} is {getattr(self, changed[0])}, but distill.teacher is "
+                "empty, so it has no effect; set it, or leave the other out"
             )
 
 
@@ -481,7 +609,9 @@ class Config:
     adapter: LoraConfig | PromptConfig | None = None
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    prune: PruneConfig = PruneConfig()
     loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -494,6 +624,32 @@ class Config:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not divisible by train.microbatches "
                 f"{self.train.microbatches}; change one of them"
+            )
+        if self.distill.init_layers and self.init.model:
+            raise ValueError(
+                f"distill.init_layers and init.model {self.init.model} both say what to begin with"
+                "; leave one of them out"
+            )
+        if self.distill.teacher and self.model.kind == "encoder":
+            raise ValueError(
+                f"distill.teacher is {self.distill.teacher}, but a {self.model.family} writes no "
+                "text; distillation is for models with a decoder"
+            )
+        beside = {
+            "prune.sparsity": self.prune.sparsity is not None,
+            "optimizer.ema": self.optimizer.ema is not None,
+            "optimizer.name schedule_free": self.optimizer.name == "schedule_free",
+        }
+        if self.adapter is not None and any(beside.values()):
+            name = next(name for name, is_set in beside.items() if is_set)
+            raise ValueError(
+                f"{name} is not possible with an adapter, of which checkpoints have the trained "
+                "parameters alone; leave one of them out"
+            )
+        if self.prune.sparsity is not None and self.optimizer.name == "schedule_free":
+            raise ValueError(
+                "prune.sparsity is set, but schedule_free moves a second set of parameters that "
+                "would not be pruned; choose another optimizer.name"
             )
         if self.train.epochs is not None and self.data.mixture_changes:
             raise ValueError(

@@ -102,7 +102,7 @@ def export_model(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
-        generation=_stopping(source.generation(), description),
+        generation=stopping(source.generation(), description),
         overwrite=overwrite,
     )
 
@@ -124,7 +124,7 @@ def _check_dequantize(source: Source, dequantize: bool) -> None:
         )
 
 
-def _stopping(generation: dict[str, Any], model: Architecture) -> dict[str, Any]:
+def stopping(generation: dict[str, Any], model: Architecture) -> dict[str, Any]:
     """Returns generation_config.json with every id that ends a text here, those it has first."""
     ends = generation.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -153,7 +153,11 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
         )
     run_dir = checkpoint.create_run_dir(output)
     description, params = source.read(mesh=sharding.make_mesh(mesh))
-    config = dataclasses.replace(source.config, model=description, run_dir=output)
+    # The parameters of a run with an average are the average.
+    optimizer = dataclasses.replace(source.config.optimizer, ema=None)
+    config = dataclasses.replace(
+        source.config, model=description, run_dir=output, optimizer=optimizer
+    )
     source.tokenizer().save(run_dir / checkpoint.TOKENIZER_DIR)
     hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
     checkpoint.write_config(run_dir, config)

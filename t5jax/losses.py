@@ -8,14 +8,14 @@ B batch, T target length, D model, V vocab (or classes).
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t5jax import batch as features
 from t5jax.architectures import Architecture
-from t5jax.config import LossConfig
+from t5jax.config import DistillConfig, LossConfig
 from t5jax.models import api
 from t5jax.sharding import local_size, mesh_axes, platform
 
@@ -63,6 +63,35 @@ def cross_entropy(
     return loss, jax.lax.stop_gradient(sums)
 
 
+class Teacher(NamedTuple):
+    """A model whose probabilities are learned."""
+
+    model: Architecture
+    params: api.Params
+    config: DistillConfig
+
+
+def distillation(
+    logits_BTV: jax.Array, teacher_BTV: jax.Array, weights_BT: jax.Array, temperature: float
+) -> jax.Array:
+    """Returns T^2 KL(teacher || student), summed over tokens, at temperature T.
+
+    Embeddings may be padded to different sizes: the ids that both have count.
+
+    Args:
+      logits_BTV: float32, of the student.
+      teacher_BTV: float32, of the teacher; no gradient flows into it.
+      weights_BT: float32; a token of weight 0 is ignored.
+      temperature: T.
+    Source: Hinton et al. 2015 (arXiv:1503.02531), section 2.
+    """
+    common = min(logits_BTV.shape[-1], teacher_BTV.shape[-1])
+    student_BTV = jax.nn.log_softmax(logits_BTV[..., :common] / temperature)
+    teacher_BTV = jax.nn.log_softmax(teacher_BTV[..., :common] / temperature)
+    kl_BT = jnp.sum(jnp.exp(teacher_BTV) * (teacher_BTV - student_BTV), axis=-1)
+    return temperature**2 * jnp.sum(kl_BT * weights_BT)
+
+
 def batch_loss(
     model: Architecture,
     params: api.Params,
@@ -70,8 +99,13 @@ def batch_loss(
     config: LossConfig,
     *,
     dropout_rng: jax.Array | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[jax.Array, Sums]:
-    """Returns the `cross_entropy` of a batch without holding all its logits [B, T, V] at once."""
+    """Returns the `cross_entropy` of a batch without holding all its logits [B, T, V] at once.
+
+    With a teacher, the loss is its `distillation` and the cross-entropy, as the weight in its
+    config says; the sums have "distillation" too.
+    """
     x_BTD = api.hidden(model, params, batch, dropout_rng=dropout_rng)
     encodes = model.kind == "encoder"
     targets_BT = batch[
@@ -79,16 +113,34 @@ def batch_loss(
     ]
     weights_BT = batch[features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS]
 
+    taught = None
+    if teacher is not None:
+        taught_x_BTD = jax.lax.stop_gradient(api.hidden(teacher.model, teacher.params, batch))
+        taught = (taught_x_BTD, api.unembed_params(teacher.model, teacher.params))
+
     def part(
-        head: api.Params, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+        head: api.Params,
+        x_BTD: jax.Array,
+        targets_BT: jax.Array,
+        weights_BT: jax.Array,
+        taught: tuple[jax.Array, api.Params] | None = None,
     ) -> tuple[jax.Array, Sums]:
-        return cross_entropy(api.unembed(model, head, x_BTD), targets_BT, weights_BT, config)
+        logits_BTV = api.unembed(model, head, x_BTD)
+        loss, sums = cross_entropy(logits_BTV, targets_BT, weights_BT, config)
+        if teacher is None or taught is None:
+            return loss, sums
+        taught_x_BTD, taught_head = taught
+        teacher_BTV = api.unembed(teacher.model, taught_head, taught_x_BTD)
+        how = teacher.config
+        distilled = distillation(logits_BTV, teacher_BTV, weights_BT, how.temperature)
+        loss = (1 - how.weight) * loss + how.weight * distilled
+        return loss, jax.lax.stop_gradient(sums | {"loss": loss, "distillation": distilled})
 
     shape = (*targets_BT.shape, model.num_outputs)
     length = int(local_size(targets_BT.shape[1:], "length"))
     chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), length)
     head = api.unembed_params(model, params)
-    return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT)
+    return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT, taught)
 
 
 def _num_chunks(num_logits: float, length: int) -> int:
@@ -124,19 +176,40 @@ def _sum_over_chunks(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
+    taught: tuple[jax.Array, Any] | None = None,
 ) -> Any:
-    """Sums `part(head, x, targets, weights) -> (loss, sums)` over chunks of the length.
+    """Sums `part(head, x, targets, weights, taught) -> (loss, sums)` over chunks of the length.
+
+    `taught` are the hidden states of a teacher and its head, which have no gradient.
 
     The gradient is computed in the forward pass, while a chunk's logits are at hand, so that they
     are neither stored nor computed twice.
     """
 
+    part, xs = _with_taught(part, chunks, (x_BTD, targets_BT, weights_BT), taught)
+
     def body(total: Any, chunk: Any) -> Any:
         return jax.tree.map(jnp.add, total, part(head, *chunk)), None
 
-    xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
     return jax.lax.scan(body, zeros, xs)[0]
+
+
+def _with_taught(
+    part: Callable[..., Any],
+    chunks: int,
+    arrays: tuple[jax.Array, ...],
+    taught: tuple[jax.Array, Any] | None,
+) -> tuple[Callable[..., Any], list[jax.Array]]:
+    """Returns the part as a function of a head and a chunk of each array, and their chunks."""
+    if taught is None:
+        return part, [_chunk(x, chunks) for x in arrays]
+    x_BTD, head = taught
+
+    def of_chunks(student: Any, *chunk: jax.Array) -> Any:
+        return part(student, *chunk[:-1], (chunk[-1], head))
+
+    return of_chunks, [_chunk(x, chunks) for x in (*arrays, x_BTD)]
 
 
 def _forward(
@@ -146,7 +219,10 @@ def _forward(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
+    taught: tuple[jax.Array, Any] | None = None,
 ) -> Any:
+    part, xs = _with_taught(part, chunks, (x_BTD, targets_BT, weights_BT), taught)
+
     def body(carry: Any, chunk: Any) -> Any:
         total, head_grad = carry
         value, (head_part, x_part) = jax.value_and_grad(part, (0, 1), has_aux=True)(head, *chunk)
@@ -155,13 +231,10 @@ def _forward(
         head_grad = jax.tree.map(lambda a, g: a + g.astype(a.dtype), head_grad, head_part)
         return (total, head_grad), x_part
 
-    xs = [_chunk(x, chunks) for x in (x_BTD, targets_BT, weights_BT)]
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
     if chunks == 1:
-        total, grads = jax.value_and_grad(part, (0, 1), has_aux=True)(
-            head, x_BTD, targets_BT, weights_BT
-        )
+        total, grads = jax.value_and_grad(part, (0, 1), has_aux=True)(head, *(x[0] for x in xs))
         return total, grads
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, head, *(x[0] for x in xs)))
     init = (zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head))
     (total, head_grad), x_grad = jax.lax.scan(body, init, xs)
     head_grad = jax.tree.map(lambda g, x: g.astype(x.dtype), head_grad, head)
@@ -171,7 +244,7 @@ def _forward(
 def _backward(part: Callable[..., Any], chunks: int, grads: Any, cotangents: Any) -> Any:
     scale, _ = cotangents  # No gradient flows through the metrics.
     head_grad, x_grad = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-    return head_grad, x_grad, None, None
+    return head_grad, x_grad, None, None, None
 
 
 _sum_over_chunks.defvjp(_forward, _backward)

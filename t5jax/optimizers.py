@@ -1,9 +1,14 @@
-"""Schedules, and the optimizers: T5X's Adafactor, AdamW, and AdamW with a relative rate.
+"""Schedules, and the optimizers: T5X's Adafactor, AdamW and its relatives, Muon.
 
 Adafactor is Shazeer and Stern 2018 (arXiv:1804.04235), in the form that trained T5 (T5X). It
 differs from `optax.adafactor` in three ways: each layer of a stacked parameter is treated as a
 parameter of its own, [embed, heads, head_dim] is factored as the matrix [embed, heads * head_dim],
 and statistics are float32 whatever the dtype of the parameters.
+
+Muon is optax's (https://kellerjordan.github.io/posts/muon), for each layer and with attention's
+[embed, heads, head_dim] as one matrix; its updates are scaled to a constant RMS as in
+arXiv:2502.16982. Schedule-free AdamW is Defazio et al. 2024 (arXiv:2405.15682); the parameters of
+the train state are its mean x, which is the model, not the point y of `optax.contrib`'s.
 
 Logical axes (`t5jax.config.AxisRules`) say what a dimension is. The axis "layers" stacks separate
 parameters, so no mean in this file is taken over it.
@@ -13,12 +18,15 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from t5jax.checks import match_paths
-from t5jax.config import OptimizerConfig, parse_patterns
+from t5jax.config import OptimizerConfig, PruneConfig, parse_patterns
+from t5jax.prune.masks import apply_masks, is_layer_matrix, magnitude_masks, prunable
 
 Axes = Any
 """A tree of tuples of logical axes, one per parameter."""
@@ -29,6 +37,8 @@ _MIN_SIZE_TO_FACTOR = 128
 _GRADIENT_EPSILON = 1e-30
 # Lower bound of the RMS that scales a relative rate, so that parameters near 0 still move.
 _MIN_PARAMETER_RMS = 1e-3
+# The RMS of Muon's updates before the learning rate, which is about that of AdamW's.
+_MUON_RMS = 0.2
 
 
 # --- Learning rate ------------------------------------------------------------------------------
@@ -39,8 +49,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     During warm-up, step n has (n + 1) / warmup_steps of the peak rate, so that the first step is
     not 0 and step warmup_steps - 1 reaches the peak. From there cosine and linear decay to
-    final_fraction at step `steps`, the first one after the run, and stay there. inverse_sqrt has no
-    linear warm-up: its rate is constant up to step warmup_steps.
+    final_fraction at step `steps`, the first one after the run, and stay there. wsd (warm-up,
+    stable, decay) is constant until the last decay_steps, in which it falls as 1 - sqrt(x), as in
+    arXiv:2405.18392. inverse_sqrt has no linear warm-up: its rate is constant up to step
+    warmup_steps.
 
     Args:
       config: the name of the schedule and its parameters.
@@ -49,9 +61,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       A function from the number of updates already made, an int or an int32 array of any shape,
       to a float32 learning rate of that shape.
     Raises:
-      ValueError: if warm-up does not end within the run.
+      ValueError: if warm-up does not end within the run, or a decay begins before it ends.
     """
     warmup = config.warmup_steps
+    decay = 0
+    if config.schedule == "wsd":
+        decay = config.decay_steps or max(steps // 10, 1)
+        if warmup + decay > steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {warmup} and decay_steps {decay} are {warmup + decay} "
+                f"steps, but train.steps is {steps}; lower one of them, or raise train.steps"
+            )
     falls = config.schedule in ("cosine", "linear")
     if config.schedule == "inverse_sqrt":
         # Does not depend on the length of the run: a short trial of a long recipe has its rates.
@@ -73,6 +93,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         ramp = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+        if decay:
+            fallen = jnp.sqrt(jnp.clip((step - (steps - decay)) / decay, 0.0, 1.0))
+            return config.learning_rate * ramp * (1 - (1 - final) * fallen)
         if not falls:
             return config.learning_rate * ramp
         fallen = jnp.clip((step - warmup) / (steps - warmup), 0.0, 1.0)
@@ -87,7 +110,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, param_axes: Axes
+    config: OptimizerConfig, steps: int, param_axes: Axes, prune: PruneConfig | None = None
 ) -> optax.GradientTransformation:
     """Returns the optimizer as a transformation of gradients into updates.
 
@@ -96,9 +119,12 @@ def make_optimizer(
       adafactor      -r s adafactor(g) - r d p, the first term averaged over steps if b1 is set
       adamw          -r adam(g) - r d p
       adamw_scaled   -r s adam(g) - r d p
+      muon           -r muon(g) - r d p for the matrices of the layers, others as adamw
+      schedule_free  of a mean of parameters that AdamW moves, see `schedule_free`
 
     for the gradient g, clipped to a global norm of clip_norm. For norms, biases and tables of
-    position biases d = 0. rms(p) and Adafactor's clipping are computed for each layer.
+    position biases d = 0. rms(p), Adafactor's clipping and Muon's orthogonalization are computed
+    for each layer.
 
     Parameters are float32 or bfloat16, gradients any float dtype; the arithmetic and the state are
     float32. The sum of a bfloat16 parameter and its update is rounded stochastically, see
@@ -110,8 +136,9 @@ def make_optimizer(
       steps: the number of updates in the whole run, which the schedule needs.
       param_axes: a tree of tuples of logical axes, one per parameter, as returned by
         `models.api.param_axes`.
+      prune: which weights become 0 on the way.
     Raises:
-      ValueError: if warm-up does not end within the run.
+      ValueError: if warm-up does not end within the run, or there is nothing to prune.
 
     Example:
       tx = make_optimizer(OptimizerConfig(), 1000, api.param_axes(model))
@@ -131,14 +158,19 @@ def make_optimizer(
                 clip_threshold=_default(config.clip_threshold, 1.0),
             )
         )
+    elif config.name == "schedule_free":
+        # AdamW without a first moment, whose place the mean of parameters takes.
+        b2, eps = _default(config.b2, 0.999), _default(config.eps, 1e-8)
+        parts.append(optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True))
     else:
-        parts.append(
-            optax.scale_by_adam(
-                b1=_default(config.b1, 0.9),
-                b2=_default(config.b2, 0.999),
-                eps=_default(config.eps, 1e-8),
-            )
+        adam = optax.scale_by_adam(
+            b1=_default(config.b1, 0.9),
+            b2=_default(config.b2, 0.999),
+            eps=_default(config.eps, 1e-8),
         )
+        if config.name == "muon":
+            adam = scale_by_muon(param_axes, adam, beta=_default(config.momentum, 0.95))
+        parts.append(adam)
     if config.name in ("adafactor", "adamw_scaled"):
         parts.append(scale_by_parameter_rms(param_axes))
     parts.append(optax.scale_by_learning_rate(schedule))
@@ -152,16 +184,25 @@ def make_optimizer(
                 lambda step: -config.weight_decay * schedule(step), mask=_decays(param_axes)
             )
         )
-    chain = optax.chain(*parts)
-    if not config.learning_rates:
-        return _in_float32(chain)
-    factors = _rate_factors(config, param_axes)
+    tx = optax.chain(*parts)
+    if config.learning_rates:
+        tx = _with_factors(tx, _rate_factors(config, param_axes))
+    if config.name == "schedule_free":
+        tx = schedule_free(tx, schedule, b1=_default(config.b1, 0.9))
+    tx = _in_float32(tx)
+    if prune and prune.sparsity is not None:
+        tx = with_masks(tx, prune, param_axes)
+    return tx if config.ema is None else with_average(tx, config.ema)
+
+
+def _with_factors(tx: optax.GradientTransformation, factors: Any) -> optax.GradientTransformation:
+    """Multiplies each parameter's updates."""
 
     def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        updates, state = chain.update(grads, state, params)
+        updates, state = tx.update(grads, state, params)
         return jax.tree.map(lambda u, factor: u * factor, updates, factors), state
 
-    return _in_float32(optax.GradientTransformation(chain.init, update))
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _rate_factors(config: OptimizerConfig, param_axes: Axes) -> Any:
@@ -288,6 +329,212 @@ def scale_by_parameter_rms(param_axes: Axes) -> optax.GradientTransformation:
         return jax.tree.map(one, updates, params, param_axes), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_muon(
+    param_axes: Axes, others: optax.GradientTransformation, *, beta: float
+) -> optax.GradientTransformation:
+    """Orthogonalizes the momentum of each layer's matrices, to an RMS of 0.2.
+
+    A matrix has the rows "embed" and the columns of all its other axes. Embeddings and the head are
+    not matrices here, since a row of them is of one token.
+
+    Args:
+      param_axes: a tree of tuples of logical axes.
+      others: the transformation of all other parameters.
+      beta: decay of the mean of gradients, Nesterov's.
+    """
+
+    def is_axes(x: Any) -> bool:
+        return isinstance(x, tuple)
+
+    def dims(axes: tuple[str, ...]) -> Any:
+        if not is_layer_matrix(axes):
+            return optax.MaskedNode()
+        rows = tuple(dim for dim in _own_dims(axes) if axes[dim] == "embed")
+        columns = tuple(dim for dim in _own_dims(axes) if axes[dim] != "embed")
+        return optax.contrib.MuonDimensionNumbers(rows, columns)
+
+    def label(axes: tuple[str, ...]) -> str:
+        return "muon" if is_layer_matrix(axes) else "others"
+
+    dimensions = jax.tree.map(dims, param_axes, is_leaf=is_axes)
+
+    def to_rms(u: jax.Array, dims: Any) -> jax.Array:
+        # An orthogonal matrix has an RMS of 1 / sqrt of its longer side.
+        sides = [math.prod(u.shape[dim] for dim in part) for part in dims]
+        return u * _MUON_RMS * math.sqrt(max(sides))
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=lambda _: dimensions),
+        optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, dimensions)),
+    )
+    labels = jax.tree.map(label, param_axes, is_leaf=is_axes)
+    return optax.partition({"muon": muon, "others": others}, labels)
+
+
+class ScheduleFreeState(NamedTuple):
+    """State of `schedule_free`."""
+
+    count: jax.Array  # int32 []: the number of updates made.
+    weight_sum: jax.Array  # float32 []: of the weights of the mean.
+    max_rate: jax.Array  # float32 []: the largest learning rate so far.
+    base: Any
+    z: Any  # The parameters that the base moves, float32.
+
+
+def schedule_free(
+    base: optax.GradientTransformation, schedule: optax.Schedule, *, b1: float
+) -> optax.GradientTransformation:
+    """Averages what a base optimizer does, in place of a schedule that decays.
+
+    The parameters are the mean x of the parameters z that the base moves, each weighted with the
+    square of the largest learning rate so far. Gradients are those at y = b1 x + (1 - b1) z, which
+    `gradient_point` returns; weight decay is of y.
+
+    Source: arXiv:2405.15682, with the weights of the authors' code.
+    """
+
+    def init(params: Any) -> ScheduleFreeState:
+        zero = jnp.zeros([], jnp.float32)
+        z = jax.tree.map(jnp.copy, params)
+        return ScheduleFreeState(jnp.zeros([], jnp.int32), zero, zero, base.init(params), z)
+
+    def update(grads: Any, state: ScheduleFreeState, params: Any) -> tuple[Any, ScheduleFreeState]:
+        y = _between(params, state.z, b1)
+        moves, base_state = base.update(grads, state.base, y)
+        z = optax.apply_updates(state.z, moves)
+        max_rate = jnp.maximum(state.max_rate, schedule(state.count))
+        weight_sum = state.weight_sum + max_rate**2
+        share = max_rate**2 / weight_sum
+        updates = jax.tree.map(lambda x, z: share * (z - x), params, z)
+        count = optax.safe_increment(state.count)
+        return updates, ScheduleFreeState(count, weight_sum, max_rate, base_state, z)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _between(x: Any, z: Any, b1: float) -> Any:
+    return jax.tree.map(lambda x, z: b1 * x + (1 - b1) * z, x, z)
+
+
+def gradient_point(config: OptimizerConfig, params: Any, opt_state: Any) -> Any:
+    """Returns the parameters at which an optimizer wants the gradient, in their dtypes.
+
+    They are the parameters themselves, except with schedule_free.
+    """
+    if config.name != "schedule_free":
+        return params
+    y = _between(params, opt_state.inner.z, _default(config.b1, 0.9))
+    return jax.tree.map(lambda y, p: y.astype(p.dtype), y, params)
+
+
+class MaskState(NamedTuple):
+    """State of `with_masks`."""
+
+    count: jax.Array  # int32 []: the number of updates made.
+    masks: Any  # bool: for each parameter that is pruned, which of its weights stay.
+    inner: Any
+
+
+def with_masks(
+    tx: optax.GradientTransformation, config: PruneConfig, param_axes: Axes
+) -> optax.GradientTransformation:
+    """Sets the weights of smallest magnitude to 0 after some updates, and keeps them 0.
+
+    They have no gradient either, so that they do not count in its norm.
+    """
+    paths = prunable(param_axes, config.keep)
+    first, end = max(config.begin, 1), config.end
+
+    def share(count: jax.Array) -> jax.typing.ArrayLike:
+        if end is None:
+            return config.sparsity
+        left = 1 - jnp.clip((count - config.begin) / (end - config.begin), 0.0, 1.0)
+        return config.sparsity * (1 - left**3)
+
+    def is_due(count: jax.Array) -> jax.Array:
+        if end is None:
+            return count == first
+        is_turn = (count - config.begin) % (config.every or 100) == 0
+        return (count == first) | ((count > first) & (count < end) & is_turn) | (count == end)
+
+    def init(params: Any) -> MaskState:
+        leaves = _by_path(params)
+        masks = {path: jnp.ones(leaves[path].shape, bool) for path in sorted(paths)}
+        masks = flax.traverse_util.unflatten_dict(masks, sep="/")
+        return MaskState(jnp.zeros([], jnp.int32), masks, tx.init(params))
+
+    def update(grads: Any, state: MaskState, params: Any) -> tuple[Any, MaskState]:
+        masks = _by_path(state.masks)
+        updates, inner = tx.update(apply_masks(grads, masks), state.inner, params)
+        count = optax.safe_increment(state.count)
+        moved = apply_masks(optax.apply_updates(params, updates), masks)
+
+        def choose() -> dict[str, jax.Array]:
+            scope = config.scope or "layer"
+            return magnitude_masks(
+                moved, param_axes, paths, share(count), pattern=config.pattern, scope=scope
+            )
+
+        masks = jax.lax.cond(is_due(count), choose, lambda: masks)
+        # The sum of a parameter and this is 0 without rounding.
+        flat, leaves = _by_path(updates), _by_path(params)
+        flat |= {
+            path: jnp.where(mask, flat[path], -leaves[path].astype(flat[path].dtype))
+            for path, mask in masks.items()
+        }
+        updates = flax.traverse_util.unflatten_dict(flat, sep="/")
+        masks = flax.traverse_util.unflatten_dict(masks, sep="/")
+        return updates, MaskState(count, masks, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
+    return flat
+
+
+class AverageState(NamedTuple):
+    """State of `with_average`."""
+
+    count: jax.Array  # int32 []: the number of updates made.
+    average: Any  # float32.
+    inner: Any
+
+
+def with_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters after each update.
+
+    After n updates, the parameters p_k after update k have a weight proportional to decay^(n - k):
+    the average is corrected for its start, and does not contain the initial parameters.
+    """
+
+    def init(params: Any) -> AverageState:
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return AverageState(jnp.zeros([], jnp.int32), average, tx.init(params))
+
+    def update(grads: Any, state: AverageState, params: Any) -> tuple[Any, AverageState]:
+        updates, inner = tx.update(grads, state.inner, params)
+        count = optax.safe_increment(state.count)
+        share = (1 - decay) / (1 - decay ** count.astype(jnp.float32))
+
+        def one(average: jax.Array, p: jax.Array) -> jax.Array:
+            # Exact in the first step, where the share is 1.
+            return (1 - share) * average + share * p.astype(jnp.float32)
+
+        average = jax.tree.map(one, state.average, optax.apply_updates(params, updates))
+        if isinstance(inner, MaskState):  # What was pruned now is still in the mean of before.
+            average = apply_masks(average, _by_path(inner.masks))
+        return updates, AverageState(count, average, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averages(opt_state: Any) -> Any:
+    """Returns the average of the trained parameters in an optimizer's state, or None."""
+    return opt_state.average if isinstance(opt_state, AverageState) else None
 
 
 def state_axes(state: Any, params: Any, param_axes: Axes) -> Any:

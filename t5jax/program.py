@@ -22,11 +22,14 @@ from t5jax.adapters import params as adapters
 from t5jax.architectures import Architecture
 from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import AxisRules, Config
+from t5jax.distill import Teacher, find_teacher
 from t5jax.models import api
-from t5jax.optimizers import make_optimizer, make_schedule
+from t5jax.optimizers import gradient_point, make_optimizer, make_schedule
+from t5jax.prune.masks import check_pattern, prunable
 from t5jax.quantize.matrices import Scheme, check_installed, chosen, rounded_params
 from t5jax.train_state import (
     TrainState,
+    begin_train_state,
     create_train_state,
     frozen_params,
     split,
@@ -51,9 +54,11 @@ class Program:
     """Learning rate, from the number of updates already made."""
     create: Callable[[jax.Array], TrainState]
     """The state at step 0, with random parameters from a key."""
+    begin: Callable[[api.Params], TrainState]
+    """The state at step 0, with parameters, which are donated."""
     step: jax.stages.Wrapped
     """One training step, (state, batch) -> (state, metrics), jitted; the state that goes in is
-    donated."""
+    donated. With a teacher, its parameters are a third argument."""
     attention: str
     """`train.attention`."""
     base: frozenset[str] = frozenset()
@@ -64,6 +69,8 @@ class Program:
     seen: Callable[[api.Params], api.Params] = lambda params: params
     """Returns the parameters that the loss and evaluations see: rounded, with
     `quantize.weights`."""
+    teacher: Teacher | None = None
+    """Whose parameters are the third argument of the step."""
 
     def saved(self, state: Any) -> Any:
         """Returns what a checkpoint has of the state, or of a tree like it."""
@@ -75,7 +82,7 @@ class Program:
         with sharding.use_mesh(self.mesh, self.rules), api.use_attention(self.attention):
             yield
 
-    def arguments(self, spec: BatchSpec) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    def arguments(self, spec: BatchSpec) -> tuple[Any, ...]:
         """Returns the arguments of the step as ShapeDtypeStructs with their shardings."""
 
         def one(x: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
@@ -87,7 +94,10 @@ class Program:
             )
             for name, (shape, dtype) in spec.features().items()
         }
-        return jax.tree.map(one, self.shapes, self.shardings), batch
+        state = jax.tree.map(one, self.shapes, self.shardings)
+        if self.teacher is None:
+            return state, batch
+        return state, batch, jax.tree.map(one, self.teacher.shapes, self.teacher.shardings)
 
     def lower(self, spec: BatchSpec) -> jax.stages.Lowered:
         """Returns the step for batches of a shape, ready to compile; needs no arrays."""
@@ -139,9 +149,11 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     else:
         base, frozen = (of(model, adapter) for of in (adapters.base_params, adapters.frozen_params))
     trained_axes, _ = split(adapters.param_axes(model, adapter), frozen)
-    tx = make_optimizer(config.optimizer, config.train.steps, trained_axes)
+    _check_prune(config, trained_axes)
+    tx = make_optimizer(config.optimizer, config.train.steps, trained_axes, config.prune)
     shardings = train_state_shardings(model, tx, mesh, rules, frozen, adapter)
     seen = _rounding(config)
+    teacher = find_teacher(config, mesh)
     step = make_train_step(
         model,
         tx,
@@ -150,6 +162,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         microbatches=parts,
         frozen=frozen,
         seen=seen,
+        point=functools.partial(gradient_point, config.optimizer),
+        teacher=None if teacher is None else (teacher.model, config.distill),
     )
     return Program(
         model,
@@ -160,6 +174,11 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         schedule=jax.jit(make_schedule(config.optimizer, config.train.steps)),
         create=jax.jit(
             lambda key: create_train_state(model, tx, key, frozen, adapter),
+            out_shardings=shardings,
+        ),
+        begin=jax.jit(
+            lambda params: begin_train_state(params, tx, frozen),
+            donate_argnums=0,
             out_shardings=shardings,
         ),
         step=jax.jit(
@@ -174,6 +193,26 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         seen=(lambda params: params)
         if seen is None
         else jax.jit(seen, out_shardings=shardings.params),
+        teacher=teacher,
+    )
+
+
+def _check_prune(config: Config, trained_axes: Any) -> None:
+    """Raises ValueError if what is trained cannot be pruned as the config says."""
+    prune = config.prune
+    if prune.sparsity is None:
+        return
+    last = max(prune.end or prune.begin, 1)
+    if last > config.train.steps:
+        name = "end" if prune.end else "begin"
+        raise ValueError(
+            f"prune.{name} is {last}, but train.steps is {config.train.steps}; lower it, or raise "
+            "train.steps"
+        )
+    paths = prunable(trained_axes, prune.keep)
+    shapes = api.param_shapes(config.model)
+    check_pattern(
+        shapes, api.param_axes(config.model), paths, prune.pattern, prune.scope or "layer"
     )
 
 

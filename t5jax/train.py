@@ -24,6 +24,7 @@ from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config, LoraConfig, to_json
 from t5jax.data.batches.examples import BatchIterator, EvalSet
+from t5jax.distill import check_teacher, student_params
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
@@ -34,10 +35,10 @@ from t5jax.plan.flops import peak_share
 from t5jax.program import Program, program
 from t5jax.source import Source, adopt, find, find_base
 from t5jax.special_tokens import trained_with
-from t5jax.train_state import split
+from t5jax.train_state import evaluated_params, split
 
 # Schedules that depend on train.steps.
-FALLING = {"cosine", "linear"}
+FALLING = {"cosine", "linear", "wsd"}
 
 
 class NonFiniteLoss(ValueError):
@@ -109,10 +110,13 @@ def train(
     # --- Data ---
     say("reading tasks")
     registry.load_tasks(config.data.task_files)
-    tokenizer = pipeline.tokenizer_for(config, source.tokenizer() if source else None)
+    given = source or (run.teacher and run.teacher.source)
+    tokenizer = pipeline.tokenizer_for(config, given.tokenizer() if given else None)
     rows = sharding.process_rows(config.data.batch_size, run.mesh, run.rules)
     iterator = pipeline.train_iterator(config, tokenizer, rows)
     sharding.check_lengths(iterator.spec, run.mesh, run.rules)
+    if run.teacher:
+        check_teacher(run.teacher, config.model, tokenizer, iterator.spec)
     epoch = iterator.epoch(config.train.epochs if counts else None)
     if counts:
         # A state that was imported has steps of its own, before the first epoch.
@@ -165,9 +169,8 @@ def train(
                 say(f"parameters from {source.path}{how}")
             if source and not base:
                 new = _new_params(source, run.model, state.params)
-                state = state.replace(params=None)  # Never two copies on the devices.
-                params = source.params(run.model, run.shardings.params, new)
-                state = state.replace(params=params)
+                state = None  # Never two copies on the devices.
+                state = run.begin(source.params(run.model, run.shardings.params, new))
         digests = None
         if base:
             own, key = run.saved(state), jax.random.key(config.train.seed)
@@ -185,6 +188,15 @@ def train(
             tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
             if source:
                 hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
+        taught = ()
+        if run.teacher:
+            say(f"learning from {run.teacher.source.path}")
+            taught = (run.teacher.params(),)
+            if config.distill.init_layers and not last:
+                state = None
+                state = run.begin(
+                    student_params(run.teacher, taught[0], run.model, run.shardings.params)
+                )
         num_params = sum(x.size for x in jax.tree.leaves(state.params))
         size = f"; an epoch is {epoch}" if epoch else ""
         if run.frozen:
@@ -209,7 +221,7 @@ def train(
                 trace.before(step, reports.flush)
                 # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
-                    state, metrics = run.step(state, batch)
+                    state, metrics = run.step(state, batch, *taught)
                     counted.result = metrics
                 done = step == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
@@ -227,7 +239,7 @@ def train(
                         if evaluates:
                             try:
                                 with goodput.spend("evaluation"):
-                                    seen = run.seen(state.params)
+                                    seen = run.seen(evaluated_params(state))
                                     results = run_evaluation(evaluator, seen, eval_sets)
                             except Exception as error:  # Such as too little memory to generate.
                                 _raise_among_several(error)
@@ -462,6 +474,8 @@ class Reports:
             "train/grad_norm": sums["grad_norm"] / sums["steps"],
             "train/learning_rate": float(self._schedule(step - 1)),
         } | {f"train/{name}": rate for name, rate in rates.items()}
+        if "distillation" in sums:
+            scalars["train/distillation"] = sums["distillation"] / tokens
         self._writer.write_scalars(step, scalars)
         self._bar.update(
             step,

@@ -20,7 +20,7 @@ from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
 from t5jax.config import AdapterConfig, AxisRules
 from t5jax.models import api
-from t5jax.optimizers import state_axes
+from t5jax.optimizers import averages, state_axes
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -45,7 +45,13 @@ def create_train_state(
       frozen: paths of the others.
       adapter: the adapter, whose parameters are beside the network's.
     """
-    params = init_params(model, adapter, key)
+    return begin_train_state(init_params(model, adapter, key), tx, frozen)
+
+
+def begin_train_state(
+    params: api.Params, tx: optax.GradientTransformation, frozen: frozenset[str] = frozenset()
+) -> TrainState:
+    """Returns the state at step 0 with parameters, which an optimizer's state may be made of."""
     trainable, _ = split(params, frozen)
     return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(trainable))
 
@@ -83,6 +89,17 @@ def train_state_shardings(
     axes = state_axes(shapes.opt_state, trainable, trained_axes)
     opt_state = sharding.param_shardings(axes, shapes.opt_state, mesh, rules)
     return TrainState(NamedSharding(mesh, PartitionSpec()), params, opt_state)
+
+
+def evaluated_params(state: TrainState) -> api.Params:
+    """Returns the parameters that a run is judged by and exports: with optimizer.ema the average of
+    those that are trained, in their dtypes."""
+    average = averages(state.opt_state)
+    if average is None:
+        return state.params
+    flat = _flatten(state.params)
+    average = {path: x.astype(flat[path].dtype) for path, x in _flatten(average).items()}
+    return flax.traverse_util.unflatten_dict(flat | average, sep="/")
 
 
 # --- Trainable and frozen -----------------------------------------------------------------------

@@ -9,8 +9,9 @@ import optax
 
 from t5jax.architectures import Architecture
 from t5jax.batch import Batch
-from t5jax.config import LossConfig
-from t5jax.losses import batch_loss
+from t5jax.config import DistillConfig, LossConfig
+from t5jax.losses import Teacher, batch_loss
+from t5jax.models import api
 from t5jax.sharding import constrain
 from t5jax.train_state import TrainState, merge, split
 
@@ -26,7 +27,9 @@ def make_train_step(
     microbatches: int = 1,
     frozen: frozenset[str] = frozenset(),
     seen: Callable[[Any], Any] | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    point: Callable[[Any, Any], Any] | None = None,
+    teacher: tuple[Architecture, DistillConfig] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the step; jit it with the state donated.
 
     The step's metrics are the sums of `losses.cross_entropy` over the batch, and "grad_norm", the
@@ -39,24 +42,34 @@ def make_train_step(
       microbatches: the number of parts of the batch that are computed in sequence.
       frozen: the paths of the parameters that are not trained.
       seen: returns the parameters that the loss sees, given those that are trained; None: the same.
+      point: from the trainable parameters and the optimizer's state, the parameters at which the
+        gradient is computed, see `optimizers.gradient_point`. None: the parameters themselves.
+      teacher: a model whose probabilities are learned, and how; the step takes its parameters as a
+        third argument.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, taught: api.Params | None = None
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         params, kept = split(state.params, frozen)
 
         def gradient(params: dict[str, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
             def loss_of(params: dict[str, Any]) -> tuple[jax.Array, Metrics]:
+                by = None
+                if teacher is not None and taught is not None:
+                    by = Teacher(teacher[0], taught, teacher[1])
                 whole = merge(params, kept)
                 whole = whole if seen is None else seen(whole)
-                return batch_loss(model, whole, batch, loss, dropout_rng=rng)
+                return batch_loss(model, whole, batch, loss, dropout_rng=rng, teacher=by)
 
             return jax.grad(loss_of, has_aux=True)(params)
 
+        at = point(params, state.opt_state) if point else params
         if microbatches == 1:
-            grads, sums = gradient(params, batch, rng)
+            grads, sums = gradient(at, batch, rng)
         else:
-            grads, sums = _accumulate(gradient, params, batch, rng, microbatches)
+            grads, sums = _accumulate(gradient, at, batch, rng, microbatches)
         # At least one, so that a batch of padding has no effect instead of giving NaN.
         scale = 1 / jnp.maximum(sums["tokens"], 1)
         with jax.named_scope("grad_norm"):

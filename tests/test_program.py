@@ -39,10 +39,9 @@ def one_step(changes, mesh=MeshConfig(data=1, fsdp=8)):
     """Returns parameters before and after a step, the state and the metrics."""
     run = program(override(BASE, changes), sharding.make_mesh(mesh))
     with run.use():
-        state = run.create(jax.random.key(0))
         params = jax.device_put(random_params(EVEN), run.shardings.params)
-        state = state.replace(params=params)
         before = flatten(params)
+        state = run.begin(params)
         state, metrics = run.step(state, batch_of())
     return before, flatten(state.params), state, metrics
 
@@ -57,6 +56,8 @@ def is_frozen(path):
         {"optimizer.name": "adamw"},
         {"optimizer.name": "adafactor", "optimizer.b1": 0.9, "optimizer.weight_decay": 0.1},
         {"optimizer.name": "adamw_scaled", "train.microbatches": 2, "data.batch_size": 8},
+        {"optimizer.name": "muon", "optimizer.ema": 0.9, "optimizer.eps": 1e-3},
+        {"optimizer.name": "schedule_free", "train.microbatches": 2, "data.batch_size": 8},
     ],
 )
 def test_frozen_parameters_stay_and_the_others_move_as_without_them(changes):

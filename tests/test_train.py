@@ -31,6 +31,7 @@ from t5jax.config import (
 )
 from t5jax.convert import export_model, import_model
 from t5jax.data import pipeline, registry
+from t5jax.evaluation import evaluate_model
 from t5jax.monitor import log, progress
 from t5jax.source import find
 from t5jax.train import NonFiniteLoss, train
@@ -316,6 +317,49 @@ def test_resume_with_packing_microbatches_and_another_optimizer(tmp_path, monkey
     metrics = tiny.read_metrics(tmp_path / "parts")
     assert metrics == tiny.read_metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"name": "muon", "learning_rate": 1e-2, "ema": 0.5, "schedule": "wsd", "decay_steps": 2},
+        {"name": "schedule_free", "learning_rate": 3e-2, "warmup_steps": 2},
+    ],
+    ids=["muon_ema", "schedule_free"],
+)
+def test_averages_are_resumed_evaluated_and_exported(tmp_path, monkeypatch, optimizer):
+    sections = {
+        "optimizer": optimizer,
+        "train": {"steps": 4, "log_every": 2},
+        "eval": {"every": 4, "generate": False},
+        "checkpoint": {"every": 2},
+    }
+    config = make_config(tmp_path / "parts", **sections)
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    train(make_config(tmp_path / "whole", **sections))
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts", 4)
+
+    state = read_state(tmp_path / "whole", 4)
+    path = "['decoder']['layers']['mlp']['wo']['kernel']"
+    trained, averaged = (state.get(p + path) for p in ("['params']", "['opt_state']['average']"))
+    source = find(str(tmp_path / "whole"))
+    read = source.read()[1]["decoder"]["layers"]["mlp"]["wo"]["kernel"]
+    # Schedule-free's parameters are the average.
+    np.testing.assert_array_equal(read, trained if averaged is None else averaged)
+    assert (averaged is None) == (optimizer["name"] == "schedule_free")
+    assert averaged is None or np.abs(averaged - trained).max() > 1e-4
+    # The loss that training reported is that of the parameters that are read.
+    scores = evaluate_model(source, split="validation", show=False, resamples=0, batch_size=8)
+    loss = tiny.read_metrics(tmp_path / "whole")[-1]["validation/loss"]
+    assert scores["capitals"]["model"]["loss"] == pytest.approx(loss, rel=1e-5)
+    other = {"ema": None, "decay_steps": None, "schedule": "constant"} if "ema" in optimizer else {}
+    other = sections | {"optimizer": {"name": "adamw"} if not other else optimizer | other}
+    with pytest.raises(ValueError, match=r"optimizer\.(ema|name) was"):
+        train(make_config(tmp_path / "whole", **other))
 
 
 @pytest.mark.slow

@@ -94,6 +94,11 @@ def feature_tokenizers(
     return found
 
 
+def subtasks(found: Sequence[seqio.Task | seqio.Mixture]) -> list[seqio.Task]:
+    """Returns the tasks of tasks and mixtures, each once."""
+    return list({task.name: task for each in found for task in seqio.get_subtasks(each)}.values())
+
+
 def common_tokenizer(mixture: str, tokenizer: Tokenizer | None = None) -> Tokenizer:
     """Returns the tokenizer that all features of a registered task or of a mixture's tasks share.
 

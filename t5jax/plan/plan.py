@@ -124,9 +124,9 @@ def plan_step(
       ValueError: if the mesh does not suit the topology or the model; DoesNotFit.
     """
     run = program(config, sharding.make_mesh(config.mesh, topology.devices))
-    state, batch = run.arguments(spec)
+    state, batch, *teacher = run.arguments(spec)
     sizes = {
-        "parameters": device_bytes(state.params),
+        "parameters": device_bytes((state.params, teacher)),
         "optimizer": device_bytes((state.opt_state, state.step)),
         "batch": device_bytes(batch),
     }

@@ -6,10 +6,11 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from t5jax.tokenizers.as_transformers import Built, read_tokenizer
@@ -17,10 +18,12 @@ from t5jax.tokenizers.common import (
     SENTINEL,
     clean_ids,
     first_sentinels,
+    json_bytes,
     read_chat_template,
     read_json,
     write_files,
 )
+from t5jax.tokenizers.trimming import renumber_config, trim_tokenizer_json
 
 # For each special token: the fields that name it, and its names in common models otherwise.
 _SPECIAL_TOKENS = {
@@ -34,6 +37,7 @@ _SPECIAL_TOKENS = {
 
 _log = logging.getLogger(__name__)
 
+_CONFIG = "tokenizer_config.json"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -76,7 +80,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._files, self.cleans_up = dict(files), built.cleans_up
-        config = read_json(files, "tokenizer_config.json", name)
+        self._named = built.special_tokens
+        config = read_json(files, _CONFIG, name)
         config = read_json(files, "special_tokens_map.json", name) | config | built.special_tokens
         ids = self._tokenizer.get_vocab()
         self.vocab_size: int = max(ids.values(), default=-1) + 1  # There may be holes.
@@ -160,6 +165,22 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files)
+
+    def trimmed(self, used: Collection[int]) -> tuple["HuggingFaceTokenizer", np.ndarray]:
+        """Returns a tokenizer that has the ids `used` and what no text can do without, and for each
+        of its ids the one that it had here, int64.
+
+        Raises:
+          ValueError: for an algorithm that is not known to split texts as before.
+        """
+        text, kept = trim_tokenizer_json(self.to_json(), used, repr(self))
+        new = {int(old): i for i, old in enumerate(kept)}
+        config = renumber_config(read_json(self._files, _CONFIG, repr(self)), new)
+        of_tokens = ("special_tokens_map.json", "chat_template.jinja")
+        files = {name: self._files[name] for name in of_tokens if name in self._files}
+        files |= {"tokenizer.json": text.encode(), _CONFIG: json_bytes({**config, **self._named})}
+        built = Built(read_tokenizer(files, repr(self)), self._named, self.cleans_up, {})
+        return HuggingFaceTokenizer(files, repr(self), built), kept
 
 
 def _special_token(what: str, config: Mapping[str, Any], ids: Mapping[str, int]) -> str | None:

@@ -2,9 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
@@ -19,7 +20,9 @@ from t5jax.tokenizers.common import (
     read_file,
     write_files,
 )
+from t5jax.tokenizers.trimming import trim_sentence_piece
 
+_FILE = "spiece.model"
 _SPACED_SENTINEL = re.compile(r" *(<extra_id_\d+>)")
 
 
@@ -114,6 +117,20 @@ class SentencePieceTokenizer:
     def save(self, folder: str | Path) -> None:
         write_files(folder, self._files)
 
+    def trimmed(self, used: Collection[int]) -> tuple["SentencePieceTokenizer", np.ndarray]:
+        """Returns a tokenizer that has the ids `used` and what no text can do without, and for each
+        of its ids the one that it had here, int64."""
+        model = read_model(self.model_bytes, "the SentencePiece model")
+        num_sentinels = self.vocab_size - len(read_model(self._files[_FILE], _FILE).pieces)
+        kept = trim_sentence_piece(model, used)
+        if num_sentinels:  # They are added again.
+            del model.pieces[-num_sentinels:]
+            model.trainer_spec.vocab_size = len(model.pieces)
+        trimmed = SentencePieceTokenizer(model.SerializeToString(), num_sentinels)
+        trimmed._files |= {name: x for name, x in self._files.items() if name.endswith(".jinja")}
+        trimmed.chat_template = self.chat_template
+        return trimmed, kept
+
     def _hugging_face_files(self, model: bytes, extra_ids: int) -> dict[str, bytes]:
         config = {
             "tokenizer_class": "T5Tokenizer",
@@ -124,7 +141,7 @@ class SentencePieceTokenizer:
             "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
             "clean_up_tokenization_spaces": False,
         }
-        return {"spiece.model": model, "tokenizer_config.json": json_bytes(config)}
+        return {_FILE: model, "tokenizer_config.json": json_bytes(config)}
 
 
 def read_model(model: bytes, name: str) -> sentencepiece_model_pb2.ModelProto:

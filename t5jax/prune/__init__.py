@@ -1,0 +1,13 @@
+"""Pruning: weights that are zero, heads and columns that are gone, and vocabularies cut to a use.
+
+- `masks.py` chooses single weights by their magnitude, once or in steps of a run.
+- `structured.py` removes whole heads and MLP columns, which gives a smaller network.
+- `vocabulary.py` keeps the pieces of a vocabulary that texts need, with their embeddings.
+
+All of them are functions of a description and parameters; `t5jax/pruning.py` reads and writes.
+"""
+
+from t5jax.prune.masks import magnitude_masks, prunable, sparsity_of
+from t5jax.prune.structured import narrow
+
+__all__ = ["magnitude_masks", "narrow", "prunable", "sparsity_of"]

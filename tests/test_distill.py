@@ -1,0 +1,247 @@
+"""Distillation: the loss by hand, the step with a teacher, the run, and answers as a task."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from command_line import fails, run
+from conformance.cases import random_batch, random_params
+from conformance.families import GPT2
+from conformance.families import T5_EVEN as EVEN
+from folders import write_spiece
+from t5jax import load, losses, sharding
+from t5jax.architectures import T5Config
+from t5jax.batch import train_spec
+from t5jax.config import (
+    Config,
+    DataConfig,
+    DistillConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    override,
+)
+from t5jax.distill import Teacher, check_teacher, student_params
+from t5jax.losses import distillation
+from t5jax.models import api
+from t5jax.program import program
+from t5jax.source import find
+from t5jax.tokenizers import SentencePieceTokenizer, load_tokenizer
+from t5jax.tokenizers.sentence_piece import read_model
+from t5jax.train import train
+from tiny import (
+    TASK_FILE,
+    TINY,
+    assert_same_bits,
+    make_config,
+    one_device,  # noqa: F401
+    read_metrics,
+    read_state,
+    trained_run,
+)
+
+SMALL = T5Config(
+    vocab_size=384,
+    d_model=8,
+    d_kv=4,
+    d_ff=16,
+    num_heads=2,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    scan_layers=False,
+)
+HOW = DistillConfig("somewhere", temperature=3.0, weight=0.75)
+
+
+def test_the_loss_is_the_formula():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.standard_normal((2, 2, 3, 5))
+    weights = np.asarray([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    expected = 0.0
+    for b, t in zip(*np.nonzero(weights), strict=True):
+        p = np.exp(teacher[b, t] / 3) / np.exp(teacher[b, t] / 3).sum()
+        q = np.exp(student[b, t] / 3) / np.exp(student[b, t] / 3).sum()
+        expected += 9 * np.sum(p * np.log(p / q))
+    as_float32 = [jnp.asarray(x, jnp.float32) for x in (student, teacher, weights)]
+    np.testing.assert_allclose(distillation(*as_float32, 3.0), expected, rtol=1e-5)
+    # An embedding that is padded to more rows says nothing of them.
+    padded = jnp.concatenate([as_float32[1], jnp.full((2, 3, 2), 9.0)], axis=-1)
+    np.testing.assert_allclose(
+        distillation(as_float32[0], padded, as_float32[2], 3.0), expected, rtol=1e-5
+    )
+    assert float(distillation(as_float32[0], as_float32[0], as_float32[2], 3.0)) == 0.0
+
+
+@pytest.mark.parametrize("most", [2**25, 1], ids=["one chunk", "chunks"])
+def test_the_loss_of_a_batch_is_that_of_the_logits(monkeypatch, most):
+    """In chunks too, with a teacher of another size; its gradient is the student's alone."""
+    monkeypatch.setattr(losses, "_MAX_LOGITS_ELSEWHERE", most)
+    student = dataclasses.replace(EVEN, d_model=12, num_encoder_layers=1)
+    params, taught, batch = random_params(student), random_params(EVEN, 1), random_batch(EVEN)
+    config = LossConfig()
+
+    def ours(params):
+        by = losses.Teacher(EVEN, taught, HOW)
+        return losses.batch_loss(student, params, batch, config, teacher=by)[0]
+
+    def by_hand(params):
+        logits = api.logits(student, params, batch)
+        weights = batch["decoder_loss_weights"]
+        hard = losses.cross_entropy(logits, batch["decoder_target_tokens"], weights, config)[0]
+        soft = distillation(logits, api.logits(EVEN, taught, batch), weights, 3.0)
+        return 0.25 * hard + 0.75 * soft
+
+    (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, by_hand))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
+
+
+def test_eight_devices_and_microbatches_learn_as_one(monkeypatch):
+    """The teacher is sharded, an argument of the step, and no part of the state."""
+    monkeypatch.setattr("t5jax.distill.find", lambda name: find(str(trained_run())))
+    monkeypatch.setattr(sharding, "make_mesh", _MAKE_MESH)
+    base = Config(
+        model=dataclasses.replace(EVEN, vocab_size=384),
+        data=DataConfig(batch_size=8),
+        optimizer=OptimizerConfig("adamw", learning_rate=1e-2, eps=1e-3),
+        distill=HOW,
+    )
+    batch = random_batch(base.model, rows=8)
+
+    def after(mesh, changes):
+        run = program(override(base, changes), mesh)
+        assert len(run.arguments(TINY_SPEC)) == 3
+        with run.use():
+            state = run.begin(jax.device_put(random_params(base.model), run.shardings.params))
+            teacher = run.teacher.params()
+            state, metrics = run.step(state, batch, teacher)
+            assert float(metrics["distillation"]) > 0
+            jax.block_until_ready(jax.tree.leaves(teacher))  # Not donated.
+        return jax.device_get(state.params), jax.tree.leaves(teacher)
+
+    one, _ = after(_MAKE_MESH(MeshConfig(), devices=jax.devices()[:1]), {})
+    eight, teacher = after(
+        _MAKE_MESH(MeshConfig(data=2, fsdp=2, model=2)), {"train.microbatches": 2}
+    )
+    assert any(not x.sharding.is_fully_replicated for x in teacher)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+_MAKE_MESH = sharding.make_mesh
+TINY_SPEC = train_spec(dataclasses.replace(TINY, model=SMALL))
+
+
+def distilled(run_dir, **sections):
+    return make_config(
+        run_dir,
+        **{
+            "distill": {"teacher": str(trained_run()), "weight": 0.9},
+            "train": {"steps": 4, "log_every": 2},
+            "eval": {"every": 4, "generate": False},
+            "checkpoint": {"every": 2},
+        }
+        | sections,
+    )
+
+
+def test_a_run_with_a_teacher_is_resumed_and_keeps_the_student_alone(tmp_path):
+    config = dataclasses.replace(distilled(tmp_path / "whole"), model=SMALL)
+    train(config)
+    assert "train/distillation" in read_metrics(tmp_path / "whole")[0]
+    state = read_state(tmp_path / "whole", 4)
+    plain = read_state(trained_run(), 10)
+    assert state.keys() == plain.keys()  # The same network, without a teacher's parameters.
+    assert sum(x.size for x in state.values()) < sum(x.size for x in plain.values())
+    train(override(config, {"run_dir": str(tmp_path / "parts"), "train.steps": 2}))
+    train(override(config, {"run_dir": str(tmp_path / "parts")}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts", 4)
+
+
+def test_a_student_begins_with_layers_of_its_teacher():
+    wide = dataclasses.replace(EVEN, num_encoder_layers=4, num_decoder_layers=2)
+    less = dataclasses.replace(EVEN, num_encoder_layers=2, num_decoder_layers=1)
+    params = random_params(wide)
+    shardings = jax.tree.map(lambda x: x.sharding, random_params(less))
+    teacher = Teacher(None, wide, None, None)
+    got = student_params(teacher, params, less, shardings)
+    for stack, layers in (("encoder", [0, 3]), ("decoder", [0])):
+        kernel = params[stack]["layers"]["mlp"]["wo"]["kernel"]
+        np.testing.assert_array_equal(
+            got[stack]["layers"]["mlp"]["wo"]["kernel"], kernel[np.asarray(layers)]
+        )
+    np.testing.assert_array_equal(
+        got["token_embedder"]["embedding"], params["token_embedder"]["embedding"]
+    )
+    narrow = dataclasses.replace(less, d_ff=16)
+    with pytest.raises(ValueError, match=r"mlp/wi_0/kernel is \[1, 16, 16\] in the student"):
+        student_params(teacher, params, narrow, shardings)
+    with pytest.raises(ValueError, match=r"the student has 2 layers, and the teacher only 1"):
+        student_params(Teacher(None, less, None, None), random_params(less), wide, shardings)
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
+    write_spiece(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    pieces = read_model((tmp_path / "spiece.model").read_bytes(), "it")
+    first, second = pieces.pieces[20], pieces.pieces[21]
+    first.piece, second.piece = second.piece, first.piece
+    theirs = SentencePieceTokenizer(pieces.SerializeToString(), 10)
+    source = dataclasses.replace(find(str(trained_run())), loaded_tokenizer=theirs)
+    teacher = Teacher(source, source.model, None, None)
+    with pytest.raises(ValueError, match=r"has another vocabulary: its id 20 is .*--data.vocabul"):
+        check_teacher(teacher, TINY.model, ours, TINY_SPEC)
+    same = dataclasses.replace(source, loaded_tokenizer=ours)
+    check_teacher(dataclasses.replace(teacher, source=same), TINY.model, ours, TINY_SPEC)
+    starts = dataclasses.replace(TINY.model, decoder_start_token_id=3)
+    with pytest.raises(ValueError, match=r"begins texts with the id 0, the student with 3; set"):
+        check_teacher(dataclasses.replace(teacher, source=same), starts, ours, TINY_SPEC)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 0.0, "teacher": "x"}, "distill.temperature is 0.0; it must be above 0"),
+        ({"weight": 0.0, "teacher": "x"}, r"distill.weight is 0.0; it must be in \(0, 1\]"),
+        ({"weight": 0.9}, "distill.weight is 0.9, but distill.teacher is empty"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(**fields)
+
+
+def test_a_teacher_of_another_kind_is_refused():
+    config = Config(model=GPT2, distill=DistillConfig(str(trained_run())))
+    with pytest.raises(ValueError, match=r"is an encoder-decoder, but the model is a decoder"):
+        program(config, sharding.make_mesh(MeshConfig()))
+
+
+def test_answers_become_a_task(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("distill", trained_run(), "capitals", "--task-files", TASK_FILE, "--max-tokens", 4)
+    status, out, err = run(capsys, *words)
+    assert (status, out) == (0, "capitals_distilled\n"), err
+    lines = (tmp_path / "tasks/capitals_distilled.train.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+    first = json.loads(lines[0])
+    assert first["inputs"].startswith("capitals: ")
+    answers = load(str(trained_run())).generate([first["inputs"]], max_tokens=4)
+    assert first["targets"] == answers[0]
+    held_out = (tmp_path / "tasks/capitals_distilled.validation.jsonl").read_text().splitlines()
+    row = json.loads(held_out[0])
+    assert row["targets"] == row["inputs"].removeprefix("capitals: ").upper()
+    # The task is found, and a student trains on it.
+    status, out, _ = run(capsys, "tasks", "show", "capitals_distilled", "--vocabulary", "bytes")
+    assert status == 0
+    assert first["inputs"] in out
+    # Again: nothing is answered twice.
+    assert run(capsys, *words)[0] == 0
+    assert len((tmp_path / "tasks/capitals_distilled.train.jsonl").read_text().splitlines()) == 40
+    assert "was begun otherwise" in fails(capsys, *words[:-1], 5)
+    assert "no task file registers" in fails(capsys, "distill", trained_run(), "capital")
