@@ -34,7 +34,7 @@ from t5jax.source import AdaptedSource, Source, find
 
 _STATISTICS_BYTES = 2 * 2**30  # Of all matrices whose statistics are summed in one pass.
 _PROMPTS, _NEW_TOKENS, _REPEATS = 32, 32, 3
-_NOTICEABLE = 1.05
+_NOTICEABLE = 1.1  # Times of one program differ by as much from run to run.
 
 
 def compress_model(
