@@ -15,6 +15,7 @@ from conformance.cases import LOGITS, pack, random_examples, random_params
 from conformance.families import VARIANTS, family_of
 from t5jax import batch as features
 from t5jax import sharding
+from t5jax.compress import report
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.hf import io as hf_io
 from t5jax.models import api
@@ -225,3 +226,23 @@ def test_statistics_fit_into_memory_part_by_part():
     parts = list(calibrate.parts([m for m, _ in sizes], "gptq", most))
     assert len(parts) > 2
     assert [m for part in parts for m in part] == [m for m, _ in sizes]
+
+
+def test_the_report_says_what_is_lost_and_that_there_is_no_gain():
+    comparison = {"difference": -1.5, "interval": [-2.0, -0.5], "verdict": "worse"}
+    result = {
+        "memory_bytes": (4_000_000, 1_000_000),
+        "disk_bytes": (4_000_000, 1_040_000),
+        "quality": {
+            "t": {"model": {"em": 90.0}, "comparisons": {"runs/x": {"em": comparison}}},
+        },
+        "examples_per_second": (10.0, 9.0),
+    }
+    assert list(report(result)) == [
+        "in memory, float32: 4.00 MB before, 1.00 MB after, 25.0%",
+        "on disk: 4.00 MB before, 1.04 MB after, 26.0%",
+        "t em: 90, against the uncompressed -1.5 [-2, -0.5], worse",
+        "speed here: 10.0 examples/s before, 9.0 after: no gain (0.90 times)",
+    ]
+    *_, speed = report(result | {"examples_per_second": (10.0, 15.0)})
+    assert speed.endswith("1.50 times as fast")
