@@ -67,20 +67,42 @@ def clean_registries(monkeypatch):
         found.add_provider(name, entry)
 
 
+_cpu = [0.0]
+
+
+def _cpu_seconds() -> float:
+    """Returns the CPU time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+def pytest_collection_finish():
+    _cpu[0] = _cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Adds the CPU time of a phase of a test: other programs beside the tests change it little."""
+    report, now = (yield), _cpu_seconds()
+    report.cpu, _cpu[0] = now - _cpu[0], now
+    return report
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says where the time went, file by file: pytest's own list is of single tests."""
     seconds = Counter()
     for report in itertools.chain(*terminalreporter.stats.values()):
-        if hasattr(report, "duration"):
-            seconds[report.nodeid.split("::")[0]] += report.duration
-    terminalreporter.section("slowest files")
-    for path, duration in seconds.most_common(10):
-        terminalreporter.write_line(f"{duration:.1f}s {path}")
+        if hasattr(report, "cpu"):
+            seconds[report.nodeid.split("::")[0]] += report.cpu
+    terminalreporter.section("CPU time of the slowest files")
+    for path, duration in seconds.most_common(15):
+        terminalreporter.write_line(f"{duration:6.1f}s {path}")
+    terminalreporter.write_line(f"{seconds.total():6.1f}s in all {len(seconds)} files")
 
 
 def pytest_collection_modifyitems(items):
     """Puts the files that take long first, so that no core is left alone with one at the end."""
     weight = Counter()
     for item in items:
-        weight[item.path] += 10 if item.get_closest_marker("slow") else 1
+        slow = item.get_closest_marker("slow")
+        weight[item.path] += slow.kwargs.get("seconds", 10) if slow else 1
     items.sort(key=lambda item: -weight[item.path])

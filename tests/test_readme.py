@@ -26,7 +26,7 @@ def quickstart_commands() -> str:
     return recipe.replace("./t5jax", "t5jax")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=90)
 @pytest.mark.usefixtures("clean_registries")
 def test_every_block_of_the_readme_runs(tmp_path):
     """In the order of the page, with `make quickstart` in full: later blocks use its run."""
