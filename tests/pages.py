@@ -29,6 +29,12 @@ INSTEAD = [
     # make fails here too if it has no such target.
     (r"make( [a-z-]+)?", "make --dry-run{0}", ".ci/run, and make quickstart below"),
     (r"(git clone|cd|(python -m )?pip install|python3? -m venv|source)\b.*", "true", ".ci/run"),
+    # With conftest.py's flags, which make compiling quick.
+    (
+        r"export JAX_PLATFORMS=cpu XLA_FLAGS=(\S+)",
+        'export XLA_FLAGS="$XLA_FLAGS {0}"',
+        "nothing: JAX reads the variable",
+    ),
     # The numbers it reaches are not asserted here, only that what follows finds its files.
     (
         r"(t5jax train quickstart(?!.*(?:--help|--print-config)).*)",
