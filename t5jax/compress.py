@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,7 @@ def compress_model(
     compressed = dataclasses.replace(source.model, kv_cache=kv_cache or source.model.kv_cache)
     matrices = chosen(source.model, scheme)
     check_installed()
+    _check_training(source, scheme)
     batches = _calibration(source, calibrate, num_calibration, task_files) if calibrate else []
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     description, floats = source.read("float32", mesh)
@@ -113,6 +115,20 @@ def compress_model(
             [str(source.path), output], tasks, task_files, given.get("split", "test")
         )
     return result
+
+
+def _check_training(source: Source, scheme: Scheme) -> None:
+    """Warns if a model that was trained on rounded matrices is rounded in another way."""
+    trained = source.config.quantize
+    given = {name: getattr(scheme, name) for name in ("weights", "group", "keep")}
+    other = {name: own for name, x in given.items() if (own := getattr(trained, name)) != x}
+    if trained.weights and other:
+        asked = ", ".join(f"quantize.{name} {value!r}" for name, value in other.items())
+        warnings.warn(
+            f"{source.path} was trained with {asked}, and is rounded in another way here; what it "
+            "learned of rounding is of little use then",
+            stacklevel=2,
+        )
 
 
 def _disk_bytes(folder: Path) -> int:

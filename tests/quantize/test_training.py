@@ -1,6 +1,7 @@
 """Quantization-aware training: what a run's step computes, and which configs it refuses."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from conformance.cases import random_batch
 from conformance.families import VARIANTS, family_of
 from t5jax import sharding
+from t5jax.compress import _check_training
 from t5jax.config import Config, DataConfig, LoraConfig, LossConfig, MeshConfig, QuantizeConfig
 from t5jax.losses import batch_loss
 from t5jax.program import program
 from t5jax.quantize.matrices import Scheme, dequantize_params, quantize_params
+from t5jax.source import Source
 
 MODEL = dataclasses.replace(VARIANTS["t5_tied"], **family_of(VARIANTS["t5_tied"]).even)
 
@@ -64,3 +67,11 @@ def test_configs_that_cannot_be():
         Config(adapter=LoraConfig(), quantize=QuantizeConfig("int8"))
     with pytest.raises(ValueError, match="keep has 'x', which matches no matrix"):
         run_of(weights="int8", keep=("x",))
+
+
+def test_a_model_that_is_rounded_in_another_way_than_in_training(recwarn):
+    config = Config(model=MODEL, quantize=QuantizeConfig("int4", group=4))
+    _check_training(Source(Path("run"), config), Scheme("int4", group=4))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="trained with quantize.group 4, and is rounded in anoth"):
+        _check_training(Source(Path("run"), config), Scheme("int4"))
