@@ -45,7 +45,6 @@ MANIFEST = "quantization.json"
 CONFIG_FILE = "t5jax_config.json"
 TOKENIZER_DIR = "tokenizer"
 FORMAT, VERSION = "t5jax-quantized", 1
-METHODS = ("rtn", "awq", "gptq")
 _PARTS = ("values", "scales", "input_scales")
 _MAX_FILE_BYTES = 5 * 10**9
 

@@ -4,7 +4,6 @@ Norms, biases and tables of relative positions stay as they are.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -241,15 +240,6 @@ def dequantize_params(params: api.Params, dtype: Any = jnp.float32) -> api.Param
         return x.dequantized(dtype) if isinstance(x, Quantized) else x
 
     return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, Quantized))
-
-
-def is_quantized(params: Any) -> bool:
-    """Returns whether there is a quantized matrix among parameters."""
-    return any(isinstance(x, Quantized) for x in _leaves(params))
-
-
-def _leaves(params: Any) -> Iterator[Any]:
-    yield from jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
 
 
 def num_bytes(params: Any) -> int:
