@@ -44,6 +44,7 @@ from tiny import (
     trained_run,
 )
 
+SHALLOW = dataclasses.replace(EVEN, num_encoder_layers=1, num_decoder_layers=1)
 SMALL = T5Config(
     vocab_size=384,
     d_model=8,
@@ -80,19 +81,19 @@ def test_the_loss_is_the_formula():
 def test_the_loss_of_a_batch_is_that_of_the_logits(monkeypatch, most):
     """In chunks too, with a teacher of another size; its gradient is the student's alone."""
     monkeypatch.setattr(losses, "_MAX_LOGITS_ELSEWHERE", most)
-    student = dataclasses.replace(EVEN, d_model=12, num_encoder_layers=1)
-    params, taught, batch = random_params(student), random_params(EVEN, 1), random_batch(EVEN)
+    student = dataclasses.replace(SHALLOW, d_model=12)
+    params, taught, batch = random_params(student), random_params(SHALLOW, 1), random_batch(EVEN)
     config = LossConfig()
 
     def ours(params):
-        by = losses.Teacher(EVEN, taught, HOW)
+        by = losses.Teacher(SHALLOW, taught, HOW)
         return losses.batch_loss(student, params, batch, config, teacher=by)[0]
 
     def by_hand(params):
         logits = api.logits(student, params, batch)
         weights = batch["decoder_loss_weights"]
         hard = losses.cross_entropy(logits, batch["decoder_target_tokens"], weights, config)[0]
-        soft = distillation(logits, api.logits(EVEN, taught, batch), weights, 3.0)
+        soft = distillation(logits, api.logits(SHALLOW, taught, batch), weights, 3.0)
         return 0.25 * hard + 0.75 * soft
 
     (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, by_hand))
@@ -106,7 +107,7 @@ def test_eight_devices_and_microbatches_learn_as_one(monkeypatch):
     monkeypatch.setattr("t5jax.distill.find", lambda name: find(str(trained_run())))
     monkeypatch.setattr(sharding, "make_mesh", _MAKE_MESH)
     base = Config(
-        model=dataclasses.replace(EVEN, vocab_size=384),
+        model=dataclasses.replace(SHALLOW, vocab_size=384),
         data=DataConfig(batch_size=8),
         optimizer=OptimizerConfig("adamw", learning_rate=1e-2, eps=1e-3),
         distill=HOW,
