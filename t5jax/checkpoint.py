@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from t5jax.checks import check_local
+from t5jax import storage
 from t5jax.config import AdapterConfig, Config, from_json, to_json
 from t5jax.train_state import TrainState
 
@@ -51,9 +51,10 @@ class Checkpoints:
         Raises:
           ValueError: if Orbax cannot write there, or the file with a checkpoint's loss is damaged.
         """
-        path = Path(run_dir).absolute() / CHECKPOINTS_DIR
+        run_dir = storage.path(run_dir)
+        path = run_dir.absolute() / CHECKPOINTS_DIR
         check_writable_name(path)
-        for checkpoint in _checkpoints(Path(run_dir)):
+        for checkpoint in _checkpoints(run_dir):
             _validation_loss(checkpoint)  # Orbax reads them too, with errors that name no file.
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
@@ -193,12 +194,18 @@ def _first_line(error: BaseException) -> str:
 # --- Finding ------------------------------------------------------------------------------------
 
 
+_COMMITTED = "commit_success.txt"  # As Orbax names it.
+
+
 def is_run(path: Path) -> bool:
     return (path / CHECKPOINTS_DIR).is_dir()
 
 
 def is_checkpoint(path: Path) -> bool:
-    return path.parent.name == CHECKPOINTS_DIR and path.name.isdigit() and path.is_dir()
+    if path.parent.name != CHECKPOINTS_DIR or not path.name.isdigit():
+        return False
+    # In a bucket nothing is renamed: it has its name from the start, and this file at the end.
+    return (path / _COMMITTED).is_file() if storage.is_remote(path) else path.is_dir()
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
@@ -235,7 +242,7 @@ def best_loss(run_dir: str | Path) -> float:
     Raises:
       ValueError: if the run has no checkpoint, or none that was evaluated.
     """
-    loss = _validation_loss(best_checkpoint(Path(run_dir)))
+    loss = _validation_loss(best_checkpoint(storage.path(run_dir)))
     if loss == math.inf:
         raise ValueError(
             f"{run_dir} has no validation loss; train with eval.every above 0, or measure it with "
@@ -355,19 +362,36 @@ def create_run_dir(run_dir: str | Path) -> Path:
     Raises:
       ValueError: if it cannot be written.
     """
-    check_local(run_dir, "the run's folder")
-    run_dir = Path(run_dir).expanduser()
+    run_dir = storage.path(run_dir, "the run's folder")
     check_writable_name(run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if storage.is_remote(run_dir):
+            _check_bucket(run_dir)
+        else:
+            run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{socket.gethostname()}-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        storage.write_file(probe, b"")
+        storage.remove(probe)
     except OSError as error:
         raise ValueError(
             f"run folder {run_dir} cannot be written ({error.strerror}); choose another"
         ) from None
     return run_dir
+
+
+def _check_bucket(run_dir: Path) -> None:
+    """Raises ValueError if Orbax could not ask what it asks of a bucket before it deletes."""
+    from google.cloud import storage as google_storage
+
+    try:
+        google_storage.Client().get_bucket(run_dir.parts[2])
+    except Exception as error:
+        raise ValueError(
+            f"run folder {run_dir}: the properties of its bucket cannot be read "
+            f"({_first_line(error)}), which Orbax asks for before it deletes a checkpoint; grant "
+            "this account Storage Legacy Bucket Reader on the bucket, and name a project: export "
+            "GOOGLE_CLOUD_PROJECT=NAME"
+        ) from error
 
 
 def check_writable_name(path: Path) -> None:
@@ -387,7 +411,7 @@ def check_writable_name(path: Path) -> None:
 
 
 def write_config(run_dir: Path, config: Config) -> None:
-    (run_dir / CONFIG_FILE).write_text(to_json(config))
+    storage.write_file(run_dir / CONFIG_FILE, to_json(config).encode())
 
 
 def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 import sysconfig
 import traceback
 from collections.abc import Iterable
@@ -56,17 +55,6 @@ def check_positive(value: float, name: str) -> None:
     """Raises ValueError if a number is not greater than 0."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be above 0")
-
-
-def check_local(path: Any, name: str) -> None:
-    """Raises ValueError for a URL, of which Python would make a folder in the working folder."""
-    if not str(path):
-        raise ValueError(f"{name} is empty; expected a path")
-    if re.match(r"[a-z][a-z0-9+.-]*:/", str(path)):  # A Path has lost one of the slashes.
-        raise ValueError(
-            f"{name} is {path}; expected one of a file system: mount the bucket (gcsfuse), or take "
-            "a local disk"
-        )
 
 
 def match_paths(patterns: Iterable[str], paths: Iterable[str], option: str) -> frozenset[str]:

@@ -117,7 +117,12 @@ def main(args: Sequence[str] | None = None) -> int:
             _leave_others(str(error), error)
             raise
         return _fail(str(error))
-    except Exception as error:  # A fault of ours, which ends in a traceback.
+    except Exception as error:
+        from t5jax import storage
+
+        if (text := storage.describe_error(error)) and not os.environ.get("T5JAX_TRACEBACK"):
+            return _fail(text)
+        # A fault of ours, which ends in a traceback.
         _leave_others(f"{type(error).__name__}: {error}", error)
         raise
 

@@ -26,6 +26,8 @@ def keep_programs() -> None:
         if jax.default_backend() == "cpu":  # Its programs are for one kind of processor.
             folder /= _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    elif storage.is_remote(jax.config.jax_compilation_cache_dir):
+        storage.path(jax.config.jax_compilation_cache_dir, "JAX_COMPILATION_CACHE_DIR")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -12,7 +12,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from t5jax import sharding
+from t5jax import sharding, storage
 from t5jax.checks import check_at_least
 from t5jax.config import Config, MeshConfig, override
 from t5jax.decoding import GenerationOptions
@@ -83,7 +83,8 @@ def compress_model(
             f"{source.path} has a soft prompt, for which the folder of a compressed model has no "
             "place; compress the model that the prompt was trained for"
         )
-    files.check_new(Path(output))
+    folder = storage.path(output, "the folder to write")
+    files.check_new(folder)
     calibration.check_method(method, scheme, calibrate)
     check_at_least(num_calibration, 1, "num_calibration (--num-calibration)")
     compressed = dataclasses.replace(source.model, kv_cache=kv_cache or source.model.kv_cache)
@@ -95,7 +96,7 @@ def compress_model(
     description, floats = source.read("float32", mesh)
     params = _quantize(description, floats, matrices, scheme, method, batches)
     files.save(
-        Path(output),
+        folder,
         dataclasses.replace(source.config, model=compressed, adapter=None),
         params,
         scheme,
@@ -106,7 +107,7 @@ def compress_model(
     )
     result: dict[str, Any] = {
         "memory_bytes": (num_bytes(floats), num_bytes(params)),
-        "disk_bytes": (_disk_bytes(source.path) or num_bytes(floats), _disk_bytes(Path(output))),
+        "disk_bytes": (_disk_bytes(source.path) or num_bytes(floats), _disk_bytes(folder)),
     }
     if tasks:
         given: dict[str, Any] = {"show": False, "task_files": task_files} | evaluation

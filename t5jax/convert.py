@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from t5jax import checkpoint, sharding
+from t5jax import checkpoint, sharding, storage
 from t5jax.architectures import Architecture, Dtype
 from t5jax.config import MeshConfig
 from t5jax.hf import ctranslate2
@@ -79,12 +79,15 @@ def export_model(
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
-        check_destination(Path(output), overwrite)
-        parent = Path(output).absolute().parent
+        folder = storage.path(output, "the folder to write")
+        check_destination(folder, overwrite)
+        parent = storage.cache_dir() if storage.is_remote(folder) else folder.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as made:
             floats = f"{made}/model"
             export_model(source, floats, dtype=dtype, format="huggingface", dequantize=dequantize)
-            ctranslate2.convert(Path(made, "model"), Path(output), quantization, overwrite=True)
+            with storage.new_folder(folder, "model.bin") as partial:
+                ctranslate2.convert(Path(made, "model"), partial, quantization, overwrite=True)
         return
     if quantization:
         raise ValueError(
@@ -143,7 +146,7 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
     Raises:
       ValueError: if the output already is a run, or cannot be written.
     """
-    if checkpoint.is_run(Path(output)):
+    if checkpoint.is_run(storage.path(output, "the run's folder")):
         raise ValueError(f"{output} holds a run already; choose another folder")
     source = find(model)
     if source.is_quantized:
@@ -158,8 +161,9 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
     config = dataclasses.replace(
         source.config, model=description, run_dir=output, optimizer=optimizer
     )
-    source.tokenizer().save(run_dir / checkpoint.TOKENIZER_DIR)
-    hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
-    checkpoint.write_config(run_dir, config)
+    with storage.staged(run_dir, folder=True, fetch=lambda _: False) as reports:
+        source.tokenizer().save(reports.path / checkpoint.TOKENIZER_DIR)
+        hf_io.save_generation(reports.path / checkpoint.TOKENIZER_DIR, source.generation())
+        checkpoint.write_config(reports.path, config)
     with checkpoint.Checkpoints(run_dir) as checkpoints:
         checkpoints.save_params(params, config)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5jax import storage
 from t5jax.rendezvous import Rendezvous
 
 TIMEOUT = "T5JAX_HOST_TIMEOUT"
@@ -236,11 +237,11 @@ def check_shared(folder: Path) -> None:
     token = np.asarray(multihost_utils.broadcast_one_to_all(token))
     probe = folder / f".shared-{token.tobytes().hex()}"
     if is_main():
-        probe.touch()
+        storage.write_file(probe, b"")
     multihost_utils.sync_global_devices("the probe is written")
     seen = np.asarray(multihost_utils.process_allgather(np.array(probe.exists())))
     if is_main():
-        probe.unlink()
+        storage.remove(probe)
     if missing := [f"{i}{_host(i)}" for i, sees in enumerate(seen) if not sees]:
         raise ValueError(
             f"{folder} is another folder for process{'es' if len(missing) > 1 else ''} "

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from t5jax import storage
 from t5jax.checks import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -42,6 +43,10 @@ def list_files(kind: str) -> dict[str, Path]:
     return files
 
 
+def _modules(names: list[str]) -> list[str]:
+    return [name for name in names if "/" not in name and name.endswith(".py")]
+
+
 def find(kind: str, name_or_path: str) -> Path:
     """Returns the file that a name or path refers to.
 
@@ -49,6 +54,10 @@ def find(kind: str, name_or_path: str) -> Path:
       ValueError: if there is none, with the known names.
     """
     if name_or_path.endswith(".py"):
+        if storage.is_remote(name_or_path):
+            # With what lies beside it, which it may import.
+            path = storage.path(name_or_path)
+            return storage.local(path.parent, _modules, "Python file") / path.name
         if not Path(name_or_path).is_file():
             raise ValueError(f"there is no file {name_or_path}; give a path that exists, or a name")
         return Path(name_or_path).resolve()

@@ -10,7 +10,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from t5jax import checkpoint, sharding
+from t5jax import checkpoint, sharding, storage
 from t5jax.adapters import digest, lora, prompt
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
@@ -33,6 +33,13 @@ class Source:
     """The config of the run; for a Hugging Face folder, its model with defaults."""
     loaded_tokenizer: Tokenizer | None = dataclasses.field(default=None, compare=False, repr=False)
     """The tokenizer, if it has been loaded."""
+    origin: Path | None = None
+    """In a bucket: the folder that `path` is a copy of."""
+
+    @property
+    def place(self) -> Path:
+        """Where the model is for all machines."""
+        return self.origin or self.path
 
     @property
     def is_checkpoint(self) -> bool:
@@ -66,7 +73,11 @@ class Source:
         run_dir = self.path.parent.parent
         if self.is_quantized:
             return self.path / quantized_files.TOKENIZER_DIR
-        return run_dir / checkpoint.TOKENIZER_DIR if self.is_checkpoint else self.path
+        if not self.is_checkpoint:
+            return self.path
+        # A run without a tokenizer has no such folder.
+        folder = run_dir / checkpoint.TOKENIZER_DIR
+        return storage.local(folder) if folder.is_dir() else folder
 
     def rules(
         self,
@@ -296,7 +307,7 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
       ValueError: if there is no such model, or its family is unknown.
     """
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
-    path = Path(name_or_path).expanduser()
+    path = storage.path(name_or_path, "the model")
     if checkpoint.is_run(path):
         path = checkpoint.best_checkpoint(path)
     if checkpoint.is_checkpoint(path):
@@ -304,8 +315,10 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         if config.adapter is None:
             return Source(path, config, tokenizer)
         return AdaptedSource(path, config, tokenizer, base=_base_of(path, config))
+    origin = path if storage.is_remote(path) else None
     if quantized_files.is_quantized(path):
-        return Source(path, quantized_files.read_config(path), tokenizer)
+        path = storage.local(path)
+        return Source(path, quantized_files.read_config(path), tokenizer, origin)
     if path.is_dir() and t5x_files.is_checkpoint(path):
         raise ValueError(
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
@@ -318,7 +331,7 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         # If there is none, or it is damaged, `Source.tokenizer` will say so.
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
-    return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer)
+    return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer, origin)
 
 
 def _peft_adapter(path: Path, tokenizer: Tokenizer | None, vocabulary: str) -> AdaptedSource:
@@ -357,7 +370,7 @@ def read_adapters(
     """
     flat, found = _flatten(params), []
     for name, given in adapters.items():
-        path = Path(given).expanduser()
+        path = storage.path(given, f"adapter {name}")
         if checkpoint.is_run(path):
             path = checkpoint.best_checkpoint(path)
         config = Config(model=base.model)

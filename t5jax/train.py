@@ -17,7 +17,7 @@ import flax.traverse_util
 import jax
 from rich.console import Console
 
-from t5jax import checkpoint, distributed, sharding
+from t5jax import checkpoint, distributed, sharding, storage
 from t5jax.adapters import digest
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
@@ -39,6 +39,10 @@ from t5jax.train_state import evaluated_params, split
 
 # Schedules that depend on train.steps.
 FALLING = {"cosine", "linear", "wsd"}
+
+
+# What every start of a run adds to.
+_GROWING = (log.METRICS_FILE, environment.ENVIRONMENT_FILE)
 
 
 class NonFiniteLoss(ValueError):
@@ -63,11 +67,27 @@ def train(
         with another model or other data; NonFiniteLoss if training diverges, in which case the last
         good checkpoint is kept.
     """
+    run_dir = checkpoint.create_run_dir(config.run_dir)
+    with storage.staged(
+        run_dir, folder=True, fetch=_GROWING.__contains__, writes=distributed.is_main()
+    ) as reports:
+        _train(config, run_dir, reports, compiled)
+    return run_dir
+
+
+def _train(config: Config, run_dir: Path, reports: storage.Staged, compiled: str | None) -> None:
+    """Trains, as `train` does.
+
+    Args:
+      config: the config.
+      run_dir: the run's folder, from which checkpoints are read and into which they are written.
+      reports: where all else is written that the run leaves there.
+      compiled: see `train`.
+    """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
     goodput = Goodput()
     # --- Where the run stands, and what its model comes from ---
-    run_dir = checkpoint.create_run_dir(config.run_dir)
     distributed.check_same(to_json(config), "the config", "start the same command on every host")
     distributed.check_shared(run_dir)
     last = checkpoint.latest_checkpoint(run_dir)
@@ -96,7 +116,7 @@ def train(
         is_counted = config.train.epochs in (None, saved.train.epochs)
         if is_counted and (reason := loop.is_over(int(last.name), config)):
             say(f"nothing to do in {run_dir}: {reason}")
-            return _finish(run_dir, loop, config)
+            return _finish(run_dir, reports, loop, config)
 
     # --- The program: what cannot work is said before a cache is written ---
     mesh = sharding.make_mesh(config.mesh)
@@ -124,7 +144,7 @@ def train(
         config = _with_steps(config, before + epoch.total_steps)
         if last and (reason := loop.is_over(int(last.name), config)):
             say(f"nothing to do in {run_dir}: {reason}")
-            return _finish(run_dir, loop, config)
+            return _finish(run_dir, reports, loop, config)
         run = program(dataclasses.replace(config, axes=rules), mesh)
     if compiled:
         run = load_step(compiled, run, dataclasses.replace(config, axes=rules), iterator.spec)
@@ -166,7 +186,7 @@ def train(
                 state = run.create(jax.random.key(config.train.seed))
             if source:
                 how = ", dequantized" if source.is_quantized and not base else ""
-                say(f"parameters from {source.path}{how}")
+                say(f"parameters from {source.place}{how}")
             if source and not base:
                 new = _new_params(source, run.model, state.params)
                 state = None  # Never two copies on the devices.
@@ -182,15 +202,17 @@ def train(
             if last:
                 digest.check(digests, checkpoint.read_base(last), str(run_dir), str(base.path))
         if distributed.is_main():
-            log.truncate_metrics(run_dir, start)
-            checkpoint.write_config(run_dir, config)
-            environment.record(run_dir, list(run.mesh.devices.flat))
-            tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
+            log.truncate_metrics(reports.path, start)
+            checkpoint.write_config(reports.path, config)
+            environment.record(reports.path, list(run.mesh.devices.flat))
+            tokenizer.save(reports.path / checkpoint.TOKENIZER_DIR)
             if source:
-                hf_io.save_generation(run_dir / checkpoint.TOKENIZER_DIR, source.generation())
+                generation = source.generation()
+                hf_io.save_generation(reports.path / checkpoint.TOKENIZER_DIR, generation)
+            reports.sync()
         taught = ()
         if run.teacher:
-            say(f"learning from {run.teacher.source.path}")
+            say(f"learning from {run.teacher.source.place}")
             taught = (run.teacher.params(),)
             if config.distill.init_layers and not last:
                 state = None
@@ -211,14 +233,19 @@ def train(
             positions=progress.count_positions(batch_shapes),
             peak_share=peak_share(run.model, batch_shapes, run.mesh.devices.flat),
         )
-        trace = profile.Trace(run_dir, config.train.profile, start, config.train.steps)
+        trace = profile.Trace(
+            reports.path, config.train.profile, start, config.train.steps, run_dir
+        )
         bar = progress.ProgressBar(config.train.steps, start, quiet=not distributed.is_main())
-        with bar, contextlib.closing(log.make_writer(run_dir, distributed.is_main())) as writer:
-            reports = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
+        with (
+            bar,
+            contextlib.closing(log.make_writer(reports.path, distributed.is_main())) as writer,
+        ):
+            steps = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
             batches = Prefetch(iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
             for step in itertools.count(start + 1):
                 batch, num_tokens, position = next(batches)
-                trace.before(step, reports.flush)
+                trace.before(step, steps.flush)
                 # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
                     state, metrics = run.step(state, batch, *taught)
@@ -226,14 +253,14 @@ def train(
                 done = step == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
                 failure = None if done else batches.try_fetch()  # While the devices work.
-                reports.add(step, metrics, num_tokens)
-                if traced := trace.after(step, reports.flush):
+                steps.add(step, metrics, num_tokens)
+                if traced := trace.after(step, steps.flush):
                     bar.print(traced)
 
                 evaluates = not failure and eval_sets and (done or step % config.eval.every == 0)
                 if evaluates or done or failure or step % config.checkpoint.every == 0:
-                    reports.flush()  # Raises before a state that is not finite could be saved.
-                    loop.iterator, loop.sums = position, reports.sums
+                    steps.flush()  # Raises before a state that is not finite could be saved.
+                    loop.iterator, loop.sums = position, steps.sums
                     with throughput.pause():
                         loss = None
                         if evaluates:
@@ -258,6 +285,9 @@ def train(
                                     bar.print(f"stopping at step {step}: {loop.reason()}")
                                     done = True
                         with goodput.spend("checkpoint"):
+                            # A run that goes on from here has the metrics until here.
+                            writer.flush()
+                            reports.sync()
                             plain = dataclasses.asdict(loop)
                             checkpoints.save(step, run.saved(state), plain, config, loss, digests)
                             if done:
@@ -271,7 +301,7 @@ def train(
                     say(describe(seconds))
                     break
 
-    return _finish(run_dir, loop, config)
+    _finish(run_dir, reports, loop, config)
 
 
 _UNKNOWN_STEPS = 10**9
@@ -331,15 +361,14 @@ def _say_how_the_rate_falls(saved: Config, config: Config) -> None:
         )
 
 
-def _finish(run_dir: Path, loop: "LoopState", config: Config) -> Path:
+def _finish(run_dir: Path, reports: storage.Staged, loop: "LoopState", config: Config) -> None:
     if loop.best_step:
         # The checkpoint that export and init.model take.
         loss, best = checkpoint.best_loss(run_dir), checkpoint.best_checkpoint(run_dir)
         say(f"best {config.eval.split} loss {loss:.4f} at step {best.name}")
     if distributed.is_main():
-        plot.plot_losses(run_dir, run_dir / "loss.png")
+        plot.plot_losses(reports.path, reports.path / "loss.png")
     say(f"done: {run_dir} (loss.png shows the losses)")
-    return run_dir
 
 
 # --- Pieces of the loop --------------------------------------------------------------------------

@@ -67,6 +67,14 @@ def clean_registries(monkeypatch):
         found.add_provider(name, entry)
 
 
+@pytest.fixture
+def bucket(monkeypatch, tmp_path_factory):
+    """An empty gs://bucket on this machine, with an empty cache; see `gcs.Bucket`."""
+    import gcs
+
+    yield from gcs.served(monkeypatch, tmp_path_factory.mktemp("cache"))
+
+
 _cpu = [0.0]
 
 

@@ -15,7 +15,7 @@ from t5jax import checkpoint
 from t5jax.architectures import T5Config
 from t5jax.checkpoint import Checkpoints, best_checkpoint, best_loss, latest_checkpoint
 from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
-from t5jax.hf.files import check_destination
+from t5jax.convert import export_model
 from t5jax.train_state import TrainState
 
 CONFIG = Config(model=T5Config(d_model=16))
@@ -279,14 +279,14 @@ def test_folder_that_cannot_be_written(place, tmp_path):
         checkpoint.create_run_dir(tmp_path / place)  # An absolute place stays what it is.
 
 
-@pytest.mark.parametrize("place", ["gs://bucket/run", Path("s3://bucket/run")])
-def test_a_bucket_is_no_folder_here(place, tmp_path, monkeypatch):
-    """Path("gs://bucket") would be a folder "gs:" of a disk that may not outlive the machine."""
+def test_a_store_of_another_kind_is_no_folder_here(tmp_path, monkeypatch):
+    """Path("s3://bucket") would be a folder "s3:" of a disk that may not outlive the machine."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"the run's folder is .*; expected one of a file system"):
-        checkpoint.create_run_dir(place)
-    with pytest.raises(ValueError, match=r"the folder to write is .*; expected one of a file sys"):
-        check_destination(Path(place), overwrite=False)
+    for place in ("s3://bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(ValueError, match=r"the run's folder is .*; expected a path of this ma"):
+            checkpoint.create_run_dir(place)
+    with pytest.raises(ValueError, match=r"the folder to write is .*; expected a path of this ma"):
+        export_model("model", "s3://bucket/out", format="ctranslate2")
     with pytest.raises(ValueError, match="the run's folder is empty; expected a path"):
         checkpoint.create_run_dir("")
     assert list(tmp_path.iterdir()) == []

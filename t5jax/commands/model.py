@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from t5jax import storage
 from t5jax.commands.parse import check_options, fields, model_first, parse
 from t5jax.config import MeshConfig
 from t5jax.storage import split_lines, to_json
@@ -129,8 +130,9 @@ class Embed:
 def embed(args: list[str]) -> None:
     options = parse(Embed, model_first(args), prog="t5jax embed", positional=True)
     check_options(options, 1, "batch_size")
-    output = options.output
-    if output and (output.suffix != ".npy" or not output.parent.is_dir()):
+    output = options.output and storage.path(options.output, "--output")
+    is_there = output and (storage.is_remote(output) or output.parent.is_dir())
+    if output and (output.suffix != ".npy" or not is_there):
         raise ValueError(
             f"--output {output}: expected a file that ends in .npy, in a folder that exists"
         )
@@ -149,7 +151,8 @@ def embed(args: list[str]) -> None:
         batch_size=options.batch_size,
     )
     if output:
-        np.save(output, vectors)
+        with storage.staged(output) as place:
+            np.save(place.path, vectors)
         print(f"wrote {output}: {len(vectors)} x {vectors.shape[1]}", file=sys.stderr)
         return
     for vector in vectors:

@@ -5,9 +5,9 @@ import inspect
 import json
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from t5jax import storage
 from t5jax.commands.parse import check_options, parse
 from t5jax.commands.train import known_configs, load_config_file, with_sections
 from t5jax.config import Config
@@ -177,7 +177,7 @@ def _plan(config: Config, topology: "Topology", spec: "BatchSpec", options: Plan
     if options.save and compiled:
         from t5jax.plan.compiled import save
 
-        save(Path(options.save), compiled, config, spec, topology.devices)
+        save(storage.path(options.save, "--save"), compiled, config, spec, topology.devices)
         _say(f"{options.save}: the compiled step; t5jax train ... --compiled {options.save}")
     return 0
 

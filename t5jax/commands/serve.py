@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from t5jax import storage
 from t5jax.commands.parse import check_options, parse, take_models
 from t5jax.config import MeshConfig
 
@@ -190,7 +191,7 @@ def _models(args: list[str]) -> tuple[dict[str, str], list[str]]:
     for word in given:
         name, equals, model = word.partition("=")
         if not equals:
-            path = Path(word).expanduser()
+            path = storage.path(word, "--model")
             name, model = (path.resolve().name if path.exists() else word), word
         if not name or not model:
             raise ValueError(f"--model {word}: expected MODEL or NAME=MODEL")
@@ -219,7 +220,8 @@ def read_keys(file: Path) -> tuple[str, ...]:
       ValueError: if there is none, or one is too short to be safe.
     """
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
+        text = storage.local(storage.path(file, "--api-key-file")).read_text()
+        lines = [line.strip() for line in text.splitlines()]
     except OSError as error:
         raise ValueError(f"--api-key-file {file}: {error.strerror}") from None
     keys = [line for line in lines if line and not line.startswith("#")]

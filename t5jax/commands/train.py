@@ -3,8 +3,8 @@
 import dataclasses
 import inspect
 import traceback
-from pathlib import Path
 
+from t5jax import storage
 from t5jax.commands.parse import parse, take_option
 
 
@@ -68,7 +68,8 @@ def load_config_file(name_or_path: str):
 
     if name_or_path.endswith(".json"):
         try:
-            return from_json(Path(name_or_path).read_text(encoding="utf-8"))
+            path = storage.local(storage.path(name_or_path, "config"))
+            return from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"config {name_or_path} cannot be read: {error.strerror}") from error
         except ValueError as error:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from t5jax.checks import check_local
+from t5jax import storage
 from t5jax.commands.parse import check_options, parse, run_group
 
 USAGE = """\
@@ -49,7 +49,7 @@ class Train:
 def train(args: list[str]) -> None:
     """Trains a vocabulary and reports how it tokenizes."""
     options = parse(Train, args, prog="t5jax vocab train", positional=True)
-    check_local(options.output, "--output")
+    output = storage.path(options.output, "--output")
     if options.output.suffix != ".model":
         raise ValueError(f"--output is {options.output}; expected a file ending in .model")
     check_options(options, 1, "size", "max_lines")
@@ -60,11 +60,12 @@ def train(args: list[str]) -> None:
 
     load_tasks(options.task_files)
     lines = sample(read_lines(options.texts, options.split), options.max_lines)
-    path = train_sentencepiece(lines, options.size, options.output, model_type=options.type)
-    tokenizer = load_tokenizer(path)
+    with storage.staged(output) as place:
+        path = train_sentencepiece(lines, options.size, place.path, model_type=options.type)
+        tokenizer = load_tokenizer(path)
     score = measure(tokenizer, sample(lines, 10_000))
     print(f"{tokenizer}, trained on {len(lines):,} lines")
     print(f"{score.characters_per_token:.2f} characters per token")
     print(f"{score.unknown:.3%} of tokens are unknown")
     print(f"{score.unchanged:.2%} of lines are restored exactly, up to NFKC and white space")
-    print(f"wrote {path}; use it with --data.vocabulary {path}", file=sys.stderr)
+    print(f"wrote {output}; use it with --data.vocabulary {output}", file=sys.stderr)

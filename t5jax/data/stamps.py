@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from t5jax import storage
+
 _log = logging.getLogger(__name__)
 
 
@@ -79,6 +81,8 @@ def _stamp(path: str, with_content: bool = False) -> dict:
         if "://" in path:
             import fsspec
 
+            if storage.is_remote(path):
+                storage.path(path)  # Says what is wrong with a bucket.
             filesystem, name = fsspec.core.url_to_fs(path)
             return {"path": path, "key": str(filesystem.ukey(name))}
         stat = os.stat(path)

@@ -5,9 +5,9 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+from t5jax import storage
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation import predictions
 from t5jax.evaluation.scores import Answers, postprocess, score
@@ -37,17 +37,17 @@ def find(given: str) -> Baseline:
     Raises:
       ValueError: if a JSON file cannot be read, or holds no scores.
     """
-    path = Path(given).expanduser()
     if given == MAJORITY:
         return Baseline(given, "majority")
     if given == COPY:
         return Baseline(given, "copy")
+    path = storage.path(given, "--baseline")
     if predictions.is_folder(path):
         return Baseline(given, "folder")
     if path.suffix != ".json":
         return Baseline(given, "model")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(storage.local(path).read_text(encoding="utf-8"))
         scores = {task: dict(row.get("model", row).items()) for task, row in found.items()}
         numbers = {task: row.get("num_examples") for task, row in found.items()}
     except OSError as error:
@@ -89,7 +89,7 @@ def earlier_answers(baseline: Baseline, eval_set: EvalSet) -> Answers:
     Raises:
       ValueError: if there are none, or those to other examples, naming the first.
     """
-    rows = predictions.read_rows(Path(baseline.name).expanduser(), eval_set.task)
+    rows = predictions.read_rows(storage.path(baseline.name), eval_set.task)
     if len(rows) != len(eval_set.examples):
         raise ValueError(
             f"--baseline {baseline.name} has {len(rows):,} predictions of the task "

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from t5jax import storage
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation.scores import Answer
 from t5jax.storage import split_lines, to_json, write_file
@@ -168,7 +169,8 @@ def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
             f"{path} has no predictions of the task {task}; it has {known}; evaluate the baseline "
             "on the same tasks"
         )
-    return [_read_row(line, file) for line in split_lines(file.read_text(encoding="utf-8"))]
+    text = storage.local(file).read_text(encoding="utf-8")
+    return [_read_row(line, file) for line in split_lines(text)]
 
 
 def _file(path: Path, task: str) -> Path:

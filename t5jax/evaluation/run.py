@@ -1,5 +1,6 @@
 """`t5jax eval`: a model and its baselines on tasks, from their names to tables and files."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -10,9 +11,9 @@ from typing import Any
 
 import jax
 
-from t5jax import metrics, sharding
+from t5jax import metrics, sharding, storage
 from t5jax.architectures import Dtype
-from t5jax.checks import check_at_least, check_local, did_you_mean
+from t5jax.checks import check_at_least, did_you_mean
 from t5jax.config import AxisRules, Config, MeshConfig, override
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation import baselines as compared
@@ -95,11 +96,11 @@ def evaluate_model(
       ValueError: if the model, a task, a metric or a baseline cannot be found or read, or the
         task's postprocessing or metrics fail.
     """
-    for name, file in {"--json": json, "--html": html, "--output": output}.items():
-        if file:
-            check_local(file, name)
-        if file and name != "--output" and not file.parent.is_dir():
-            raise ValueError(f"{name} {file}: there is no folder {file.parent}; make it first")
+    json, html = (
+        file and _place(file, name) for name, file in {"--json": json, "--html": html}.items()
+    )
+    where = storage.path(output, "--output") if output else None
+    writes = jax.process_index() == 0
     check_at_least(resamples, 0, "--resamples")
     check_at_least(shots, 0, "--shots")
     given = compared.check_names(list(baseline))
@@ -118,59 +119,71 @@ def evaluate_model(
         max_tokens=max_tokens,
     )
     devices = _Devices(mesh, rules, batch_size, dtype)
-    found = _ask(source, asked, devices, output, given)
-    eval_sets = {name: eval_set for name, (eval_set, _) in found.items()}
-    answers = {name: Answers.of(*each) for name, each in found.items()}
-    # Others are asked for the same, whatever they were trained on.
-    data = _config(source, asked).data
-    asked = dataclasses.replace(
-        asked,
-        tasks=asked.tasks or tuple(_names_of_run(source)),
-        inputs_length=data.inputs_length,
-        max_tokens=data.targets_length,
-    )
-    of_models = {}
-    for name, other in others.items():
-        folder = output / "baselines" / name.strip("/").replace("/", "_") if output else None
-        of_models[name] = _answers_of_other(name, other, asked, devices, folder, eval_sets)
-    results, columns, is_first = {}, {}, jax.process_index() == 0
-    for task, eval_set in eval_sets.items():
-        systems: dict[str, Answers | None] = {}
-        for b in given:
-            if b.kind == "folder":
-                systems[b.name] = compared.earlier_answers(b, eval_set)
-            elif b.kind == "model":
-                systems[b.name] = of_models[b.name][task]
-            elif b.kind != "scores":
-                systems[b.name] = compared.trivial_answers(b.kind, eval_set, answers[task])
-        there = {name: each for name, each in systems.items() if each is not None}
-        files = [b for b in given if b.kind == "scores"]
-        results[task] = _result(eval_set, answers[task], there, files, resamples, seed)
-        columns[task] = there
-        if num_samples and is_first and (texts := answers[task].texts):
-            samples = eval_set.samples(texts, num_samples)
-            tables.print_table(tables.samples_table(*samples, title=task))
-    if show and is_first:
-        tables.print_table(tables.results_table(results), sys.stdout)
-        if resamples and any(each["comparisons"] for each in results.values()):
-            tables.print_note(tables.LEGEND, sys.stdout)
-    if is_first:
-        text = to_json(results, indent=2) + "\n"
-        if json:
-            json.write_text(text, encoding="utf-8")
-        if output or html:
-            shown = page.render(
-                str(model) if isinstance(model, str) else str(source.path),
-                split,
-                results,
-                {task: (eval_sets[task], answers[task], columns[task]) for task in results},
-            )
-        if html:
-            html.write_text(shown, encoding="utf-8")
-        if output:
-            (output / "scores.json").write_text(text, encoding="utf-8")
-            (output / "report.html").write_text(shown, encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        if where:
+            place = storage.staged(where, folder=True, writes=writes)
+            output = stack.enter_context(place).path
+        found = _ask(source, asked, devices, output, given)
+        eval_sets = {name: eval_set for name, (eval_set, _) in found.items()}
+        answers = {name: Answers.of(*each) for name, each in found.items()}
+        # Others are asked for the same, whatever they were trained on.
+        data = _config(source, asked).data
+        asked = dataclasses.replace(
+            asked,
+            tasks=asked.tasks or tuple(_names_of_run(source)),
+            inputs_length=data.inputs_length,
+            max_tokens=data.targets_length,
+        )
+        of_models = {}
+        for name, other in others.items():
+            folder = output / "baselines" / name.strip("/").replace("/", "_") if output else None
+            of_models[name] = _answers_of_other(name, other, asked, devices, folder, eval_sets)
+        results, columns = {}, {}
+        for task, eval_set in eval_sets.items():
+            systems: dict[str, Answers | None] = {}
+            for b in given:
+                if b.kind == "folder":
+                    systems[b.name] = compared.earlier_answers(b, eval_set)
+                elif b.kind == "model":
+                    systems[b.name] = of_models[b.name][task]
+                elif b.kind != "scores":
+                    systems[b.name] = compared.trivial_answers(b.kind, eval_set, answers[task])
+            there = {name: each for name, each in systems.items() if each is not None}
+            files = [b for b in given if b.kind == "scores"]
+            results[task] = _result(eval_set, answers[task], there, files, resamples, seed)
+            columns[task] = there
+            if num_samples and writes and (texts := answers[task].texts):
+                samples = eval_set.samples(texts, num_samples)
+                tables.print_table(tables.samples_table(*samples, title=task))
+        if show and writes:
+            tables.print_table(tables.results_table(results), sys.stdout)
+            if resamples and any(each["comparisons"] for each in results.values()):
+                tables.print_note(tables.LEGEND, sys.stdout)
+        if writes:
+            text = to_json(results, indent=2) + "\n"
+            if json:
+                storage.write_file(json, text.encode())
+            if output or html:
+                shown = page.render(
+                    str(model) if isinstance(model, str) else str(source.path),
+                    split,
+                    results,
+                    {task: (eval_sets[task], answers[task], columns[task]) for task in results},
+                )
+            if html:
+                storage.write_file(html, shown.encode())
+            if output:
+                (output / "scores.json").write_text(text, encoding="utf-8")
+                (output / "report.html").write_text(shown, encoding="utf-8")
     return results
+
+
+def _place(file: Path, name: str) -> Path:
+    """Returns where a file is to be written. Raises ValueError if its folder is not there."""
+    file = storage.path(file, name)
+    if not storage.is_remote(file) and not file.parent.is_dir():
+        raise ValueError(f"{name} {file}: there is no folder {file.parent}; make it first")
+    return file
 
 
 # --- One model ------------------------------------------------------------------------------------
@@ -349,14 +362,17 @@ def _about(
 ) -> dict[str, Any]:
     """Returns what the answers depend on, as JSON values."""
     # The evaluation may be written beside the weights.
-    folder, own = source.path.absolute(), output.absolute()
-    files = [f for f in folder.rglob("*") if f.is_file() and own not in f.parents]
-    sizes = [f.stat().st_size for f in files]
-    newest = max((f.stat().st_mtime_ns for f in files), default=0)
+    folder, own = source.place.absolute(), f"{output.absolute()}/"
+    files = storage.files(folder)
+    files = {name: file for name, file in files.items() if not f"{folder}/{name}".startswith(own)}
     return {
         "model": {
             "model": str(folder),
-            "model's files": [len(sizes), sum(sizes), newest],
+            "model's files": [
+                len(files),
+                sum(size for size, _ in files.values()),
+                max((version for _, version in files.values()), default=0),
+            ],
         },
         "options": {
             "split": asked.split,

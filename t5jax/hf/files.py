@@ -19,7 +19,6 @@ import safetensors
 import safetensors.numpy
 
 from t5jax import storage
-from t5jax.checks import check_local
 from t5jax.hf.mapping import Tensors
 
 CONFIG = "config.json"
@@ -278,7 +277,6 @@ def write_tensors(
 
 def check_destination(folder: Path, overwrite: bool) -> None:
     """Raises ValueError if writing a model to a folder would replace something else."""
-    check_local(folder, "the folder to write")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder that does not exist yet")
     entries = list(folder.iterdir()) if folder.is_dir() else []
@@ -296,14 +294,18 @@ def check_destination(folder: Path, overwrite: bool) -> None:
         )
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, write: Callable[[Path], None], last: str = CONFIG) -> None:
     """Calls `write` on a new folder beside `folder`, and gives it that name when it is whole.
 
+    Args:
+      folder: the folder.
+      write: writes into the one that it is given.
+      last: the file without which the others count for nothing; see `storage.new_folder`.
     Raises:
       ValueError: if it cannot be written. Of what `write` raises, nothing is left behind.
     """
     try:
-        with storage.new_folder(folder) as partial:
+        with storage.new_folder(folder, last) as partial:
             write(partial)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(

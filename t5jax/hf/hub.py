@@ -9,18 +9,22 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from t5jax import storage
+
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """Returns the local folder for a path or a name on the Hugging Face Hub.
 
-    An existing folder takes precedence. Otherwise the model is downloaded, or found in the Hub's
-    cache if the Hub cannot be reached: configs, tokenizer, and one copy of the weights (safetensors
-    if possible).
+    An existing folder takes precedence; one in a bucket is copied to this machine. Otherwise the
+    model is downloaded, or found in the Hub's cache if the Hub cannot be reached: configs,
+    tokenizer, and one copy of the weights (safetensors if possible).
 
     Raises:
       ValueError: if there is neither, or the Hub cannot be reached and its cache has no copy.
     """
-    path = Path(name_or_path).expanduser()
+    path = storage.path(name_or_path, "the model")
+    if storage.is_remote(path):
+        path = storage.local(path, _needed, "model")
     if path.is_dir():
         return path
     if path.exists():

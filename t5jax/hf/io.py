@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from t5jax import storage
 from t5jax.architectures import FAMILIES, Architecture, check_dtype
 from t5jax.checks import check_at_least
 from t5jax.hf.files import (
@@ -299,10 +300,10 @@ def save_params(
       ValueError: if the folder is not empty or cannot be written; if parameters are missing, have
         other shapes or are not covered by the family's table; for another dtype.
     """
-    folder = Path(folder).absolute()
+    place = storage.path(folder, "the folder to write").absolute()
     check_dtype(dtype, "dtype")
     check_at_least(max_shard_bytes, 1, "max_shard_bytes")
-    check_destination(folder, overwrite)
+    check_destination(place, overwrite)
     table = _table(config)
     rows, leaves = table.rows(config), _flatten(params)
     check_leaves(rows, _flatten(api.param_shapes(config)), leaves)
@@ -327,7 +328,7 @@ def save_params(
         write_tensors(where, tensors, shapes, np.dtype(dtype).itemsize, max_shard_bytes)
 
     if jax.process_index() == 0:
-        write_whole(folder, write)
+        write_whole(place, write)
     else:
         for _ in tensors:  # All processes take part in gathering a leaf.
             pass

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from t5jax import storage
 from t5jax.adapters import lora, prompt
 from t5jax.architectures import FAMILIES, Architecture
 from t5jax.hf.files import (
@@ -389,12 +390,12 @@ def save(
     Raises:
       ValueError: if the folder cannot be written, or PEFT's format lacks something.
     """
-    folder = Path(folder).absolute()
-    check_destination(folder, overwrite)
+    place = storage.path(folder, "the folder to write").absolute()
+    check_destination(place, overwrite)
     if prompt.PATH in params:
         vectors = params[prompt.PATH]
         config = _prompt_config(model, len(vectors), base)
-        _write(folder, config, {"prompt_embeddings": vectors.astype(np.float32)}, tokenizer)
+        _write(place, config, {"prompt_embeddings": vectors.astype(np.float32)}, tokenizer)
         return
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, tuple[int, float]] = {}
@@ -408,7 +409,7 @@ def save(
     tensors |= {f"{_PREFIX}{name}": x for name, x in whole.items()}
     config = _config(model, modules, base, any("magnitude" in name for name in tensors))
     config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
-    _write(folder, config, tensors, tokenizer)
+    _write(place, config, tensors, tokenizer)
 
 
 def _write(
@@ -423,7 +424,7 @@ def _write(
             tokenizer.save(where)
         safetensors.numpy.save_file(tensors, where / ADAPTER_TENSORS, metadata={"format": "pt"})
 
-    write_whole(folder, write)
+    write_whole(folder, write, ADAPTER)
 
 
 def _prompt_config(model: Architecture, length: int, base: str) -> dict[str, Any]:

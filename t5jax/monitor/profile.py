@@ -14,7 +14,9 @@ _AFTER = 3
 class Trace:
     """Traces steps of a run, on the first process."""
 
-    def __init__(self, run_dir: Path, num_steps: int, start: int, total: int):
+    def __init__(
+        self, run_dir: Path, num_steps: int, start: int, total: int, shown: Path | None = None
+    ):
         """Traces nothing yet.
 
         Args:
@@ -22,9 +24,11 @@ class Trace:
           num_steps: the number of steps to trace; 0 for none.
           start: the step after which the run begins now.
           total: its last step; a short run is traced at its end, or as a whole.
+          shown: where the run's folder will be found afterwards. None: there.
         """
         num_steps = min(num_steps, total - start)
         self._folder, self._active = run_dir / FOLDER, False
+        self._shown = (shown or run_dir) / FOLDER
         self._first = min(start + _AFTER, total - num_steps) + 1
         self._last = self._first + num_steps - 1
         if jax.process_index() != 0:
@@ -45,6 +49,6 @@ class Trace:
         jax.profiler.stop_trace()
         self._active = False
         return (
-            f"traced steps {self._first} to {self._last}: xprof --logdir {self._folder}, or "
-            f"tensorboard --logdir {self._folder}"
+            f"traced steps {self._first} to {self._last}: xprof --logdir {self._shown}, or "
+            f"tensorboard --logdir {self._shown}"
         )

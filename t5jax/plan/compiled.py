@@ -57,7 +57,8 @@ def load(path: str, run: Program, config: Config, spec: BatchSpec) -> Program:
         config; says what differs.
     """
     try:
-        line, _, program = Path(path).read_bytes().partition(b"\n")
+        file = storage.local(storage.path(path, "--compiled"))
+        line, _, program = file.read_bytes().partition(b"\n")
     except OSError as error:
         raise ValueError(f"--compiled {path} cannot be read: {error.strerror}") from error
     try:

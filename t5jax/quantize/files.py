@@ -32,7 +32,6 @@ import safetensors
 import safetensors.numpy
 
 from t5jax import config as configs
-from t5jax.checks import check_local
 from t5jax.config import AxisRules, Config
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import read_json, write_json, write_whole
@@ -56,7 +55,6 @@ def is_quantized(path: Path) -> bool:
 
 def check_new(folder: Path) -> None:
     """Raises ValueError if a folder to write is not new or empty."""
-    check_local(folder, "the folder to write")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "is not empty" if folder.is_dir() else "is a file"
         raise ValueError(f"{folder} {what}; give a folder that does not exist yet")
@@ -112,7 +110,7 @@ def save(
         }
         write_json(where / MANIFEST, manifest)
 
-    write_whole(folder.absolute(), write)
+    write_whole(folder.absolute(), write, MANIFEST)
 
 
 def _write_arrays(where: Path, params: api.Params) -> dict[str, Any]:

@@ -10,11 +10,10 @@ T5X does not save its position in the data; they are read from the beginning.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 
-from t5jax import checkpoint, sharding
+from t5jax import checkpoint, sharding, storage
 from t5jax.architectures import MlpActivation, T5Config
 from t5jax.config import AxisRules, Config, MeshConfig, OptimizerConfig
 from t5jax.hf.mapping import Tensors
@@ -27,13 +26,10 @@ from t5jax.train_state import TrainState, train_state_shapes, train_state_shardi
 
 def is_t5x(model: str) -> bool:
     """Returns whether a name or path is a T5X checkpoint, or a file that could be one."""
-    path = Path(model).expanduser()
-    if model.startswith("gs://"):
-        raise ValueError(
-            f"{model} is in a bucket; copy it first: gcloud storage cp --recursive {model} ."
-        )
-    ours = checkpoint.is_run(path) or checkpoint.is_checkpoint(path)
-    return not ours and files.is_checkpoint(path)
+    path = storage.path(model, "the model")
+    if checkpoint.is_run(path) or checkpoint.is_checkpoint(path):
+        return False
+    return files.is_checkpoint(path)
 
 
 def import_t5x(
@@ -61,8 +57,8 @@ def import_t5x(
       ValueError: if the tokenizer or the activation is not known; if the checkpoint is damaged,
         contains another network, or has no state to continue with; if the output cannot be written.
     """
-    path = Path(model).expanduser()
-    if checkpoint.is_run(Path(output)):
+    path = storage.local(storage.path(model, "the model"), what="checkpoint")
+    if checkpoint.is_run(storage.path(output, "the run's folder")):
         raise ValueError(f"{output} holds a run already; choose another folder")
     tensors = files.open_tensors(path)
     if not vocabulary:
@@ -99,8 +95,9 @@ def import_t5x(
     if loss_tokens is not None:
         opt_state, lost = mapping.load_opt_state(tensors, description, shapes, places, loss_tokens)
 
-    tokenizer.save(run_dir / checkpoint.TOKENIZER_DIR)
-    checkpoint.write_config(run_dir, config)
+    with storage.staged(run_dir, folder=True, fetch=lambda _: False) as reports:
+        tokenizer.save(reports.path / checkpoint.TOKENIZER_DIR)
+        checkpoint.write_config(reports.path, config)
     with checkpoint.Checkpoints(run_dir) as checkpoints:
         if loss_tokens is not None:
             state = TrainState(jnp.int32(step), params, opt_state)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t5jax import storage
 from t5jax.tokenizers import tokenizer_model
 from t5jax.tokenizers.as_transformers import CONFIG, build
 from t5jax.tokenizers.byt5 import ByteTokenizer
@@ -54,7 +55,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if source == "bytes":
         return ByteTokenizer()
-    path = Path(source).expanduser()
+    path = storage.path(source, "the tokenizer")
+    if storage.is_remote(path):
+        path = _copied(path)
     if path.is_file():
         return _load_file(path)
     if path.is_dir():
@@ -67,6 +70,19 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     from t5jax.hf.hub import resolve
 
     return _load_folder(resolve(source))
+
+
+def _copied(path: Path) -> Path:
+    """Returns a copy of a file or folder in a bucket: of a folder not a model's weights, and with a
+    file what may lie beside it."""
+
+    def choose(names: list[str]) -> list[str]:
+        ends = (".json", ".txt", ".model", ".jinja")
+        return [name for name in names if "/" not in name and name.endswith(ends)]
+
+    if path.suffix in (".json", ".txt"):
+        return storage.local(path.parent, choose, "tokenizer") / path.name
+    return storage.local(path, choose, "tokenizer")
 
 
 def _not_found(source: str | Path) -> str:

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from t5jax import storage
+
 INFO_FILE = "cache.json"
 LENGTHS_FILE = "lengths.npy"
 
 
 def split_folder(folder: str | Path, task: str, split: str) -> Path:
     """Returns the folder of one split of a task; names of tasks do not contain "-"."""
-    return Path(folder).expanduser() / task.replace(":", "-") / split
+    return storage.path(folder, "the cache's folder") / task.replace(":", "-") / split
 
 
 def read_info(path: Path) -> dict[str, Any] | None:
@@ -36,12 +38,12 @@ def read_info(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path / INFO_FILE} cannot be read: {error}") from None
     # A truncated shard opens as an empty one, without an error.
+    there = storage.files(path)
     for name, size in info["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
+        found, _ = there.get(name, (None, None))
         if found != size:
-            found = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(f"{file} {found}; expected {size} bytes, as it was written")
+            how = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(f"{path / name} {how}; expected {size} bytes, as it was written")
     return info
 
 
@@ -56,7 +58,7 @@ class CachedTask:
         """
         from array_record.python.array_record_module import ArrayRecordReader
 
-        self.path = Path(path)
+        self.path = storage.local(storage.path(path), what="cache")
         info = read_info(self.path)
         if info is None:
             raise ValueError(f"there is no cache in {path}; write it with `t5jax cache TASK`")

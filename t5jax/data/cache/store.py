@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from t5jax.checks import check_at_least, check_local
+from t5jax import storage
+from t5jax.checks import check_at_least
 from t5jax.data.cache.reader import INFO_FILE, LENGTHS_FILE, read_info, split_folder
 from t5jax.data.cache.writer import Shard, num_cores, shard_name, write_here
 from t5jax.data.recipe import Recipe
 from t5jax.data.run import Run
 from t5jax.data.stamps import changed_file, stamp_files
-from t5jax.storage import new_folder, remove_partial, sync
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def write_caches(
 
     Args:
       mixture: a registered SeqIO task or mixture.
-      folder: the folder of all caches, on a file system; it is created if necessary.
+      folder: the folder of all caches, also in a bucket; it is created if necessary.
       run: the run, with both lengths. Only some caches depend on them: a corpus is split into
         pieces, exemplars and targets that are not cut have to fit.
       splits: the splits to write; tasks that lack one are skipped.
@@ -84,7 +84,7 @@ def write_caches(
     from t5jax.data.bridge.tf import seqio
     from t5jax.data.tasks.foreign import kind_of
 
-    check_local(folder, "the cache's folder")
+    folder = storage.path(folder, "the cache's folder")
     for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
         check_at_least(value, 1, name)
     found = seqio.get_mixture_or_task(mixture)
@@ -147,10 +147,10 @@ def _mismatch(recipe: Recipe, path: Path) -> str | None:
 def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
     """Writes a cache into a temporary folder and renames it."""
     stamps = stamp_files(recipe.files)  # Before reading: a change in between is noticed later.
-    remove_partial(path)
+    storage.remove_partial(path)
     dropped: Counter = Counter()
     try:
-        with new_folder(path) as partial:
+        with storage.new_folder(path, INFO_FILE) as partial:
             shards = sorted(write(recipe, partial, num_shards, dropped), key=lambda s: s.number)
             if not shards:
                 why = ", ".join(f"{n} dropped by {step}" for step, n in dropped.items() if n)
@@ -169,7 +169,7 @@ def _finish(
     """Writes the lengths and finally cache.json, which completes the cache."""
     lengths = np.concatenate([shard.lengths for shard in shards])
     np.save(folder / LENGTHS_FILE, lengths)
-    sync(folder / LENGTHS_FILE)
+    storage.sync(folder / LENGTHS_FILE)
     names = [shard_name(shard.number, num_shards) for shard in shards]
     info = {
         "task": recipe.task,
@@ -187,8 +187,8 @@ def _finish(
         "source_files": stamps,
     }
     (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-    sync(folder / INFO_FILE)
-    sync(folder)
+    storage.sync(folder / INFO_FILE)
+    storage.sync(folder)
 
 
 @contextlib.contextmanager
@@ -196,6 +196,9 @@ def _lock(path: Path):
     """Waits until no other process on this machine (or, on NFS, on any) writes this cache."""
     import fcntl
 
+    if storage.is_remote(path):  # Whoever is last there replaces what is the same.
+        yield
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.parent / f".{path.name}.lock", "w")  # noqa: SIM115

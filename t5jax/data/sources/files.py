@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 
 from backports import zstd
 
+from t5jax import storage
+
 ANSWER_WITHIN = 15.0
 """Timeout of requests to a store or the Hub in seconds; their own clients retry for minutes."""
 
@@ -95,6 +97,8 @@ def _find_remote(url: str) -> list[str]:
 def _filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
+    if storage.is_remote(url):
+        storage.path(url)  # Says what is wrong with a bucket, and sets gcsfs up.
     filesystem, path = fsspec.core.url_to_fs(url)
     return filesystem, path
 
@@ -123,7 +127,7 @@ def answer(ask: Callable[[], Any], what: str) -> Any:
             "credentials (for gs://, `gcloud auth application-default login`)"
         ) from None
     except Exception as error:
-        reason = str(error) or type(error).__name__
+        reason = storage.describe_error(error) or str(error) or type(error).__name__
         raise ValueError(f"cannot read {what}: {reason}") from error
 
 
@@ -144,13 +148,14 @@ def open_file(path: str) -> Iterator[BinaryIO]:
             f"{path} is cut short: its compressed data has no end; copy or make it again"
         ) from None
     except _DAMAGES as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = storage.describe_error(error) or getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path}: {reason}") from error
     except Exception as error:
         if isinstance(error, ValueError) or "://" not in path:
             raise
         # From a store's client; each has its own exceptions.
-        raise ValueError(f"cannot read {path}: {error or type(error).__name__}") from error
+        reason = storage.describe_error(error) or error or type(error).__name__
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 def _open(path: str) -> Any:

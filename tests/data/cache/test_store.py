@@ -465,8 +465,8 @@ def test_errors_name_what_is_wrong(tmp_path):
         cache(tmp_path)
     with pytest.raises(ValueError, match="no split 'test'; there are train, validation"):
         cache(tmp_path, splits=("test",))
-    with pytest.raises(ValueError, match=r"expected one of a file system: mount the bucket"):
-        cache("gs://bucket/folder")
+    with pytest.raises(ValueError, match=r"the cache's folder is s3://bucket/folder; expected a"):
+        cache("s3://bucket/folder")
     with pytest.raises(ValueError, match="processes is -1; it must be at least 1"):
         cache(tmp_path, processes=-1)
     with pytest.raises(ValueError, match="num_shards is 0"):

@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from backports import zstd
 
@@ -258,13 +260,38 @@ def test_files_behind_urls_are_read_like_others():
         read(jsonl({"train": "memory://bucket/c-*"}))
 
 
-def test_a_store_that_does_not_answer_is_named_within_seconds(monkeypatch):
-    # Whatever is the case here: no gcsfs, no network, no credentials, no bucket of that name.
-    monkeypatch.setattr(files, "ANSWER_WITHIN", 2.0)
+def test_a_store_that_does_not_answer_is_named_within_seconds(monkeypatch, bucket):
+    monkeypatch.setattr(files, "ANSWER_WITHIN", 0.2)
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"gs://t5jax-no-such-bucket-0/x-\*\.jsonl"):
-        read(jsonl({"train": "gs://t5jax-no-such-bucket-0/x-*.jsonl"}))
+    with (
+        bucket.fault(seconds=2),
+        pytest.raises(ValueError, match=r"cannot read gs://bucket/x-\*\.jsonl: no answer within 0"),
+    ):
+        read(jsonl({"train": "gs://bucket/x-*.jsonl"}))
     assert time.monotonic() - start < 15  # Importing gcsfs takes most of it.
+
+
+def test_rows_of_a_bucket_of_every_kind_of_file(bucket, tmp_path):
+    table = pyarrow.table({"n": [1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    bucket.buckets["bucket"] = {
+        "a/rows-0.jsonl": b'{"n": 1}\n',
+        "a/rows-1.jsonl.gz": gzip.compress(b'{"n": 2}\n'),
+        "rows.csv": b"n\n1\n2\n",
+        "rows.parquet": (tmp_path / "rows.parquet").read_bytes(),
+        "rows.txt": b"1\n2\n",
+    }
+    rows = [{"n": 1}, {"n": 2}]
+    assert read(jsonl({"train": "gs://bucket/a/rows-*"})) == rows
+    assert read(csv({"train": "gs://bucket/rows.csv"})) == [{"n": "1"}, {"n": "2"}]
+    assert read(parquet({"train": "gs://bucket/rows.parquet"})) == rows
+    assert read(text({"train": "gs://bucket/rows.txt"})) == [{"text": "1"}, {"text": "2"}]
+    for url, message in (
+        ("gs://bucket/b-*", r"there is no file gs://bucket/b-\*"),
+        ("gs://elsewhere/rows", "cannot read gs://elsewhere/rows: there is no bucket elsewhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(jsonl({"train": url}))
 
 
 def test_what_cannot_be_asked_says_why(monkeypatch):
