@@ -59,6 +59,14 @@ def set_up(s: Settings) -> list[Step]:
             member,
             "roles/storage.objectUser",
         ),
+        # Orbax asks for the bucket's properties before it deletes a checkpoint.
+        _binding(
+            f"properties of {s.bucket}",
+            ("storage", "buckets"),
+            (bucket, project),
+            member,
+            "roles/storage.legacyBucketReader",
+        ),
     ]
     for secret in sorted(set(s.secrets.values())):
         role = "roles/secretmanager.secretAccessor"

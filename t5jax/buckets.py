@@ -53,6 +53,10 @@ def configure() -> None:
         raise ValueError("gs:// needs gcsfs, which is not installed; pip install 't5jax[gcs]'")
     # etils.epath, and so Orbax and jax: otherwise by TensorFlow, which takes seconds to import.
     os.environ.setdefault("EPATH_USE_TF", "false")
+    from etils.epath import gpath
+
+    if decided := getattr(gpath, "_is_tf_installed", None):
+        decided.cache_clear()  # Whoever has used a path in a bucket before has decided for all.
     # Zonal buckets, of which each one is asked about by gRPC before it is used.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
@@ -126,8 +130,10 @@ def describe(error: BaseException, url: str = "") -> str:
     reason = first_line(error)
     code = str(getattr(error, "code", ""))
     forbidden = isinstance(error, OSError) and str(error).startswith("Forbidden: ")
-    library = type(error).__module__.split(".")[0]
-    of_client = library in ("gcsfs", "google", "aiohttp", "requests")
+    # The clients' own libraries are those of other stores and the Hub too.
+    libraries = ("gcsfs", "google.auth", "google.api_core", "google.cloud")
+    libraries += ("aiohttp", "requests") if url else ()
+    of_client = type(error).__module__.startswith(libraries)
     if not (of_client or forbidden or (url and isinstance(error, FileNotFoundError))):
         return ""
     where = url or "a bucket"

@@ -134,9 +134,11 @@ def _check_training(source: Source, scheme: Scheme) -> None:
 
 def _disk_bytes(folder: Path) -> int:
     """Returns the bytes of a model's weights, without tokenizer and optimizer state."""
-    found = [p for p in folder.rglob("*") if p.is_file()]
-    weights = [p for p in found if p.suffix in (".safetensors", ".bin")]
-    return sum(p.stat().st_size for p in weights)
+    return sum(
+        size
+        for name, (size, _) in storage.files(folder).items()
+        if name.endswith((".safetensors", ".bin"))
+    )
 
 
 # --- Rounding -------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ def export_model(
     Raises:
       ValueError: if the model cannot be read, or the output cannot be written.
     """
+    folder = storage.path(output, "the folder to write")
     source = find(model) if isinstance(model, str) else model
     _check_dequantize(source, dequantize)
     is_adapted = isinstance(source, AdaptedSource)
@@ -79,7 +80,6 @@ def export_model(
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
-        folder = storage.path(output, "the folder to write")
         check_destination(folder, overwrite)
         parent = storage.cache_dir() if storage.is_remote(folder) else folder.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)

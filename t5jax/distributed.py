@@ -5,10 +5,11 @@
 
 import glob
 import hashlib
+import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,31 @@ def check_same(value: str, what: str, remedy: str) -> None:
             f"{what} of process{'es' if len(others) > 1 else ''} {where} differs from that of "
             f"process 0{_host(0)}; {remedy}"
         )
+
+
+def from_first_process(function: Callable[[], Any]) -> Any:
+    """Returns on every host what a function returns on the first one: JSON values, or its error.
+
+    Hosts need not share a disk, and must not differ in what they do next.
+    """
+    if jax.process_count() == 1:
+        return function()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    content = b""
+    if jax.process_index() == 0:
+        try:
+            found = {"value": function()}
+        except (ValueError, OSError) as error:
+            found = {"error": str(error)}
+        content = json.dumps(found).encode()
+    size = int(broadcast_one_to_all(np.array(len(content))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    found = json.loads(np.asarray(broadcast_one_to_all(buffer)).tobytes())
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["value"]
 
 
 def check_shared(folder: Path) -> None:

@@ -41,7 +41,7 @@ def examine(folders: Sequence[str] = ()) -> Iterator[Finding]:
     yield accelerator
     yield memory()
     for folder in dict.fromkeys([str(storage.cache_dir()), *folders]):
-        yield writable(Path(folder).expanduser())
+        yield bucket(folder) if storage.is_remote(folder) else writable(Path(folder).expanduser())
     if not accelerator.remedy:
         yield _tried("compiler", _compile)
 
@@ -152,6 +152,17 @@ def writable(folder: Path, free: Callable[[Path], int] | None = None) -> Finding
     left = (free or (lambda path: shutil.disk_usage(path).free))(there)
     remedy = "" if left >= _LEAST_DISK else "make room: checkpoints and caches need 5 GiB at least"
     return Finding(str(folder), f"writable, {left / 2**30:.1f} GiB free", remedy)
+
+
+def bucket(folder: str) -> Finding:
+    """Whether runs can be written into a folder of a bucket."""
+    from t5jax import checkpoint
+
+    try:
+        checkpoint.create_run_dir(folder)
+    except ValueError as error:
+        return Finding(folder, "cannot be used", str(error))
+    return Finding(folder, "can be read and written")
 
 
 def _compile() -> str:

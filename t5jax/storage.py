@@ -168,9 +168,14 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def describe_error(error: BaseException) -> str:
-    """Returns what an error of a bucket or its clients means; "" for any other error."""
-    return buckets.describe(error)
+def describe_error(error: BaseException, path: str = "") -> str:
+    """Returns what an error of a bucket or its clients means; "" for any other error.
+
+    Args:
+      error: the error.
+      path: what was read or written, if that is known.
+    """
+    return buckets.describe(error, path if is_remote(path) else "")
 
 
 # --- Writing --------------------------------------------------------------------------------------
@@ -241,43 +246,63 @@ def staged(
         yield Staged(path)
         return
     _remove_staged()
-    own = cache_dir() / "staged" / f"{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    where = own / path.name if folder else own
-    where.mkdir(parents=True)
-    if folder:
-        url, found = str(path), buckets.objects(str(path))
-        wanted = {n: each for n, each in found.items() if n and (fetch is None or fetch(n))}
-    else:
-        url = str(path.parent)
-        ends = ["", *beside]
-        there = {path.name + end: buckets.objects(f"{path}{end}") for end in ends}
-        wanted = {name: each[""] for name, each in there.items() if "" in each}
-    buckets.download(url, wanted, where)
-    upload = None
-    if writes:
-        upload = buckets.Upload(where, url, every)
-        for name, each in wanted.items():
-            upload.known(name, each)
-    try:
-        yield Staged(where if folder else where / path.name, upload)
-    finally:
+    own = cache_dir() / "staged" / uuid.uuid4().hex[:16]
+    with _locked(_lock_of(own)):
+        where = own / path.name if folder else own
+        where.mkdir(parents=True)
+        if folder:
+            url, found = str(path), buckets.objects(str(path))
+            wanted = {n: each for n, each in found.items() if n and (fetch is None or fetch(n))}
+        else:
+            url = str(path.parent)
+            ends = ["", *beside]
+            there = {path.name + end: buckets.objects(f"{path}{end}") for end in ends}
+            wanted = {name: each[""] for name, each in there.items() if "" in each}
+        buckets.download(url, wanted, where)
+        upload = None
+        if writes:
+            upload = buckets.Upload(where, url, every)
+            for name, each in wanted.items():
+                upload.known(name, each)
         try:
-            if upload:
-                upload.close()
-        except ValueError as error:
-            kept = cache_dir() / "unsent" / own.name
-            kept.parent.mkdir(exist_ok=True)
-            own.rename(kept)
-            raise ValueError(f"{error}; what was written lies in {kept}") from error
-        shutil.rmtree(own, ignore_errors=True)
+            yield Staged(where if folder else where / path.name, upload)
+        finally:
+            try:
+                if upload:
+                    upload.close()
+            except ValueError as error:
+                kept = cache_dir() / "unsent" / own.name
+                kept.parent.mkdir(exist_ok=True)
+                own.rename(kept)
+                raise ValueError(f"{error}; what was written lies in {kept}") from error
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def _lock_of(staged: Path) -> Path:
+    return staged.with_suffix(".lock")
 
 
 def _remove_staged() -> None:
-    """Removes what killed processes of this machine left of `staged`."""
-    for left in (cache_dir() / "staged").glob(f"{glob.escape(socket.gethostname())}.*"):
-        process = left.name.removeprefix(f"{socket.gethostname()}.").split(".")[0]
-        if not Path("/proc", process).exists() and Path("/proc").is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    """Removes what killed processes left of `staged`: a living one holds the lock."""
+    for left in (cache_dir() / "staged").glob("*"):
+        if left.is_dir():
+            with _locked(_lock_of(left)) as locked:
+                if locked:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[bool]:
+    """Takes a lock without waiting, which a kill releases; yields whether it is ours."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # Of another process, or there are no locks here.
+            yield False
+            return
+        yield True
+        file.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> Path:

@@ -71,11 +71,17 @@ def train(
     with storage.staged(
         run_dir, folder=True, fetch=_GROWING.__contains__, writes=distributed.is_main()
     ) as reports:
-        _train(config, run_dir, reports, compiled)
+        _train(config, run_dir, reports, compiled, watch)
     return run_dir
 
 
-def _train(config: Config, run_dir: Path, reports: storage.Staged, compiled: str | None) -> None:
+def _train(
+    config: Config,
+    run_dir: Path,
+    reports: storage.Staged,
+    compiled: str | None,
+    watch: Callable[[int, dict[str, float]], str] | None,
+) -> None:
     """Trains, as `train` does.
 
     Args:
@@ -83,6 +89,7 @@ def _train(config: Config, run_dir: Path, reports: storage.Staged, compiled: str
       run_dir: the run's folder, from which checkpoints are read and into which they are written.
       reports: where all else is written that the run leaves there.
       compiled: see `train`.
+      watch: see `train`.
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 

@@ -241,10 +241,14 @@ def test_what_another_process_has_written_is_not_joined_to(bucket, monkeypatch):
 
 
 def test_a_thread_uploads_meanwhile_and_a_killed_process_leaves_no_copy(bucket):
-    left = storage.cache_dir() / "staged" / f"{os.uname().nodename}.999999999.0"
+    left = storage.cache_dir() / "staged" / "0123"
     left.mkdir(parents=True)
-    with storage.staged(place("run"), folder=True, every=0.02) as staged:
+    with (
+        storage.staged(place("other"), folder=True) as other,
+        storage.staged(place("run"), folder=True, every=0.02) as staged,
+    ):
         assert not left.exists()
+        assert other.path.exists()
         (staged.path / "log").write_text("line\n")
         until = time.monotonic() + 20
         while "run/log" not in bucket.names():

@@ -81,3 +81,13 @@ def test_programs_are_kept_where_the_user_says_or_not_at_all(programs, monkeypat
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     compilation.keep_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_programs_are_kept_in_a_bucket(programs, cache_events, bucket):
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
+    compilation.keep_programs()
+    for _ in range(2):
+        jax.clear_caches()
+        jax.jit(lambda x: x * 3 + 1)(1.0)
+    assert {event: cache_events.count(event) for event in cache_events}["cache_hits"] >= 1
+    assert any(name.endswith("-cache") for name in bucket.names("programs/"))

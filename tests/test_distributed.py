@@ -1,5 +1,7 @@
 """Several processes are one run: they start, write, resume, evaluate and end together."""
 
+import json
+import re
 import socket
 import threading
 
@@ -10,6 +12,7 @@ import pytest
 import tiny
 from hosts import Hosts, by_address, free_port
 from t5jax import distributed, sharding
+from t5jax.cli import main
 from t5jax.config import to_json
 from t5jax.monitor import log
 from t5jax.rendezvous import Rendezvous
@@ -60,16 +63,20 @@ def slurm(count):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_devices")
-def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path):
+def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path, bucket):
+    """Into a bucket, of which each writes its own part of a checkpoint."""
     several, one = tmp_path / "several", tmp_path / "one"
+    service = {**bucket.environment(), "T5JAX_CACHE": str(tmp_path / "cache")}
     config = tmp_path / "config.json"
-    config.write_text(to_json(config_of(several, 2)))
-    first, second = hosts.run(["train", str(config)], by_address(2))
+    config.write_text(to_json(config_of("gs://bucket/run", 2)))
+    first, second = hosts.run(["train", str(config)], [e | service for e in by_address(2)])
     assert (first.status, second.status) == (0, 0), (first.err, second.err)
     assert "parameters on 2 cpu devices (data 2, 2 processes)" in first.err
     assert "capitals: " in first.err
+    bucket.copy("run", several)
     # One process speaks and writes.
-    assert all("Gloo" in line for line in second.err.splitlines()), second.err
+    of_libraries = re.compile("Gloo|google_auth_provider")
+    assert all(map(of_libraries.search, second.err.splitlines())), second.err
     assert len(list((several / "tensorboard").iterdir())) == 1
     assert (several / "loss.png").exists()
     train(config_of(one, 2))
@@ -77,11 +84,12 @@ def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path):
     assert read_metrics(several) == read_metrics(one)
 
     # Four others go on, started by SLURM.
-    config.write_text(to_json(config_of(several, 4, eval={"every": 0})))
-    ended = hosts.run(["train", str(config)], slurm(4))
+    config.write_text(to_json(config_of("gs://bucket/run", 4, eval={"every": 0})))
+    ended = hosts.run(["train", str(config)], [e | service for e in slurm(4)])
     assert [e.status for e in ended] == [0] * 4, ended[0].err
     assert "going on from step 2" in ended[0].err
     assert "(data 4, 4 processes)" in ended[0].err
+    bucket.copy("run", several)
     train(config_of(one, 4, eval={"every": 0}))
     assert read_loop(several, 4)["iterator"] == read_loop(one, 4)["iterator"]
     got = read_state(several, 4)
@@ -91,6 +99,20 @@ def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path):
     assert [line["step"] for line in log.read_metrics(several)] == [
         line["step"] for line in log.read_metrics(one)
     ]
+
+    # Two answer together; one writes.
+    words = "".join(f"capitals: {word}\n" for word in ("a", "ab", "abc", "d", "dc"))
+    bucket.buckets["bucket"]["in.txt"] = words.encode()
+    command = ["infer", "gs://bucket/run", "--input", "gs://bucket/in.txt", "--max-tokens", "3"]
+    together = [*command, "--output", "gs://bucket/out.jsonl", "--batch-size", "4"]
+    ended = hosts.run(together, [e | service for e in by_address(2)])
+    assert [e.status for e in ended] == [0, 0], [e.err for e in ended]
+    assert "wrote gs://bucket/out.jsonl: 5 prompts" in ended[0].err
+    assert main([*command, "--output", str(tmp_path / "alone.jsonl")]) == 0
+    written = bucket.buckets["bucket"]["out.jsonl"], (tmp_path / "alone.jsonl").read_bytes()
+    both = [[json.loads(line) for line in content.splitlines()] for content in written]
+    together, alone = ([line["answers"][0]["tokens"] for line in lines] for lines in both)
+    assert together == alone
 
 
 @pytest.mark.slow

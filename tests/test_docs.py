@@ -61,12 +61,14 @@ def test_a_task_of_the_page_fits_on_a_screen(page: Path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("clean_registries")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
-def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch):
+def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch, request):
     text = page.read_text()
     if page.stem == "google_cloud":
         cloud = google_cloud.GoogleCloud(work=300.0)  # A page's commands wait for nothing.
         for name, value in google_cloud.install(tmp_path / ".google", cloud).items():
             monkeypatch.setenv(name, value)
+    if page.stem == "storage":
+        request.getfixturevalue("bucket")
     if "import ctranslate2" in text:
         pytest.importorskip("ctranslate2")
         pytest.importorskip("torch")

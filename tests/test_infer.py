@@ -86,6 +86,32 @@ def test_what_was_answered_is_not_asked_again(model, tmp_path, capsys):
     assert "exists already, and there is no out.txt.run.json" in fails(capsys, *command)
 
 
+def test_shards_are_together_what_one_command_writes(model, tmp_path, capsys):
+    rows = [json.dumps({"prompt": f"text {i}"}) for i in range(7)]
+    prompts = write(tmp_path / "in.jsonl", [*rows[:3], "", *rows[3:]])
+    command = ["infer", "m", "--input", prompts, "--batch-size", "1", "--output"]
+    assert run(capsys, *command, tmp_path / "whole.jsonl")[0] == 0
+    model.asked.clear()
+    parts = [tmp_path / f"out-0000{k}-of-00003.jsonl" for k in range(3)]
+    for k in range(3):
+        status, _, err = run(capsys, *command, tmp_path / "out.jsonl", "--shard", f"{k}/3")
+        assert (status, err) == (0, f"wrote {parts[k]}: {[2, 2, 3][k]} prompts\n")
+    assert model.asked == [f"text {i}" for i in range(7)]
+    assert "".join(p.read_text() for p in parts) == (tmp_path / "whole.jsonl").read_text()
+    # One goes on where it was; it is no other share.
+    parts[2].write_text(parts[2].read_text()[:-5])
+    again = [*command, tmp_path / "out.jsonl", "--shard"]
+    assert run(capsys, *again, "2/3")[2] == f"wrote {parts[2]}: 3 prompts, 2 of them before\n"
+    assert "".join(p.read_text() for p in parts) == (tmp_path / "whole.jsonl").read_text()
+    write(prompts, [*rows, *rows])
+    assert "was begun otherwise: " in (message := fails(capsys, *again, "2/3"))
+    assert "shard was [4, 7] and is [9, 14]" in message
+    for shard in ("3/3", "-1/3", "x", "1"):
+        message = fails(capsys, *command, "out.jsonl", f"--shard={shard}")
+        assert f"--shard is {shard}; expected NUMBER/SHARDS" in message
+    assert "--shard divides a file" in fails(capsys, "infer", "m", "--prompt", "a", "--shard=0/2")
+
+
 def test_json_lines_have_fields_templates_and_scores(model, tmp_path, capsys):
     rows = [{"id": 3, "prompt": "a", "who": "Ada"}, {"prompt": "b\u2028c", "who": "Bo"}]
     prompts = write(tmp_path / "in.jsonl", map(json.dumps, rows))

@@ -147,9 +147,10 @@ def test_evaluate_with_a_baseline_and_go_on(server, objects, capsys):
         patch.setattr("t5jax.evaluation.Evaluator.answers", lambda *a, **k: asked.append(k) or [])
         assert run(capsys, *command, "--output", "gs://bucket/first")[:2] == (0, out)
     assert [k["start"] for k in asked] == [6]
-    for baseline in ("gs://bucket/first", "gs://bucket/scores.json"):
-        status, out, _ = run(capsys, *command, "--baseline", baseline)
-        assert (status, baseline in out) == (0, True)
+    baselines = ["gs://bucket/first", "gs://bucket/scores.json"]
+    more = ["--baseline", *baselines, "--json", "gs://bucket/both.json"]
+    assert run(capsys, *command, *more)[0] == 0
+    assert list(json.loads(objects["both.json"])["capitals"]["baselines"]) == baselines
 
 
 def test_train_on_data_a_vocabulary_and_a_cache_in_a_bucket(server, objects, capsys, tmp_path):
@@ -159,7 +160,7 @@ def test_train_on_data_a_vocabulary_and_a_cache_in_a_bucket(server, objects, cap
         b"from neighbour import TEMPLATE\n"
         b"from t5jax.data import jsonl, prompted_task\n"
         b"rows = jsonl({'train': 'gs://bucket/rows.jsonl', 'validation': 'gs://bucket/ro*.jsonl'})\n"
-        b"prompted_task('in_a_bucket', rows, [TEMPLATE])\n"
+        b"prompted_task('in_a_bucket', rows, [TEMPLATE], metrics=[])\n"
     )
     objects["tasks/neighbour.py"] = b"TEMPLATE = ('{word}', '{capitals}')\n"
     tasks = ["--task-files", "gs://bucket/tasks/mine.py"]
@@ -204,11 +205,18 @@ def test_import_embed_and_the_other_files(server, objects, capsys, tmp_path):
     assert "imported/checkpoints/0/commit_success.txt" in objects
     assert {"imported/t5jax_config.json", "imported/tokenizer/tokenizer.json"} <= {*objects}
     assert "holds a run already" in fails(capsys, "import", "gs://bucket/run", "gs://bucket/run")
+    # Pages and lists of runs.
+    status, out, _ = run(capsys, "report", "gs://bucket/run")
+    assert (status, out) == (0, "gs://bucket/run/report.html\n")
+    assert b"gs://bucket/run" in objects["run/report.html"]
+    status, out, err = run(capsys, "runs", "gs://bucket/run")
+    assert status == 0, err
+    assert "finished" in out
     embed = ["embed", "gs://bucket/imported", "--text", "ab", "--output", "gs://bucket/e.npy"]
     assert run(capsys, *embed)[0] == 0
     assert objects["e.npy"].startswith(b"\x93NUMPY")
-    objects["texts.txt"] = b"one two three\nfour five six\n" * 20
-    vocab = ["vocab", "train", "gs://bucket/texts.txt", "--size", "30"]
+    objects["texts.txt"] = b"the cat and the tree saw water\n" * 20
+    vocab = ["vocab", "train", "gs://bucket/texts.txt", "--size", "17"]
     status, _, err = run(capsys, *vocab, "--output", "gs://bucket/v.model")
     assert status == 0, err
     assert "--data.vocabulary gs://bucket/v.model" in err
@@ -231,8 +239,8 @@ def test_what_cannot_work_is_one_message(server, objects, capsys, tmp_path):
     with server.fault(status=403, method="GET", name="/b/bucket?"):
         message = train_at("gs://bucket/new")
     assert re.search("properties of its bucket cannot be read .*Storage Legacy Bucket Re", message)
+    more = {"infer": ["--prompt=a"], "embed": ["--text=a"], "export": ["gs://bucket/x"]}
     for command in ("infer", "eval", "embed", "export"):
-        more = ["gs://bucket/x"] if command == "export" else []
-        message = fails(capsys, command, "gs://bucket/none", *more)
+        message = fails(capsys, command, "gs://bucket/none", *more.get(command, []))
         assert "there is no model gs://bucket/none; check the name" in message
     assert not server.names("new")

@@ -421,7 +421,7 @@ def test_two_processes_put_their_own_rows_together():
     arrays = sharding.shard_batch(part, mesh, AxisRules(), 16)
     weighted = jax.jit(lambda x: (x * (1 + np.arange(16))[:, None]).sum())(arrays["x"])
     if sys.argv[3] == "split":
-        from t5jax.evaluation.predictions import from_first_process
+        from t5jax.distributed import from_first_process
 
         # What the first one finds on its disk holds for all, and so does what stops it.
         assert from_first_process(lambda: {"found": [process]}) == {"found": [0]}

@@ -1,6 +1,8 @@
 """Prompts from a file or a stream, one a line: texts, or JSON objects."""
 
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +29,11 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def read_prompts(
-    lines: Iterator[str], name: str, render: Render | None = None
+    lines: Iterator[str],
+    name: str,
+    render: Render | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[tuple[Any, str]]:
     """Yields what each line holds, and its prompt.
 
@@ -35,14 +41,17 @@ def read_prompts(
       lines: of text; or with `render`, of JSON, of which empty ones are skipped.
       name: what is read, for messages.
       render: makes the prompt of a JSON value; see `field_of`.
+      start: the number of the first prompt; what comes before is passed over unread.
+      stop: the number of the first prompt that does not count any more. None: all do.
     Raises:
       ValueError: for a line that is not JSON, or of which `render` can make no prompt.
     """
-    for number, line in enumerate(lines, 1):
+    numbered = enumerate(lines, 1)
+    if render is not None:
+        numbered = ((number, line) for number, line in numbered if line.strip())
+    for number, line in itertools.islice(numbered, start, stop):
         if render is None:
             yield line, line
-            continue
-        if not line.strip():
             continue
         try:
             row = json.loads(line)
@@ -74,11 +83,36 @@ def field_of(field: str) -> Render:
     return render
 
 
-def count_lines(path: Path) -> int:
-    """Returns the number of lines of a file, without decoding them."""
-    count, last = 0, b"\n"
+def count_prompts(path: Path, *, are_json: bool = False) -> int:
+    """Returns the number of prompts in a file, without decoding them.
+
+    Args:
+      path: the file, with a prompt on each line.
+      are_json: whether lines are JSON, of which empty ones are none.
+    """
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            count += block.count(b"\n")
-            last = block[-1:]
-    return count + (last != b"\n")
+        return sum(1 for line in file if not are_json or line.strip())
+
+
+def share(total: int, shard: int, num_shards: int) -> tuple[int, int]:
+    """Returns the first prompt of a shard and the one behind its last, of `total`."""
+    return shard * total // num_shards, (shard + 1) * total // num_shards
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """Returns the number of a shard, from 0, and how many there are, of a text such as "0/4".
+
+    Raises:
+      ValueError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(
+            f"--shard is {text}; expected NUMBER/SHARDS, counted from 0: 0/4 to 3/4 are all of four"
+        )
+    return int(found[1]), int(found[2])
+
+
+def shard_file(path: Path, shard: int, num_shards: int) -> Path:
+    """Returns the file of a shard: answers-00000-of-00004.jsonl of answers.jsonl."""
+    return path.with_name(f"{path.stem}-{shard:05}-of-{num_shards:05}{path.suffix}")

@@ -10,8 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from t5jax import storage
 from t5jax.bulk.output import AnswersFile, read_run, sample_of
-from t5jax.bulk.reading import Render, count_lines, field_of, read_lines, read_prompts
+from t5jax.bulk.reading import (
+    Render,
+    count_prompts,
+    field_of,
+    read_lines,
+    read_prompts,
+    shard_file,
+    shard_of,
+    share,
+)
 from t5jax.commands.parse import check_options, model_first, parse
 from t5jax.config import MeshConfig
 from t5jax.storage import to_json
@@ -38,6 +48,10 @@ class Infer:
     output: Path | None = None
     """A file for the answers: JSON lines with tokens and scores if it ends in .jsonl, otherwise
     texts. The same command goes on where it was stopped."""
+    shard: str | None = None
+    """Answer one of several shares of the prompts of --input, for machines that know nothing of
+    each other: 0/4 is the first quarter. Its file is OUTPUT-00000-of-00004; in the order of their
+    names, all are what one command would write."""
     json_lines: bool = False
     """Standard input and output are JSON lines."""
     field: str = "prompt"
@@ -117,25 +131,37 @@ _GENERATION = (
     *("allowed_tokens", "json_schema", "regex", "logprobs"),
 )
 # What does not change the answers, or is compared in another form.
-_NO_EFFECT = ("prompt", "input", "output", "batch_size", "mesh")
+_NO_EFFECT = ("prompt", "input", "output", "shard", "batch_size", "mesh")
 
 
 def infer(args: list[str]) -> None:
     options = parse(Infer, model_first(args), prog="t5jax infer", positional=True)
     _check(options)
-    with contextlib.ExitStack() as stack:
-        lines, total = _lines(options, stack)
-        from t5jax.compilation import keep_programs
-        from t5jax.pretrained import load
+    from t5jax import distributed
+    from t5jax.compilation import keep_programs
 
-        output = None
-        if options.output is not None:
+    distributed.start()
+    with contextlib.ExitStack() as stack:
+        options, output = _places(options)
+        lines, total = _lines(options, stack)
+        start, stop, number = 0, total, 0
+        if options.shard is not None:
+            start, stop = share(total or 0, *shard_of(options.shard))
+        answers_file = None
+        if output is not None and distributed.is_main():
             # Before the model, which may take long to load.
             lines_per_prompt = 1 if _writes_json(options) else options.num_answers or 1
-            output = stack.enter_context(
-                AnswersFile(options.output, _run(options), lines_per_prompt)
-            )
+            place = stack.enter_context(storage.staged(output, beside=[".run.json"]))
+            run = _run(options, place.path, (start, stop) if options.shard else None)
+            answers_file = stack.enter_context(AnswersFile(place.path, run, lines_per_prompt))
+        # Hosts need not see each other's disks: one writes, and says how far it is.
+        done = distributed.from_first_process(
+            lambda: 0 if answers_file is None else answers_file.num_prompts
+        )
+        _check_same_prompts(options, total)
         keep_programs()
+        from t5jax.pretrained import load
+
         model = load(
             options.model, dtype=options.dtype, mesh=options.mesh, kv_cache=options.kv_cache
         )
@@ -143,15 +169,16 @@ def infer(args: list[str]) -> None:
         how = model.options(**_generation(options))
         if output is not None and not _writes_json(options):
             _check_number(options, how.num_answers)
-        prompts = read_prompts(lines, _name(options), _render(options, model.tokenizer))
-        done = 0 if output is None else output.num_prompts
+        first = start + done
+        render = _render(options, model.tokenizer)
+        prompts = read_prompts(lines, _name(options), render, first, stop)
         if options.chat and not _reads_json(options):
             as_chat = _chat(options, model.tokenizer)
             prompts = ((text, as_chat(text)) for text, _ in prompts)
-        prompts = itertools.islice(prompts, done, None)
-        bar = stack.enter_context(_progress(total, done)) if output is not None else None
+        shown = answers_file is not None
+        bar = stack.enter_context(_progress(None if stop is None else stop - start, done, shown))
         rows = options.batch_size if total is None or total >= options.batch_size else total
-        number = done
+        number = first
         while window := list(itertools.islice(prompts, _BATCHES * options.batch_size)):
             try:
                 answers = model.answers(
@@ -172,19 +199,54 @@ def infer(args: list[str]) -> None:
                 for line in _written(options, given, own)
             ]
             number += len(window)
-            if output is None:
+            if answers_file is not None:
+                answers_file.write(written, len(window))
+            elif output is None and distributed.is_main():
                 print("\n".join(written), flush=True)
-            else:
-                output.write(written, len(window))
-                assert bar is not None
-                bar(number)
-        if not number:
+            bar(number - start)
+        if not number and not options.shard:
             raise ValueError(
                 "there is no prompt; give --prompt TEXT, --input FILE, or lines on standard input"
             )
-        if output is not None:
-            again = f", {done} of them before" if done else ""
-            print(f"wrote {options.output}: {number} prompts{again}", file=sys.stderr)
+    if answers_file is not None:
+        again = f", {done} of them before" if done else ""
+        print(f"wrote {output}: {number - start} prompts{again}", file=sys.stderr)
+
+
+def _places(options: Infer) -> tuple[Infer, Path | None]:
+    """Returns the options with files of this machine to read, and where answers are written."""
+    if options.input is not None and str(options.input) != "-":
+        there = storage.local(storage.path(options.input, "--input"))
+        options = dataclasses.replace(options, input=there)
+    if options.output is None:
+        return options, None
+    output = storage.path(options.output, "--output")
+    if not storage.is_remote(output) and not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    return options, shard_file(output, *shard_of(options.shard)) if options.shard else output
+
+
+def _check_same_prompts(options: Infer, total: int | None) -> None:
+    """Raises ValueError if several hosts would not be asked the same."""
+    import jax
+
+    from t5jax import distributed
+
+    if jax.process_count() == 1:
+        return
+    if total is None:
+        raise ValueError(
+            "each of several hosts has a standard input of its own; give --input FILE, which all "
+            "of them can read"
+        )
+    if options.shard is not None:
+        raise ValueError(
+            "--shard is for machines that know nothing of each other, and these hosts share the "
+            "work by themselves; leave it out"
+        )
+    sample = list(options.prompt) or sample_of(options.input or Path(), 1 << 30)
+    remedy = "give every host the same prompts"
+    distributed.check_same(to_json([total, sample]), "what is asked", remedy)
 
 
 def _check(options: Infer) -> None:
@@ -202,10 +264,11 @@ def _check(options: Infer) -> None:
         raise ValueError(
             "--logprobs are written to JSON lines; add --json-lines, or --output FILE.jsonl"
         )
-    if options.output is not None and not options.output.parent.is_dir():
-        raise ValueError(
-            f"--output {options.output}: there is no folder {options.output.parent}; make it first"
-        )
+    if options.shard is not None:
+        shard_of(options.shard)
+        from_file = options.input is not None and str(options.input) != "-"
+        if not from_file or options.output is None:
+            raise ValueError("--shard divides a file; give --input FILE and --output FILE")
 
 
 def _check_number(options: Infer, num_answers: int) -> None:
@@ -225,7 +288,7 @@ def _lines(options: Infer, stack: contextlib.ExitStack) -> tuple[Iterator[str], 
         return iter(options.prompt), len(options.prompt)
     if options.input is not None and str(options.input) != "-":
         try:
-            total = count_lines(options.input)
+            total = count_prompts(options.input, are_json=_reads_json(options))
             file = stack.enter_context(options.input.open("rb"))
         except OSError as error:
             raise ValueError(f"cannot read {options.input}: {error.strerror}") from None
@@ -325,7 +388,8 @@ def _generation(options: Infer) -> dict[str, Any]:
     schema = options.json_schema
     if schema is not None and not schema.lstrip().startswith("{"):
         try:
-            given["json_schema"] = Path(schema).read_text(encoding="utf-8")
+            file = storage.local(storage.path(schema, "--json-schema"))
+            given["json_schema"] = file.read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(
                 f"--json-schema {schema}: {error.strerror}; give a file, or the schema itself"
@@ -353,31 +417,36 @@ def _as_json(answer: Any) -> dict[str, Any]:
     return found
 
 
-def _run(options: Infer) -> dict[str, Any]:
-    """Returns what determines the answers, to be compared when the command is given again."""
-    assert options.output is not None
+def _run(options: Infer, output: Path, shard: tuple[int, int | None] | None) -> dict[str, Any]:
+    """Returns what determines the answers, to be compared when the command is given again.
+
+    Args:
+      options: of the command.
+      output: the file of answers.
+      shard: the first prompt and the one behind the last, if they are a share.
+    """
     run = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name not in _NO_EFFECT
     }
     run |= _generation(options)
-    path = Path(options.model).expanduser()
+    path = storage.path(options.model, "--model")
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        run["model_files"] = [
-            [str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files
-        ]
+        files = storage.files(path)
+        run["model_files"] = [[name, size, version] for name, (size, version) in files.items()]
     if options.input is not None and str(options.input) != "-":
-        size = (read_run(options.output).get("input") or {}).get("bytes")
+        size = (read_run(output).get("input") or {}).get("bytes")
         run["input"] = sample_of(options.input, size)
     elif options.prompt:
         run["prompts"] = list(options.prompt)
+    if shard:
+        run["shard"] = list(shard)
     return run
 
 
 @contextlib.contextmanager
-def _progress(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
+def _progress(total: int | None, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function that shows on standard error how many prompts are answered."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -385,6 +454,8 @@ def _progress(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True)
     columns = TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), Remaining()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, disable=not (shown and console.is_terminal)
+    ) as progress:
         task = progress.add_task("", total=total, completed=done)
         yield lambda number: progress.update(task, completed=number)

@@ -26,9 +26,11 @@ def report(args: list[str]) -> None:
     from t5jax import storage
     from t5jax.report import find_runs, read_run, render
 
-    found = [run for folder in options.runs for run in find_runs(folder)]
+    found = [run for folder in options.runs for run in find_runs(storage.path(folder))]
     runs = [read_run(path) for path in dict.fromkeys(path.resolve() for path in found)]
-    output = options.output or (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    output = (runs[0].path if len(runs) == 1 else Path()) / "report.html"
+    if options.output:
+        output = storage.path(options.output, "--output")
     storage.write_file(output, render(runs).encode())
     print(output)
 
@@ -43,7 +45,9 @@ class Runs:
 
 def runs(args: list[str]) -> None:
     options = parse(Runs, args or ["runs"], prog="t5jax runs", positional=True)
+    from t5jax import storage
     from t5jax.monitor.tables import print_table
     from t5jax.report import find_runs, read_run, runs_table
 
-    print_table(runs_table([read_run(path) for path in find_runs(options.folder)]), sys.stdout)
+    found = find_runs(storage.path(options.folder))
+    print_table(runs_table([read_run(path) for path in found]), sys.stdout)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from t5jax import storage
 from t5jax.commands.parse import check_options, parse, run_group
 from t5jax.storage import split_lines
 
@@ -113,8 +114,10 @@ def show(args: list[str]) -> None:
     )
     _print_report(report)
     if options.png:
-        plot_lengths(report, options.png)
-        print(f"wrote {options.png}", file=sys.stderr)
+        output = storage.path(options.png, "--png")
+        with storage.staged(output) as place:
+            plot_lengths(report, place.path)
+        print(f"wrote {output}", file=sys.stderr)
 
 
 def _print_report(report) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from t5jax import distributed, storage
 from t5jax.architectures import Architecture
 from t5jax.batch import BatchSpec, train_spec
 from t5jax.checks import name_of, users_error
@@ -133,9 +134,7 @@ def train_iterator(
         for task in _tasks_with_split(mixture, TRAIN_SPLIT):
             _check_objective(task, config.model, run)
         if config.data.cache:
-            from t5jax.data.cache.store import write_caches
-
-            write_caches(name, config.data.cache, run)
+            _write_caches(name, config.data.cache, run)
 
     def make_stage(name: str, seed: int) -> BatchIterator:
         if config.data.cache:
@@ -154,6 +153,17 @@ def train_iterator(
             for number, (first, name) in enumerate(config.data.mixtures)
         ]
     )
+
+
+def _write_caches(mixture: str, folder: str, run: Run) -> None:
+    """Writes the caches that are missing or do not match."""
+    from t5jax.data.cache.store import write_caches
+
+    if storage.is_remote(folder):
+        # On a disk that hosts share they wait for each other at a lock, which a bucket has not.
+        distributed.from_first_process(lambda: len(write_caches(mixture, folder, run)))
+    else:
+        write_caches(mixture, folder, run)
 
 
 def _check_positions(model: Architecture, spec: BatchSpec) -> None:

@@ -12,44 +12,19 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from t5jax import storage
 from t5jax.data.batches.examples import EvalSet
+from t5jax.distributed import from_first_process
 from t5jax.evaluation.scores import Answer
 from t5jax.storage import split_lines, to_json, write_file
 
 ABOUT = "evaluation.json"
-
-
-def from_first_process(function: Callable[[], Any]) -> Any:
-    """Returns on every host what a function returns on the first one: JSON values, or its error.
-
-    Hosts need not share a disk, and must not differ in what they do next.
-    """
-    if jax.process_count() == 1:
-        return function()
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    content = b""
-    if jax.process_index() == 0:
-        try:
-            found = {"value": function()}
-        except (ValueError, OSError) as error:
-            found = {"error": str(error)}
-        content = json.dumps(found).encode()
-    size = int(broadcast_one_to_all(np.array(len(content))))
-    buffer = np.zeros(size, np.uint8)
-    buffer[: len(content)] = np.frombuffer(content, np.uint8)
-    found = json.loads(np.asarray(broadcast_one_to_all(buffer)).tobytes())
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found["value"]
 
 
 def is_folder(path: Path) -> bool:

@@ -52,7 +52,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in storage.split_lines(path.read_text(encoding="utf-8", errors="replace")):
+    for line in storage.split_lines(path.read_bytes().decode("utf-8", errors="replace")):
         try:
             found.append(json.loads(line))
         except ValueError:

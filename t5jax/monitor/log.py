@@ -97,7 +97,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
-        for _, record in _read_lines(Path(run_dir) / METRICS_FILE)
+        for _, record in _read_lines(storage.path(run_dir) / METRICS_FILE)
     ]
 
 

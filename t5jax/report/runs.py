@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from t5jax import checkpoint
+from t5jax import checkpoint, storage
 from t5jax.config import Config
 from t5jax.monitor import environment, log
 
@@ -76,7 +76,8 @@ def find_runs(folder: Path) -> list[Path]:
     """
     if checkpoint.is_run(folder):
         return [folder]
-    names = folder.rglob(checkpoint.CONFIG_FILE) if folder.is_dir() else ()
+    files = [folder / name for name in storage.files(folder)]
+    names = [path for path in files if path.name == checkpoint.CONFIG_FILE]
     found = sorted({path.parent for path in names if checkpoint.CHECKPOINTS_DIR not in path.parts})
     if not found:
         raise ValueError(f"{folder} holds no run; expected a run's folder, or one with runs in it")

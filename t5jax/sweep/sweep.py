@@ -94,7 +94,12 @@ def sweep(
         raise ValueError("a sweep compares evaluations, but eval.every is 0; set it")
     if train is None:
         from t5jax.train import train
-    folder = Path(config.run_dir).expanduser()
+    folder = storage.path(config.run_dir, "the sweep's folder")
+    if storage.is_remote(folder):
+        raise ValueError(
+            f"the sweep's folder is {folder}; its study and its locks need a disk: set run_dir to "
+            "a folder of this machine, or one that all machines share"
+        )
     with _lock(folder, wait=True):  # One process makes it, and the others find it.
         study = _study(folder, config, space, options)
     _take_up_dead(study, folder)

@@ -120,9 +120,10 @@ def test_a_second_set_up_changes_nothing(kind, place, capsys):
     more = "image = 'us-docker.pkg.dev/p/images/t5jax:1'\n" + SECRETS
     assert gcp(cloud, kind, "set-up", more=more) == 0
     first, count = vars(cloud).copy(), len(changes(cloud))
-    assert count == 11
+    assert count == 12
     assert {role for bound in cloud.bindings.values() for role in bound} == {
         "roles/storage.objectUser",
+        "roles/storage.legacyBucketReader",
         "roles/secretmanager.secretAccessor",
         "roles/artifactregistry.reader",
     }

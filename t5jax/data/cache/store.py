@@ -85,6 +85,11 @@ def write_caches(
     from t5jax.data.tasks.foreign import kind_of
 
     folder = storage.path(folder, "the cache's folder")
+    if write and storage.is_remote(folder):
+        raise ValueError(
+            f"the cache's folder is {folder}, but the workers of a cluster write into a folder "
+            "that all of them have under the same path; mount the bucket, or leave --beam out"
+        )
     for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
         check_at_least(value, 1, name)
     found = seqio.get_mixture_or_task(mixture)

@@ -27,6 +27,7 @@ import jinja2
 import jinja2.sandbox
 import yaml
 
+from t5jax import storage
 from t5jax.data.segments import BREAK
 from t5jax.data.sources.source import Row, field_names, no_field
 
@@ -479,7 +480,8 @@ def promptsource(path: str | Path) -> list[JinjaTemplate]:
       ValueError: if the file cannot be read or parsed, or a template is invalid, with its name.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _PromptSourceLoader)
+        file = storage.local(storage.path(path, "a file of templates"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _PromptSourceLoader)
         return list(_read_promptsource(content))
     except OSError as error:
         raise ValueError(f"cannot read templates from {path}: {error.strerror}") from None

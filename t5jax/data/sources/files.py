@@ -127,7 +127,7 @@ def answer(ask: Callable[[], Any], what: str) -> Any:
             "credentials (for gs://, `gcloud auth application-default login`)"
         ) from None
     except Exception as error:
-        reason = storage.describe_error(error) or str(error) or type(error).__name__
+        reason = storage.describe_error(error, what) or str(error) or type(error).__name__
         raise ValueError(f"cannot read {what}: {reason}") from error
 
 
@@ -148,13 +148,13 @@ def open_file(path: str) -> Iterator[BinaryIO]:
             f"{path} is cut short: its compressed data has no end; copy or make it again"
         ) from None
     except _DAMAGES as error:
-        reason = storage.describe_error(error) or getattr(error, "strerror", None) or error
+        reason = storage.describe_error(error, path) or getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read {path}: {reason}") from error
     except Exception as error:
         if isinstance(error, ValueError) or "://" not in path:
             raise
         # From a store's client; each has its own exceptions.
-        reason = storage.describe_error(error) or error or type(error).__name__
+        reason = storage.describe_error(error, path) or error or type(error).__name__
         raise ValueError(f"cannot read {path}: {reason}") from error
 
 
