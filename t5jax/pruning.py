@@ -5,7 +5,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5jax import batch as features
+from t5jax import storage
 from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import check_choice
 from t5jax.convert import stopping
@@ -69,7 +69,7 @@ def prune_model(
       ValueError: if the model cannot be read or pruned so, or the output cannot be written.
     """
     _check(pattern, sparsity, scope, keep)
-    check_destination(Path(output).absolute(), overwrite)
+    check_destination(storage.path(output, "the folder to write"), overwrite)
     source = _find_floats(model)
     axes = api.param_axes(source.model)
     if pattern == "heads" or pattern == "mlp":
@@ -195,7 +195,7 @@ def trim_model(
             "there is nothing that says which pieces to keep; give --tasks NAME, or --text FILE "
             "with the texts that the model is for"
         )
-    check_destination(Path(output).absolute(), overwrite)
+    check_destination(storage.path(output, "the folder to write"), overwrite)
     source = _find_floats(model)
     tokenizer, description = source.tokenizer(), source.model
     if not isinstance(tokenizer, (SentencePieceTokenizer, HuggingFaceTokenizer)):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t5jax import storage
-from t5jax.checks import check_local
 from t5jax.commands.parse import check_options, fields, model_first, parse
 from t5jax.config import MeshConfig
 
@@ -84,7 +83,11 @@ prompted_task(
 def distill(args: list[str]) -> None:
     options = parse(Distill, model_first(args), prog="t5jax distill", positional=True)
     check_options(options, 1, "num_examples", "max_tokens", "num_beams", "batch_size")
-    check_local(options.folder, "--folder")
+    if storage.is_remote(storage.path(options.folder, "--folder")):
+        raise ValueError(
+            f"--folder is {options.folder}; the task's file reads its rows from beside it: give a "
+            "folder of this machine, and copy it"
+        )
     name = options.name or re.sub(r"\W", "_", options.task) + "_distilled"
     if not re.fullmatch(r"\w+", name):
         raise ValueError(
