@@ -117,6 +117,8 @@ class Architecture(abc.ABC):
             value, kind = getattr(self, field.name), hints[field.name]
             if value is None and type(None) in typing.get_args(kind):
                 continue
+            if typing.get_origin(kind) is typing.Union:  # Of a choice and None.
+                kind = typing.get_args(kind)[0]
             if typing.get_origin(kind) is Literal:
                 check_choice(value, typing.get_args(kind), f"model.{field.name}")
             elif field.name.endswith("_token_id"):

@@ -34,7 +34,7 @@ def names(cls):
 
 def test_own_fields_come_first_and_what_all_have_last():
     assert names(Small)[:3] == ["family", "depth", "dropout_rate"]
-    assert names(Small)[-4:] == ["dtype", "param_dtype", "scan_layers", "remat"]
+    assert names(Small)[-5:] == ["dtype", "param_dtype", "scan_layers", "remat", "kv_cache"]
     assert names(Deep)[0] == "width"
     assert sorted(names(Deep)) == sorted([*names(Small), "width"])
 

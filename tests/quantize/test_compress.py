@@ -95,6 +95,14 @@ def test_keys_and_values_in_int8(folder):
     assert 0 < error < 0.02 * np.abs(logits[0]).max()
 
 
+def test_caches_that_there_are_not():
+    with pytest.raises(ValueError, match="model.kv_cache is 'int4'; expected one of int8"):
+        dataclasses.replace(MODEL, kv_cache="int4")
+    bert = VARIANTS["bert_masked_lm"]
+    with pytest.raises(ValueError, match="is an encoder, which keeps no keys and values"):
+        dataclasses.replace(bert, kv_cache="int8")
+
+
 # --- What is refused ------------------------------------------------------------------------------
 
 
