@@ -303,6 +303,9 @@ class LoraConfig:
     counts."""
     alphas: tuple[str, ...] = ()
     """Other values of alpha for some of the targets, as PATTERN:ALPHA."""
+    base: Literal["int8", "int4", "nf4", "fp8"] | None = None
+    """What the matrices of the base's layers are rounded to in memory, as in QLoRA (nf4;
+    arXiv:2305.14314). None: they stay as they are."""
     train: tuple[str, ...] = ()
     """Parameters of the base to train and save too: patterns of their paths, such as */scale or
     lm_head/*. A new head is always trained."""
@@ -318,6 +321,7 @@ class LoraConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adapter.dropout is {self.dropout}; it must be in [0, 1)")
+        check_choice(self.base, (None, "int8", "int4", "nf4", "fp8"), "adapter.base")
         parse_patterns(self.ranks, int, "adapter.ranks")
         parse_patterns(self.alphas, float, "adapter.alphas")
 

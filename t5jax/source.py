@@ -235,6 +235,9 @@ class AdaptedSource(Source):
             saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in flat}
             read = digest.digests({path: flat[path] for path in saved})
             digest.check(read, saved, str(self.path), str(self.base.path))
+        if self.is_checkpoint and self.config.adapter is not None:
+            # It was trained over what the base is rounded to.
+            flat = _flatten(adapted.rounded_to_float(model, self.config.adapter, params))
         whole = flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
 
         merged = jax.jit(lambda whole: lora.merge(model, whole))(whole)

@@ -22,7 +22,7 @@ from t5jax.adapters import digest
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
-from t5jax.config import Config, LoraConfig, to_json
+from t5jax.config import AdapterConfig, Config, LoraConfig, to_json
 from t5jax.data.batches.examples import BatchIterator, EvalSet
 from t5jax.distill import check_teacher, student_params
 from t5jax.evaluation import Evaluator, Result, mean_loss
@@ -202,10 +202,10 @@ def _train(
         if base:
             own, key = run.saved(state), jax.random.key(config.train.seed)
             state = state.replace(params=None)
-            params = _params_over(base, run, own.params, key, begins=not last)
+            params, digests = _params_over(
+                base, run, config.adapter, own.params, key, begins=not last
+            )
             state = state.replace(params=params)
-            flat = flax.traverse_util.flatten_dict(params, sep="/")
-            digests = digest.digests({path: flat[path] for path in sorted(run.base)})
             if last:
                 digest.check(digests, checkpoint.read_base(last), str(run_dir), str(base.path))
         if distributed.is_main():
@@ -337,25 +337,35 @@ def _with_new_head(config: Config, base: Source) -> Config:
 
 
 def _params_over(
-    base: Source, run: Program, own: api.Params, key: jax.Array, *, begins: bool
-) -> api.Params:
-    """Returns the parameters of an adapter over its base, which is read.
+    base: Source,
+    run: Program,
+    adapter: AdapterConfig,
+    own: api.Params,
+    key: jax.Array,
+    *,
+    begins: bool,
+) -> tuple[api.Params, dict[str, str]]:
+    """Returns the parameters of an adapter over its base, which is read, and the base's digests.
 
     Args:
       own: the parameters that the base does not have, and those of it that are trained.
       begins: whether no step has been trained, so that the base's are as they were.
     """
-    paths = flax.traverse_util.flatten_dict(api.param_shapes(run.model), sep="/")
-    own, places = (
-        flax.traverse_util.flatten_dict(tree, sep="/") for tree in (own, run.shardings.params)
-    )
+    own = flax.traverse_util.flatten_dict(own, sep="/")
     new = {path: own[path] for path in base.missing(run.model)}
-    shardings = flax.traverse_util.unflatten_dict({path: places[path] for path in paths}, sep="/")
-    read = flax.traverse_util.flatten_dict(base.params(run.model, shardings, new), sep="/")
+    shardings = adapted.shardings(run.model, None, run.mesh, run.rules)
+    params = base.params(run.model, shardings, new)
+    read = flax.traverse_util.flatten_dict(params, sep="/")
+    digests = digest.digests({path: read[path] for path in sorted(run.base)})
+    if getattr(adapter, "base", None):
+        round_base = jax.jit(lambda params: adapted.rounded(run.model, adapter, params))
+        read = flax.traverse_util.flatten_dict(round_base(params), sep="/")
     if begins:
-        own = {path: x for path, x in own.items() if path not in paths}
+        own = {path: x for path, x in own.items() if path not in read}
     params = flax.traverse_util.unflatten_dict(read | own, sep="/")
-    return adapted.begin(run.model, params, key) if begins else params
+    if getattr(adapter, "base", None):
+        params = jax.device_put(params, run.shardings.params)
+    return (adapted.begin(run.model, params, key) if begins else params), digests
 
 
 def _say_how_the_rate_falls(saved: Config, config: Config) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5jax import sharding
 from t5jax.adapters.params import init_params, param_axes, param_shapes
+from t5jax.adapters.params import shardings as param_shardings
 from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
 from t5jax.config import AdapterConfig, AxisRules
@@ -83,7 +84,7 @@ def train_state_shardings(
       ValueError: if the mesh does not divide a parameter evenly.
     """
     shapes, all_axes = train_state_shapes(model, tx, frozen, adapter), param_axes(model, adapter)
-    params = sharding.param_shardings(all_axes, shapes.params, mesh, rules)
+    params = param_shardings(model, adapter, mesh, rules)
     trainable, _ = split(shapes.params, frozen)
     trained_axes, _ = split(all_axes, frozen)
     axes = state_axes(shapes.opt_state, trainable, trained_axes)

@@ -4,11 +4,13 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+from jax.sharding import Mesh
 
+from t5jax import sharding
 from t5jax.adapters import lora, prompt
 from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
-from t5jax.config import AdapterConfig, LoraConfig, PromptConfig
+from t5jax.config import AdapterConfig, AxisRules, LoraConfig, PromptConfig
 from t5jax.models import api
 
 
@@ -20,8 +22,50 @@ def init_params(model: Architecture, adapter: AdapterConfig | None, key: jax.Arr
     check(model, adapter)
     key = jax.random.fold_in(key, 1)
     if isinstance(adapter, LoraConfig):
-        return lora.init(adapter, model, params, key)
+        return lora.init(adapter, model, rounded(model, adapter, params), key)
     return prompt.init(adapter, params, key)
+
+
+def rounded(model: Architecture, adapter: AdapterConfig, params: api.Params) -> api.Params:
+    """Returns parameters with the base's matrices rounded as `adapter.base` says; may be jitted.
+
+    Those outside of layers, and those that are trained, stay as they are.
+
+    Raises:
+      ValueError: if a matrix cannot be rounded so.
+    """
+    if not isinstance(adapter, LoraConfig) or adapter.base is None:
+        return params
+    from t5jax.quantize.matrices import Scheme, group_size, matrices, quantize
+    from t5jax.quantized import PACKED
+
+    base, flat = base_params(model, adapter), dict(_flatten(params))
+    scheme = Scheme(adapter.base)
+    for matrix in matrices(model):
+        if matrix.path not in base or "/layers/" not in matrix.path:
+            continue
+        if adapter.base in PACKED:
+            try:
+                group_size(matrix, scheme)
+            except ValueError:
+                size = matrix.shape[matrix.axis]
+                raise ValueError(
+                    f"adapter.base is {adapter.base}, but groups of numbers do not divide "
+                    f"{matrix.path}, which has {size} inputs at {matrix.axes[matrix.axis]}; take "
+                    "int8 or fp8"
+                ) from None
+        flat[matrix.path] = quantize(flat[matrix.path], matrix, scheme)
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def rounded_to_float(model: Architecture, adapter: AdapterConfig, params: api.Params) -> api.Params:
+    """Returns the values of `rounded` in the dtypes of the parameters."""
+    if not isinstance(adapter, LoraConfig) or adapter.base is None:
+        return params
+    flat, found = _flatten(params), _flatten(rounded(model, adapter, params))
+    return flax.traverse_util.unflatten_dict(
+        {path: x.astype(flat[path].dtype) for path, x in found.items()}, sep="/"
+    )
 
 
 def check(model: Architecture, adapter: AdapterConfig) -> None:
@@ -43,7 +87,10 @@ def leaves(model: Architecture, adapter: AdapterConfig) -> dict[str, tuple[tuple
 
 def param_shapes(model: Architecture, adapter: AdapterConfig | None) -> api.Params:
     """Returns the tree as ShapeDtypeStructs."""
-    flat = dict(_flatten(api.param_shapes(model)))
+    shapes = api.param_shapes(model)
+    if adapter is not None:
+        shapes = jax.eval_shape(lambda params: rounded(model, adapter, params), shapes)
+    flat = dict(_flatten(shapes))
     if adapter is not None:
         flat |= {
             path: jax.ShapeDtypeStruct(shape, "float32")
@@ -53,7 +100,7 @@ def param_shapes(model: Architecture, adapter: AdapterConfig | None) -> api.Para
 
 
 def param_axes(model: Architecture, adapter: AdapterConfig | None) -> dict[str, Any]:
-    """Returns the same tree with tuples of logical axes as leaves."""
+    """Returns the same tree with tuples of logical axes as leaves, of rounded matrices as well."""
     flat = _flatten(api.param_axes(model))
     if adapter is not None:
         flat |= {path: axes for path, (_, axes) in leaves(model, adapter).items()}
@@ -73,6 +120,22 @@ def begin(model: Architecture, params: api.Params, key: jax.Array) -> api.Params
             norms = jax.jit(lora.norms, static_argnums=1, out_shardings=place)
             flat[f"{path}/dora_magnitude"] = norms(flat[f"{path}/kernel"], matrix)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def shardings(
+    model: Architecture, adapter: AdapterConfig | None, mesh: Mesh, rules: AxisRules
+) -> Any:
+    """Returns the NamedSharding of every parameter.
+
+    Raises:
+      ValueError: if the mesh does not divide one evenly.
+    """
+    axes, shapes = param_axes(model, adapter), param_shapes(model, adapter)
+    if not isinstance(adapter, LoraConfig) or adapter.base is None:
+        return sharding.param_shardings(axes, shapes, mesh, rules)
+    from t5jax.quantize.matrices import param_shardings
+
+    return param_shardings(axes, shapes, mesh, rules)
 
 
 def base_params(model: Architecture, adapter: AdapterConfig) -> frozenset[str]:

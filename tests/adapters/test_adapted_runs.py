@@ -9,8 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+import t5jax
 from t5jax import checkpoint
+from t5jax.adapters import lora
+from t5jax.commands.serve import _adapters
 from t5jax.config import InitConfig, LoraConfig, from_json, to_json
+from t5jax.hf import peft
 from t5jax.source import find
 from t5jax.train import train
 from tiny import (  # noqa: F401
@@ -112,3 +116,32 @@ def test_its_fields_stay(base, adapted):
 def test_as_json():
     config = config_over(Path("base"), Path("run"))
     assert from_json(to_json(config)) == config
+
+
+def test_several_over_one_base(base, adapted, tmp_path):
+    source = find(str(base))
+    config = LoraConfig(rank=2, targets=("query", "value"))
+    start = lora.flatten(lora.init(config, source.model, source.read()[1], jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    leaves = {p: np.asarray(start[p]) for p in lora.leaves(config, source.model)}
+    leaves |= {p: rng.normal(size=x.shape) for p, x in leaves.items() if p.endswith("lora_b")}
+    peft.save(tmp_path / "adapter", source.model, leaves, str(base))
+    both = t5jax.load(str(base), adapters={"one": str(tmp_path / "adapter")})
+    prompts = ["capitals: ab", "capitals: dcba"]
+    alone = t5jax.load(str(tmp_path / "adapter")).generate(prompts, max_tokens=4)
+    assert both.with_adapter(1).generate(prompts, max_tokens=4) == alone
+    unchanged = t5jax.load(str(base)).generate(prompts, max_tokens=4)
+    assert both.with_adapter(0).generate(prompts, max_tokens=4) == unchanged != alone
+    with pytest.raises(
+        ValueError, match=r"adapter two: .* also replaces .*final_norm/scale of its"
+    ):
+        t5jax.load(str(base), adapters={"two": str(adapted)})
+    with pytest.raises(ValueError, match="adapter it: .* is a run without an adapter"):
+        t5jax.load(str(base), adapters={"it": str(base)})
+
+
+def test_adapters_of_the_command_line():
+    words = ["model", "--adapter", "a=x", "b=y", "--port", "1", "--adapter=c=z"]
+    assert _adapters(words) == ({"a": "x", "b": "y", "c": "z"}, ["model", "--port", "1"])
+    with pytest.raises(ValueError, match="--adapter x: expected NAME=PATH"):
+        _adapters(["--adapter", "x"])

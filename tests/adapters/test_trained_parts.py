@@ -23,6 +23,7 @@ from t5jax.config import (
     to_json,
 )
 from t5jax.program import program
+from t5jax.quantized import Quantized
 
 MODEL = T5Config(
     vocab_size=32,
@@ -88,6 +89,17 @@ def test_the_base_may_be_bfloat16_and_the_rate_of_adafactor_is_the_adapters_own(
     assert after[f"{path}/lora_a"].dtype == np.float32
     step = np.sqrt(np.mean(np.square(after[f"{path}/lora_b"] - before[f"{path}/lora_b"])))
     assert 5e-3 < step < 2e-2  # B is 0; a rate relative to its size would be 1e-5.
+
+
+def test_a_base_in_four_bits():
+    adapter = LoraConfig(rank=2, targets=("query", "wo"), base="nf4")
+    before, after, _ = one_step(change(adapter=adapter))
+    path = "decoder/layers/mlp/wo/kernel"
+    assert isinstance(after[path], Quantized)
+    assert after[path].nbytes < 0.2 * 4 * after[path].size
+    for path, x in before.items():
+        same = jax.tree.all(jax.tree.map(np.array_equal, x, after[path]))
+        assert same == (not path.endswith("lora_b")), path
 
 
 def test_a_soft_prompt_is_all_that_moves():
