@@ -169,7 +169,10 @@ on the whole step.
 
 Gradients of weights leave each product in bfloat16, after a sum in float32 over the tokens of a
 device; devices exchange them so, and the optimizer computes in float32. The unembedding's are
-summed over chunks in float32, and the embedding's over the occurrences of a token.
+summed over chunks in float32, and the embedding's over the occurrences of a token. Measured on one
+CPU, with a T5 of two and two layers (d_model 128) and 400 steps on this project's own text, for two
+seeds: the mean loss of steps 201 to 400 is 1.8131 and 1.8127, and where products return gradients
+in float32, 1.8122 and 1.8116. What devices add up in bfloat16 has not been measured.
 
 ## How the figures come about
 

@@ -83,6 +83,7 @@ def test_a_plan_and_its_file(config, capsys, tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_search_and_a_plan_of_decoding(config, capsys):
     # Without the kernels, which take long to compile.
     here = ("plan", config, "--topology", "v5e:2x2", "--json", "--train.attention", "reference")
