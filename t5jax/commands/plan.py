@@ -45,9 +45,8 @@ class PlanOptions:
     decode: bool = False
     """Plan the decoding of one token per row, with a full cache, instead of a training step."""
     serve: bool = False
-    """Plan the program in which `t5jax serve` writes one token in each slot: the network, draws,
-    penalties and masks. As many slots as --rows, data.inputs_length tokens of input and
-    data.targets_length of an answer."""
+    """Plan the program in which `t5jax serve` writes one token in each slot, greedily. As many
+    slots as --rows, data.inputs_length tokens of input and data.targets_length of an answer."""
     rows: int | None = None
     """--decode: rows that are decoded together; --serve: slots. None: eval.batch_size."""
     search: bool = False

@@ -15,7 +15,7 @@ from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
-from t5jax.decoding import History, row_options
+from t5jax.decoding import EVERY_PART, History, Parts, row_options
 from t5jax.models import api
 from t5jax.serving import sizes
 from t5jax.serving import slots as device
@@ -272,7 +272,12 @@ class Programs:
 
 
 def lower_decode(
-    model: Architecture, params: Any, slots: Any, size: Size, mesh: jax.sharding.Mesh
+    model: Architecture,
+    params: Any,
+    slots: Any,
+    size: Size,
+    mesh: jax.sharding.Mesh,
+    parts: Parts = EVERY_PART,
 ) -> jax.stages.Lowered:
     """Returns the program that writes tokens, before it is compiled.
 
@@ -282,11 +287,13 @@ def lower_decode(
       slots: the shapes of all slots, with shardings.
       size: the part of the slots that it steps.
       mesh: the devices.
+      parts: which options of requests it obeys.
     """
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def decode(slots: Any, params: api.Params, *args: Any) -> Any:
-        return device.decode(model, params, slots, size, *args)
+        step = functools.partial(device.decode, parts=parts)
+        return step(model, params, slots, size, *args)
 
     def shape(dtype: str, *dims: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated)
@@ -304,7 +311,8 @@ def lower_step(
 ) -> tuple[jax.stages.Lowered, Any]:
     """Returns the program that steps all slots of an engine, and their shapes.
 
-    Arguments as for `lower_decode`; call it within `sharding.use_mesh`.
+    Without the options of requests, whose branches a greedy answer does not take. Arguments as for
+    `lower_decode`; call it within `sharding.use_mesh`.
     """
     room = jax.jit(functools.partial(device.empty, model, size))
     slots = jax.tree.map(
@@ -312,4 +320,4 @@ def lower_step(
         jax.eval_shape(room),
         room.lower().compile().output_shardings,
     )
-    return lower_decode(model, params, slots, size, mesh), slots
+    return lower_decode(model, params, slots, size, mesh, Parts()), slots

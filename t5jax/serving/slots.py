@@ -23,6 +23,7 @@ from t5jax.decoding import (
     EVERY_PART,
     GenerationOptions,
     History,
+    Parts,
     RowOptions,
     choose,
     row_options,
@@ -189,6 +190,7 @@ def decode(
     num_steps: jax.Array,
     stop_early: jax.Array,
     with_top: jax.Array,
+    parts: Parts = EVERY_PART,
 ) -> tuple[Slots, Step]:
     """Writes up to `num_steps` tokens in each slot in use.
 
@@ -203,6 +205,7 @@ def decode(
       num_steps: int32 [], at most MAX_STEPS.
       stop_early: bool [], whether to return as soon as an answer ends, because others wait.
       with_top: bool [], whether to report the most probable tokens.
+      parts: which options of requests are obeyed. Static.
     """
     shape = jax.eval_shape(functools.partial(empty, model, size))
     part = jax.tree.map(lambda x, like: x[_prefix(like)], slots, shape)
@@ -232,7 +235,7 @@ def decode(
         choice = choose(
             *(logits_RV, now.options, now.index),
             ends=model.end_token_ids,
-            parts=EVERY_PART,
+            parts=parts,
             history=now.history,
             allowed_NW=allowed_RW,
             constrained=constrained,
