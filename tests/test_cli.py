@@ -309,7 +309,7 @@ def test_a_run_writes_nothing_that_is_not_ours(config):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "there is no command 'trian'; did you mean train? known are train, plan"),
+        (["trian"], "there is no command 'trian'; did you mean train? known are train, "),
         (["train"], "train needs a CONFIG before its options: a Python file, a .json file"),
         (["train", "quickstrat"], "there is no config 'quickstrat'; did you mean quickstart?"),
         (["train", "absent.py"], "there is no file absent.py"),
