@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "gcp" / "worker.sh"
-SCRIPTS = [WORKER]
+SCRIPTS = [WORKER, ROOT / "launchers" / "slurm.sbatch"]
 SECRET = "hf_thevalueofthesecret00"
 # What each prints or does; every one records its words first.
 PROGRAMS = {
