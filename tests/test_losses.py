@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conformance.cases import assert_trees_close, random_batch, random_params
+from conformance.cases import HIDDEN, assert_trees_close, random_batch, random_params
 from conformance.families import T5 as SMALL
 from conformance.families import T5_EVEN as EVEN
 from conformance.families import VARIANTS
@@ -160,7 +160,7 @@ def test_chunked_value_without_gradient_is_the_same():
     # Evaluation takes another path through the custom gradient than training.
     model, batch = SMALL, random_batch(SMALL, target=6)
     params = random_params(model)
-    x_BTD = api.hidden(model, params, batch)
+    x_BTD = HIDDEN(model, params, batch)
     args = batch[features.DECODER_TARGET_TOKENS], batch[features.DECODER_LOSS_WEIGHTS]
     expected = cross_entropy(api.unembed(model, params, x_BTD), *args, BOTH)
 
