@@ -60,7 +60,7 @@ def test_the_wheel_holds_code_tasks_and_configs_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {}
     for folder in ("t5jax", "tasks", "configs"):
-        kinds = (".py", ".html", ".jinja", ".css", ".js")
+        kinds = (".py", ".typed", ".html", ".jinja", ".css", ".js")
         found = (ROOT / folder).rglob("*")
         for path in (path for path in found if path.suffix in kinds):
             name = path.relative_to(ROOT).as_posix()
