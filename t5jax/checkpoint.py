@@ -304,14 +304,24 @@ def read_loop(checkpoint: Path) -> dict:
     Raises:
       ValueError: if the checkpoint holds parameters alone.
     """
-    with _reading(checkpoint):
-        values = json.loads((checkpoint / "loop" / "metadata").read_text())
+    values = _read_loop(checkpoint)
     if not values:
         run_dir = checkpoint.parent.parent
         raise ValueError(
             f"{run_dir} holds imported parameters, with no training to go on with; set init.model "
             f"to {run_dir}, and choose another run_dir"
         )
+    return values
+
+
+def is_imported(checkpoint: Path) -> bool:
+    """Returns whether a checkpoint holds parameters alone, which were not trained here."""
+    return not _read_loop(checkpoint)
+
+
+def _read_loop(checkpoint: Path) -> dict:
+    with _reading(checkpoint):
+        values: dict = json.loads((checkpoint / "loop" / "metadata").read_text())
     return values
 
 

@@ -52,6 +52,9 @@ On a TPU pod, in a SLURM step, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSE
 set, the same command on every host is one run.
 """
 
+START_AGAIN = 75
+"""The exit status of a run that was asked to stop and has saved its step (EX_TEMPFAIL)."""
+
 COMMANDS = {
     "train": "train.train",
     "sweep": "sweep.sweep",
@@ -118,6 +121,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except Exception as error:
+        distributed = sys.modules.get("t5jax.distributed")
+        if distributed and isinstance(error, distributed.Preempted):
+            print(f"t5jax: {error}", file=sys.stderr)
+            distributed.leave()
+            return START_AGAIN
         from t5jax import storage
 
         if (text := storage.describe_error(error)) and not os.environ.get("T5JAX_TRACEBACK"):

@@ -7,6 +7,8 @@ import glob
 import hashlib
 import json
 import os
+import signal
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -280,6 +282,49 @@ def _host(index: int) -> str:
 
 
 # --- The end --------------------------------------------------------------------------------------
+
+
+class Preempted(Exception):
+    """The run was asked to stop, and has saved its step; the same command goes on from it."""
+
+
+class StopRequest:
+    """Whether this run is asked to stop, by SIGTERM; a context manager.
+
+    Schedulers and clouds send it some seconds before they end a process or take its machine.
+    Outside of the context it ends the process, as it does by default.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "StopRequest":
+        # Of several processes JAX listens. Only the main thread may set a handler.
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and is_main_thread:
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+            self._previous = None
+
+    def _ask(self, *about: object) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Returns whether to stop after this step; call it in each step.
+
+        Of several processes it is the same step for all, the next one that none has begun when one
+        of them was asked.
+        """
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._asked
 
 
 def leave() -> None:

@@ -66,6 +66,7 @@ def train(
       ValueError: if the config is invalid, before the first step if possible; if the run was begun
         with another model or other data; NonFiniteLoss if training diverges, in which case the last
         good checkpoint is kept.
+      distributed.Preempted: after SIGTERM, when the step is saved.
     """
     run_dir = checkpoint.create_run_dir(config.run_dir)
     with storage.staged(
@@ -247,6 +248,7 @@ def _train(
         with (
             bar,
             contextlib.closing(log.make_writer(reports.path, distributed.is_main())) as writer,
+            distributed.StopRequest() as request,
         ):
             steps = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
             batches = Prefetch(iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
@@ -258,6 +260,7 @@ def _train(
                     state, metrics = run.step(state, batch, *taught)
                     counted.result = metrics
                 done = step == config.train.steps
+                stops = request.reached(step) and not done
                 # What fails in the data or in an evaluation is raised when the step is saved.
                 failure = None if done else batches.try_fetch()  # While the devices work.
                 steps.add(step, metrics, num_tokens)
@@ -265,7 +268,8 @@ def _train(
                     bar.print(traced)
 
                 evaluates = not failure and eval_sets and (done or step % config.eval.every == 0)
-                if evaluates or done or failure or step % config.checkpoint.every == 0:
+                saves = evaluates or done or failure or stops
+                if saves or step % config.checkpoint.every == 0:
                     steps.flush()  # Raises before a state that is not finite could be saved.
                     loop.iterator, loop.sums = position, steps.sums
                     with throughput.pause():
@@ -297,7 +301,7 @@ def _train(
                             reports.sync()
                             plain = dataclasses.asdict(loop)
                             checkpoints.save(step, run.saved(state), plain, config, loss, digests)
-                            if done:
+                            if done or stops:
                                 checkpoints.wait()
                         seconds = goodput.seconds()
                         writer.write_scalars(step, {f"time/{p}": s for p, s in seconds.items()})
@@ -307,6 +311,10 @@ def _train(
                 if done:
                     say(describe(seconds))
                     break
+                if stops:
+                    raise distributed.Preempted(
+                        f"asked to stop (SIGTERM): step {step} is saved; the same command goes on"
+                    )
 
     _finish(run_dir, reports, loop, config)
 

@@ -82,8 +82,8 @@ class Hosts:
         out = self._path(process).with_suffix(".out").read_text()
         return Ended(int(ended.read_text()), out, self.read(process))
 
-    def kill(self, process: int) -> None:
-        os.kill(int(self._path(process).with_suffix(".pid").read_text()), signal.SIGKILL)
+    def kill(self, process: int, number: int = signal.SIGKILL) -> None:
+        os.kill(int(self._path(process).with_suffix(".pid").read_text()), number)
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import socket
 import threading
 
@@ -11,8 +12,8 @@ import pytest
 
 import tiny
 from hosts import Hosts, by_address, free_port
-from t5jax import distributed, sharding
-from t5jax.cli import main
+from t5jax import checkpoint, distributed, sharding
+from t5jax.cli import START_AGAIN, main
 from t5jax.config import to_json
 from t5jax.monitor import log
 from t5jax.rendezvous import Rendezvous
@@ -116,11 +117,28 @@ def test_two_and_then_four_processes_train_as_one_does(hosts, tmp_path, bucket):
 
 
 @pytest.mark.slow
-def test_when_one_is_killed_the_others_stop_and_name_it(hosts, tmp_path):
+def test_when_one_is_asked_to_stop_or_killed_the_others_stop_too(hosts, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(to_json(config_of(tmp_path / "run", 10**6, eval={"every": 0})))
-    processes = [hosts.start(["train", str(config)], env) for env in by_address(2)]
-    hosts.wait_for("step 2/", processes[0])
+
+    def start_two():
+        processes = [hosts.start(["train", str(config)], env) for env in by_address(2)]
+        hosts.wait_for("step 2/" if not saved else "going on", processes[0])
+        return processes
+
+    # One gets the signal, and all save the same step.
+    saved = ""
+    processes = start_two()
+    hosts.kill(processes[1], signal.SIGTERM)
+    ended = [hosts.wait(process, timeout=60) for process in processes]
+    assert [e.status for e in ended] == [START_AGAIN] * 2, [e.err for e in ended]
+    (saved,) = {re.search(r"step (\d+) is saved; the same command goes", e.err)[1] for e in ended}
+    assert str(checkpoint.latest_checkpoint(tmp_path / "run").name) == saved
+
+    # One is killed, and the others name it.
+    processes = start_two()
+    assert f"going on from step {saved} " in hosts.read(processes[0])
+    hosts.wait_for(f"step {int(saved) + 2}/", processes[0])
     hosts.kill(processes[1])
     ended = hosts.wait(processes[0], timeout=60)
     assert ended.status == 1

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import math
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +17,10 @@ import pytest
 
 import tiny
 from processes import environment
-from t5jax import pretrained, sharding
+from t5jax import checkpoint, distributed, pretrained, sharding
 from t5jax import train as loop
 from t5jax.batch import BatchSpec
+from t5jax.cli import START_AGAIN, main
 from t5jax.config import (
     AxisRules,
     CheckpointConfig,
@@ -444,6 +447,34 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, capsys):
     assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
     names = {p.name for p in folder.iterdir()}
     assert {"18", "20"} <= names <= {"18", "20", "10"}, "a half-written checkpoint is left"
+
+
+def test_asked_to_stop_it_saves_the_step_and_goes_on(tmp_path, capsys):
+    """SIGTERM, here in the evaluation after step 2."""
+    sections = {"train": {"steps": 4}, "eval": {"every": 2}, "checkpoint": {"every": 100}}
+    train(make_config(tmp_path / "whole", **sections))
+    config = make_config(tmp_path / "stopped", **sections)
+
+    def ask(step, scalars):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    with pytest.raises(distributed.Preempted, match="step 3 is saved"):
+        train(config, watch=ask)
+    assert checkpoint.latest_checkpoint(tmp_path / "stopped").name == "3"
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert main(["train", str(path)]) == 0
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped", 4)
+    assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "stopped")
+
+
+def test_a_run_that_was_asked_to_stop_has_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(to_json(make_config(tmp_path / "run", train={"steps": 4}, eval=NO_EVAL)))
+    monkeypatch.setattr(distributed.StopRequest, "reached", lambda self, step: True)
+    assert main(["train", str(path)]) == START_AGAIN
+    assert "step 1 is saved; the same command goes on" in capsys.readouterr().err
 
 
 # --- Starting from other parameters ---------------------------------------------------------------

@@ -100,11 +100,13 @@ def read_run(path: Path) -> Run:
     config = checkpoint.read_run_config(path)
     records = log.read_metrics(path)
     last = checkpoint.latest_checkpoint(path)
-    loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
+    imported = last is not None and checkpoint.is_imported(last)
+    trained = last is not None and not imported
+    loop = LoopState(**checkpoint.read_loop(last)) if trained else LoopState()
     step = int(last.name) if last else 0
-    reason = loop.is_over(step, config) if last else ""
+    reason = loop.is_over(step, config) if trained else ""
     state = "finished" if reason else "unfinished"
-    if last and not loop.iterator:
+    if imported or (trained and not loop.iterator):
         state = "imported"
     return Run(
         path=path.resolve(),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from t5jax.cli import START_AGAIN
 from t5jax.commands.serve import Serve
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,19 @@ def test_slurm_starts_a_process_for_each_node(tmp_path):
     text = script[1].read_text()
     assert "#SBATCH --ntasks-per-node=1\n" in text
     assert "#SBATCH --requeue\n" in text
+
+
+@pytest.mark.parametrize(("status", "queued"), [(75, "requeue 7\n"), (1, ""), (0, "")])
+def test_slurm_queues_a_run_again_that_was_asked_to_stop(tmp_path, status, queued):
+    assert START_AGAIN == 75
+    for name, line in (("srun", f"exit {status}"), ("scontrol", 'echo "$*"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    env = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", LAUNCHERS / "slurm.sbatch", "quickstart", "runs/a"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (status, queued)
 
 
 # --- The container --------------------------------------------------------------------------------

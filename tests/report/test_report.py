@@ -65,6 +65,12 @@ def test_states(tmp_path: Path, loop: dict, state: str):
     assert read_run(write_run(tmp_path / "a", loop=loop)).state == state
 
 
+def test_parameters_alone_are_an_imported_run(tmp_path: Path):
+    run = write_run(tmp_path / "a", last=0)
+    (run / "checkpoints/0/loop/metadata").write_text("{}")
+    assert read_run(run).state == "imported"
+
+
 def test_the_table_has_every_run(tmp_path: Path, capsys):
     write_run(tmp_path / "x" / "one")
     write_run(tmp_path / "two", last=5, rate=0.5)
