@@ -55,7 +55,12 @@ def make_mesh(
     types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=types, devices=devices)
+        shape = tuple(sizes.values())
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        except NotImplementedError:  # 8 x 8 of 4 x 4 x 4 chips: half a row of them for an axis.
+            placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(placed, MESH_AXES, axis_types=types)
     if sizes[config.dcn] % slices:
         other = {"data": "fsdp", "fsdp": "data"}[config.dcn]
         raise ValueError(

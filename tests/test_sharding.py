@@ -268,6 +268,30 @@ def test_one_axis_spans_slices(sizes, shape):
     assert [set(half.flat) for half in halves] == [{0}, {1}]
 
 
+@dataclasses.dataclass(frozen=True)
+class TorusChip:
+    """One of 4 x 4 x 4 chips."""
+
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+    @property
+    def coords(self):
+        return [self.id % 4, self.id // 4 % 4, self.id // 16]
+
+
+@pytest.mark.parametrize("sizes", [(4, 16, 1, 1), (8, 8, 1, 1), (2, 8, 2, 2), (1, 64, 1, 1)])
+def test_an_axis_may_be_part_of_a_row_of_chips(sizes):
+    chips = [TorusChip(i) for i in range(64)]
+    mesh = sharding.make_mesh(MeshConfig(*sizes), chips)
+    assert mesh.devices.shape == sizes
+    assert set(mesh.devices.flat) == set(chips)
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
 def test_an_axis_that_slices_do_not_divide_is_refused():
     chips = [Chip(i) for i in range(8)]
     expected = (
