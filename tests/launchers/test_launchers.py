@@ -97,7 +97,11 @@ def test_a_run_on_gke_has_as_many_processes_as_hosts(folder, slices):
 def test_preemptions_do_not_count_as_failures():
     policy = TRAIN["spec"]["failurePolicy"]
     (job,) = TRAIN["spec"]["replicatedJobs"]
-    (rule,) = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    asked, rule = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert asked == {
+        "action": "FailJob",
+        "onExitCodes": {"operator": "In", "values": [START_AGAIN]},
+    }
     # The job then fails with the reason PodFailurePolicy, which the rule of the JobSet names.
     assert rule["action"] == "FailJob"
     assert rule["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
