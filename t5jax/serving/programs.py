@@ -30,7 +30,8 @@ _PROMPTS = 4  # That are read at a time, if so many wait.
 class Programs:
     """The state on the devices, and what changes it.
 
-    Every shape is compiled at the start, the largest first: it serves until the others are there.
+    Every shape is compiled at the start, the largest first: it serves until the others are there,
+    except where the bits of answers must not depend on that (`batch_invariant`).
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Programs:
         # Rows of a batch of prompts. Other numbers may round differently.
         most = parts if options.batch_invariant else -(-_PROMPTS // parts) * parts
         self._rows = sorted({parts, most})
+        # A prompt is padded by what is compiled, which must not depend on when it comes.
+        self._waits_for_all = options.batch_invariant
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         with sharding.use_mesh(mesh, rules):
             self._slots = jax.jit(functools.partial(device.empty, model, self.size))()
@@ -102,7 +105,7 @@ class Programs:
         futures = [self._pool.submit(self._in_mesh, *task) for task in first]
         later = [self._pool.submit(self._in_mesh, *task) for task in rest]
         try:
-            for future in futures:
+            for future in (*futures, *(later if self._waits_for_all else ())):
                 future.result()
         except concurrent.futures.CancelledError:
             return False

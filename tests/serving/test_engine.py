@@ -13,6 +13,7 @@ from serving.live import GPT, T5, Listener, engine_of, wait_for
 from t5jax import sharding
 from t5jax.config import MeshConfig
 from t5jax.decoding import GenerationOptions
+from t5jax.serving.programs import Programs
 from t5jax.serving.requests import QueueFull, Request, Stopping
 
 MODELS = {"encoder_decoder": T5, "decoder": GPT}
@@ -72,6 +73,31 @@ def test_the_bits_of_an_answer_do_not_depend_on_company():
         alone = [Listener(engine, request).result() for request in requests()]
         together = [listener.result() for listener in [Listener(engine, r) for r in requests()]]
     assert alone == together
+
+
+def test_where_bits_count_the_first_request_waits_for_every_program(monkeypatch):
+    """Otherwise a prompt would be padded by what is compiled when it comes."""
+    compile_prompts = Programs._compile_prompts
+
+    def slowly(self, key):
+        if key[0] < self.prompt_lengths[-1]:
+            time.sleep(0.5)
+        compile_prompts(self, key)
+
+    monkeypatch.setattr(Programs, "_compile_prompts", slowly)
+    found = live.pretrained(T5)
+    options = dataclasses.replace(live.SIZES, batch_invariant=True, max_source_length=64)
+    engine = live.Engine(T5, found.params, found.tokenizer, found.mesh, options=options)
+    programs = engine.programs
+    assert len(programs.prompt_lengths) > 1
+    assert programs.compile()
+    assert {length for length, _ in filter(_is_pair, programs._compiled)} == {
+        *programs.prompt_lengths
+    }
+
+
+def _is_pair(key):
+    return type(key) is tuple
 
 
 def test_nothing_is_compiled_after_the_start(engine):
