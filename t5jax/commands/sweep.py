@@ -1,6 +1,7 @@
 """`t5jax sweep`."""
 
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def sweep(args: list[str]) -> None:
     config = dataclasses.replace(config, run_dir=f"{config.run_dir}_sweep")
     config = parse(Config, rest, prog=prog, default=config)
 
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("a sweep needs optuna, which is missing; pip install 't5jax[sweep]'")
     from t5jax.compilation import keep_programs
     from t5jax.monitor.tables import print_table
     from t5jax.sweep import SweepOptions, parse_space

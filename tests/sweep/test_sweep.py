@@ -290,3 +290,12 @@ def test_the_command_trains(tmp_path: Path, monkeypatch, capsys):
     assert Path("found/history.png").exists()
     assert main(["sweep", "quickstart"]) == 1
     assert "--space" in capsys.readouterr().err
+
+
+def test_without_optuna_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    space = "optimizer.learning_rate=choice(0.001)"
+    assert main(["sweep", "quickstart", "--space", space]) == 1
+    error = capsys.readouterr().err
+    assert "pip install 't5jax[sweep]'" in error
+    assert "Traceback" not in error
