@@ -17,9 +17,9 @@ from t5jax.optimizers import (
     gradient_point,
     make_optimizer,
     make_schedule,
-    round_randomly,
     state_axes,
 )
+from t5jax.optimizers.precision import round_randomly
 from t5jax.sharding import make_mesh, param_shardings
 
 STEPS = 100
