@@ -24,7 +24,7 @@ from t5jax.models import api
 from t5jax.pretrained import Pretrained
 from t5jax.source import adopt, find
 from t5jax.tokenizers import ByteTokenizer, load_tokenizer
-from t5jax.train import _new_params
+from t5jax.train.initial import new_params
 from tiny import one_device, trained_run  # noqa: F401
 
 T5 = {
@@ -99,7 +99,7 @@ def started(source, asked=ASKED):
     shardings = sharding.param_shardings(
         api.param_axes(model), seed, sharding.make_mesh(), AxisRules()
     )
-    return model, source.params(model, shardings, _new_params(source, model, seed)), seed
+    return model, source.params(model, shardings, new_params(source, model, seed)), seed
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["folder", "run"])

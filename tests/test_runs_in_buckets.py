@@ -11,9 +11,10 @@ import pytest
 import gcs
 import tiny
 from command_line import fails, main, run
-from t5jax import train as loop
 from t5jax.config import to_json
 from t5jax.monitor import log
+from t5jax.train import train
+from t5jax.train.prefetch import Prefetch
 from tiny import assert_same_bits, make_config, one_device, read_metrics  # noqa: F401
 
 SECTIONS = {
@@ -33,7 +34,7 @@ def server(tmp_path_factory):
             config = folder / "config.json"
             config.write_text(to_json(make_config("gs://bucket/run", **SECTIONS)))
             with pytest.MonkeyPatch.context() as stop:
-                stop.setattr(loop.Prefetch, "fetch", stopping_at(3, loop.Prefetch.fetch))
+                stop.setattr(Prefetch, "fetch", stopping_at(3, Prefetch.fetch))
                 assert main(["train", str(config)]) == 130
             server.stopped = {**server.buckets["bucket"]}
             assert main(["train", str(config)]) == 0
@@ -69,7 +70,7 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_on_disk(server, tmp_pa
     assert {1, 2} <= {json.loads(line)["step"] for line in stopped}
     # A copy of the folder is a run too.
     copy = server.copy("run", tmp_path / "copy")
-    loop.train(make_config(tmp_path / "here", **SECTIONS))
+    train(make_config(tmp_path / "here", **SECTIONS))
     assert_same_bits(copy, tmp_path / "here", 4)
     assert read_metrics(copy) == read_metrics(tmp_path / "here")
     here = {p.relative_to(tmp_path / "here").parts[0] for p in (tmp_path / "here").iterdir()}

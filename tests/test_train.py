@@ -18,7 +18,6 @@ import pytest
 import tiny
 from processes import environment
 from t5jax import checkpoint, distributed, pretrained, sharding
-from t5jax import train as loop
 from t5jax.batch import BatchSpec
 from t5jax.cli import START_AGAIN, main
 from t5jax.config import (
@@ -34,10 +33,12 @@ from t5jax.config import (
 )
 from t5jax.convert import export_model, import_model
 from t5jax.data import pipeline, registry
-from t5jax.evaluation import evaluate_model
+from t5jax.evaluation import Evaluator, evaluate_model
 from t5jax.monitor import log, progress
 from t5jax.source import find
-from t5jax.train import NonFiniteLoss, train
+from t5jax.train import LoopState, NonFiniteLoss, loop, train
+from t5jax.train.prefetch import Prefetch
+from t5jax.train.reports import Reports
 from tiny import (
     NO_EVAL,
     assert_same_bits,
@@ -52,14 +53,14 @@ from tiny import (
 
 def interrupt_at(step, monkeypatch):
     """Makes the loop stop as by Ctrl-C when it fetches the batch after `step`."""
-    fetch, calls = loop.Prefetch.fetch, iter(range(1, 1_000_000))
+    fetch, calls = Prefetch.fetch, iter(range(1, 1_000_000))
 
     def stop(self):
         if next(calls) > step:
             raise KeyboardInterrupt
         fetch(self)
 
-    monkeypatch.setattr(loop.Prefetch, "fetch", stop)
+    monkeypatch.setattr(Prefetch, "fetch", stop)
 
 
 # --- It trains, and leaves what it promises -------------------------------------------------------
@@ -146,7 +147,7 @@ def test_how_often_and_how_much_is_measured(tmp_path):
 
 
 def after_losses(*losses):
-    state = loop.LoopState()
+    state = LoopState()
     for step, loss in enumerate(losses, start=1):
         state.add(step, loss)
     return state
@@ -197,7 +198,7 @@ def make_reports(sums, **fields):
     recorder = Recorder()
     config = make_config("unused", train={"steps": 5, "log_every": 2} | fields)
     speed = progress.Throughput(iter(range(100)).__next__)
-    return loop.Reports(config, recorder, recorder, speed, lambda n: 10.0 * n, sums), recorder
+    return Reports(config, recorder, recorder, speed, lambda n: 10.0 * n, sums), recorder
 
 
 def sums_of(loss, nll, correct, tokens, grad_norm):
@@ -266,7 +267,7 @@ class Iterator:
 
 
 def test_a_batch_comes_with_the_position_after_it_and_the_tokens_of_all_processes():
-    batches = loop.Prefetch(Iterator(), sharding.make_mesh(MeshConfig()), AxisRules())
+    batches = Prefetch(Iterator(), sharding.make_mesh(MeshConfig()), AxisRules())
     for step in (1, 2):
         batch, num_tokens, position = next(batches)
         batches.fetch()
@@ -630,7 +631,7 @@ def test_the_step_is_saved_before_what_failed_in_an_evaluation_is_raised(
         def evaluate(*_):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(loop.Evaluator, "evaluate", evaluate)
+        monkeypatch.setattr(Evaluator, "evaluate", evaluate)
     sections = {"train": {"steps": 9}, "eval": {"every": 3}, "checkpoint": {"every": 100}}
     with pytest.raises((ValueError, RuntimeError), match=re.escape(message)) as caught:
         train(make_config(tmp_path, **sections))
@@ -652,19 +653,19 @@ def test_metrics_are_tried_before_the_first_step(tmp_path, monkeypatch):
 
 
 def test_the_step_is_saved_before_what_failed_in_the_data_is_raised(tmp_path, monkeypatch, capsys):
-    fetch, calls = loop.Prefetch.fetch, itertools.count(1)
+    fetch, calls = Prefetch.fetch, itertools.count(1)
 
     def fail_at_the_fourth(self):
         if next(calls) == 4:
             raise ValueError("row 31 has no field 'word'")
         fetch(self)
 
-    monkeypatch.setattr(loop.Prefetch, "fetch", fail_at_the_fourth)
+    monkeypatch.setattr(Prefetch, "fetch", fail_at_the_fourth)
     config = make_config(tmp_path / "run")
     with pytest.raises(ValueError, match="row 31 has no field"):
         train(config)
     assert "the checkpoint of step 3 is saved" in capsys.readouterr().err
-    monkeypatch.setattr(loop.Prefetch, "fetch", fetch)
+    monkeypatch.setattr(Prefetch, "fetch", fetch)
     train(config)
     assert_same_bits(tmp_path / "run", trained_run(), 10)
 

@@ -17,7 +17,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from t5jax import sharding
-from t5jax import train as loop
 from t5jax.architectures import T5Config
 from t5jax.config import (
     CheckpointConfig,
@@ -29,7 +28,7 @@ from t5jax.config import (
     TrainConfig,
 )
 from t5jax.monitor import log
-from t5jax.train import train
+from t5jax.train import start, train
 
 TASK_FILE = str(Path(__file__).with_name("tiny_task.py"))
 TINY = Config(
@@ -69,7 +68,7 @@ def _one_device_mesh(*config):
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", _one_device_mesh)
-    monkeypatch.setattr(loop, "program", _program_of)
+    monkeypatch.setattr(start, "program", _program_of)
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def eight_devices(one_device, monkeypatch):
 
 # Tracing, lowering and loading a program takes most of the time of a run of a few steps. Runs that
 # compute the same share one.
-_make_program = functools.cache(loop.program)
+_make_program = functools.cache(start.program)
 
 
 def _program_of(config: Config, mesh):
@@ -122,7 +121,7 @@ def _trained() -> tempfile.TemporaryDirectory:
     # Whoever asks first, and from a fixture that comes before `one_device`: on one device.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", _one_device_mesh)
-        patch.setattr(loop, "program", _program_of)
+        patch.setattr(start, "program", _program_of)
         train(make_config(Path(folder.name) / "run"))
     return folder
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from t5jax import distributed
 from t5jax.batch import DECODER_TARGET_TOKENS, ENCODER_INPUT_TOKENS, Batch
 
 # --- Speed --------------------------------------------------------------------------------------
@@ -218,3 +219,13 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def say(text: str) -> None:
+    """Prints on stderr, since stdout is for results; of several processes the first one does."""
+    from rich.console import Console
+
+    if distributed.is_main():
+        # Paths are no markup, whatever brackets are in them.
+        console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        console.print(text, soft_wrap=True)
