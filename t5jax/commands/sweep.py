@@ -26,8 +26,8 @@ class Sweep:
     sampler: str = "tpe"
     """tpe (learns from the trials so far), random, or grid (every combination, once)."""
     objectives: tuple[str, ...] = ("validation/loss",)
-    """Metrics, as in metrics.jsonl: validation/loss, validation/TASK/exact_match. Losses and
-    perplexities shall be low, others high. Each counts at the step with the lowest loss."""
+    """Metrics, as in metrics.jsonl: validation/loss, validation/TASK/exact_match; one of your own
+    as validation/TASK/error:min or :max. Each counts at the step with the lowest loss."""
     prune: bool = False
     """Stop a trial that is worse than the median of the others at the same step."""
     seed: int = 0
@@ -61,7 +61,7 @@ def sweep(args: list[str]) -> None:
     from t5jax.monitor.tables import print_table
     from t5jax.sweep import SweepOptions, parse_space
     from t5jax.sweep import sweep as run
-    from t5jax.sweep.sweep import best_trials, plots, trials_table
+    from t5jax.sweep.results import best_trials, plots, trials_table
 
     wanted = SweepOptions(
         options.trials,
@@ -74,8 +74,8 @@ def sweep(args: list[str]) -> None:
     space = parse_space(options.space, config)
     keep_programs()
     study = run(config, space, wanted)
-    print_table(trials_table(study, wanted), sys.stdout)
+    print_table(trials_table(study, wanted.sought), sys.stdout)
     if best_trials(study):
-        written = plots(study, Path(config.run_dir), wanted)
+        written = plots(study, Path(config.run_dir), wanted.sought)
         print(f"best: t5jax train {Path(config.run_dir) / 'best.json'}")
         print(f"plots: {', '.join(map(str, written))}", file=sys.stderr)

@@ -129,6 +129,16 @@ LOWER_IS_BETTER = frozenset(
 )
 """Names of scores that are better if lower. A metric of one's own may have an attribute
 `lower_is_better`."""
+HIGHER_IS_BETTER = frozenset(
+    {
+        *("accuracy", "rank_accuracy", "rank_accuracy_norm", "token_accuracy"),
+        *("bleu", "char_bleu", "chrf", "rouge1", "rouge2", "rougeLsum"),
+        *("em", "exact_match", "f1", "f1_binary", "f1_macro", "f1_micro", "token_f1"),
+        *("entity_f1", "entity_precision", "entity_recall"),
+        *("matthews", "pearson", "spearman"),
+    }
+)
+"""Names of the other scores of this package."""
 
 
 def _exp(value: float) -> float:

@@ -23,17 +23,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from t5jax import storage
+from t5jax import distributed, storage
 from t5jax.checks import check_at_least, check_choice
 from t5jax.config import Config, override, to_json
-from t5jax.monitor import log
+from t5jax.monitor.progress import say
+from t5jax.sweep.objectives import Objective, parse_objective, values_in
+from t5jax.sweep.results import quiet, write_best
 from t5jax.sweep.space import Space
 
 Sampler = Literal["tpe", "random", "grid"]
 SWEEP_FILE = "sweep.json"
 # Seconds between signs of life of a trial, and without one until it counts as dead.
 HEARTBEAT, GRACE = 30, 120
-_LOWER = ("loss", "perplexity", "bits_per_byte", "nll")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ class SweepOptions:
     sampler: Sampler = "tpe"
     """tpe: learns from the trials so far; random; grid: every combination, once."""
     objectives: tuple[str, ...] = ("validation/loss",)
-    """Metrics of metrics.jsonl. Losses and perplexities shall be low, all others high. With
-    several, the best trials are those that no other one beats in all."""
+    """Metrics of metrics.jsonl, see `t5jax.sweep.objectives`. With several, the best trials are
+    those that no other one beats in all."""
     prune: bool = False
     """Stop a trial whose objective is worse than the median of the others at the same step."""
     seed: int = 0
@@ -60,6 +61,7 @@ class SweepOptions:
         check_choice(self.sampler, ("tpe", "random", "grid"), "--sampler")
         if not self.objectives:
             raise ValueError("--objectives names no metric; expected one, such as validation/loss")
+        _ = self.sought  # Checks them.
         if self.prune and len(self.objectives) > 1:
             raise ValueError(
                 "--prune compares by one metric, but there are several objectives, "
@@ -67,8 +69,9 @@ class SweepOptions:
             )
 
     @property
-    def directions(self) -> list[Literal["minimize", "maximize"]]:
-        return ["minimize" if name.endswith(_LOWER) else "maximize" for name in self.objectives]
+    def sought(self) -> tuple[Objective, ...]:
+        """The objectives with their directions."""
+        return tuple(map(parse_objective, self.objectives))
 
 
 Train = Callable[..., Path]
@@ -100,12 +103,13 @@ def sweep(
             f"the sweep's folder is {folder}; its study and its locks need a disk: set run_dir to "
             "a folder of this machine, or one that all machines share"
         )
-    with _lock(folder, wait=True):  # One process makes it, and the others find it.
+    with quiet(), _lock(folder, wait=True):  # One process makes it, and the others find it.
         study = _study(folder, config, space, options)
     _take_up_dead(study, folder)
-    while trial := _next(study, options, folder):
-        _run(study, trial, config, space, options, folder, train)
-        write_best(study, folder, config, space, options)
+    with quiet():
+        while trial := _next(study, options, folder):
+            _run(study, trial, config, space, options, folder, train)
+            write_best(study, folder, config, space)
     return study
 
 
@@ -117,7 +121,11 @@ def _study(folder: Path, config: Config, space: Space, options: SweepOptions) ->
 
     # Optuna says each trial's values in one line of a log of its own; we print our own.
     optuna.logging.set_verbosity(logging.WARNING)
-    _check_same(folder, config, space, options)
+    what, written = _what(config, space, options), folder / SWEEP_FILE
+    if written.exists():
+        _check_same(json.loads(written.read_text()), what, str(folder))
+    else:
+        storage.write_file(written, (storage.to_json(what, indent=2) + "\n").encode())
     database = optuna.storages.RDBStorage(
         options.storage or f"sqlite:///{folder.absolute() / 'study.db'}",
         heartbeat_interval=HEARTBEAT,
@@ -125,41 +133,43 @@ def _study(folder: Path, config: Config, space: Space, options: SweepOptions) ->
         heartbeat_stale_trial_callback=_retry,
     )
     sampler: Any = optuna.samplers.TPESampler(
-        seed=options.seed, constant_liar=True, multivariate=True, warn_independent_sampling=False
+        seed=options.seed, constant_liar=True, multivariate=True
     )
     if options.sampler != "tpe":
         # The cells of a grid are all enqueued, so that nothing is left to draw.
         sampler = optuna.samplers.RandomSampler(seed=options.seed)
     pruner = optuna.pruners.MedianPruner() if options.prune else optuna.pruners.NopPruner()
     about = {"storage": database, "sampler": sampler, "pruner": pruner, "study_name": folder.name}
-    try:
-        study = optuna.create_study(directions=options.directions, **about)
-    except optuna.exceptions.DuplicatedStudyError:
-        return optuna.load_study(**about)
+    directions = [objective.direction for objective in options.sought]
+    study = optuna.create_study(directions=directions, load_if_exists=True, **about)
+    # A database may have a sweep of another folder of that name.
+    _check_same(study.user_attrs.get("sweep", what), what, options.storage)
+    study.set_user_attr("sweep", what)
     if options.sampler == "grid":
+        # Those that are missing: the first process may have died on the way.
+        begun = [trial.system_attrs.get("fixed_params") for trial in study.get_trials()]
         for cell in space.cells():
-            study.enqueue_trial(cell)
+            if cell not in begun:
+                study.enqueue_trial(cell)
     return study
 
 
-def _check_same(folder: Path, config: Config, space: Space, options: SweepOptions) -> None:
-    """Writes down what the sweep is; refuses to go on with another one."""
-    now = {
+def _what(config: Config, space: Space, options: SweepOptions) -> dict[str, Any]:
+    """Returns what makes a sweep another one, as plain values."""
+    return {
         "space": str(space),
         "objectives": list(options.objectives),
         "sampler": options.sampler,
         "config": json.loads(to_json(config)),
     }
-    path = folder / SWEEP_FILE
-    if not path.exists():
-        storage.write_file(path, (storage.to_json(now, indent=2) + "\n").encode())
-        return
-    was = json.loads(path.read_text())
+
+
+def _check_same(was: dict[str, Any], now: dict[str, Any], place: str) -> None:
     if different := [name for name in now if was.get(name) != now[name]]:
         shown = [f"{name} was {was.get(name)} and is {now[name]}" for name in different]
         shown = [text if len(text) < 200 else f"{text.split()[0]} is another" for text in shown]
         raise ValueError(
-            f"{folder} holds another sweep: {'; '.join(shown)}; set it back, or give another "
+            f"{place} holds another sweep: {'; '.join(shown)}; set it back, or give another "
             "--run-dir"
         )
 
@@ -251,19 +261,23 @@ def _run(
         # Now: with a host and without the lock it would count as dead.
         trial.set_user_attr("host", socket.gethostname())
         values = space.suggest(trial)
+        say(f"{run_dir.name}: {_say(values)}")
         pruned = False
 
         def watch(step: int, scalars: dict[str, float]) -> str:
             nonlocal pruned
-            value = scalars.get(options.objectives[0])
+            name = options.sought[0].name
+            value = scalars.get(name)
             if len(options.objectives) == 1 and value is not None and math.isfinite(value):
                 trial.report(value, step)
                 pruned = trial.should_prune()
-            return f"pruned: {options.objectives[0]} {value:.4f} is behind" if pruned else ""
+            return f"pruned: {name} {value:.4f} is behind" if pruned else ""
 
         try:
             train(dataclasses.replace(override(config, values), run_dir=str(run_dir)), watch=watch)
-            found = objective_values(run_dir, options)
+            found = values_in(run_dir, options.sought)
+        except distributed.Preempted:
+            raise  # The trial stays begun, and the same command takes it up.
         except NonFiniteLoss as error:
             trial.set_user_attr("error", str(error))
             study.tell(trial, state=state.FAIL)
@@ -277,142 +291,8 @@ def _run(
         study.tell(trial, skip_if_finished=True, **about)
 
 
-def objective_values(run_dir: Path, options: SweepOptions) -> list[float]:
-    """Returns the objectives of a run, at the step with its lowest validation loss: those of the
-    checkpoint that is exported.
-
-    Raises:
-      ValueError: if the run has written none of that name.
-    """
-    by_step: dict[int, dict[str, float]] = {}
-    names: set[str] = set()
-    for record in log.read_metrics(run_dir):
-        names |= record.keys()
-        by_step.setdefault(record["step"], {}).update(record)
-    losses = {
-        step: record[name]
-        for step, record in by_step.items()
-        for name in record
-        if name.endswith("/loss") and name.count("/") == 1 and not name.startswith("train/")
-    }
-    missing = [name for name in options.objectives if name not in names]
-    if missing or not losses:
-        known = sorted(name for name in names if "/" in name and not name.startswith("time/"))
-        raise ValueError(
-            f"{run_dir} has no metric {', '.join(missing or options.objectives)}; --objectives is "
-            f"one of {', '.join(known)}"
-        )
-    # Of equal losses the last step's, as in the choice of the best checkpoint.
-    best = min(losses, key=lambda step: (_or_worst(losses[step]), -step))
-    return [float(by_step[best].get(name, math.nan)) for name in options.objectives]
-
-
-def _or_worst(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
-
-
 def _say(values: dict[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
     )
-
-
-# --- Results -------------------------------------------------------------------------------------
-
-
-def write_best(
-    study: Any, folder: Path, config: Config, space: Space, options: SweepOptions
-) -> None:
-    """Writes the config of the best trial, or of each that no other beats: best.json, best-2.json.
-
-    Trained again, it gives the same score: all that a run depends on is in its config.
-    """
-    for number, trial in enumerate(best_trials(study), 1):
-        name = "best" if number == 1 else f"best-{number}"
-        values = values_of(trial, space)
-        best = dataclasses.replace(override(config, values), run_dir=str(folder / name))
-        storage.write_file(folder / f"{name}.json", to_json(best).encode())
-
-
-def values_of(trial: Any, space: Space) -> dict[str, Any]:
-    """Returns the value of each field in a finished trial."""
-    import optuna
-
-    return space.suggest(optuna.trial.FixedTrial(trial.params, number=trial.number))
-
-
-def best_trials(study: Any) -> list[Any]:
-    """Returns the best trial, or with several objectives those that no other one beats in all; none
-    before one is complete."""
-    import optuna
-
-    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    if not complete:
-        return []
-    return list(study.best_trials) if len(study.directions) > 1 else [study.best_trial]
-
-
-def trials_table(study: Any, options: SweepOptions, most: int = 20) -> Any:
-    """Returns a rich.table.Table of the trials, the best ones first."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    trials = [t for t in study.trials if not _was_taken_up(study, t)]
-    sign = [1 if d == "minimize" else -1 for d in options.directions]
-    trials.sort(
-        key=lambda t: [s * v for s, v in zip(sign, t.values or [], strict=False)] or [math.inf]
-    )
-    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    table = Table(box=SIMPLE_HEAD)
-    for title in ("trial", "state", *options.objectives, *names):
-        table.add_column(title, overflow="fold", justify="left" if title == "state" else "right")
-    for trial in trials[:most]:
-        values = [f"{value:.4f}" for value in trial.values or []]
-        values += ["–"] * (len(options.objectives) - len(values))
-        params = [_cell(trial.params.get(name)) for name in names]
-        state = trial.state.name.lower()
-        number = str(trial.system_attrs.get("failed_trial", trial.number))
-        table.add_row(number, state, *values, *map(Text, params))
-    return table
-
-
-def _was_taken_up(study: Any, trial: Any) -> bool:
-    """Returns whether another trial has taken up this one."""
-    return any(trial.number in t.system_attrs.get("retry_history", ()) for t in study.trials)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-
-
-def plots(study: Any, folder: Path, options: SweepOptions) -> list[Path]:
-    """Writes the objective over the trials, over each field, and how much each field matters, as
-    PNGs; returns the files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import optuna
-    from optuna.visualization import matplotlib as draw
-
-    complete = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    written = []
-    for index, objective in enumerate(options.objectives):
-        about: dict[str, Any] = {"target_name": objective}
-        if len(options.objectives) > 1:
-            about["target"] = lambda trial, index=index: trial.values[index]
-        kinds: dict[str, Callable[..., Any]] = {"history": draw.plot_optimization_history}
-        if len(complete) > 1 and any(
-            len({t.params.get(n) for t in complete}) > 1 for n in complete[0].params
-        ):
-            kinds |= {"slices": draw.plot_slice, "importances": draw.plot_param_importances}
-        for kind, plot in kinds.items():
-            name = kind if index == 0 else f"{kind}-{index + 1}"
-            axes = plot(study, **about)
-            figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
-            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-            plt.close(figure)
-            written.append(folder / f"{name}.png")
-    return written

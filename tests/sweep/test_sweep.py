@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from t5jax import distributed
 from t5jax.cli import main
 from t5jax.config import Config, EvalConfig, OptimizerConfig, TrainConfig, from_json
+from t5jax.metrics import BY_NAME, OF_SCORES
+from t5jax.metrics.likelihood import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from t5jax.monitor import log
 from t5jax.sweep import SweepOptions, parse_space, sweep
-from t5jax.sweep.sweep import best_trials, objective_values, plots, trials_table
+from t5jax.sweep.objectives import parse_objective, values_in
+from t5jax.sweep.results import best_trials, plots, trials_table
 from t5jax.train import NonFiniteLoss
 from tiny import one_device  # noqa: F401
 
@@ -63,7 +67,7 @@ def test_the_best_config_is_written_and_gives_the_score_again(tmp_path: Path):
     best = from_json((tmp_path / "s/best.json").read_text())
     assert best.run_dir == str(tmp_path / "s/best")
     Training()(best, watch=lambda step, scalars: "")
-    assert objective_values(Path(best.run_dir), SweepOptions()) == [study.best_value]
+    assert values_in(Path(best.run_dir), SweepOptions().sought) == [study.best_value]
     assert study.best_value == min(t.value for t in study.trials)
 
 
@@ -94,8 +98,24 @@ def test_a_killed_sweep_goes_on_in_the_trial_s_own_run(tmp_path: Path):
     assert set(table_cells(study, "state")) == {"complete"}
 
 
+def test_a_preempted_trial_goes_on(tmp_path: Path):
+    config = config_in(tmp_path / "s")
+    space, options = parse_space(RATES, config), SweepOptions(1)
+    asked = []
+
+    def preempted(config: Config, *, watch) -> Path:
+        asked.append(config)
+        raise distributed.Preempted("asked to stop (SIGTERM): step 1 is saved")
+
+    with pytest.raises(distributed.Preempted):
+        sweep(config, space, options, train=preempted)
+    training = Training()
+    sweep(config, space, options, train=training)
+    assert training.began == [(Path(c.run_dir).name, c.optimizer.learning_rate) for c in asked]
+
+
 def table_cells(study, title: str) -> list[str]:
-    table = trials_table(study, SweepOptions())
+    table = trials_table(study, SweepOptions().sought)
     return list(next(c for c in table.columns if c.header == title).cells)
 
 
@@ -115,6 +135,62 @@ def test_every_cell_of_a_grid_once_also_after_a_kill(tmp_path: Path):
     ]
     assert sorted(found) == [(r, s) for r in (1e-4, 1e-3) for s in (2, 4, 6)]
     assert study.best_params == {"optimizer.learning_rate": 1e-3, "train.steps": 6}
+
+
+def test_cells_that_a_killed_process_left_out_are_added(tmp_path: Path, monkeypatch):
+    import optuna
+
+    config = config_in(tmp_path / "s")
+    space = parse_space(["train.steps=int(1, 4)"], config)
+    enqueue, options = optuna.Study.enqueue_trial, SweepOptions(1, sampler="grid")
+
+    def dies(study, cell):
+        if cell["train.steps"] == 3:
+            raise SystemExit
+        enqueue(study, cell)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", dies)
+    with pytest.raises(SystemExit):
+        sweep(config, space, options, train=Training())
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", enqueue)
+    study = sweep(config, space, options, train=Training())
+    assert [trial.params["train.steps"] for trial in study.trials] == [1, 2, 3, 4]
+
+
+def test_a_database_keeps_sweeps_apart(tmp_path: Path):
+    options = SweepOptions(1, storage=f"sqlite:///{tmp_path / 'all.db'}")
+    for folder, steps in (("a/s", 3), ("b/s", 4)):
+        config = dataclasses.replace(config_in(tmp_path / folder), train=TrainConfig(steps=steps))
+        space = parse_space(RATES, config)
+        if steps == 3:
+            sweep(config, space, options, train=Training())
+            continue
+        with pytest.raises(ValueError, match=r"all\.db holds another sweep: config is another"):
+            sweep(config, space, options, train=Training())
+
+
+def test_where_an_objective_shall_go():
+    def directions(*texts):
+        return [parse_objective(text).direction for text in texts]
+
+    assert set(directions("test/loss", "validation/t/perplexity", "t/wer:min")) == {"minimize"}
+    assert set(directions("v/t/exact_match", "v/t/rouge1", "v/t/loss:max")) == {"maximize"}
+    assert parse_objective("v/t/wer:min").name == "v/t/wer"
+    with pytest.raises(ValueError, match="write validation/t/wer:min or validation/t/wer:max"):
+        parse_objective("validation/t/wer")
+    with pytest.raises(ValueError, match="bleu"):
+        parse_objective("validation/t/blue")
+
+
+def test_every_score_of_ours_has_a_direction():
+    known = LOWER_IS_BETTER | HIGHER_IS_BETTER
+    texts, numbers, tags = ["a b"] * 2, [0, 1], [["B-X"], ["O"]]
+    for name, fn in BY_NAME.items():
+        values = tags if name == "entity_f1" else numbers if "f1_" in name else texts
+        if name in ("accuracy", "matthews", "pearson", "spearman"):
+            values = numbers
+        assert fn(values, values).keys() <= known, name
+    assert {*OF_SCORES, "rank_accuracy_norm", "token_accuracy"} <= known
 
 
 def test_several_workers_share_a_sweep(tmp_path: Path):
@@ -155,9 +231,9 @@ def test_several_objectives(tmp_path: Path):
     config = config_in(tmp_path / "s")
     options = SweepOptions(3, objectives=("validation/loss", "validation/task/bleu"))
     study = sweep(config, parse_space(RATES, config), options, train=Training())
-    assert options.directions == ["minimize", "maximize"]
+    assert [one.direction for one in options.sought] == ["minimize", "maximize"]
     assert len(best_trials(study)) == 1  # One is the other's negative here.
-    assert {path.name for path in plots(study, tmp_path, options)} >= {
+    assert {path.name for path in plots(study, tmp_path, options.sought)} >= {
         "history.png",
         "history-2.png",
     }
@@ -170,9 +246,9 @@ def test_objectives_are_those_of_the_exported_step(tmp_path: Path):
         {"step": 3, "time": 0, "validation/loss": None, "validation/a/bleu": 99.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert objective_values(tmp_path, SweepOptions(objectives=("validation/a/bleu",))) == [5.0]
+    assert values_in(tmp_path, [parse_objective("validation/a/bleu")]) == [5.0]
     with pytest.raises(ValueError, match=r"no metric validation/a/blue; .* validation/a/bleu"):
-        objective_values(tmp_path, SweepOptions(objectives=("validation/a/blue",)))
+        values_in(tmp_path, [parse_objective("validation/a/blue:max")])
 
 
 def test_a_loss_that_is_not_finite_ends_a_trial_and_not_the_sweep(tmp_path: Path):
@@ -257,7 +333,7 @@ def test_values_are_read(text: str, values: tuple):
     [
         ({}, {"sampler": "grid"}, "no end of values"),
         ({}, {"trials": 0}, "--trials"),
-        ({}, {"prune": True, "objectives": ("validation/loss", "b")}, "leave --prune out"),
+        ({}, {"prune": True, "objectives": ("validation/loss", "b:min")}, "leave --prune out"),
         ({"eval": EvalConfig(every=0)}, {}, "eval.every"),
     ],
 )
