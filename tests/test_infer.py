@@ -195,6 +195,25 @@ def test_a_file_that_may_not_be_written_is_one_message(tmp_path):
         AnswersFile(type(tmp_path)("/proc/answers"), {})
 
 
+def test_a_folder_that_is_full_from_the_start_is_one_message(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("t5jax.bulk.output.storage.write_file", full)
+    with pytest.raises(ValueError, match="cannot write .*: No space left on device; make room"):
+        AnswersFile(tmp_path / "answers", {})
+
+
+def test_two_commands_do_not_write_one_file(tmp_path):
+    path = tmp_path / "answers"
+    with AnswersFile(path, {"model": "a"}) as first:
+        with pytest.raises(ValueError, match="another command is writing"):
+            AnswersFile(path, {"model": "b"})
+        first.write(["1"], 1)
+    with AnswersFile(path, {"model": "a"}) as again:
+        assert again.num_prompts == 1
+
+
 def test_the_options_of_the_command_are_those_of_generation():
     from t5jax.commands.infer import _GENERATION, Infer
 

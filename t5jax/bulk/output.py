@@ -5,6 +5,7 @@ with its newline, so what is left of one after a crash is cut off.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -31,10 +32,19 @@ class AnswersFile:
         """
         self._path = path
         self._file: io.FileIO | None = None
+        self._end: int | None = None  # Of what is written; None until it is known.
         beside = _beside(path)
         run = json.loads(storage.to_json(run))
         try:
-            exists = path.exists() and path.stat().st_size > 0
+            # Without a buffer, of which a part might be written later.
+            self._file = io.FileIO(path, "r+" if path.exists() else "x+")
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another command is writing {path} now; wait for it, or give another file"
+                ) from None
+            exists = path.stat().st_size > 0
             if exists and not beside.exists():
                 raise ValueError(
                     f"{path} exists already, and there is no {beside.name} beside it that would "
@@ -44,8 +54,6 @@ class AnswersFile:
                 self._check(read_run(path), run)
             else:
                 storage.write_file(beside, storage.to_json(run, indent=2).encode())
-            # Without a buffer, of which a part might be written later.
-            self._file = io.FileIO(path, "r+" if path.exists() else "x+")
             lines, self._end = self._complete(lines_per_prompt)
             self._file.truncate(self._end)
             self._file.seek(self._end)
@@ -85,6 +93,7 @@ class AnswersFile:
           ValueError: if they cannot be written; then the file is as it was before.
         """
         assert self._file is not None
+        assert self._end is not None
         data = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass")
         try:
             rest = memoryview(data)
@@ -98,7 +107,7 @@ class AnswersFile:
 
     def _failed(self, error: OSError) -> ValueError:
         done = ""
-        if self._file is not None:
+        if self._end is not None:
             with contextlib.suppress(OSError):  # The next start cuts it.
                 os.truncate(self._path, self._end)
             done = (
