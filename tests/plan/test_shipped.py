@@ -7,6 +7,7 @@ here: seconds for a config instead of minutes. To compile it and write its facts
     T5JAX_UPDATE_GOLDEN=1 python -m pytest tests/plan/test_shipped.py -p no:xdist
 """
 
+import ast
 import base64
 import hashlib
 import importlib.metadata
@@ -18,7 +19,7 @@ import warnings
 import pytest
 
 from golden import FOLDER
-from t5jax import sharding
+from t5jax import sharding, shipped
 from t5jax.architectures import T5Config
 from t5jax.batch import train_spec
 from t5jax.config import Config, DataConfig, load_config, override
@@ -34,6 +35,7 @@ pytestmark = needs_libtpu
 STEPS = {
     "t5_base": ("t5_pretrain:base", "v5e:1x1"),
     "t5_large": ("t5_pretrain:large", "v5e:1x1"),
+    "t5_c4": ("t5_c4", "v5e:2x4"),
     "t5_xxl": ("t5_pretrain:xxl", "v5p:4x4x4"),
     "gpt2_medium": ("gpt_pretrain:gpt2_medium", "v5e:2x2"),
     "llama3_8b": ("gpt_pretrain:llama3_8b", "v5p:2x2x4"),
@@ -135,6 +137,16 @@ def test_a_shipped_step_is_the_one_whose_facts_are_golden(name):
     wrong = differences(golden["facts"], found)
     assert not wrong, f"the step of {STEPS[name][0]} has changed: {'; '.join(wrong)}. {__doc__}"
     warnings.warn(f"the program of {name} has changed, its facts have not. {__doc__}", stacklevel=1)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_docstring_has_the_figures_of_the_step(name):
+    path, where = STEPS[name]
+    facts = json.loads((FOLDER / f"step_{name}.json").read_text())["facts"]
+    text = ast.get_docstring(ast.parse(shipped.find("configs", path.split(":")[0]).read_text()))
+    ms, gib = facts["milliseconds"], topology(where).chip.hbm / 2**30 - facts["left_gib"]
+    assert re.search(rf"\b({ms:.0f}\sms|{ms / 1e3:.2f}\ss)\b", text), f"{ms} ms"
+    assert re.search(rf"\b({gib:.1f}|{gib:.0f})\s(of|GiB)\b", text), f"{gib} GiB"
 
 
 TINY = T5Config(
