@@ -176,10 +176,14 @@ class Object:
     """Its generation: another after each write."""
     md5: str = ""
     """Of its content, in base64; "" where the service has none."""
+    crc32c: str = ""
+    """As `md5`; the service has it of objects that were joined, too."""
 
 
 def _object(item: Mapping[str, Any]) -> Object:
-    return Object(int(item["size"]), str(item["generation"]), item.get("md5Hash", ""))
+    return Object(
+        int(item["size"]), str(item["generation"]), *map(item.get, ("md5Hash", "crc32c"), ("", ""))
+    )
 
 
 def objects(url: str) -> dict[str, Object]:
@@ -229,9 +233,57 @@ def create(url: str, content: bytes) -> bool:
     return True
 
 
-def delete(url: str) -> None:
-    with reporting(url), contextlib.suppress(FileNotFoundError):
-        filesystem().rm_file(url)
+def write_over(url: str, content: bytes, version: str) -> str | None:
+    """Writes an object in place of one version of it; returns the new version.
+
+    Args:
+      url: where it is.
+      content: what to write, which nobody else writes.
+      version: what must be there, "0" for nothing.
+    Returns:
+      None, and nothing is changed, if another version is there.
+    """
+    bucket, name = split(url)
+    with reporting(url):
+        try:
+            item = filesystem().call(
+                "POST",
+                f"{filesystem()._location}/upload/storage/v1/b/{{}}/o",
+                bucket,
+                uploadType="media",
+                name=name,
+                ifGenerationMatch=version,
+                headers={"Content-Type": "application/octet-stream"},
+                data=content,
+                json_out=True,
+            )
+        except FileExistsError:  # As for `create`, perhaps what this process has written.
+            there = objects(url).get("")
+            return there.version if there and read(url) == content else None
+    return _object(item).version
+
+
+def delete(url: str, version: str = "") -> None:
+    """Deletes an object, if it is there, or only one version of it."""
+    bucket, name = split(url)
+    only = {"ifGenerationMatch": version} if version else {}
+    with reporting(url), contextlib.suppress(FileNotFoundError, FileExistsError):
+        filesystem().call("DELETE", "b/{}/o/{}", bucket, name, **only)
+
+
+def delete_folder(url: str) -> None:
+    """Deletes every object below a URL."""
+    _each(delete, ((f"{url}/{name}",) for name in objects(url) if name))
+
+
+def move_folder(url: str, to: str) -> None:
+    """Moves every object below a URL, one by one."""
+
+    def move(name: str) -> None:
+        with reporting(url):
+            filesystem().mv(f"{url}/{name}", f"{to}/{name}")
+
+    _each(move, ((name,) for name in objects(url) if name))
 
 
 def _each(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> None:

@@ -3,19 +3,24 @@
     run_dir/
       t5jax_config.json      the config as last started
       tokenizer/             files that Hugging Face loads too
-      checkpoints/STEP/      state, loop, config, metrics; complete or absent
+      checkpoints/STEP/      state, loop, config, metrics, checksums; complete or absent
 
 A save returns when the state is copied to the host, and is written while training continues; an
-incomplete one, left by a killed process, is never taken for a checkpoint.
+incomplete one, left by a killed process, is never taken for a checkpoint. Every file is compared
+with its checksum before a checkpoint is read.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import socket
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +29,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from t5jax import storage
+from t5jax import checksums, distributed, storage
 from t5jax.config import AdapterConfig, Config, from_json, to_json
 from t5jax.train_state import TrainState
 
@@ -35,6 +40,9 @@ CHECKPOINTS_DIR = "checkpoints"
 # Orbax reports every step of a save, and warns of each checkpoint without a validation loss.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+# Orbax writes these once more when all else is written, and does without them on a disk.
+_LATER = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+
 # These do not change a network's parameters and what they compute, up to rounding.
 _FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate", "kv_cache")
 
@@ -42,12 +50,19 @@ _FREE_MODEL_FIELDS = ("dtype", "scan_layers", "remat", "dropout_rate", "kv_cache
 class Checkpoints:
     """Writes the checkpoints of one run, and restores its state; a context manager."""
 
-    def __init__(self, run_dir: str | Path, *, keep: int | None = None):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep: int | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ):
         """Opens the checkpoints of a run.
 
         Args:
           run_dir: the run's folder.
           keep: number of recent checkpoints to keep, in addition to the best one; None keeps all.
+          before_save: raises if this process must not write any more.
         Raises:
           ValueError: if Orbax cannot write there, or the file with a checkpoint's loss is damaged.
         """
@@ -56,6 +71,8 @@ class Checkpoints:
         check_writable_name(path)
         for checkpoint in _checkpoints(run_dir):
             _validation_loss(checkpoint)  # Orbax reads them too, with errors that name no file.
+        if distributed.is_main():
+            _remove_unfinished(path)
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
@@ -64,9 +81,10 @@ class Checkpoints:
             best_fn=_loss,
             best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(path, options=options)
+        self._path, self._saving, self._before_save = path, 0, before_save
 
     def __enter__(self):
         return self
@@ -106,6 +124,9 @@ class Checkpoints:
         loss: float | None,
         base: dict[str, str] | None = None,
     ) -> None:
+        self._before_save()
+        self.wait()  # For the save before this one, whose step `_write_checksums` asks for.
+        self._saving = step
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -117,6 +138,13 @@ class Checkpoints:
             metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
         )
         assert saved, f"there is a checkpoint of step {step} or a later one"
+
+    def _write_checksums(self) -> None:
+        """Called by Orbax in the first process when all is written, before it counts."""
+        folder = self._path / str(self._saving)
+        if not storage.is_remote(folder):
+            (folder,) = self._path.glob(f"{self._saving}{_UNFINISHED}*")
+        checksums.write(folder, leave=_LATER)
 
     def restore(self, checkpoint: Path, shapes: TrainState, shardings: TrainState) -> TrainState:
         """Returns the state, placed by `shardings` (of any mesh).
@@ -194,7 +222,9 @@ def _first_line(error: BaseException) -> str:
 # --- Finding ------------------------------------------------------------------------------------
 
 
-_COMMITTED = "commit_success.txt"  # As Orbax names it.
+_COMMITTED = "commit_success.txt"  # As Orbax names these.
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_SET_ASIDE = ".damaged"
 
 
 def is_run(path: Path) -> bool:
@@ -214,6 +244,19 @@ def _checkpoints(run_dir: Path) -> list[Path]:
     # What is still being written has a longer name.
     found = filter(is_checkpoint, folder.iterdir()) if folder.is_dir() else ()
     return sorted(found, key=lambda path: int(path.name))
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what killed saves have left; nothing else that lies there."""
+    if not folder.is_dir():
+        return
+    if storage.is_remote(folder):
+        left = [path for path in folder.iterdir() if not is_checkpoint(path)]
+    else:
+        left = list(folder.glob(f"*{_UNFINISHED}*"))
+    for path in left:
+        if re.fullmatch(rf"\d+({re.escape(_UNFINISHED)}.*)?", path.name):
+            storage.remove_folder(path)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -258,17 +301,128 @@ def _validation_loss(checkpoint: Path) -> float:
       ValueError: if the file that holds it is damaged.
     """
     metrics = checkpoint / "metrics" / "metrics"
-    if not metrics.is_file():
+    if not metrics.parent.is_dir():
         return math.inf
-    content = metrics.read_bytes()
     try:
-        return float(json.loads(content)["loss"])
+        content = metrics.read_bytes() if metrics.is_file() else b""
+        loss = float(json.loads(content)["loss"])
+    except OSError as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
     except (ValueError, KeyError, TypeError):
         what = f"holds {content[:40]!r}" if content else "is empty"
+    else:
+        if not (wrong := checksums.faults(checkpoint, below="metrics/")):
+            return loss
+        what = f"is damaged ({wrong[0]})"
+    raise ValueError(
+        f"{metrics} {what}; expected the validation loss of its checkpoint. Copy it again, or "
+        f"delete the folder {metrics.parent}: the checkpoint then counts as not evaluated"
+    )
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+# Of a checkpoint, what those without checksums must have.
+_PARTS = ("config/metadata", "loop/metadata", "state/_METADATA", "state/manifest.ocdbt")
+
+_checked: dict[Path, dict[str, tuple[int, int]]] = {}
+
+
+def check(checkpoint: Path) -> None:
+    """Raises ValueError if a checkpoint is damaged, naming each file that is not as it was written.
+
+    One of an earlier version, which has no checksums, comes with a warning.
+    """
+    if wrong := _faults(checkpoint):
+        raise ValueError(_damage(checkpoint, wrong))
+
+
+def _faults(checkpoint: Path) -> list[str]:
+    try:
+        files = storage.files(checkpoint)
+        if _checked.get(checkpoint) == files:
+            return []
+        wrong = checksums.faults(checkpoint)
+    except OSError as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
+    if not (checkpoint / "metrics").is_dir():  # Deleted, as the message about it says.
+        wrong = wrong and [what for what in wrong if not what.startswith("metrics/")]
+    if wrong is None:
+        wrong = [f"{name} is missing" for name in _PARTS if name not in files]
+        if not wrong:
+            warnings.warn(
+                f"checkpoint {checkpoint} has no {checksums.FILE}, since an earlier version wrote "
+                "it or the copy left it out: whether its files are whole is not checked",
+                stacklevel=2,
+            )
+    if not wrong:
+        _checked[checkpoint] = files
+    return wrong
+
+
+def _damage(checkpoint: Path, wrong: list[str]) -> str:
+    more = f", and {len(wrong) - 3} others" if len(wrong) > 3 else ""
+    message = f"checkpoint {checkpoint} is damaged: {'; '.join(wrong[:3])}{more}; copy it again"
+    others = [path for path in _checkpoints(checkpoint.parent.parent) if path != checkpoint]
+    # The nearest one before it, or after it.
+    others.sort(key=lambda path: abs(int(path.name) - int(checkpoint.name)))
+    return f"{message}, or take another one, such as {others[0]}" if others else message
+
+
+def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Returns the last checkpoint that is not damaged, and what is wrong with others.
+
+    Those that are damaged are set aside, under another name; so a run can go on before them. Of
+    several hosts the first one looks.
+
+    Raises:
+      ValueError: if there are checkpoints, and each is damaged.
+    """
+    name, said = distributed.from_first_process(lambda: _newest_sound(run_dir))
+    return (run_dir / CHECKPOINTS_DIR / name if name else None), said
+
+
+def _newest_sound(run_dir: Path) -> tuple[str, list[str]]:
+    found, damaged = _checkpoints(run_dir), {}
+    last = None
+    for path in reversed(found):
+        if last is None:
+            wrong = _faults(path)
+        else:
+            wrong = _faults_of_loss(path)
+        if wrong:
+            damaged[path] = _damage(path, wrong)
+        elif last is None:
+            last = path
+    if found and last is None:
         raise ValueError(
-            f"{metrics} {what}; expected the validation loss of its checkpoint. Copy it again, or "
-            f"delete the folder {metrics.parent}: the checkpoint then counts as not evaluated"
-        ) from None
+            f"no checkpoint of {run_dir} is whole: {damaged[found[-1]]}; or begin anew in another "
+            "run_dir"
+        )
+    said = []
+    for path, message in damaged.items():
+        aside = _free_name(path)
+        storage.move_folder(path, aside)
+        said.append(f"{message.split('; copy it again')[0]}; it now lies in {aside}")
+    return (last.name if last else ""), said
+
+
+def _faults_of_loss(checkpoint: Path) -> list[str]:
+    """Returns what is wrong with the loss of a checkpoint; that of each decides which is best."""
+    try:
+        _validation_loss(checkpoint)
+    except ValueError:
+        return checksums.faults(checkpoint, below="metrics/") or ["metrics/metrics is damaged"]
+    return []
+
+
+def _free_name(checkpoint: Path) -> Path:
+    for number in itertools.count(1):
+        end = _SET_ASIDE if number == 1 else f"{_SET_ASIDE}-{number}"
+        aside = checkpoint.with_name(checkpoint.name + end)
+        if not (storage.files(aside) if storage.is_remote(aside) else aside.exists()):
+            return aside
+    raise AssertionError
 
 
 # --- Reading without training --------------------------------------------------------------------

@@ -314,6 +314,7 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
     if checkpoint.is_run(path):
         path = checkpoint.best_checkpoint(path)
     if checkpoint.is_checkpoint(path):
+        checkpoint.check(path)
         config = checkpoint.read_config(path)
         if config.adapter is None:
             return Source(path, config, tokenizer)
@@ -378,6 +379,7 @@ def read_adapters(
             path = checkpoint.best_checkpoint(path)
         config = Config(model=base.model)
         if checkpoint.is_checkpoint(path):
+            checkpoint.check(path)
             config = checkpoint.read_config(path)
             if config.adapter is None:
                 raise ValueError(

@@ -204,6 +204,22 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder and what is in it, if it is there."""
+    if is_remote(folder):
+        buckets.delete_folder(str(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_folder(folder: Path, to: Path) -> None:
+    """Gives a folder another name beside its own."""
+    if is_remote(folder):
+        buckets.move_folder(str(folder), str(to))
+    else:
+        folder.rename(to)
+
+
 @dataclasses.dataclass(frozen=True)
 class Staged:
     """A place of this machine to write to, for a place that may be in a bucket."""

@@ -20,7 +20,15 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import google_crc32c
+
 from t5jax import buckets
+
+
+def crc32c(content: bytes) -> str:
+    """Returns the checksum of RFC 3720, appendix B.4, as the service writes it."""
+    value = google_crc32c.value(bytes(content))
+    return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 
 @dataclasses.dataclass
@@ -121,6 +129,7 @@ class Bucket:
             "generation": generation,
             "metageneration": "1",
             "md5Hash": md5,
+            "crc32c": crc32c(content),
             "etag": generation,
             "contentType": "application/octet-stream",
             "storageClass": "STANDARD",

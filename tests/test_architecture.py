@@ -41,7 +41,7 @@ ORDER = [
     {"t5jax.batch"},
     {"t5jax.config"},
     {"t5jax.architectures", "t5jax.shipped"},
-    {"t5jax.html"},
+    {"t5jax.html", "t5jax.checksums", "t5jax.run_lock"},
     {"t5jax.storage"},
     {"t5jax.buckets"},
     {"t5jax.checks", "t5jax.host_memory", "t5jax.rendezvous"},

@@ -1,5 +1,6 @@
 """Checkpoints: which stay, which is best, and what half-written or damaged ones do."""
 
+import base64
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t5jax import checkpoint
+from t5jax import checkpoint, checksums
 from t5jax.architectures import T5Config
 from t5jax.checkpoint import Checkpoints, best_checkpoint, best_loss, latest_checkpoint
 from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
@@ -353,3 +354,128 @@ def test_metrics_file_is_what_orbax_writes(tmp_path):
     save(tmp_path, {1: 2.5})
     written = tmp_path / "checkpoints/1/metrics/metrics"
     assert json.loads(written.read_text()) == {"loss": 2.5}
+
+
+# --- Checksums ------------------------------------------------------------------------------------
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "removed":
+        path.unlink()
+        return
+    if how == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("two")
+    save(run_dir, {1: 1.0, 2: 2.0})
+    return run_dir
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "removed"])
+def test_every_file_of_a_checkpoint_that_changes_is_named(how, two, tmp_path):
+    """Orbax notices neither a wrong loss nor a bit of a small array."""
+    files = [p.relative_to(two) for p in (two / "checkpoints/2").rglob("*") if p.is_file()]
+    named = []
+    for number, file in enumerate(files):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(two, run_dir)
+        damage(run_dir / file, how)
+        below = file.relative_to("checkpoints/2").as_posix()
+        if below in ("_CHECKPOINT_METADATA", "commit_success.txt"):  # Not needed on a disk.
+            checkpoint.check(run_dir / "checkpoints/2")
+            assert_equal(restore(run_dir, 2), state_of(2))
+            continue
+        if below == checksums.FILE and how == "removed":  # As an earlier version leaves it.
+            with pytest.warns(UserWarning, match="has no checksums.json, since an earlier version"):
+                last, said = checkpoint.newest_sound(run_dir)
+            assert (last.name, said) == ("2", [])
+            continue
+        message = rf"checkpoint .*/2 is damaged: {below}.*; .*, such as .*/checkpoints/1$"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.check(run_dir / "checkpoints/2")
+        last, (said,) = checkpoint.newest_sound(run_dir)
+        assert last.name == "1"
+        assert f"is damaged: {below}" in said
+        assert said.endswith(f"it now lies in {run_dir}/checkpoints/2.damaged")
+        named.append(below)
+        if number % 8 == 0:  # The run goes on, and writes that step anew.
+            save(run_dir, {2: None}, keep=1)
+            assert steps_and_others(run_dir) == ["1", "2", "2.damaged"]
+    assert {"config/metadata", "loop/metadata", "metrics/metrics", "state/_METADATA"} <= {*named}
+    assert len(named) > 12
+
+
+def steps_and_others(run_dir):
+    return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def test_damage_of_an_earlier_checkpoint_does_not_stop_a_run(two, tmp_path):
+    run_dir = shutil.copytree(two, tmp_path / "run")
+    damage(run_dir / "checkpoints/1/metrics/metrics", "flipped")
+    with pytest.raises(ValueError, match=r"checkpoints/1/metrics/metrics"):
+        best_checkpoint(run_dir)
+    last, (said,) = checkpoint.newest_sound(run_dir)
+    assert last.name == "2"
+    assert "checkpoints/1 is damaged: metrics/metrics" in said
+    assert best_checkpoint(run_dir).name == "2"
+
+
+def test_a_run_of_which_nothing_is_whole_is_left_as_it_is(two, tmp_path):
+    run_dir = shutil.copytree(two, tmp_path / "run")
+    for step in (1, 2):
+        damage(run_dir / f"checkpoints/{step}/state/_METADATA", "cut")
+    with pytest.raises(ValueError, match=r"no checkpoint of .* is whole: .*state/_METADATA has"):
+        checkpoint.newest_sound(run_dir)
+    assert steps_and_others(run_dir) == ["1", "2"]
+
+
+def test_what_cannot_be_read_is_not_called_damage(two, monkeypatch):
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    checkpoint._checked.clear()
+    monkeypatch.setattr(checksums, "crc32c", refuse)
+    with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read: Permission denied: ") as e:
+        checkpoint.newest_sound(two)
+    assert "damaged" not in str(e.value)
+    assert steps_and_others(two) == ["1", "2"]
+
+
+def test_a_copy_is_read_with_what_copying_leaves_beside_it(two, tmp_path):
+    """cp -r and gsutil give other times, and leave temporary files."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(two, run_dir, copy_function=shutil.copyfile)
+    (run_dir / "checkpoints/2/state/d/x_.gstmp").write_bytes(b"half")
+    (run_dir / "checkpoints/2/.DS_Store").write_bytes(b"")
+    others = {"3_.gstmp": b"", ".DS_Store": b"", "notes.txt": b"mine"}
+    for name, content in others.items():
+        (run_dir / "checkpoints" / name).write_bytes(content)
+    (run_dir / "checkpoints/backup-2").mkdir()
+    last, said = checkpoint.newest_sound(run_dir)
+    assert (last.name, said) == ("2", [])
+    assert_equal(restore(run_dir, 2), state_of(2))
+    save(run_dir, {3: 0.5, 4: None}, keep=1)
+    # What is not the run's own stays.
+    assert steps_and_others(run_dir) == sorted(["3", "4", "backup-2", *others])
+
+
+@pytest.mark.parametrize("name", ["../../1/config/metadata", "/etc/passwd"])
+def test_no_file_outside_of_the_folder_is_looked_at(name, two, tmp_path):
+    folder = shutil.copytree(two / "checkpoints/2", tmp_path / "2")
+    files = {name: [1, "AAAAAA=="]}
+    content = {"files": files, "crc32c": checksums._of_listing(files)}
+    (folder / checksums.FILE).write_text(json.dumps(content))
+    assert checksums.faults(folder) == ["checksums.json is damaged itself"]
+
+
+def test_a_checksum_is_that_of_the_standard(tmp_path):
+    """RFC 3720, appendix B.4: 32 bytes of zeros have 8a9136aa."""
+    (tmp_path / "zeros").write_bytes(bytes(32))
+    assert base64.b64decode(checksums.crc32c(tmp_path / "zeros")).hex() == "8a9136aa"

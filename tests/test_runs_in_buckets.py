@@ -96,6 +96,27 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(server, objects, caps
     assert (status, "nothing to do in gs://bucket/run" in err) == (0, True)
 
 
+def test_a_damaged_checkpoint_is_named_and_set_aside(server, objects, capsys, tmp_path):
+    """Nothing is read for that; and what else is there stays, which Orbax alone would delete."""
+    objects["run/checkpoints/notes/mine.txt"] = b"mine"
+    config = tmp_path / "config.json"
+    sections = {**SECTIONS, "train": {"steps": 5, "log_every": 1}}
+    config.write_text(to_json(make_config("gs://bucket/run", **sections)))
+    half = next(n for n in objects if n.startswith("run/checkpoints/4/state/d/"))
+    objects[half] = objects[half][:-1]
+    message = fails(capsys, "export", "gs://bucket/run/checkpoints/4", tmp_path / "out")
+    below = half.removeprefix("run/checkpoints/4/")
+    assert f"gs://bucket/run/checkpoints/4 is damaged: {below} has " in message
+    status, _, err = run(capsys, "train", config)
+    assert status == 0, err
+    assert "warning: checkpoint gs://bucket/run/checkpoints/4 is damaged" in err
+    assert "going on from step 2 of gs://bucket/run" in err
+    assert half.replace("/4/", "/4.damaged/") in objects
+    assert objects["run/checkpoints/notes/mine.txt"] == b"mine"
+    assert "run/checkpoints/5/checksums.json" in objects
+    assert "run/run.lock" not in objects
+
+
 def test_export_and_infer(server, objects, capsys, tmp_path):
     assert run(capsys, "export", "gs://bucket/run", "gs://bucket/out")[0] == 0
     assert run(capsys, "export", "gs://bucket/run/checkpoints/4", tmp_path / "out")[0] == 0

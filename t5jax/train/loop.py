@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from t5jax import checkpoint, distributed, storage
+from t5jax import checkpoint, distributed, run_lock, storage
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
 from t5jax.evaluation import mean_loss
@@ -18,6 +18,7 @@ from t5jax.monitor import environment, log, plot, profile, progress
 from t5jax.monitor.goodput import Goodput, describe
 from t5jax.monitor.progress import say
 from t5jax.plan.flops import peak_share
+from t5jax.run_lock import RunLock
 from t5jax.train.evaluations import failure_of, report_evaluation, run_evaluation
 from t5jax.train.initial import begin_or_restore
 from t5jax.train.prefetch import Prefetch, raise_among_several
@@ -47,18 +48,28 @@ def train(config: Config, *, compiled: str | None = None, watch: Watch | None = 
       distributed.Preempted: after SIGTERM, when the step is saved.
     """
     run_dir = checkpoint.create_run_dir(config.run_dir)
-    with storage.staged(
-        run_dir, folder=True, fetch=_GROWING.__contains__, writes=distributed.is_main()
-    ) as reports:
+    with _lock(run_dir) as lock, _reports(run_dir) as reports:
         goodput = Goodput()
         standing = find_standing(config, run_dir)
         ready = None if standing.over() else prepare(standing, compiled)
         if ready is None:
             say(f"nothing to do in {run_dir}: {standing.over()}")
         else:
-            _run(standing, ready, run_dir, reports, goodput, watch)
+            _run(standing, ready, run_dir, reports, lock, goodput, watch)
         _finish(run_dir, reports, standing)
     return run_dir
+
+
+def _lock(run_dir: Path) -> contextlib.AbstractContextManager[RunLock]:
+    # Of several processes the first one, whose failure ends the others.
+    if distributed.is_main():
+        return run_lock.hold(run_dir, say)
+    return contextlib.nullcontext(RunLock())
+
+
+def _reports(run_dir: Path) -> contextlib.AbstractContextManager[storage.Staged]:
+    writes = distributed.is_main()
+    return storage.staged(run_dir, folder=True, fetch=_GROWING.__contains__, writes=writes)
 
 
 def _run(
@@ -66,6 +77,7 @@ def _run(
     ready: Ready,
     run_dir: Path,
     reports: storage.Staged,
+    lock: RunLock,
     goodput: Goodput,
     watch: Watch | None,
 ) -> None:
@@ -76,11 +88,16 @@ def _run(
       ready: what is computed, and of what.
       run_dir: the run's folder, from which checkpoints are read and into which they are written.
       reports: where all else is written that the run leaves there.
+      lock: of the run's folder.
       goodput: what counts where the time goes.
       watch: see `train`.
     """
     config, loop, start, run = standing.config, standing.loop, standing.step, ready.run
-    with goodput, run.use(), Checkpoints(run_dir, keep=config.checkpoint.keep) as checkpoints:
+    with (
+        goodput,
+        run.use(),
+        Checkpoints(run_dir, keep=config.checkpoint.keep, before_save=lock.check) as checkpoints,
+    ):
         # --- Resume, or begin ---
         taught: tuple[api.Params, ...] = ()
         if run.teacher:

@@ -69,7 +69,9 @@ def find_standing(config: Config, run_dir: Path) -> Standing:
     """
     distributed.check_same(to_json(config), "the config", "start the same command on every host")
     distributed.check_shared(run_dir)
-    last = checkpoint.latest_checkpoint(run_dir)
+    last, damaged = checkpoint.newest_sound(run_dir)
+    for what in damaged:
+        say(f"warning: {what}")
     distributed.check_same(
         str(last and last.name),
         f"the last checkpoint in {run_dir}",
