@@ -79,8 +79,14 @@ test: install-torch  ## every test
 test-fast: install  ## the tests of a few seconds each, without torch
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
 
-# What may differ between versions of jax and Python: numerics, files, a mesh, one task and one run.
-SMOKE := conformance/test_numerics.py conformance/test_huggingface_files.py test_curves.py \
+# What may differ between versions of jax and Python: the outputs of every network, gradients, dropout
+# and scanned layers, files, a mesh, one task and one run. The curves have gradients of each kind.
+NUMERICS := conformance/test_numerics.py
+LAYERS := $(NUMERICS)::test_scanned_unrolled_and_recomputed_are_the_same_with_dropout
+SMOKE := $(NUMERICS)::test_outputs_are_those_of_transformers $(NUMERICS)::test_golden_dropouts \
+	'$(LAYERS)[t5_1_0]' '$(LAYERS)[gemma3]' test_curves.py \
+	conformance/test_huggingface_files.py::test_golden_folder \
+	conformance/test_huggingface_files.py::test_every_published_size_has_a_row_for_each_leaf \
 	test_checkpoint.py test_packaging.py data/test_fingerprint.py tasks/test_numbers.py tokenizers \
 	test_sharding.py::test_a_mesh_trains_as_one_device_does \
 	test_train.py::test_loss_falls_and_metrics_have_each_step_once \

@@ -6,7 +6,8 @@ A comment in front of a block changes what happens to it:
     <!-- saved as: PATH -->        writes it to a file, which later blocks use
 
 Commands that set up a machine, or take long, are replaced as `INSTEAD` says. A block of nothing but
-t5jax's commands runs in this process, where all that they import is there already.
+t5jax's commands runs in this process, where all that they import is there already; every other in
+processes that are forked from one where it is.
 """
 
 import contextlib
@@ -15,11 +16,14 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from processes import environment
+import forks
+from processes import Process, environment
 from t5jax.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -128,8 +132,10 @@ def run_page(text: str, folder: Path) -> int:
     """
     commands = folder / ".commands"
     commands.mkdir()
+    # Isolated and without the packages of the environment, which starts at once.
+    start = f'exec "{sys.executable}" -IS "{forks.__file__}" run "{forks.address()}"'
     for name, arguments in (("python", ""), ("t5jax", " -m t5jax.cli")):
-        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
+        (commands / name).write_text(f'#!/bin/sh\n{start}{arguments} "$@"\n')
         (commands / name).chmod(0o755)
     env = environment()  # One device, as readers have, not the tests' eight.
     env["PATH"] = f"{commands}{os.pathsep}{env['PATH']}"
@@ -181,8 +187,26 @@ def t5jax_arguments(line: str) -> list[str] | None:
     return words[1:]
 
 
+# Many pages begin with this run. One is trained, in the folder of a page, and the others copy it.
+_QUICKSTART = t5jax_arguments(as_run("t5jax train quickstart"))
+_trained: list[tempfile.TemporaryDirectory] = []
+
+
 def _run_here(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Runs t5jax in a folder; returns its status and what it has printed."""
+    run_dir = folder / "runs/quickstart"
+    begins = arguments == _QUICKSTART and not run_dir.exists()
+    if begins and _trained:
+        shutil.copytree(_trained[0].name, run_dir)
+        return 0, "(a copy of another page's run)\n"
+    status, output = _run_main(arguments, folder)
+    if begins and not status:
+        _trained.append(tempfile.TemporaryDirectory())
+        shutil.copytree(run_dir, _trained[0].name, dirs_exist_ok=True)
+    return status, output
+
+
+def _run_main(arguments: list[str], folder: Path) -> tuple[int, str]:
     output = io.StringIO(f"+ t5jax {shlex.join(arguments)}\n")
     output.seek(0, io.SEEK_END)
     with (
@@ -199,7 +223,10 @@ def _run_here(arguments: list[str], folder: Path) -> tuple[int, str]:
 
 def _run_there(language: str, code: str, folder: Path, env: dict) -> tuple[int, str]:
     """Runs code of a shell or of Python in a folder; returns its status and what it has printed."""
-    shell = [sys.executable] if language == "python" else ["bash", "-euxo", "pipefail"]
+    if language == "python":
+        done = Process("-c", code, env=env, folder=folder).wait(timeout=600)
+        return done.status, done.out + done.err
+    shell = ["bash", "-euxo", "pipefail"]
     done = subprocess.run(
         [*shell, "-c", code],
         cwd=folder,

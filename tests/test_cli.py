@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -14,7 +13,7 @@ import pytest
 
 import tiny
 from command_line import fails, run
-from processes import environment
+from processes import Process, said_by_imports
 from t5jax.cli import COMMANDS, main
 from t5jax.config import Config, LoraConfig, MeshConfig, from_json, to_json
 from t5jax.decoding import Answer, GenerationOptions
@@ -275,22 +274,15 @@ def test_an_unknown_command_is_a_wrong_use():
 
 
 def test_prompts_and_answers_through_a_pipe_without_noise(exported):
-    command = [sys.executable, "-m", "t5jax.cli", "infer", "--model", str(exported)]
-    done = subprocess.run(
-        [*command, "--max-tokens", "4"],
-        input="capitals: ab\ncapitals: c\n\n",
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 3
+    words = ["-m", "t5jax.cli", "infer", "--model", exported, "--max-tokens", "4"]
+    ended = Process(*words, input="capitals: ab\ncapitals: c\n\n").wait()
+    assert (ended.status, ended.err, said_by_imports()) == (0, "", "")
+    assert ended.out.count("\n") == 3
 
 
 def test_a_run_writes_nothing_that_is_not_ours(config):
-    command = [sys.executable, "-m", "t5jax.cli", "train", str(config), "--train.steps", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout) == (0, "")
+    ended = Process("-m", "t5jax.cli", "train", config, "--train.steps", "5").wait()
+    assert (ended.status, ended.out, said_by_imports()) == (0, "", "")
     starts = (
         "reading tasks",
         "18,800 parameters on 1 cpu device",
@@ -300,7 +292,7 @@ def test_a_run_writes_nothing_that_is_not_ours(config):
         "attention: ",
         " ",  # Scores and samples.
     )
-    lines = [x for x in done.stderr.splitlines() if not re.match("[0-9.,]+ s: steps ", x)]
+    lines = [x for x in ended.err.splitlines() if not re.match("[0-9.,]+ s: steps ", x)]
     strange = [x for x in lines if x and not x.startswith(starts)]
     assert not strange
 

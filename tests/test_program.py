@@ -135,7 +135,7 @@ def test_what_cannot_be_trained(changes, message):
         program(config, mesh)
 
 
-@pytest.mark.usefixtures("one_device_mesh")
+@pytest.mark.usefixtures("one_device")
 def test_a_run_with_frozen_parameters_goes_on_in_the_same_bits(tmp_path):
     freeze = {"optimizer": {"freeze": ("encoder/*",)}, "eval": {"every": 0}}
     whole = make_config(tmp_path / "whole", train={"steps": 4}, **freeze)
@@ -163,5 +163,5 @@ def test_a_run_with_frozen_parameters_goes_on_in_the_same_bits(tmp_path):
 
 
 @pytest.fixture
-def one_device_mesh(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", tiny._one_device_mesh)
+def one_device(monkeypatch):
+    tiny.use_one_device(monkeypatch)

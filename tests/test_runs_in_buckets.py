@@ -28,7 +28,7 @@ SECTIONS = {
 def server(tmp_path_factory):
     """The service, with a run at gs://bucket/run that was stopped after step 3, and went on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny.sharding, "make_mesh", tiny._one_device_mesh)
+        tiny.use_one_device(patch)
         for server in gcs.served(patch, tmp_path_factory.mktemp("cache")):
             folder = tmp_path_factory.mktemp("run")
             config = folder / "config.json"

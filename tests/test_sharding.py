@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import re
 import socket
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -17,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from conformance.cases import assert_trees_close, random_batch
 from conformance.families import T5_EVEN as EVEN
 from conformance.families import VARIANTS
-from processes import environment
+from processes import Process, environment
 from t5jax import sharding
 from t5jax.architectures import published
 from t5jax.batch import BatchSpec
@@ -466,16 +464,12 @@ def test_two_processes_put_their_own_rows_together():
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
+        words = ["-c", textwrap.dedent(program)]
         runs = [
-            subprocess.Popen(
-                [sys.executable, "-c", textwrap.dedent(program), str(process), port, layout],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment(devices=4),
-            )
+            Process(*words, process, port, layout, env=environment(devices=4))
             for process in range(2)
         ]
         for run, expected_rows in zip(runs, rows, strict=True):
-            out, err = run.communicate(timeout=120)
-            assert out.splitlines()[-1:] == [f"{expected_rows} {expected} (16, 3)"], err
+            ended = run.wait(timeout=120)
+            last = ended.out.splitlines()[-1:]
+            assert last == [f"{expected_rows} {expected} (16, 3)"], ended.err

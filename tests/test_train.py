@@ -8,15 +8,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
 import tiny
-from processes import environment
+from processes import Process
 from t5jax import checkpoint, distributed, pretrained, sharding
 from t5jax.batch import BatchSpec
 from t5jax.cli import START_AGAIN, main
@@ -433,12 +431,11 @@ def test_killed_run_ends_in_the_same_bits(tmp_path, capsys):
     config = make_config(tmp_path / "killed", **sections)
     path, folder = tmp_path / "config.json", tmp_path / "killed" / "checkpoints"
     path.write_text(to_json(config))
-    command = [sys.executable, "-m", "t5jax.cli", "train", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment())
-    while process.poll() is None and not any(p.name.isdigit() for p in folder.glob("*")):
+    process = Process("-m", "t5jax.cli", "train", path)
+    while not process.has_ended() and not any(p.name.isdigit() for p in folder.glob("*")):
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.3))
-    assert process.poll() is None, "it was through before it could be killed"
+    assert not process.has_ended(), "it was through before it could be killed"
     process.kill()
     process.wait()
     capsys.readouterr()

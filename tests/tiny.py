@@ -27,7 +27,7 @@ from t5jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from t5jax.monitor import log
+from t5jax.monitor import log, plot
 from t5jax.train import start, train
 
 TASK_FILE = str(Path(__file__).with_name("tiny_task.py"))
@@ -65,15 +65,29 @@ def _one_device_mesh(*config):
     return _make_mesh(*config[:1], devices=jax.devices()[:1])
 
 
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Makes runs quick, for a fixture of a module; others take `one_device`."""
+    patch.setattr(sharding, "make_mesh", _one_device_mesh)
+    patch.setattr(start, "program", _program_of)
+    patch.setattr(plot, "plot_losses", _plot_nothing)
+
+
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(sharding, "make_mesh", _one_device_mesh)
-    monkeypatch.setattr(start, "program", _program_of)
+    use_one_device(monkeypatch)
 
 
 @pytest.fixture
 def eight_devices(one_device, monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", _make_mesh)
+
+
+_plot_losses = plot.plot_losses
+
+
+def _plot_nothing(run_dir, path):
+    """A picture takes as long as the steps of a short run; that of `trained_run` is drawn."""
+    path.write_bytes(b"\x89PNG\r\n")
 
 
 # --- Programs -------------------------------------------------------------------------------------
@@ -120,8 +134,8 @@ def _trained() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory()
     # Whoever asks first, and from a fixture that comes before `one_device`: on one device.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", _one_device_mesh)
-        patch.setattr(start, "program", _program_of)
+        use_one_device(patch)
+        patch.setattr(plot, "plot_losses", _plot_losses)
         train(make_config(Path(folder.name) / "run"))
     return folder
 

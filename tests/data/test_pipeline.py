@@ -3,8 +3,6 @@ import io
 import json
 import logging
 import re
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from processes import run_forked, said_by_imports
 from t5jax import metrics
 from t5jax.architectures import GPTConfig, T5Config
 from t5jax.batch import shift_right, train_spec
@@ -604,14 +603,9 @@ def test_another_process_reads_the_same_batches_and_starts_and_ends_quietly():
     print(next(batches)["encoder_input_tokens"].tolist())
     """
     # It ends while its data set still reads ahead, and must not wait for that.
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.stderr == ""
+    ended = run_forked(program)
+    assert (ended.err, said_by_imports()) == ("", "")
     data = DataConfig("numbers_to_words", vocabulary="bytes", inputs_length=64, batch_size=8)
     batches = pipeline.train_iterator(Config(model=T5Config(vocab_size=384), data=data))
     next(batches)
-    assert json.loads(run.stdout) == next(batches)["encoder_input_tokens"].tolist()
+    assert json.loads(ended.out) == next(batches)["encoder_input_tokens"].tolist()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import socket
-import subprocess
 import sys
 
 import jax
@@ -14,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from conformance.cases import assert_same
-from processes import environment
+from processes import Process, environment
 from t5jax.architectures import T5Config
 from t5jax.config import to_json
 from t5jax.hf import files, io
@@ -140,21 +139,11 @@ def test_two_processes_write_one_folder(folder, tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     arguments = (address, str(folder), str(tmp_path / "out"), to_json(SMALL))
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(rank), *arguments],
-            env=environment(devices=2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        Process("-c", TWO_PROCESSES, rank, *arguments, env=environment(devices=2))
         for rank in (0, 1)
     ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    ended = [process.wait(timeout=120) for process in processes]
+    assert [e.status for e in ended] == [0, 0], ended
     assert_same(io.load_params(tmp_path / "out", SMALL), random_params(SMALL))
 
 

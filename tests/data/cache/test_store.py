@@ -2,8 +2,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from processes import Process
 from t5jax import metrics
 from t5jax.architectures import T5Config
 from t5jax.config import Config, DataConfig
@@ -32,7 +31,6 @@ from t5jax.tokenizers import ByteTokenizer
 BYTES = ByteTokenizer()
 LENGTHS = {"inputs": 24, "targets": 12}
 ROWS = [{"q": f"question {i}", "a": f"answer {i % 50}"} for i in range(600)]
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -374,18 +372,14 @@ except ValueError as error:
 """
 
 
-def start_writer(folder, sleep=0, limit="") -> subprocess.Popen:
-    code = WRITER.replace("SLEEP", str(sleep)).replace("LIMIT", limit)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env=env
-    )
+def start_writer(folder, sleep=0, limit="") -> Process:
+    return Process("-c", WRITER.replace("SLEEP", str(sleep)).replace("LIMIT", limit), folder)
 
 
 @pytest.mark.slow
 def test_what_a_killed_writer_leaves_is_never_read(tmp_path):
     writer = start_writer(tmp_path, sleep=100)
-    assert writer.stdout.readline() == "writing\n"
+    writer.wait_for("writing")
     writer.kill()
     writer.wait()
     assert len(leftovers(tmp_path)) == 1
@@ -403,8 +397,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))"
     )
-    writer = start_writer(tmp_path, limit=limit)
-    out, _ = writer.communicate()
+    out = start_writer(tmp_path, limit=limit).wait().out
     assert f"ValueError: the cache {tmp_path / 'asked'} cannot be written" in out
     assert "GB are free there" in out
     assert [p.name for p in (tmp_path / "asked").iterdir()] == [".train.lock"]
