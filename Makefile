@@ -79,6 +79,10 @@ test: install-torch  ## every test
 test-fast: install  ## the tests of a few seconds each, without torch
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not hf'
 
+.PHONY: test-faults
+test-faults: install  ## kills, damage and hostile input by the hundred; writes docs/reliability.md
+	$(BIN)/python tests/faults/long.py
+
 # What may differ between versions of jax and Python: the outputs of every network, gradients, dropout
 # and scanned layers, files, a mesh, one task and one run. The curves have gradients of each kind.
 NUMERICS := conformance/test_numerics.py

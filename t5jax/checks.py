@@ -1,10 +1,11 @@
 """Checks of values that a user sets, and the wording of their errors. Plain Python."""
 
+import contextlib
 import difflib
 import os
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -79,6 +80,30 @@ def match_paths(patterns: Iterable[str], paths: Iterable[str], option: str) -> f
             )
         found |= matched
     return frozenset(found)
+
+
+# --- What others have made ------------------------------------------------------------------------
+
+_MALFORMED = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError, MemoryError)
+
+
+@contextlib.contextmanager
+def reading(what: object, remedy: str = "fetch it again") -> Iterator[None]:
+    """Raises ValueError where what is read has another form than its reader expects.
+
+    Such as a list in the place of a number, ten thousand brackets, or a size beyond all memory.
+
+    Args:
+      what: the file, for the message.
+      remedy: what to do.
+    """
+    try:
+        yield
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"{what} is not of the form that it must have ({reason}); {remedy}"
+        ) from error
 
 
 # --- A user's code --------------------------------------------------------------------------------

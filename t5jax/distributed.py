@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5jax import storage
+from t5jax import maintenance, storage
 from t5jax.rendezvous import Rendezvous
 
 TIMEOUT = "T5JAX_HOST_TIMEOUT"
@@ -291,22 +292,28 @@ class Preempted(Exception):
 class StopRequest:
     """Whether this run is asked to stop, by SIGTERM; a context manager.
 
-    Schedulers and clouds send it some seconds before they end a process or take its machine.
+    Schedulers and clouds send it some seconds before they end a process or take its machine; on a
+    machine of Google's this process sends it to itself when the machine is about to be taken.
     Outside of the context it ends the process, as it does by default.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._previous: Any = None
+        self._notice: maintenance.Notice | None = None
 
     def __enter__(self) -> "StopRequest":
         # Of several processes JAX listens. Only the main thread may set a handler.
         is_main_thread = threading.current_thread() is threading.main_thread()
         if jax.process_count() == 1 and is_main_thread:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
+        if self._previous is not None or jax.process_count() > 1:
+            self._notice = maintenance.Notice(_send_sigterm)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._notice:
+            self._notice.stop()
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
@@ -325,6 +332,11 @@ class StopRequest:
 
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._asked
+
+
+def _send_sigterm(notice: str) -> None:
+    print(f"t5jax: this machine is about to be taken ({notice})", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def leave() -> None:

@@ -77,7 +77,7 @@ class Fork:
         streams = [stream if isinstance(stream, int) else stream.fileno() for stream in streams]
         socket.send_fds(self._connection, [b"\0"], streams)
         self._connection.sendall(json.dumps(order).encode() + b"\n")
-        self.pid, self._status = int(self._line()), None
+        self.pid, self._status, self.cpu = int(self._line()), None, 0.0
 
     def _line(self) -> str:
         line = b""
@@ -91,7 +91,8 @@ class Fork:
         """Returns the exit status, below 0 after a signal; raises TimeoutError."""
         if self._status is None:
             self._connection.settimeout(timeout)
-            self._status = int(self._line())
+            status, cpu = self._line().split()
+            self._status, self.cpu = int(status), float(cpu)
         return self._status
 
     def has_ended(self) -> bool:
@@ -155,7 +156,7 @@ def _serve(path: str) -> dict:
             connection, asked_by = running.pop(pid)
             seconds[asked_by] = seconds.get(asked_by, 0.0) + cpu
             with contextlib.suppress(OSError):
-                connection.sendall(f"{status}\n".encode())
+                connection.sendall(f"{status} {cpu}\n".encode())
             connection.close()
         for pid, (connection, _) in running.items():
             if connection in ready and not connection.recv(1):  # Whoever has asked is gone.

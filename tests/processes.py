@@ -42,6 +42,8 @@ class Ended:
     status: int
     out: str
     err: str
+    cpu: float
+    """Seconds on a processor."""
 
 
 class Process:
@@ -87,7 +89,7 @@ class Process:
             status = self._fork.wait(timeout)
         except TimeoutError:
             raise AssertionError(f"it hangs:\n{self.err}") from None
-        return Ended(status, self.out, self.err)
+        return Ended(status, self.out, self.err, self._fork.cpu)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal; nothing if it has ended."""

@@ -4,17 +4,14 @@ import dataclasses
 import itertools
 import math
 import os
-import random
 import re
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
 import tiny
-from processes import Process
 from t5jax import checkpoint, distributed, pretrained, sharding
 from t5jax.batch import BatchSpec
 from t5jax.cli import START_AGAIN, main
@@ -421,30 +418,6 @@ def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
     train(config(4))
     assert "stopping at step 6: 4 evaluations without" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "6"]
-
-
-@pytest.mark.slow
-def test_killed_run_ends_in_the_same_bits(tmp_path, capsys):
-    """kill -9 at a random moment, saving among them."""
-    sections = {"train": {"steps": 20}, "checkpoint": {"every": 2}, "eval": {"every": 10}}
-    train(make_config(tmp_path / "whole", **sections))
-    config = make_config(tmp_path / "killed", **sections)
-    path, folder = tmp_path / "config.json", tmp_path / "killed" / "checkpoints"
-    path.write_text(to_json(config))
-    process = Process("-m", "t5jax.cli", "train", path)
-    while not process.has_ended() and not any(p.name.isdigit() for p in folder.glob("*")):
-        time.sleep(0.01)
-    time.sleep(random.uniform(0, 0.3))
-    assert not process.has_ended(), "it was through before it could be killed"
-    process.kill()
-    process.wait()
-    capsys.readouterr()
-    train(config)
-    assert "going on from step" in capsys.readouterr().err
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed", 20)
-    assert tiny.read_metrics(tmp_path / "whole") == tiny.read_metrics(tmp_path / "killed")
-    names = {p.name for p in folder.iterdir()}
-    assert {"18", "20"} <= names <= {"18", "20", "10"}, "a half-written checkpoint is left"
 
 
 def test_asked_to_stop_it_saves_the_step_and_goes_on(tmp_path, capsys):

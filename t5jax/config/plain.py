@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from t5jax.architectures import FAMILIES, Architecture
-from t5jax.checks import check_choice, did_you_mean
+from t5jax.checks import check_choice, did_you_mean, reading
 from t5jax.config.config import Config
 
 Section = TypeVar("Section")
@@ -25,7 +25,8 @@ def from_json(text: str, cls: type[Any] = Config) -> Any:
     Raises:
       ValueError: if a field does not exist, suggesting the most similar one, or has another type.
     """
-    return _from_plain(json.loads(text), cls, "")
+    with reading("the config", "write it again with --print-config"):
+        return _from_plain(json.loads(text), cls, "")
 
 
 def override(config: Section, changes: Mapping[str, Any]) -> Section:

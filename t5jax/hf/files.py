@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}; expected a Hugging Face model folder, found "
             f"{', '.join(there[:8]) or 'nothing'}"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")

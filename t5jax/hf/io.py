@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from t5jax import storage
 from t5jax.architectures import FAMILIES, Architecture, check_dtype
-from t5jax.checks import check_at_least
+from t5jax.checks import check_at_least, reading
 from t5jax.hf.files import (
     CONFIG,
     GENERATION,
@@ -56,7 +56,25 @@ def read_config(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = No
     """
     folder = Path(folder)
     check_adapter(folder)
+    with reading(folder / CONFIG):
+        return _read_config(folder, tokenizer)
+
+
+_MOST_LAYERS = 10_000
+
+
+def _check_layers(raw: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for a number of layers that no network has: each is described."""
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _check_layers(value, path)
+        elif "layer" in key and type(value) is int and value > _MOST_LAYERS:
+            raise ValueError(f"{path}: {key} is {value:,}; expected at most {_MOST_LAYERS:,}")
+
+
+def _read_config(folder: Path, tokenizer: Tokenizer | None) -> Architecture:
     raw = read_json(folder / CONFIG)
+    _check_layers(raw, folder / CONFIG)
     model_type, classes = raw.get("model_type"), raw.get("architectures") or []
     tables = [family.load_table() for family in FAMILIES.values()]
     found = [table for table in tables if model_type in table.model_types]

@@ -183,7 +183,7 @@ def read_config(folder: Path) -> Config:
 def read_scheme(folder: Path) -> Scheme:
     """Returns how the matrices of a compressed model are rounded."""
     given = _read_manifest(folder)["scheme"]
-    return Scheme(**given | {"keep": tuple(given["keep"])})
+    return Scheme(**given | {"keep": tuple(given.get("keep", ()))})
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -200,7 +200,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "compress the model again, or use the t5jax that wrote it"
         )
     try:
-        Scheme(**manifest["scheme"])
+        keep = tuple(manifest["scheme"].get("keep", ()))
+        Scheme(**manifest["scheme"] | {"keep": keep})
         for entry in manifest["arrays"].values():
             assert {"file", "dtype", "shape", "crc32"} <= set(entry)
             assert Path(entry["file"]).name == entry["file"]

@@ -16,7 +16,7 @@ import json
 import mmap
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -195,6 +195,13 @@ def _open_arrays(folder: Path, names: dict[str, str]) -> Tensors:
     Args:
       names: the name of each array's folder.
     """
+    for stored in names.values():
+        path = PurePosixPath(stored)
+        if path.is_absolute() or not path.parts or ".." in path.parts:
+            raise ValueError(
+                f"{folder} refers to an array {stored!r:.60}, which is no folder in it; copy the "
+                "checkpoint again, or do not trust it"
+            )
     opening = {
         name: tensorstore.open(
             {

@@ -132,7 +132,7 @@ def _warn_of_new(
     for field, token in special.items():
         if token not in listed and has(token) is None:
             _log.warning(
-                "%s: %s is %r, which is not in the vocabulary; it gets the id %d, as in "
+                "%s: %s is %r, which is not in the vocabulary; it gets the id %s, as in "
                 "transformers, for which no model was trained",
                 *(name, field, token, tokenizer.token_to_id(token)),
             )

@@ -1,11 +1,14 @@
 """The interface of a tokenizer, and functions that several kinds share."""
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+from t5jax.checks import first_line
 
 SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
@@ -103,11 +106,25 @@ def read_json(files: Mapping[str, bytes], file: str, name: str) -> dict[str, Any
     """
     try:
         content = json.loads(files.get(file, b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} in {name} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} in {name} holds {content!r:.40}; expected a JSON object")
     return content
+
+
+@contextlib.contextmanager
+def of_libraries(name: str) -> Iterator[None]:
+    """Raises ValueError for an error of tokenizers or SentencePiece, which have no class of their
+    own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) not in (Exception, RuntimeError):
+            raise
+        raise ValueError(
+            f"{name} is damaged, or was made by hand ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:

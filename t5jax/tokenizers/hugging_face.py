@@ -19,6 +19,7 @@ from t5jax.tokenizers.common import (
     clean_ids,
     first_sentinels,
     json_bytes,
+    of_libraries,
     read_chat_template,
     read_json,
     write_files,
@@ -124,10 +125,13 @@ class HuggingFaceTokenizer:
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:12]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with of_libraries("the tokenizer"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [x.ids for x in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with of_libraries("the tokenizer"):
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [x.ids for x in found]
 
     def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
         kept = clean_ids(self, ids, special_tokens)

@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import storage
+from t5jax.checks import reading
 from t5jax.tokenizers import tokenizer_model
 from t5jax.tokenizers.as_transformers import CONFIG, build
 from t5jax.tokenizers.byt5 import ByteTokenizer
-from t5jax.tokenizers.common import SENTINEL, Tokenizer, read_file, read_json, write_files
+from t5jax.tokenizers.common import (
+    SENTINEL,
+    Tokenizer,
+    of_libraries,
+    read_file,
+    read_json,
+    write_files,
+)
 from t5jax.tokenizers.hugging_face import HuggingFaceTokenizer
 from t5jax.tokenizers.sentence_piece import (
     SentencePieceTokenizer,
@@ -55,6 +63,11 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     if source == "bytes":
         return ByteTokenizer()
+    with reading(f"the tokenizer {source}"), of_libraries(f"the tokenizer {source}"):
+        return _load(source)
+
+
+def _load(source: str | Path) -> Tokenizer:
     path = storage.path(source, "the tokenizer")
     if storage.is_remote(path):
         path = _copied(path)

@@ -16,6 +16,7 @@ from t5jax.tokenizers.common import (
     clean_ids,
     first_sentinels,
     json_bytes,
+    of_libraries,
     read_chat_template,
     read_file,
     write_files,
@@ -63,7 +64,8 @@ class SentencePieceTokenizer:
             )
         self.model_bytes: bytes = proto.SerializeToString()
         """The serialized model with its sentinels, for other SentencePiece runtimes."""
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+        with of_libraries(name):
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
         self.vocab_size: int = self._processor.get_piece_size()
         self.pad_id: int = self._processor.pad_id()
         self.eos_id: int = self._processor.eos_id()

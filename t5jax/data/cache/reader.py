@@ -9,12 +9,14 @@ A cache is a folder written by `t5jax.data.cache.store`:
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from t5jax import storage
+from t5jax.checks import first_line, reading
 
 INFO_FILE = "cache.json"
 LENGTHS_FILE = "lengths.npy"
@@ -35,8 +37,10 @@ def read_info(path: Path) -> dict[str, Any] | None:
         info = json.loads((path / INFO_FILE).read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path / INFO_FILE} cannot be read: {error}") from None
+    with reading(path / INFO_FILE, _AGAIN):
+        _check_info(info, path)
     # A truncated shard opens as an empty one, without an error.
     there = storage.files(path)
     for name, size in info["files"].items():
@@ -45,6 +49,42 @@ def read_info(path: Path) -> dict[str, Any] | None:
             how = "is missing" if found is None else f"has {found} bytes"
             raise ValueError(f"{path / name} {how}; expected {size} bytes, as it was written")
     return info
+
+
+_AGAIN = "delete this folder, and it is written anew"
+
+
+def _check_info(info: Any, path: Path) -> None:
+    """Raises ValueError if the content of a cache.json cannot be what was written."""
+    shards, files, features = info["shards"], info["files"], info["features"]
+    is_sound = (
+        {*shards, LENGTHS_FILE} == {*files}
+        and all(Path(name).name == name for name in files)
+        and all(type(size) is int and size >= 0 for size in (*files.values(), *shards.values()))
+        and type(features) is list
+        and all(type(name) is str for name in features)
+        and all(type(info["eos_ids"][name]) in (int, type(None)) for name in features)
+        and re.fullmatch(r"[<|]?[iu][1248]|u?int(8|16|32|64)", info["dtype"])
+        and info.get("num_examples", sum(shards.values())) == sum(shards.values())
+        and isinstance(info["content"], str)
+        and isinstance(info.get("source_files", []), list)
+        and all(isinstance(stamp["path"], str) for stamp in info.get("source_files", ()))
+        and isinstance(info.get("fingerprint", {}), dict)
+    )
+    if not is_sound:
+        raise ValueError(f"{path / INFO_FILE} does not describe a cache; {_AGAIN}")
+
+
+def _read_lengths(path: Path, num_examples: int, num_features: int) -> np.ndarray:
+    try:
+        # Mapped, since the size that a header claims is not to be believed.
+        lengths = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # NumPy parses the header as Python.
+        raise ValueError(f"{path} is damaged ({first_line(error)}); {_AGAIN}") from None
+    is_sound = lengths.shape == (num_examples, num_features) and lengths.dtype == np.int32
+    if not is_sound or (lengths < 0).any():
+        raise ValueError(f"{path} is damaged: it does not have the lengths of its cache; {_AGAIN}")
+    return lengths
 
 
 class CachedTask:
@@ -68,7 +108,9 @@ class CachedTask:
         """The id that ends each feature, also if it is truncated; None for none."""
         self.content: str = info["content"]
         """A hash of all records."""
-        self.lengths: np.ndarray = np.load(self.path / LENGTHS_FILE)
+        self.lengths: np.ndarray = _read_lengths(
+            self.path / LENGTHS_FILE, sum(info["shards"].values()), len(self.features)
+        )
         """The lengths of the features in tokens with eos: int32 [examples, features]."""
         self._dtype = np.dtype(info["dtype"])
         shards = info["shards"]
@@ -108,6 +150,10 @@ class CachedTask:
         tokens = np.frombuffer(b"".join(records), self._dtype).astype(np.int32)
         sizes = self.lengths[rows]
         stops = np.cumsum(sizes).tolist()
+        if len(tokens) != (stops[-1] if stops else 0):
+            raise ValueError(
+                f"{self.path} is damaged: its records and {LENGTHS_FILE} disagree; {_AGAIN}"
+            )
         starts = [0, *stops]
         width = sizes.shape[1]
         parts = [tokens[a:b] for a, b in zip(starts, stops, strict=False)]

@@ -24,7 +24,8 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from t5jax.data.prompts.templates import JinjaTemplate, Prompt, PromptTemplate
+from t5jax.checks import first_line
+from t5jax.data.prompts.templates import Bounded, JinjaTemplate, Prompt, PromptTemplate
 from t5jax.data.sources.source import Row, no_field
 from t5jax.tokenizers import Tokenizer
 
@@ -160,6 +161,8 @@ class ChatTemplate(PromptTemplate):
     def _compiled(self) -> jinja2.Template:
         try:
             return _ENVIRONMENT.from_string(self.text)
+        except (RecursionError, MemoryError, SyntaxError) as error:
+            raise ValueError(f"the chat template cannot be compiled: {first_line(error)}") from None
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"chat template, line {error.lineno}: {error.message}") from None
 
@@ -408,7 +411,11 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     )
 
 
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+class _Environment(Bounded, jinja2.sandbox.ImmutableSandboxedEnvironment):
+    pass
+
+
+_ENVIRONMENT = _Environment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
 )
 _ENVIRONMENT.globals |= {

@@ -28,6 +28,7 @@ import jinja2.sandbox
 import yaml
 
 from t5jax import storage
+from t5jax.checks import first_line, reading
 from t5jax.data.segments import BREAK
 from t5jax.data.sources.source import Row, field_names, no_field
 
@@ -303,6 +304,10 @@ class JinjaTemplate(PromptTemplate):
                         item.arg, _FROM_ROW, [], [], None, None, environment=_ENVIRONMENT
                     )
             return _ENVIRONMENT.from_string(tree)
+        except (RecursionError, MemoryError, SyntaxError) as error:
+            raise ValueError(
+                f"template {self}: {first_line(error)}; expected a simpler one"
+            ) from None
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"template {self}, line {error.lineno}: {error.message}") from None
 
@@ -410,7 +415,31 @@ def _is_written_out(place: jinja2.nodes.Expr) -> bool:
     return isinstance(place, (jinja2.nodes.Const, jinja2.nodes.Slice))
 
 
-class _Environment(jinja2.sandbox.SandboxedEnvironment):
+class Bounded(jinja2.sandbox.SandboxedEnvironment):
+    """A sandbox in which no short expression makes a text or a number of gigabytes."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            size = abs(right) * abs(left).bit_length() if type(left) is type(right) is int else 0
+        else:
+            sizes = [
+                len(x) if isinstance(x, (str, bytes, list, tuple)) else 0 for x in (left, right)
+            ]
+            times = [x for x in (left, right) if isinstance(x, int)]
+            size = max(sizes) * max(times, default=0)
+        if size > _LARGEST:
+            raise jinja2.sandbox.SecurityError(
+                f"{left!r:.40} {operator} {right!r:.40} is too large for a template"
+            )
+        return super().call_binop(context, operator, left, right)
+
+
+_LARGEST = 10**7
+
+
+class _Environment(Bounded):
     def getitem(self, obj: Any, argument: Any) -> Any:
         if not isinstance(argument, _FromRow):
             return super().getitem(obj, argument)
@@ -481,8 +510,9 @@ def promptsource(path: str | Path) -> list[JinjaTemplate]:
     """
     try:
         file = storage.local(storage.path(path, "a file of templates"))
-        content = yaml.load(file.read_text(encoding="utf-8"), _PromptSourceLoader)
-        return list(_read_promptsource(content))
+        with reading(path):
+            content = yaml.load(file.read_text(encoding="utf-8"), _PromptSourceLoader)
+            return list(_read_promptsource(content))
     except OSError as error:
         raise ValueError(f"cannot read templates from {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -496,6 +526,8 @@ def _read_promptsource(content) -> Iterator[JinjaTemplate]:
     for key, entry in templates.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("jinja"), str):
             raise ValueError(f"template {key!r} has no text `jinja:`")
-        yield JinjaTemplate(
-            entry["jinja"], str(entry.get("name") or key), entry.get(_CHOICES) or ""
-        )
+        # Not any other value: a few lines of YAML can stand for one of terabytes.
+        texts = {name: entry.get(name) or "" for name in ("name", _CHOICES)}
+        if not all(isinstance(text, (str, int)) for text in (key, *texts.values())):
+            raise ValueError(f"template {key!r:.60} has a name or choices that are no text")
+        yield JinjaTemplate(entry["jinja"], str(texts["name"] or key), str(texts[_CHOICES]))
