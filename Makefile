@@ -111,9 +111,22 @@ docs: install  ## the site of docs/, in build/site/
 	$(BIN)/python -m sphinx -W -n --keep-going -q docs build/site
 	@echo 'build/site/index.html'
 
+.PHONY: docs-links
+docs-links: install  ## ask every address that the site links to; needs the network
+	$(BIN)/python -m sphinx -b linkcheck -q docs build/links
+
+.PHONY: release
+release:  ## check, build, install and list the version TAG=v0.2.0; uploads nothing
+	$(PYTHON) -m release $(TAG)
+
 .PHONY: gcp-flags
 gcp-flags: install  ## let this machine's gcloud CLI parse every command of gcp/
 	PYTHONPATH=. $(BIN)/python tests/gcp/gcloud_flags.py
+
+.PHONY: container-steps
+container-steps: install  ## run the steps of the Dockerfile in build/container, without an engine
+	rm -rf build/container
+	$(BIN)/python tests/container.py build/container --python $(PYTHON)
 
 .PHONY: clean
 clean:  ## remove environments, caches and builds; runs/ stays

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -20,19 +21,24 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CODE = ("t5jax", "tasks", "configs", "benchmarks", "gcp", "tests")
+CODE = ("t5jax", "tasks", "configs", "benchmarks", "gcp", "release", "tests")
 # Top-level modules whose distribution installs them under more than one name, or shares them.
 DISTRIBUTIONS = {"google": "protobuf", "orbax": "orbax-checkpoint"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The project's wheel, built here from this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT]
+def built(tmp_path_factory):
+    """The project's source archive, built here from this checkout, and a wheel of it."""
+    folder = tmp_path_factory.mktemp("built")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
     done = subprocess.run(build, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    return next(built.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,22 @@ def test_the_wheel_holds_code_tasks_and_configs_and_nothing_else(wheel):
     assert {"tasks/numbers.py", "configs/quickstart.py"} <= expected.keys()
     assert {name for name in names if ".dist-info/" not in name} == set(expected.values())
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_what_is_tracked(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("this is no repository")
+    tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+    left_out = {name for name in tracked - names if not name.startswith((".ci/", ".github/"))}
+    assert left_out == {".dockerignore", ".pre-commit-config.yaml"}
+    assert {"tests/tiny.py", "docs/start.md", "Makefile", "constraints/py311.txt"} <= names
+    junk = re.compile(r"__pycache__|\.pyc$|^(runs|build|dist|shared)/")
+    assert [name for name in names if junk.search(name)] == []
 
 
 @pytest.mark.slow
