@@ -1,6 +1,8 @@
 """`python -m gcp COMMAND FILE`."""
 
 import argparse
+import concurrent.futures
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -83,7 +85,7 @@ def _run(commands: Commands, s: Settings, options: argparse.Namespace) -> int:
         case "delete":
             _delete(commands, s)
         case "list":
-            _list(commands, s, table)
+            _list(commands, s, table, options.all_zones)
     return 0
 
 
@@ -165,12 +167,18 @@ def _status(commands: Commands, s: Settings) -> None:
         commands.say(f"  {status.host}: {status.state}{code}")
 
 
-def _list(commands: Commands, s: Settings, table: prices.Prices) -> None:
+def _list(commands: Commands, s: Settings, table: prices.Prices, all_zones: bool = False) -> None:
     if commands.dry_run:
         for question in backends.billable_questions(s).values():
             commands.say(shlex.join(question))
         return
     found = backends.billable(commands, s)
+    if all_zones:
+        zones = [zone for zone in backends.tpu_zones(commands, s) if zone != s.zone]
+        elsewhere = [dataclasses.replace(s, zone=zone) for zone in zones]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for more in pool.map(lambda other: backends.billable_tpus(commands, other), elsewhere):
+                found += more
     for resource in found:
         commands.say(
             f"  {resource.kind} {resource.name} ({resource.zone}): {resource.detail}"
@@ -178,9 +186,10 @@ def _list(commands: Commands, s: Settings, table: prices.Prices) -> None:
         )
     if not found:
         commands.say("nothing")
+    where = "all zones" if all_zones else f"{s.zone} (--all-zones for others)"
     commands.say(
-        f"(TPUs and groups in {s.zone}, machines and disks with the label t5jax in all zones of "
-        f"{s.project}, and the bucket)"
+        f"(TPUs in {where}, groups of the run, machines and disks with the label t5jax in "
+        f"all zones of {s.project}, and the bucket)"
     )
 
 
@@ -238,6 +247,7 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--interval", type=float, default=INTERVAL, help="watch, create: seconds between questions"
     )
+    parser.add_argument("--all-zones", action="store_true", help="list: TPUs of all zones")
     parser.add_argument("--keep", action="store_true", help="watch: keep the slice at the end")
     return parser.parse_args(args)
 

@@ -8,8 +8,9 @@ absent.
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from gcp.settings import Settings
 from gcp.steps import Commands, Step, base_name, has
@@ -81,6 +82,11 @@ def choose(s: Settings) -> Backend:
     if not generation.machine:
         raise ValueError(f"Compute Engine has no {generation.name}; leave backend out")
     _refuse(s, "compute", ("max_wait", "runtime_version"))
+    if s.slices > 1:
+        raise ValueError(
+            f"slices is {s.slices}, and backend compute has one; take a larger slice, or JobSet on "
+            "GKE: launchers/gke/multislice"
+        )
     if not s.vm_image:
         raise ValueError(
             "backend compute needs vm_image, the image of its machines; list those with software "
@@ -127,20 +133,23 @@ _LIVING_NODES = {"READY", "CREATING", "STARTING", "RESTARTING", "REIMAGING", "RE
 
 
 class Queued:
-    """A queued resource with one node, both of the run's name."""
+    """A queued resource of the run's name, with a node of that name, or one for each slice."""
 
     def create(self, s: Settings) -> list[Step]:
         zone = f"--zone={s.zone}"
         how = {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[s.provisioning]
         if s.max_wait:
             how.append(f"--valid-until-duration={s.max_wait}")
+        nodes = [f"--node-id={s.name}"]
+        if s.slices > 1:
+            nodes = [f"--node-count={s.slices}", f"--node-prefix={s.name}"]
         runtime = s.runtime_version or s.slice.generation.runtime
         return [
             Step(
                 f"queued resource {s.name}",
                 _gcloud(
                     s,
-                    *(*_QUEUED, "create", s.name, zone, f"--node-id={s.name}"),
+                    *(*_QUEUED, "create", s.name, zone, *nodes),
                     *(f"--accelerator-type={s.slice.accelerator_type}",),
                     *(f"--runtime-version={runtime}", *how, *_network(s)),
                     *(f"--service-account={s.service_account}", f"--scopes={SCOPE}"),
@@ -153,9 +162,8 @@ class Queued:
         ]
 
     def delete(self, s: Settings) -> list[Step]:
-        node = _gcloud(s, *_TPU_VM, "list", f"--zone={s.zone}", "--format=json")
-        remove = _gcloud(s, *_TPU_VM, "delete", s.name, f"--zone={s.zone}", "--quiet")
-        return [
+        listed = _gcloud(s, *_TPU_VM, "list", f"--zone={s.zone}", "--format=json")
+        steps = [
             Step(
                 f"delete queued resource {s.name}",
                 self._delete(s),
@@ -163,17 +171,21 @@ class Queued:
                 is_done=lambda answer: not has(s.name)(answer),
                 when="if this lists it",
                 attempts=3,
-            ),
-            # The queued resource takes its node with it; this finds one that stayed behind.
+            )
+        ]
+        # The queued resource takes its nodes with it; this finds those that stayed behind.
+        steps += [
             Step(
-                f"delete TPU VM {s.name}",
-                remove,
-                ask=node,
-                is_done=lambda answer: not has(s.name)(answer),
+                f"delete TPU VM {node}",
+                _gcloud(s, *_TPU_VM, "delete", node, f"--zone={s.zone}", "--quiet"),
+                ask=listed,
+                is_done=_is_gone(node),
                 when="if this lists it",
                 attempts=3,
-            ),
+            )
+            for node in s.nodes
         ]
+        return steps
 
     def state(self, commands: Commands, s: Settings) -> tuple[State, str]:
         found = [r for r in commands.ask(self._list(s)) if base_name(r) == s.name]
@@ -184,23 +196,36 @@ class Queued:
         if state is not State.READY:
             return state, word
         nodes = commands.ask(_gcloud(s, *_TPU_VM, "list", f"--zone={s.zone}", "--format=json"))
-        node = next((n.get("state", "unknown") for n in nodes if base_name(n) == s.name), "no node")
-        if node == "READY":
-            return State.READY, f"{word}, node {node}"
-        return (State.WAITING if node in _LIVING_NODES else State.LOST), f"{word}, node {node}"
+        states = {base_name(node): node.get("state", "unknown") for node in nodes}
+        found_states = [states.get(node, "no node") for node in s.nodes]
+        words = f"{word}, node {', '.join(sorted(set(found_states)))}"
+        if set(found_states) == {"READY"}:
+            return State.READY, words
+        # One slice alone is no run: all are made again.
+        return (State.WAITING if set(found_states) <= _LIVING_NODES else State.LOST), words
 
     def ssh(
         self, commands: Commands, s: Settings, worker: int | None, script: str
     ) -> list[list[str]]:
-        which = "all" if worker is None else str(worker)
-        words = (*_TPU_VM, "ssh", s.name, f"--zone={s.zone}", f"--worker={which}")
-        return [[*_gcloud(s, *words, f"--command={script}"), "--quiet"]]
+        nodes, which = s.nodes, "all"
+        if worker is not None:
+            nodes = nodes[worker // s.slice.hosts :][:1]
+            which = str(worker % s.slice.hosts)
+        found = []
+        for node in nodes:
+            words = (*_TPU_VM, "ssh", node, f"--zone={s.zone}", f"--worker={which}")
+            found.append([*_gcloud(s, *words, f"--command={script}"), "--quiet"])
+        return found
 
     def _list(self, s: Settings) -> tuple[str, ...]:
         return _gcloud(s, *_QUEUED, "list", f"--zone={s.zone}", "--format=json")
 
     def _delete(self, s: Settings) -> tuple[str, ...]:
         return _gcloud(s, *_QUEUED, "delete", s.name, f"--zone={s.zone}", "--force", "--quiet")
+
+
+def _is_gone(name: str) -> Callable[[Any], bool]:
+    return lambda answer: not has(name)(answer)
 
 
 # --- Compute Engine -------------------------------------------------------------------------------
@@ -351,8 +376,14 @@ def _image(name: str) -> tuple[str, str]:
 # --- What costs money -----------------------------------------------------------------------------
 
 
+def tpu_zones(commands: Commands, s: Settings) -> list[str]:
+    """Returns all zones that have TPUs."""
+    found = commands.ask(_gcloud(s, "compute", "tpus", "locations", "list", "--format=json"))
+    return sorted(location["locationId"] for location in found)
+
+
 def billable_questions(s: Settings) -> Mapping[str, tuple[str, ...]]:
-    """Returns what lists all that may cost money, of this run and of others."""
+    """Returns what lists all that may cost money, of this run and of others; TPUs in its zone."""
     zone = f"--zone={s.zone}"
     return {
         "tpu": _gcloud(s, *_TPU_VM, "list", zone, "--format=json"),
@@ -360,7 +391,7 @@ def billable_questions(s: Settings) -> Mapping[str, tuple[str, ...]]:
         "instance": _gcloud(
             s, "compute", "instances", "list", f"--filter=labels.{LABEL}:*", "--format=json"
         ),
-        "group": _gcloud(s, *_GROUPS, "list", f"--zones={s.zone}", "--format=json"),
+        "group": _gcloud(s, *_GROUPS, "list", "--format=json"),
         "disk": _gcloud(
             s, "compute", "disks", "list", f"--filter=labels.{LABEL}:*", "--format=json"
         ),
@@ -368,11 +399,11 @@ def billable_questions(s: Settings) -> Mapping[str, tuple[str, ...]]:
     }
 
 
-def billable(commands: Commands, s: Settings) -> list[Resource]:
-    """Returns what costs money now, or will as soon as a request is granted."""
-    answers = {kind: commands.ask(question) for kind, question in billable_questions(s).items()}
+def billable_tpus(commands: Commands, s: Settings) -> list[Resource]:
+    """Returns the TPUs and the requests for some in the zone of the settings."""
+    questions = billable_questions(s)
     found = []
-    for node in answers["tpu"]:
+    for node in commands.ask(questions["tpu"]):
         scheduling = node.get("schedulingConfig", {})
         spot = scheduling.get("spot") or scheduling.get("preemptible")
         found.append(
@@ -385,12 +416,21 @@ def billable(commands: Commands, s: Settings) -> list[Resource]:
                 "spot" if spot else "on-demand",
             )
         )
-    nodes = {resource.name for resource in found}
-    for request in answers["queued"]:
+    # Of several slices, the nodes have a number behind the request's name.
+    nodes = {n for r in found for n in (r.name, re.sub(r"-\d+$", "", r.name))}
+    for request in commands.ask(questions["queued"]):
         state = request.get("state", {}).get("state", "unknown")
         if base_name(request) not in nodes and _QUEUED_STATES.get(state) is not State.LOST:
             detail = f"{state}, costs once it is granted"
             found.append(Resource("queued resource", base_name(request), s.zone, detail))
+    return found
+
+
+def billable(commands: Commands, s: Settings) -> list[Resource]:
+    """Returns what costs money now, or will as soon as a request is granted."""
+    found = billable_tpus(commands, s)
+    rest = ("instance", "group", "disk", "bucket")
+    answers = {kind: commands.ask(billable_questions(s)[kind]) for kind in rest}
     for machine in answers["instance"]:
         zone = base_name(machine.get("zone", s.zone))
         model = machine.get("scheduling", {}).get("provisioningModel", "STANDARD")
@@ -406,8 +446,8 @@ def billable(commands: Commands, s: Settings) -> list[Resource]:
         )
     for group in answers["group"]:
         if base_name(group.get("instanceTemplate", "")) == s.name or base_name(group) == s.name:
-            size = group.get("targetSize", "?")
-            found.append(Resource("instance group", base_name(group), s.zone, f"keeps {size}"))
+            size, zone = group.get("targetSize", "?"), base_name(group.get("zone", s.zone))
+            found.append(Resource("instance group", base_name(group), zone, f"keeps {size}"))
     for disk in answers["disk"]:
         size = f"{disk.get('sizeGb', '?')} GB"
         found.append(Resource("disk", base_name(disk), base_name(disk.get("zone", "")), size))

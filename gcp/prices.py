@@ -49,14 +49,15 @@ class Prices:
                 "at https://cloud.google.com/tpu/pricing and add it there, or give --prices FILE"
             )
         price, kind = found
-        total = price * s.slice.chips
+        chips = s.slice.chips * s.slices
+        total, what = price * chips, f"{s.slices} x {s.slice}" if s.slices > 1 else str(s.slice)
         if s.max_dollars_per_hour is not None and total > s.max_dollars_per_hour:
             raise ValueError(
-                f"{s.slice} costs ${total:,.2f} an hour ({kind}), and max_dollars_per_hour is "
+                f"{what} costs ${total:,.2f} an hour ({kind}), and max_dollars_per_hour is "
                 f"{s.max_dollars_per_hour:g}; take a smaller slice or raise it"
             )
         return (
-            f"{s.slice}: {s.slice.chips} x ${price:.2f} = ${total:,.2f} an hour, "
+            f"{what}: {chips} x ${price:.2f} = ${total:,.2f} an hour, "
             f"${24 * total:,.2f} a day ({kind}; prices of {self.date}, {self.path.name}"
             f"{self._age()}); disks and the bucket are extra"
         )

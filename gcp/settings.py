@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gcp import slices
+from gcp.slices import Slice, parse
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 SECRET_VALUE = re.compile(
@@ -34,6 +34,9 @@ class Settings:
     """Slice, such as v5litepod-8, v5p-128 or tpu7x:2x2x2."""
     command: str
     """Command, the same on every host; `t5jax train` without --run-dir gets one in the bucket."""
+    slices: int = 1
+    """Slices of this shape that train together, joined by the data center's network; queued alone.
+    Between them is the axis mesh.dcn."""
     backend: str = ""
     """queued (the Cloud TPU API, v4 to v6e) or compute (Compute Engine). Empty: queued, where it
     has the accelerator."""
@@ -65,8 +68,18 @@ class Settings:
     """Where the file lies."""
 
     @property
-    def slice(self) -> slices.Slice:
-        return slices.parse(self.accelerator)
+    def slice(self) -> Slice:
+        return parse(self.accelerator)
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the slices."""
+        return [self.name] if self.slices == 1 else [f"{self.name}-{i}" for i in range(self.slices)]
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of all slices."""
+        return self.slice.hosts * self.slices
 
     @property
     def region(self) -> str:
@@ -144,6 +157,8 @@ def _check_type(name: str, value: Any, kind: str) -> None:
     elif "Mapping" in kind:
         right = isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
         expected = f'texts, such as [{name}] with NAME = "value"'
+    elif kind == str(int):
+        right, expected = type(value) is int and value > 0, "a whole number, at least 1"
     elif "float" in kind:
         right = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
         expected = "a number above 0"

@@ -84,7 +84,7 @@ def build_wheel(folder: Path) -> None:
 def run_script(s: Settings) -> str:
     """Returns the script that each host runs."""
     # A host that does not find the others would train alone: t5jax refuses another number.
-    env = {"JAX_NUM_PROCESSES": str(s.slice.hosts), "JAX_PLATFORMS": "tpu,cpu", **s.env}
+    env = {"JAX_NUM_PROCESSES": str(s.hosts), "JAX_PLATFORMS": "tpu,cpu", **s.env}
     command = shlex.join(s.argv)
     lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
     if s.image:
@@ -215,7 +215,7 @@ def statuses(commands: Commands, backend: Backend, s: Settings) -> list[Status]:
     ssh = backend.ssh(commands, s, None, script)
     output = "".join(_each(commands, ssh, attempts=1))
     found = [Status(*match) for match in _STATUS.findall(output)]
-    if not commands.dry_run and len(found) != s.slice.hosts:
-        answers = f"{len(found)} of {s.slice.hosts} hosts answered"
+    if not commands.dry_run and len(found) != s.hosts:
+        answers = f"{len(found)} of {s.hosts} hosts answered"
         raise CommandFailed(ssh[0] if ssh else ["ssh"], 0, answers)
     return found

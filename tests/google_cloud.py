@@ -38,6 +38,8 @@ class GoogleCloud:
         self.objects, self.bindings, self.secrets = {}, {}, {"hf-token"}
         self.queued, self.nodes, self.groups, self.templates, self.policies = {}, {}, {}, {}, {}
         self.hosts = {}
+        self.zones: set[str] = set()
+        """Zones in which something was asked for; what is in one is listed in all of these."""
         self.num_hosts, self.work, self.saved = hosts, work, 0.0
         self.preempt_at: list[float] = []
         self.crash: Callable[[GoogleCloud], bool] = lambda cloud: False
@@ -76,7 +78,7 @@ class GoogleCloud:
     @property
     def costs(self) -> list[str]:
         """What is billed, or will be as soon as it is granted."""
-        waiting = [n for n, q in self.queued.items() if q["state"] not in ("SUSPENDED", "FAILED")]
+        waiting = [n for n, q in self.queued.items() if q["state"] == "ACCEPTED"]
         return sorted({*waiting, *self.nodes, *self.groups})
 
     @property
@@ -93,11 +95,12 @@ class GoogleCloud:
             self._tick()
 
     def _tick(self) -> None:
-        for name, request in self.queued.items():
+        for request in self.queued.values():
             if request["state"] == "ACCEPTED" and self.now >= request["at"] + PROVISION:
                 request["state"] = "ACTIVE"
-                self.nodes[name] = {"state": "READY", "type": request["type"]}
-                self._boot(name)
+                for node in request["nodes"]:
+                    self.nodes[node] = {"state": "READY", "type": request["type"]}
+                    self._boot(node)
         for name, group in self.groups.items():
             if group["state"] == "STAGING" and self.now >= group["at"] + PROVISION:
                 group["state"] = "RUNNING"
@@ -106,7 +109,8 @@ class GoogleCloud:
         if ready and self.preempt_at and self.now >= self.preempt_at[0]:
             self.preempt_at.pop(0)
             self._preempt(ready[0])
-        for hosts in self.hosts.values():
+        for name in (*self.queued, *self.groups):
+            hosts = self._hosts_of(name)
             running = [host for host in hosts if host.service == "running"]
             if running and len(running) == len(hosts):
                 since = max(host.since for host in hosts)
@@ -120,15 +124,26 @@ class GoogleCloud:
     def _boot(self, name: str) -> None:
         self.hosts[name] = [Host(f"{name}-w{i}") for i in range(self.num_hosts)]
 
-    def _preempt(self, name: str) -> None:
-        hosts = self.hosts[name]
+    def _hosts_of(self, name: str) -> list[Host]:
+        """Returns the hosts of a run, which may have several slices."""
+        nodes = self.queued[name]["nodes"] if name in self.queued else [name]
+        return [host for node in nodes for host in self.hosts.get(node, [])]
+
+    def _preempt(self, node: str) -> None:
+        """Takes one slice, with which its run ends."""
+        requests = [name for name, request in self.queued.items() if node in request["nodes"]]
+        (name,) = requests or [node]
+        hosts = self._hosts_of(name)
         if all(host.service == "running" for host in hosts):
             done = self.now - max(host.since for host in hosts)
             self.saved = min(self.work, self.saved + done // 600 * 600)
-        self.hosts[name] = []
-        if name in self.queued:
-            self.queued[name]["state"] = "SUSPENDED"
-            self.nodes[name]["state"] = "PREEMPTED"
+        for host in hosts:
+            host.service = "failed"
+        self.hosts[node] = []
+        if requests:
+            if len(self.queued[name]["nodes"]) == 1:  # Of several, the others stay, and cost.
+                self.queued[name]["state"] = "SUSPENDED"
+            self.nodes[node]["state"] = "PREEMPTED"
         else:
             self.groups[name]["state"] = "TERMINATED"
 
@@ -220,8 +235,13 @@ class GoogleCloud:
         del self.objects[names[0]]
         return ""
 
+    def _compute_tpus_locations_list(self, _, flags):
+        return [{"locationId": zone} for zone in (*self.zones, "europe-west4-a")]
+
     def _compute_tpus_queued_resources_list(self, _, flags):
         path = "projects/{project}/locations/{zone}/queuedResources/".format(**flags)
+        if flags["zone"] not in self.zones:
+            return []
         return [
             {"name": path + name, "state": {"state": request["state"]}}
             for name, request in self.queued.items()
@@ -229,7 +249,11 @@ class GoogleCloud:
 
     def _compute_tpus_queued_resources_create(self, names, flags):
         assert names[0] not in self.queued
-        request = {"at": self.now, "state": "ACCEPTED", "type": flags["accelerator-type"]}
+        self.zones.add(flags["zone"])
+        count, prefix = int(flags.get("node-count", 0)), flags.get("node-prefix")
+        nodes = [f"{prefix}-{i}" for i in range(count)] or [flags["node-id"]]
+        kind = flags["accelerator-type"]
+        request = {"at": self.now, "state": "ACCEPTED", "type": kind, "nodes": nodes}
         self.queued[names[0]] = request
         return ""
 
@@ -237,12 +261,15 @@ class GoogleCloud:
         if names[0] not in self.queued:
             return NOT_FOUND
         assert "force" in flags
-        for kind in (self.queued, self.nodes, self.hosts):
-            kind.pop(names[0], None)
+        for node in self.queued.pop(names[0])["nodes"]:
+            self.nodes.pop(node, None)
+            self.hosts.pop(node, None)
         return ""
 
     def _compute_tpus_tpu_vm_list(self, _, flags):
         path = "projects/{project}/locations/{zone}/".format(**flags)
+        if flags["zone"] not in self.zones:
+            return []
         return [
             {
                 "name": f"{path}nodes/{name}",
@@ -309,7 +336,12 @@ class GoogleCloud:
 
     def _compute_instance_groups_managed_list(self, _, flags):
         return [
-            {"name": n, "targetSize": self.num_hosts, "instanceTemplate": f"https://x/{n}"}
+            {
+                "name": n,
+                "targetSize": self.num_hosts,
+                "instanceTemplate": f"https://x/{n}",
+                "zone": "https://compute/zones/us-east5-b",
+            }
             for n in self.groups
         ]
 

@@ -28,6 +28,8 @@ KINDS = {
         2,
     ),
 }
+# Two slices, together.
+MULTISLICE = 'accelerator = "v6e-16"\nprovisioning = "spot"\nslices = 2\n'
 both = pytest.mark.parametrize("kind", KINDS)
 SECRETS = "[secrets]\nHF_TOKEN = 'hf-token'\n"
 
@@ -40,6 +42,11 @@ def place(tmp_path, monkeypatch):
     Path("prices.toml").write_text("date = 2026-01-01\n[v6e]\nus = 2\n[tpu7x]\nus = 3\n")
     monkeypatch.setattr(workers, "build_wheel", lambda folder: (folder / "t5jax-1.whl").touch())
     return tmp_path
+
+
+def gcp_of_two_slices(cloud: GoogleCloud, command: str, *options: str) -> int:
+    Path("run.toml").write_text(COMMON + MULTISLICE)
+    return main([command, "run.toml", "--prices", "prices.toml", *options], cloud)
 
 
 def gcp(cloud: GoogleCloud, kind: str, command: str, *options: str, more: str = "") -> int:
@@ -208,6 +215,35 @@ def test_a_run_is_finished_after_preemptions_without_a_person(kind, place, capsy
     assert len(uploads) == 1  # One version for all slices.
 
 
+def test_two_slices_are_one_run(place, capsys):
+    cloud = new("queued")
+    run = functools.partial(gcp_of_two_slices, cloud)
+    assert run("create", "--yes") == run("install") == run("start") == 0
+    (made,) = [" ".join(call) for call in changes(cloud) if "create" in call]
+    assert "create run --zone=us-east5-b --node-count=2 --node-prefix=run" in made
+    assert "--node-id" not in made
+    assert ": 32 x $2.00 = $64.00 an hour" in capsys.readouterr().out
+    assert "JAX_NUM_PROCESSES=8\n" in cloud.objects["gs://my-bucket/launch/run/run.sh"]
+    assert run("status") == run("log", "--worker", "5") == run("list") == 0
+    shown = capsys.readouterr().out
+    assert shown.count(": running\n") == 8
+    assert "a line of run-1-w1's log" in shown
+    assert listed(shown) == cloud.costs == ["run-0", "run-1"]
+    assert run("delete") == 0
+    assert cloud.costs == []
+
+
+def test_two_slices_of_which_one_is_preempted_are_made_again(place):
+    cloud = new("queued")
+    cloud.preempt_at = [700.0, 1700.0]
+    assert gcp_of_two_slices(cloud, "watch", "--yes") == 0
+    assert cloud.is_finished
+    assert not cloud.preempt_at
+    assert cloud.costs == []
+    made = [call for call in cloud.calls if "queued-resources" in call and "create" in call]
+    assert len(made) == 3
+
+
 @both
 @pytest.mark.parametrize("after", [False, True])
 def test_a_watcher_survives_each_call_that_fails(kind, after, place):
@@ -323,15 +359,36 @@ def test_a_dry_run_asks_nobody(kind, place, capsys):
     assert not Path("build").exists()
 
 
-def test_secrets_are_in_no_argument_and_no_file(place):
-    cloud = GoogleCloud(hosts=4)
-    for command in ("set-up", "watch"):
-        assert gcp(cloud, "queued", command, "--yes", more=SECRETS) == 0
+@both
+def test_secrets_are_in_no_argument_and_no_file(kind, place):
+    """Of any command; their values are read by the machines, where nothing is recorded."""
+    cloud = GoogleCloud(hosts=KINDS[kind][1])
+    more = SECRETS + "[env]\nA = '1'\n"
+    steps = ("set-up", "create", "install", "start", "status", "log", "list", "stop", "delete")
+    for command in (*steps, "watch"):
+        assert gcp(cloud, kind, command, "--yes", more=more) == 0
     calls = [word for call in cloud.calls for word in call]
     assert not any("HF_TOKEN" in word for word in calls)
-    assert (
-        "SECRET_NAMES=HF_TOKEN=hf-token\n" in cloud.objects["gs://my-bucket/launch/run/launch.env"]
-    )
+    assert not any("versions" in word for word in calls)  # No value is asked for.
+    launch = cloud.objects["gs://my-bucket/launch/run/launch.env"]
+    assert "SECRET_NAMES=HF_TOKEN=hf-token\n" in launch
+
+
+def test_tpus_of_other_zones_are_listed(place, capsys):
+    cloud = new("queued")
+    assert gcp(cloud, "queued", "create", "--yes") == 0
+    Path("other.toml").write_text(Path("run.toml").read_text().replace("us-east5-b", "us-east1-d"))
+    capsys.readouterr()
+    assert main(["list", "other.toml", "--prices", "prices.toml"], cloud) == 0
+    shown = capsys.readouterr().out
+    assert "TPU VM" not in shown
+    assert "TPUs in us-east1-d (--all-zones for others)" in shown
+    assert main(["list", "other.toml", "--prices", "prices.toml", "--all-zones"], cloud) == 0
+    shown = capsys.readouterr().out
+    assert "  TPU VM run (us-east5-b): READY, at most $32.00 an hour" in shown
+    assert "(TPUs in all zones" in shown
+    asked = [call for call in cloud.calls if "tpu-vm" in call and "--zone=europe-west4-a" in call]
+    assert len(asked) == 1
 
 
 def test_from_a_shell(place, monkeypatch, capsys):

@@ -80,6 +80,8 @@ def test_the_example_is_a_run():
         (["files = 'a'"], "files is 'a'; expected a list of texts"),
         (["files = ['../a']"], "files has '../a'; expected what lies in"),
         (["max_dollars_per_hour = 0"], "expected a number above 0"),
+        (["slices = 0"], "slices is 0; expected a whole number, at least 1"),
+        (["slices = true"], "slices is True; expected a whole number"),
         (["command = 't5jax train q --run-dir runs/a'"], "runs/a, which is lost with the machine"),
         (["command = 't5jax train q --run-dir=a'"], "--run-dir a, which is lost"),
         (['command = "a \'b"'], "No closing quotation"),
@@ -109,6 +111,14 @@ def test_what_is_wrong_in_a_file_is_told(lines, message, tmp_path):
         ),
         (['accelerator = "tpu7x:2x2x2"'], "gcloud compute images list --project=ubuntu"),
         (['accelerator = "v4-8"', 'backend = "compute"'], "Compute Engine has no v4"),
+        (
+            [
+                'accelerator = "tpu7x:2x2x2"',
+                "slices = 2",
+                'vm_image = "projects/p/global/images/i"',
+            ],
+            "slices is 2, and backend compute has one",
+        ),
         (['accelerator = "v6e-8"', 'reservation = "r"'], "reservation has no effect on"),
         (
             ['accelerator = "tpu7x:2x2x2"', 'max_wait = "6h"'],
