@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from container import instructions, run_steps
 from t5jax.cli import START_AGAIN
 from t5jax.commands.serve import Serve
 
@@ -200,18 +201,10 @@ def test_slurm_queues_a_run_again_that_was_asked_to_stop(tmp_path, status, queue
 # --- The container --------------------------------------------------------------------------------
 
 
-def instructions() -> list[tuple[str, str]]:
-    """Returns the instructions of the Dockerfile, each with its words."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    lines = text.replace("\\\n", " ").splitlines()
-    found = [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
-    known = {"FROM", "ARG", "COPY", "RUN", "ENV", "USER", "WORKDIR", "ENTRYPOINT", "CMD"}
-    assert {name for name, _ in found} <= known
-    return found
-
-
 def test_the_container_is_made_of_this_checkout_and_its_lock_file():
     found = instructions()
+    known = {"FROM", "ARG", "COPY", "RUN", "ENV", "USER", "WORKDIR", "ENTRYPOINT", "CMD"}
+    assert {name for name, _ in found} <= known
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     for words in (words.split() for name, words in found if name == "COPY"):
         for source in words[:-1]:
@@ -248,3 +241,32 @@ def test_the_steps_of_the_container_are_clean_shell_and_refuse_what_they_do_not_
         ["sh", "-c", check_name], env={"ACCELERATOR": "xpu"}, capture_output=True
     )
     assert shell.returncode == 1
+
+
+PYTHON = """#!/bin/sh
+# Makes an environment whose programs say what they are given.
+[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" || exit 1
+for name in pip t5jax; do
+  printf '#!/bin/sh\necho "%s $*" >>"$HOME/said"\necho "%s $*"\n' $name $name >"$3/bin/$name"
+  chmod +x "$3/bin/$name"
+done
+"""
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "tpu"])
+def test_the_steps_of_the_container_run_in_order_in_an_empty_folder(accelerator, tmp_path):
+    """With the network, tests/container.py does so with a real Python."""
+    python, folder = tmp_path / "python", tmp_path / "image"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    assert run_steps(folder, str(python), accelerator) == "t5jax --help\n"
+    install, version, _ = (folder / "said").read_text().splitlines()
+    extras = "serve,gcs" + (",tpu" if accelerator == "tpu" else "")
+    assert install.endswith(f"--constraint {folder}/src/constraints.txt {folder}/src[{extras}]")
+    assert version == "t5jax --version"
+    assert {path.name for path in (folder / "src").iterdir()} == {
+        "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "t5jax", "tasks", "configs",
+    }  # fmt: skip
+    assert (folder / "src/tasks/numbers.py").is_file()
+    with pytest.raises(subprocess.CalledProcessError):
+        run_steps(tmp_path / "other", str(python), "xpu")
