@@ -5,7 +5,7 @@
 tasks/c4.py streams C4's English part from the Hub. The recipe is that of Shazeer 2020
 (arXiv:2002.05202), which introduced 1.1's MLP: 128 rows of 512 tokens and their 114 of targets,
 Adafactor with the inverse square root of the step, no dropout. Hardware: eight v5e chips, for which
-`t5jax plan` (libtpu 0.0.42) estimates 93 ms a step, 38 % MFU, and 2.1 of 15.75 GiB: 14 hours in
+`t5jax plan` (libtpu 0.0.42) estimates 93 ms a step, 37 % MFU, and 2.1 of 15.75 GiB: 14 hours in
 all. Nothing of this has run on a TPU yet. To expect: 1.942 nats per token on C4's validation split
 after 65,536 steps, and 1.633 after 524,288 (the paper's table 1, GEGLU).
 """

@@ -14,6 +14,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"t5jax {release}"
 html_copy_source = False
+html_show_copyright = False
+
+# `make docs-links`: what a page starts itself, and names of examples.
+linkcheck_ignore = [r"https?://localhost", r".*my-project-1234.*"]
 
 # Links to a heading of another page.
 myst_heading_anchors = 4

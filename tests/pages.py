@@ -13,6 +13,7 @@ processes that are forked from one where it is.
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import shlex
@@ -158,6 +159,36 @@ def run_page(text: str, folder: Path) -> int:
                 status, printed = _run_there(block.language, command, folder, env)
             output += printed
             assert status == 0, f"line {block.line}:\n{block.code}\n{output}"
+        num_run += 1
+    return num_run
+
+
+def run_notebook(text: str, folder: Path) -> int:
+    """Runs the cells of a notebook in a folder, in this process; returns how many were run.
+
+    Commands are replaced as on pages, and nothing is installed.
+
+    Raises:
+      AssertionError: at the first command that fails, with its output.
+    """
+    names: dict[str, object] = {"__name__": "__main__"}
+    num_run = 0
+    for cell in json.loads(text)["cells"]:
+        code = "".join(cell["source"])
+        if cell["cell_type"] != "code" or code.startswith("%pip "):
+            continue
+        if code.startswith("%%writefile "):
+            head, _, content = code.partition("\n")
+            (folder / head.split()[1]).write_text(content)
+        elif code.startswith("!"):
+            for line in as_run(code.replace("!", "")).splitlines():
+                arguments = t5jax_arguments(line)
+                assert arguments is not None, f"{line}: not a command of t5jax"
+                status, printed = _run_here(arguments, folder)
+                assert status == 0, f"{code}\n{printed}"
+        else:
+            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(code, cell["id"], "exec"), names)
         num_run += 1
     return num_run
 

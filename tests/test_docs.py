@@ -1,13 +1,15 @@
 """The blocks of every page of docs/ run, and what pages say of the project's files is so."""
 
 import ast
+import functools
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import google_cloud
-from pages import ROOT, is_run, read_blocks, run_page
+from pages import ROOT, is_run, read_blocks, run_notebook, run_page
 from tiny import one_device  # noqa: F401
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -59,6 +61,26 @@ def test_a_task_of_the_page_fits_on_a_screen(page: Path):
             assert len(block.code.splitlines()) <= 24
 
 
+@functools.cache
+def known_options() -> set[str]:
+    """Returns the last words of all options: fields of configs and of the commands' options."""
+    paths = [*(ROOT / "t5jax/config").rglob("*.py"), *(ROOT / "t5jax/commands").rglob("*.py")]
+    paths += [*(ROOT / "t5jax/architectures").rglob("*.py"), ROOT / "t5jax/cli.py"]
+    text = "".join(path.read_text() for path in paths)
+    found = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+    return {name.replace("_", "-") for name in found} | set(re.findall(r'"--([\w-]+)"', text))
+
+
+@pytest.mark.parametrize("page", ABOUT_THE_CODE, ids=lambda page: page.stem)
+def test_options_of_commands_that_are_not_run_exist(page: Path):
+    for block in read_blocks(page.read_text()):
+        if block.comment.startswith("<!-- not run"):
+            for line in re.findall(r"^t5jax .*$", block.code.replace("\\\n", " "), re.MULTILINE):
+                options = re.findall(r" --([a-z][\w.-]*)", line.partition(" --beam")[0])
+                unknown = {o for o in options if o.split(".")[-1] not in known_options()}
+                assert not unknown, line
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("clean_registries")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
@@ -74,6 +96,20 @@ def test_every_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch, r
         pytest.importorskip("ctranslate2")
         pytest.importorskip("torch")
     assert run_page(text, tmp_path) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("clean_registries")
+def test_the_notebook_runs(tmp_path: Path):
+    text = (ROOT / "docs/quickstart.ipynb").read_text()
+    assert run_notebook(text, tmp_path) == 9
+    assert (tmp_path / "exported/model.safetensors").exists()
+    assert (tmp_path / "runs/legs/checkpoints").is_dir()
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    assert not any(cell.get("outputs") for cell in notebook["cells"])  # They would grow old.
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path):
