@@ -5,11 +5,14 @@ message on standard error and a non-zero exit; results alone go to standard outp
 """
 
 import importlib
+import logging
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+
+from t5jax.secrets import Formatter, redact
 
 USAGE = """\
 usage: t5jax COMMAND ...
@@ -94,6 +97,8 @@ def main(args: Sequence[str] | None = None) -> int:
     from t5jax.commands.parse import choose
 
     warnings.formatwarning = _format_warning
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Formatter())
     try:
         module, function = choose(args[0], COMMANDS).split(".")
     except ValueError as error:
@@ -144,7 +149,7 @@ def _format_warning(
 ) -> str:
     """Returns a warning in one line; where in our code it arose is of no use to a user."""
     what = "warning" if category is UserWarning else category.__name__
-    return f"t5jax: {what}: {' '.join(str(message).split())}\n"
+    return f"t5jax: {what}: {redact(' '.join(str(message).split()))}\n"
 
 
 def _leave_others(message: str, error: Exception | None = None, status: int = 1) -> None:
@@ -161,6 +166,7 @@ def _leave_others(message: str, error: Exception | None = None, status: int = 1)
 
 
 def _fail(message: str, status: int = 1) -> int:
+    message = redact(message)
     _leave_others(message, status=status)
     print(f"t5jax: error: {message}", file=sys.stderr)
     return status

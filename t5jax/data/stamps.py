@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from t5jax import storage
+from t5jax.secrets import redact
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _stamp(path: str, with_content: bool = False) -> dict:
             if storage.is_remote(path):
                 storage.path(path)  # Says what is wrong with a bucket.
             filesystem, name = fsspec.core.url_to_fs(path)
-            return {"path": path, "key": str(filesystem.ukey(name))}
+            return {"path": redact(path), "key": str(filesystem.ukey(name))}
         stat = os.stat(path)
         # Absolute, since a relative path depends on the working directory.
         stamp: dict[str, Any] = {"path": os.path.abspath(path)}
@@ -95,5 +96,5 @@ def _stamp(path: str, with_content: bool = False) -> dict:
         return stamp
     except OSError as error:
         raise ValueError(
-            f"the source file {path} cannot be read: {error.strerror or error}"
+            f"the source file {redact(path)} cannot be read: {error.strerror or error}"
         ) from None

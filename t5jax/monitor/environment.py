@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import storage
+from t5jax.secrets import redact
 
 ENVIRONMENT_FILE = "environment.jsonl"
 PACKAGES = ("t5jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "seqio")
@@ -31,7 +32,7 @@ def describe(devices: list[Any]) -> dict[str, Any]:
     kinds = [device.device_kind for device in devices]
     return {
         "time": round(time.time(), 3),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "python": platform.python_version(),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}",

@@ -10,6 +10,7 @@ import numpy as np
 
 from t5jax import distributed
 from t5jax.batch import DECODER_TARGET_TOKENS, ENCODER_INPUT_TOKENS, Batch
+from t5jax.secrets import redact
 
 # --- Speed --------------------------------------------------------------------------------------
 
@@ -228,4 +229,4 @@ def say(text: str) -> None:
     if distributed.is_main():
         # Paths are no markup, whatever brackets are in them.
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        console.print(text, soft_wrap=True)
+        console.print(redact(text), soft_wrap=True)

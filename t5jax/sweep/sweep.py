@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t5jax import distributed, storage
-from t5jax.checks import check_at_least, check_choice
+from t5jax.checks import check_at_least, check_choice, first_line
 from t5jax.config import Config, override, to_json
 from t5jax.monitor.progress import say
 from t5jax.sweep.objectives import Objective, parse_objective, values_in
@@ -126,12 +126,7 @@ def _study(folder: Path, config: Config, space: Space, options: SweepOptions) ->
         _check_same(json.loads(written.read_text()), what, str(folder))
     else:
         storage.write_file(written, (storage.to_json(what, indent=2) + "\n").encode())
-    database = optuna.storages.RDBStorage(
-        options.storage or f"sqlite:///{folder.absolute() / 'study.db'}",
-        heartbeat_interval=HEARTBEAT,
-        grace_period=GRACE,
-        heartbeat_stale_trial_callback=_retry,
-    )
+    database = _database(options.storage or f"sqlite:///{folder.absolute() / 'study.db'}")
     sampler: Any = optuna.samplers.TPESampler(
         seed=options.seed, constant_liar=True, multivariate=True
     )
@@ -162,6 +157,34 @@ def _what(config: Config, space: Space, options: SweepOptions) -> dict[str, Any]
         "sampler": options.sampler,
         "config": json.loads(to_json(config)),
     }
+
+
+def _database(url: str) -> Any:
+    """Opens a database.
+
+    Raises:
+      ValueError: if it cannot be reached, or a library for it is missing.
+    """
+    import optuna
+
+    kind, _, rest = url.partition(":")
+    if kind in ("postgres", "postgresql"):  # Of SQLAlchemy's drivers, the one that we declare.
+        kind = "postgresql+psycopg"
+    try:
+        return optuna.storages.RDBStorage(
+            f"{kind}:{rest}",
+            # A connection that the server has closed meanwhile is opened again.
+            engine_kwargs={"pool_pre_ping": True},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=_retry,
+        )
+    except Exception as error:  # Of SQLAlchemy's and each driver's classes.
+        if isinstance(error, ImportError):
+            reason = f"{first_line(error)}; pip install 't5jax[sweep]', or the driver"
+        else:
+            reason = f"{first_line(error)}; check the URL, the server and the account's rights"
+        raise ValueError(f"the sweep's database {url} cannot be opened: {reason}") from error
 
 
 def _check_same(was: dict[str, Any], now: dict[str, Any], place: str) -> None:
