@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
@@ -23,12 +23,9 @@ import forks
 
 forks.make_folder()
 
-import killing
-import page
-import readers
-from hostile import attack
-
 import tiny
+from faults import killing, page, readers
+from faults.hostile import attack
 from t5jax.config import to_json
 
 # The share of each command in all kills.

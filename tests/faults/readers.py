@@ -7,9 +7,9 @@ import numpy as np
 import safetensors.numpy
 import yaml
 from flax import serialization
-from hostile import DECOY, Reader
 
 from conformance.families import FAMILIES as CASES
+from faults.hostile import DECOY, Reader
 from t5jax import checksums, config
 from t5jax.architectures import FAMILIES
 from t5jax.config import Config

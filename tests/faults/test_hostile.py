@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import pytest
 from flax import serialization
-from hostile import DECOY, Forbidden, Reader, attack, guarded
-from readers import readers
 
+from faults.hostile import DECOY, Forbidden, Reader, attack, guarded
+from faults.readers import readers
 from t5jax.data.cache.reader import CachedTask
 from t5jax.data.prompts.chat import ChatTemplate
 from t5jax.data.prompts.templates import JinjaTemplate

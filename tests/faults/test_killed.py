@@ -4,9 +4,9 @@
 """
 
 import pytest
-from killing import at_point, check, commands, run
 
 import tiny
+from faults.killing import at_point, check, commands, run
 from tiny import one_device, trained_run  # noqa: F401
 
 
