@@ -37,8 +37,10 @@ CONFIG_FILE = "t5jax_config.json"
 TOKENIZER_DIR = "tokenizer"
 CHECKPOINTS_DIR = "checkpoints"
 
-# Orbax reports every step of a save, and warns of each checkpoint without a validation loss.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax reports every step of a save, warns of each checkpoint without a validation loss, and logs
+# the traceback of what it raises.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 # Orbax writes these once more when all else is written, and does without them on a disk.
 _LATER = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
@@ -84,13 +86,19 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(path, options=options)
-        self._path, self._saving, self._before_save = path, 0, before_save
+        self._path, self._before_save = path, before_save
+        # The step of the last save, and whether it is known how it has ended.
+        self._saving, self._is_known = 0, True
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
-        self.close()
+    def __exit__(self, kind, *exception):
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # What went wrong first is what to say.
+            self.close()
 
     def save(
         self,
@@ -126,17 +134,18 @@ class Checkpoints:
     ) -> None:
         self._before_save()
         self.wait()  # For the save before this one, whose step `_write_checksums` asks for.
-        self._saving = step
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                loop=ocp.args.JsonSave(loop),
-                config=ocp.args.JsonSave(json.loads(to_json(config))),
-                **({} if base is None else {"base": ocp.args.JsonSave(base)}),
-            ),
-            metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
-        )
+        self._saving, self._is_known = step, False
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    loop=ocp.args.JsonSave(loop),
+                    config=ocp.args.JsonSave(json.loads(to_json(config))),
+                    **({} if base is None else {"base": ocp.args.JsonSave(base)}),
+                ),
+                metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
+            )
         assert saved, f"there is a checkpoint of step {step} or a later one"
 
     def _write_checksums(self) -> None:
@@ -159,11 +168,38 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is written; an error of writing is raised here."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._is_known = True
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the meantime; waits for nothing."""
+        if not self._is_known and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
         """Waits until everything is written."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Says which checkpoint could not be written, and why."""
+        try:
+            yield
+        except AssertionError:
+            raise
+        except Exception as error:
+            first = _first_cause(error)
+            place = str(self._path / str(self._saving))
+            reason = storage.describe_error(first, place) or _first_line(first)
+            remedy = "Mend that"
+            if full := re.search("No space left on device|Disk quota exceeded", str(first)):
+                reason, remedy = full[0], "Make room"
+            raise ValueError(
+                f"checkpoint {place} cannot be written: {reason}; the run ends, since what follows "
+                f"would be lost. {remedy}, and the same command goes on from the checkpoint before"
+            ) from error
 
 
 def _loss(metrics: dict[str, Any]) -> float:
@@ -201,9 +237,7 @@ def _reading(checkpoint: Path):
     except Exception as error:
         # A KeyError is of a part that Orbax does not find, such as "state".
         undecodable = (FileNotFoundError, KeyError, json.JSONDecodeError, UnicodeDecodeError)
-        first: BaseException = error  # Orbax wraps what TensorStore says of an array.
-        while first.__cause__ is not None:
-            first = first.__cause__
+        first = _first_cause(error)
         reason = _first_line(first)
         if isinstance(error, undecodable) or str(first).startswith(_LOST):
             raise ValueError(
@@ -211,6 +245,12 @@ def _reading(checkpoint: Path):
                 "the one before it, or copy it again"
             ) from error
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:  # Orbax wraps what TensorStore says of an array.
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

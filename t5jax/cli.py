@@ -7,6 +7,7 @@ message on standard error and a non-zero exit; results alone go to standard outp
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -97,6 +98,7 @@ def main(args: Sequence[str] | None = None) -> int:
     from t5jax.commands.parse import choose
 
     warnings.formatwarning = _format_warning
+    sys.unraisablehook = _report_unraisable
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(Formatter())
     try:
@@ -124,7 +126,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("T5JAX_TRACEBACK"):
             _leave_others(str(error), error)
             raise
-        return _fail(str(error))
+        return _fail(_full_disk(error) or str(error))
     except Exception as error:
         distributed = sys.modules.get("t5jax.distributed")
         if distributed and isinstance(error, distributed.Preempted):
@@ -133,11 +135,32 @@ def main(args: Sequence[str] | None = None) -> int:
             return START_AGAIN
         from t5jax import storage
 
-        if (text := storage.describe_error(error)) and not os.environ.get("T5JAX_TRACEBACK"):
+        text = storage.describe_error(error) or _full_disk(error)
+        if text and not os.environ.get("T5JAX_TRACEBACK"):
             return _fail(text)
         # A fault of ours, which ends in a traceback.
         _leave_others(f"{type(error).__name__}: {error}", error)
         raise
+
+
+def _full_disk(error: BaseException) -> str:
+    """Returns what to say of a full disk, "" for another error, and for one that says it itself.
+
+    TensorFlow's writers and others have errors of their own for it.
+    """
+    is_ours = isinstance(error, ValueError) and not isinstance(error, OSError)
+    found = re.search("No space left on device|Disk quota exceeded", str(error))
+    if not found or is_ours:
+        return ""
+    place = re.search(r"(?<![\w])/[^\s;'\"]+", str(error))
+    where = f" of {place[0]}" if place else ""
+    return f"the disk{where} is full ({found[0]}); make room, and give the same command again"
+
+
+def _report_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what TensorStore tells Orbax when a save has failed, which is raised besides."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _format_warning(

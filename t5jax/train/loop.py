@@ -128,6 +128,7 @@ def _run(
             steps = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
             batches = Prefetch(ready.iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
             for step in itertools.count(start + 1):
+                checkpoints.check()
                 batch = next(batches)
                 trace.before(step, steps.flush)
                 # Implicit transfers from the devices are errors here.
