@@ -1,10 +1,8 @@
 """C4, the English web text that T5 was pre-trained on (Raffel et al. 2020, arXiv:1910.10683).
 
 It is read from the Hub as a stream, 305 GB compressed, of which nothing is kept on the disk. A run
-that goes on reads its place in the stream again; a cache has it at once, and shuffles all of it:
-
-    t5jax cache c4 gs://BUCKET/c4 --vocabulary google/t5-v1_1-base --targets-length 114 \\
-      --beam runner=DataflowRunner ...    (docs/google_cloud.md)
+that goes on reads up to its place in the stream again; with a cache (`t5jax cache`) it is there at
+once, and all of the text is shuffled.
 
     c4        span corruption (T5)
     c4_ul2    a mixture of denoisers (UL2)
