@@ -127,13 +127,23 @@ class ExampleFormat:
         return inputs if len(inputs) else np.array([self.nothing], np.int32)
 
     def check_ids(self, tokens: np.ndarray) -> None:
-        """Raises ValueError if one of the token ids has no embedding."""
-        largest = tokens.max(initial=0)
-        if self.num_embeddings is not None and largest >= self.num_embeddings:
-            raise ValueError(
-                f"an example has id {largest}, but model.vocab_size is {self.num_embeddings}: it "
-                "has no embedding; take this special token out of the data"
-            )
+        """Raises ValueError if one of the token ids has no embedding.
+
+        Args:
+          tokens: int32 [rows, n].
+        """
+        end = np.iinfo(np.int32).max if self.num_embeddings is None else self.num_embeddings
+        if tokens.min(initial=0) >= 0 and tokens.max(initial=0) < end:
+            return
+        row, place = map(int, np.argwhere((tokens < 0) | (tokens >= end))[0])
+        near = " ".join(map(str, tokens[row, max(place - 4, 0) : place + 5]))
+        where = f"row {row} of a batch, token {place}, where the ids are … {near} …"
+        if tokens[row, place] < 0:
+            raise ValueError(f"an example has id {tokens[row, place]} ({where}); ids begin at 0")
+        raise ValueError(
+            f"an example has id {tokens[row, place]}, but model.vocab_size is {end}: it has no "
+            f"embedding; take this special token out of the data ({where})"
+        )
 
     @property
     def num_added(self) -> int:

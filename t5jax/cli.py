@@ -4,6 +4,8 @@ Imports are inside functions, so that help answers at once. What a user can caus
 message on standard error and a non-zero exit; results alone go to standard output.
 """
 
+import atexit
+import contextlib
 import importlib
 import logging
 import os
@@ -84,9 +86,36 @@ COMMANDS = {
 None."""
 
 
+_status: int | None = None
+"""Of a command that is all that this process does."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
-    args = list(sys.argv[1:] if args is None else args)
+    """Runs a command; returns the exit status.
+
+    Args:
+      args: its name and options. None: those of this process, which ends afterwards.
+    """
+    global _status
+    status = _main(list(sys.argv[1:] if args is None else args))
+    if args is None:
+        _status = status
+    return status
+
+
+@atexit.register  # Early, so that it is the last one.
+def _end() -> None:
+    """Ends the process without Python's own clean-up, in which a thread of tf.data that waits for
+    Python, and an iterator that waits for that thread, can wait for each other for ever."""
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        logging.shutdown()
+        os._exit(_status)
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0

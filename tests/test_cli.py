@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import warnings
 
 import numpy as np
@@ -485,3 +486,23 @@ def test_traceback_on_demand(config, monkeypatch):
     monkeypatch.setenv("T5JAX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="there is no folder ./absent"):
         main(["infer", "--model", "./absent", "--prompt", "a"])
+
+
+@pytest.mark.parametrize(("args", "status"), [("--version", 0), ("unknown", 2)])
+def test_a_process_ends_though_something_waits_for_ever_in_its_clean_up(args, status):
+    """As an iterator of tf.data does for a thread that waits for Python."""
+    code = """
+        import sys, time
+
+        class Waits:
+            def __del__(self):
+                time.sleep(1000)
+
+        sys.modules["waits"] = waits = Waits()
+        sys.argv = ["t5jax", sys.argv[1]]
+        from t5jax.cli import main
+        sys.exit(main())
+    """
+    ended = Process("-c", textwrap.dedent(code), args).wait(60)
+    assert ended.status == status
+    assert (ended.out + ended.err).strip()

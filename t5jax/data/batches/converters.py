@@ -187,6 +187,13 @@ class _Classifier:
         examples = [e for row in rows for e in row]
         classes = np.concatenate([self._classes(e["inputs"], e["targets"]) for e in examples])
         is_asked = classes < self._num_labels
+        if classes.min(initial=0) < 0:
+            sizes = [len(e["inputs"]) + 1 for e in examples]
+            number = int(np.repeat(np.arange(len(sizes)), sizes)[classes < 0][0])
+            raise ValueError(
+                f"example {number} of a batch has the class {classes.min()}: its targets are "
+                f"{examples[number]['targets'][:9].tolist()}; classes begin at 0"
+            )
         batch = _encoder_features(encoder, self._spec, self._form, classes, is_asked)
         if self._spec.has_pairs:
             # Between two texts, the id of padding stands for eos.

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from t5jax import batch as features
 from t5jax.batch import Batch, BatchSpec
 from t5jax.data.batches.converters import Converter, pack
 from t5jax.data.batches.examples import (
@@ -74,6 +75,8 @@ class Batches:
         try:
             rows = self._take(self.spec.batch_size)
             batch = self._converter(self._read([rows[i] for i in self._rows]))
+            if len(self._rows) == self.spec.batch_size:  # Other processes may have targets.
+                _check_targets(batch)
         except Exception:
             self._go(*position)  # The rows of a failed batch are read again.
             raise
@@ -266,3 +269,19 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
                 f"the position in the data cannot be restored: {name} was {saved.get(name)!r} and "
                 f"is {value!r} now; set it back, or use a new run_dir"
             )
+
+
+def _check_targets(batch: Batch) -> None:
+    """Raises ValueError if nothing in a batch is predicted: its step would learn nothing."""
+    for name in (features.DECODER_LOSS_WEIGHTS, features.ENCODER_LOSS_WEIGHTS):
+        if name in batch and not batch[name].any():
+            tokens = next(batch[n] for n in _READ if n in batch)
+            first = " ".join(map(str, tokens[0, :12]))
+            raise ValueError(
+                f"no token of a batch of {len(tokens)} rows is a target, so a step would learn "
+                f"nothing; the ids of its first row begin with {first}. Drop rows without targets "
+                "(Source.filter), or raise data.batch_size"
+            )
+
+
+_READ = (features.ENCODER_INPUT_TOKENS, features.DECODER_INPUT_TOKENS)

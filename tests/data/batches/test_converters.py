@@ -203,3 +203,40 @@ def test_packed_rows_are_full_and_hold_every_example_once(capacity, sizes):
     taken = np.array([sizes[row].sum(axis=0) for row in rows])
     assert (taken <= capacity).all()
     assert (taken.sum(axis=0) / (len(rows) * np.array(capacity))).max() > 0.95
+
+
+# --- What no network can read ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (99, r"has id 99, but model.vocab_size is 60: .* \(row 1 of a batch, token 2, where the"),
+        (-4, r"has id -4 \(row 1 of a batch, token 2, where the ids are … 7 8 -4 1 …\); ids begin"),
+    ],
+)
+@pytest.mark.parametrize("side", ["inputs", "targets"])
+def test_an_id_without_an_embedding_is_named_with_its_row(bad, message, side):
+    """A device would read another row of the embedding without a word."""
+    rows = [[example([5, 6], [7])], [example([7, 8], [7, 8])]]
+    rows[1][0][side] = np.array([7, 8, bad, 1])
+    converter = make_converter(BatchSpec(2, 4, 4), ExampleFormat(num_embeddings=60))
+    with pytest.raises(ValueError, match=message):
+        converter(rows)
+
+
+def test_a_class_that_is_none_is_named_with_its_example():
+    form = ExampleFormat(head="token_classification", num_labels=3, num_embeddings=60)
+    converter = make_converter(BatchSpec(2, 6, 6, kind="encoder"), form)
+    rows = [
+        [{"inputs": np.array([5, 6, 1]), "targets": np.array([0, 2, 3])}],
+        [{"inputs": np.array([5, 6, 1]), "targets": np.array([0, -1, 3])}],
+    ]
+    with pytest.raises(ValueError, match=r"example 1 of a batch has the class -1: .* \[0, -1, 3\]"):
+        converter(rows)
+    form = ExampleFormat(head="sequence_classification", num_labels=3, num_embeddings=60)
+    converter = make_converter(BatchSpec(2, 6, 2, kind="encoder"), form)
+    for bad in (3, -1):
+        row = {"inputs": np.array([5, 6, 1]), "targets": np.array([bad, 3])}
+        with pytest.raises(ValueError, match="has the class -1|expected a class below 3"):
+            converter([[row], [row]])

@@ -358,3 +358,14 @@ def test_changes_may_be_added_ahead_but_not_behind():
         changing((2, "other")).restore(later.state())
     with pytest.raises(ValueError, match=r"data\.mixture_changes was \[2\] and is \[3\] now"):
         changing((3, "hard")).restore(later.state())
+
+
+def test_a_batch_without_a_target_is_named_and_can_be_read_again():
+    class Empty(Streamed):
+        def example(self, k):
+            return super().example(k) | {"targets": np.zeros(0, np.int32)}
+
+    batches = make(Empty(), UNPACKED)
+    for _ in range(2):  # It stays where it is.
+        with pytest.raises(ValueError, match="no token of a batch of 16 rows is a target"):
+            next(batches)
