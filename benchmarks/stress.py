@@ -2,15 +2,21 @@
 
 Starts a server with two small models of random weights, asks each prompt alone first, and then from
 many clients: a tenth hangs up in the middle of an answer, a tenth reads slowly. At the end every
-answer must have been the same as alone, no slot may be taken, and memory must have stopped growing.
+answer must have been the same as alone, and no slot may be taken. Memory, threads and open files of
+the server are printed on the way; once it is warm they must not grow.
 
-    python benchmarks/stress.py [--clients 200] [--seconds 60]
+    python benchmarks/stress.py [--clients 200] [--seconds 60] [--pause 0]
+
+A soak of an hour at low load:
+
+    python benchmarks/stress.py --clients 10 --seconds 3600 --pause 5
 """
 
 import argparse
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -30,8 +36,6 @@ NUM_PROMPTS, MAX_TOKENS = 40, 24
 
 def write_models(folder: Path) -> None:
     """Writes an encoder-decoder and a decoder that read bytes."""
-    import dataclasses
-
     import jax
 
     from t5jax.architectures import published
@@ -52,7 +56,6 @@ def write_models(folder: Path) -> None:
         params = api.init_params(model, jax.random.key(0))
         # Wide enough that every prompt has an answer of its own.
         params = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params)
-        model = dataclasses.replace(model)
         io.save_params(folder / name, model, params, tokenizer=ByteTokenizer())
 
 
@@ -101,8 +104,8 @@ def read(data: dict) -> list:
 class Load:
     """What clients do, and what came of it."""
 
-    def __init__(self, url: str, expected: list) -> None:
-        self.url, self.expected = url, expected
+    def __init__(self, url: str, expected: list, pause: float) -> None:
+        self.url, self.expected, self.pause = url, expected, pause
         self.counts: collections.Counter = collections.Counter()
 
     async def client(self, number: int, end: float) -> None:
@@ -116,6 +119,7 @@ class Load:
                     await self._ask(client, kind, which, stream, rng)
                 except httpx.TransportError as error:
                     self.counts[f"transport error {type(error).__name__}"] += 1
+            await asyncio.sleep(self.pause * 2 * rng.random())
 
     async def _ask(self, client, kind, which, stream, rng) -> None:
         body = body_of(which, stream)
@@ -154,9 +158,27 @@ class Load:
             self.counts["right"] += 1
 
 
-def resident_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) / 1024
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What a process holds."""
+
+    resident_mib: int
+    threads: int
+    open_files: int
+
+    @classmethod
+    def by(cls, pid: int) -> "Held":
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        return cls(
+            int(status["VmRSS"].split()[0]) // 1024,
+            int(status["Threads"]),
+            len(os.listdir(f"/proc/{pid}/fd")),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.resident_mib} MiB, {self.threads} threads, {self.open_files} open files"
 
 
 def figures(url: str) -> dict[str, float]:
@@ -176,7 +198,7 @@ def busy_slots(url: str, seconds: float = 30) -> dict[str, float]:
         time.sleep(0.2)
 
 
-async def run(url: str, pid: int, clients: int, seconds: float) -> Load:
+async def run(url: str, pid: int, clients: int, seconds: float, pause: float) -> Load:
     expected = []
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         for number in range(NUM_PROMPTS):
@@ -185,14 +207,15 @@ async def run(url: str, pid: int, clients: int, seconds: float) -> Load:
             expected.append(read(answer.json()))
     if len({json.dumps(one) for one in expected}) < NUM_PROMPTS // 2:
         raise RuntimeError("most answers are alike: the test would see little")
-    load = Load(url, expected)
+    load = Load(url, expected, pause)
     end = time.monotonic() + seconds
     asking = [asyncio.create_task(load.client(i, end)) for i in range(clients)]
     start = time.monotonic()
+    print(f"at first: {Held.by(pid)}", flush=True)
     while time.monotonic() < end:
-        await asyncio.sleep(min(seconds / 6, end - time.monotonic() + 0.1))
+        await asyncio.sleep(min(seconds / 6, 300, end - time.monotonic() + 0.1))
         now = f"{time.monotonic() - start:.0f} s"
-        print(f"{now}: {resident_mib(pid):.0f} MiB resident, {dict(load.counts)}", flush=True)
+        print(f"{now}: {Held.by(pid)}, {dict(load.counts)}", flush=True)
     await asyncio.gather(*asking)
     return load
 
@@ -201,13 +224,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--pause", type=float, default=0, help="a client's mean seconds of rest")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_models(Path(folder))
         with server(Path(folder)) as (process, url):
-            load = asyncio.run(run(url, process.pid, args.clients, args.seconds))
+            load = asyncio.run(run(url, process.pid, args.clients, args.seconds, args.pause))
             busy = busy_slots(url)
+            print(f"at last: {Held.by(process.pid)}")
             print({k: v for k, v in figures(url).items() if "finished" in k or "running" in k})
             bad = {k: v for k, v in load.counts.items() if k not in GOOD}
             if busy or bad or not load.counts["right"]:
