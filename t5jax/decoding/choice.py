@@ -6,6 +6,7 @@ nor on the slot that it has. The order of the parts is that of transformers.
 N rows, L tokens, V vocab, W words of 32 bits, K alternatives.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from t5jax.decoding.penalties import (
 )
 from t5jax.decoding.rows import Parts, RowOptions
 from t5jax.decoding.truncation import truncate
+from t5jax.sharding import platform
 
 
 class History(NamedTuple):
@@ -74,7 +76,7 @@ def choose(
             allowed_NW=allowed_NW,
             constrained=constrained,
         )
-    tokens_N = jnp.argmax(scores_NV, axis=-1).astype(jnp.int32)
+    tokens_N = largest(scores_NV)
     if rows is not None and parts.draws:
         is_drawn_N = rows.temperature > 0
 
@@ -86,6 +88,20 @@ def choose(
     own_N1 = jnp.take_along_axis(logits_NV, tokens_N[:, None], axis=-1)
     top_NK, top_tokens_NK = jax.lax.top_k(logits_NV, num_top)
     return Choice(tokens_N, (own_N1 - log_z_N1)[:, 0], top_tokens_NK, top_NK - log_z_N1)
+
+
+def largest(x_NV: jax.Array) -> jax.Array:
+    """Returns int32 [N], the first index of each row's largest entry."""
+    num_rows, size = x_NV.shape
+    if platform() != "cpu":
+        return jnp.argmax(x_NV, axis=-1).astype(jnp.int32)
+    # Blocks come first: on a CPU XLA finds a maximum several times as fast as its index.
+    blocks = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0)
+    x_NBK = x_NV.reshape(num_rows, blocks, -1)
+    block_N = jnp.argmax(jnp.max(x_NBK, axis=-1), axis=-1)
+    x_NK = jnp.take_along_axis(x_NBK, block_N[:, None, None], axis=1)[:, 0]
+    place_N = jnp.argmax(x_NK, axis=-1)
+    return (block_N * x_NBK.shape[-1] + place_N).astype(jnp.int32)
 
 
 def process(

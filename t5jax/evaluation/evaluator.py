@@ -6,6 +6,7 @@ an example depends neither on the batch that it is in nor on the devices.
 
 import dataclasses
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,11 +19,13 @@ from t5jax.architectures import Architecture
 from t5jax.config import AxisRules
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet, Example
-from t5jax.evaluation.scores import Answer, Answers, ranks, score
+from t5jax.evaluation.scores import Answer, Answers, is_choice, ranks, score
 from t5jax.metrics.statistics import ratio
 from t5jax.models import api
 from t5jax.special_tokens import example_format
 from t5jax.tokenizers import LabelTokenizer, Tokenizer
+
+_log = logging.getLogger(__name__)
 
 Predict = Callable[[api.Params, Sequence[Sequence[int]]], list[str]]
 """A function of parameters and the token ids of inputs that returns a text for each example."""
@@ -199,13 +202,36 @@ class Evaluator:
             ]
             try:
                 score(part, Answers.of(part, right))
-                return
+                break
             except ValueError as error:
                 # A few may be of one class, which a metric may not bear.
                 if examples is eval_set.examples:
                     raise ValueError(
                         f"{error} (tried on the targets as their own predictions)"
                     ) from error
+        if ranks(eval_set):
+            self._check_choices(eval_set)
+
+    def _check_choices(self, eval_set: EvalSet) -> None:
+        """Raises ValueError if the answer choices of a task cannot be ranked, or none is right."""
+        choices = dict.fromkeys(c for e in eval_set.examples for c in e.choices)
+        for choice in choices:
+            if self._model.kind == "decoder" and not len(self._tokenizer.encode(choice)):
+                raise ValueError(
+                    f"task {eval_set.task}: the answer choice {choice!r} has no tokens, so that it "
+                    "would always be the most probable one; leave it out"
+                )
+        wrong = [e for e in eval_set.examples if not is_choice(eval_set, e)]
+        if not wrong:
+            return
+        message = (
+            f"task {eval_set.task}: of {len(wrong)} of {len(eval_set.examples)} examples no answer "
+            f"choice is the target, such as {wrong[0].targets!r:.80} with the choices "
+            f"{', '.join(map(repr, wrong[0].choices))}"
+        )
+        if len(wrong) == len(eval_set.examples):
+            raise ValueError(f"{message}; give the choices as the targets are written")
+        _log.warning("%s; rank_accuracy counts them as wrong", message)
 
     def _predicts(self, eval_set: EvalSet) -> bool:
         return bool(self._generate and eval_set.metric_fns and self._reads_text)

@@ -8,6 +8,7 @@ from t5jax import metrics
 from t5jax.checks import name_of, users_error
 from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.metrics import likelihood
+from t5jax.metrics.labels import is_label
 from t5jax.metrics.statistics import Means, Scores, Statistic, statistic_of
 
 LOSSES = (likelihood.loss, likelihood.perplexity, likelihood.token_accuracy)
@@ -91,6 +92,12 @@ def _choices(
         likelihood.Choice(*choice)
         for choice in zip(values, example.choices, log_probs, strict=True)
     ]
+
+
+def is_choice(eval_set: EvalSet, example: EvalExample) -> bool:
+    """Returns whether one of the answer choices of an example is its target."""
+    values = postprocess(eval_set, [example] * len(example.choices), example.choices)
+    return any(is_label(example.targets, value) for value in values)
 
 
 def score(eval_set: EvalSet, answers: Answers) -> Scores:

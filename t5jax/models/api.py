@@ -23,7 +23,8 @@ from t5jax.models.attention import backend as attention_backend
 from t5jax.models.attention import check_backend as check_attention
 from t5jax.models.attention import use_backend as use_attention
 from t5jax.models.cache import Cache
-from t5jax.models.layers import Linear, Unembedding
+from t5jax.models.layers import Linear, Transposed, Unembedding
+from t5jax.quantized import Quantized, num_inputs
 
 __all__ = [
     "attention_backend",
@@ -210,8 +211,9 @@ def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     """Returns the parameters in the layout that is fastest for decoding.
 
     Matrices are cast to the dtype of the computation, except for quantized ones. The layers of the
-    decoder are separate arrays, since slices of a stack would be copied at every token. Do this
-    once, outside the loop over tokens; parameters in this layout are returned unchanged.
+    decoder are separate arrays, since slices of a stack would be copied at every token, and so are
+    those of an encoder that is not scanned; on a CPU a decoder's float32 kernels are `Transposed`.
+    Do this once, outside the loop over tokens; parameters in this layout are returned unchanged.
     """
     dtype = jax.numpy.dtype(model.dtype)
 
@@ -225,9 +227,44 @@ def arrange_for_decoding(model: Architecture, params: Params) -> Params:
     decoder = params["decoder"]
     if isinstance(decoder["layers"], tuple):
         return params
-    num_layers = len(_module(model).cache_layers(model))
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], decoder["layers"]) for i in range(num_layers))
-    return params | {"decoder": decoder | {"layers": layers}}
+    apart = ("decoder",) if model.scan_layers else ("encoder", "decoder")
+    for name in apart:
+        if name in params:
+            layers = _apart(params[name]["layers"])
+            params = params | {name: params[name] | {"layers": layers}}
+    return _transposed(model, params) if Transposed.is_faster(model) else params
+
+
+def _apart(layers: Params) -> tuple[Params, ...]:
+    """Returns the layers of a stack."""
+    length = len(jax.tree.leaves(layers)[0])
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(length))
+
+
+def _transposed(model: Architecture, params: Params) -> Params:
+    """Returns the parameters with `Transposed` kernels where a step of decoding reads them."""
+    leaves = jax.tree_util.tree_leaves_with_path(param_axes(model), is_leaf=_is_tuple)
+    axes = {_name(path): own for path, own in leaves}
+
+    def visit(path, x):
+        name = _name(path)
+        if not name.endswith("kernel") or isinstance(x, Quantized):
+            return x
+        return Transposed.of(x, num_inputs(name, axes[name]))
+
+    read = {name: params[name] for name in ("decoder", *_module(model).unembed_params(model))}
+    return params | jax.tree_util.tree_map_with_path(
+        visit, read, is_leaf=lambda x: isinstance(x, Quantized)
+    )
+
+
+def _name(path) -> str:
+    """Returns a parameter's path; of a layer by itself that of the stack, without its index."""
+    return "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def _is_tuple(x: Any) -> bool:
+    return isinstance(x, tuple)
 
 
 def prompt_length(params: Params) -> int:

@@ -28,6 +28,7 @@ from t5jax.models.layers import (
     Linear,
     RMSNorm,
     Unembedding,
+    layers_apart,
     stack,
 )
 from t5jax.models.positions import rope_frequencies, rope_table, rotate
@@ -173,7 +174,13 @@ class Decoder(nn.Module):
         self.final_norm = _norm(cfg)
 
     def __call__(self, x_BTD, reach: Reach):
-        x_BTD, _ = self.layers(x_BTD, jnp.array(self.config.local_layers), reach)
+        is_local = jnp.array(self.config.local_layers)
+        if (layers := layers_apart(self)) is not None:
+            for i, own in enumerate(layers):
+                layer = Layer(self.config, parent=None)
+                x_BTD, _ = layer.apply({"params": own}, x_BTD, is_local[i], reach)
+        else:
+            x_BTD, _ = self.layers(x_BTD, is_local, reach)
         return self.final_norm(x_BTD)
 
 

@@ -24,6 +24,7 @@ from t5jax.models.layers import (
     Linear,
     RMSNorm,
     Unembedding,
+    layers_apart,
     normal,
     stack,
 )
@@ -225,8 +226,12 @@ class Encoder(nn.Module):
             # Once per stack, outside the scan.
             relative_bias = RelativeBias(cfg, bidirectional=True, name="relative_bias")
             bias = relative_bias.within(x_BSD.shape[1])
-        Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
-        x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias, mask)
+        if (layers := layers_apart(self)) is not None:
+            for own in layers:
+                x_BSD, _ = EncoderLayer(cfg, parent=None).apply({"params": own}, x_BSD, bias, mask)
+        else:
+            Layers = stack(EncoderLayer, cfg, cfg.num_encoder_layers)
+            x_BSD, _ = Layers(cfg, name="layers")(dropout(x_BSD), bias, mask)
         return dropout(_norm(cfg, "final_norm")(x_BSD))
 
 

@@ -181,8 +181,8 @@ def plan_decoding(
     run = program(config, sharding.make_mesh(config.mesh, topology.devices))
     sharding.check_batch_size(rows, run.mesh, run.rules, "--rows")
     length = config.eval.max_tokens or config.data.targets_length
-    params = _decoding_params(run)
     with run.use():
+        params = _decoding_params(run)
         lowered, state = (lower or _lower_step)(
             run, params, rows, config.data.inputs_length, length
         )

@@ -53,28 +53,20 @@ def echo_logprobs(
     served: ServedModel, prompt: Sequence[int], score: Score, num_top: int
 ) -> dict[str, Any]:
     """Returns the log-probabilities of a prompt's tokens, of which the first has none."""
-    texts = [served.token_text(i) for i in prompt]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + (0 if text.startswith("token_id:") else len(text)))
+    offsets = served.offsets(prompt)
     tops = [
         tuple((int(i), float(x)) for i, x in zip(ids[:num_top], values[:num_top], strict=True))
         for ids, values in zip(score.top_tokens, score.top_log_probs, strict=True)
     ]
+    columns = score.tokens, score.log_probs, tops, offsets[1:]
     tokens = [
-        Token(
-            int(i),
-            float(logprob),
-            top,
-            offset,
-        )
-        for i, logprob, top, offset in zip(
-            score.tokens, score.log_probs, tops, offsets[1:-1], strict=True
-        )
+        Token(int(i), float(logprob), top, offset)
+        for i, logprob, top, offset in zip(*columns, strict=True)
     ]
     found = completion_logprobs(served, tokens, num_top)
-    first: dict[str, Any] = {"tokens": texts[0], "token_logprobs": None, "top_logprobs": None}
-    return {name: [value, *found[name]] for name, value in {**first, "text_offset": 0}.items()}
+    name = served.token_text(prompt[0])
+    first: dict[str, Any] = {"tokens": name, "token_logprobs": None, "top_logprobs": None}
+    return {key: [value, *found[key]] for key, value in {**first, "text_offset": 0}.items()}
 
 
 def chat_logprobs(served: ServedModel, tokens: Sequence[Token], num_top: int) -> dict[str, Any]:

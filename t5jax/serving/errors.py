@@ -1,5 +1,7 @@
 """Errors in the form of OpenAI's interface."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import fastapi
@@ -104,9 +106,11 @@ def add_handlers(app: fastapi.FastAPI) -> None:
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     """Returns what is wrong with a body, without what was sent, and where."""
     problems = error.errors()
-    # Of a union, the member that went furthest is the one that was meant.
-    problem = max(problems, key=lambda p: len(p["loc"]))
-    place = [str(part) for part in problem["loc"] if part != "body"]
+    # Of a union, a member of the right type that went furthest is the one that was meant.
+    problems = [p for p in problems if not p["type"].endswith("_type")] or list(problems)
+    depth = max(len(p["loc"]) for p in problems)
+    problems = [p for p in problems if len(p["loc"]) == depth]
+    problem, place = problems[0], _place(problems[0])
     if problem["type"] == "json_invalid":
         return "the body is not JSON", None
     param = place[0] if place else None
@@ -118,4 +122,11 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     if problem["type"] == "extra_forbidden":
         return f"{'.'.join(place)} is not known here; leave it out", param
     where = f"{'.'.join(place)}: " if place else ""
-    return f"{where}{problem['msg']}", param
+    messages = dict.fromkeys(p["msg"] for p in problems if _place(p) == place)
+    return f"{where}{', or '.join(messages)}", param
+
+
+def _place(problem: Mapping[str, Any]) -> list[str]:
+    """Returns where in the body a problem is, without pydantic's names of a union's members."""
+    parts = map(str, problem["loc"])
+    return [part for part in parts if part != "body" and not re.search(r"\[|^constrained-", part)]

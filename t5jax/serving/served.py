@@ -22,7 +22,7 @@ from t5jax.serving.errors import ApiError
 from t5jax.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, Message
 from t5jax.serving.sizes import EngineOptions
 from t5jax.serving.slots import NUM_FORCED, NUM_TOP
-from t5jax.serving.text import TokenTexts
+from t5jax.serving.text import GrowingText, TokenTexts
 from t5jax.special_tokens import check_prompts, example_format
 
 if TYPE_CHECKING:
@@ -124,7 +124,8 @@ class ServedModel:
 
     def _compile(self) -> None:
         if self.engine is not None:
-            while not self.engine.ready.wait(0.5):  # Whoever wants to write comes first.
+            # Whoever wants to write comes first.
+            while not self.engine.programs.is_complete.wait(0.5):
                 if not self.engine.is_alive:
                     return
         if self.model.kind != "decoder":
@@ -174,6 +175,19 @@ class ServedModel:
             else:
                 part.append(i)
         return "".join([*parts, self.tokenizer.decode(part)])
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """Returns for each id how long `text` is of those before it."""
+        found: list[int] = []
+        before, part = 0, GrowingText(self.tokenizer)
+        end = len(self.tokenizer.special_tokens.get("eos_token", ""))
+        for i in ids:
+            found.append(before + len(part.text))
+            if i == self.tokenizer.eos_id:
+                before, part = found[-1] + end, GrowingText(self.tokenizer)
+            else:
+                part.ids.append(i)
+        return found
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Returns what the model reads of a conversation.

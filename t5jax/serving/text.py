@@ -25,7 +25,7 @@ class TextStream:
         self, tokenizer: Tokenizer, *, special_tokens: bool = False, stop: Sequence[str] = ()
     ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._shown = self._searched = _Text(tokenizer, special_tokens)
+        self._shown = self._searched = GrowingText(tokenizer, special_tokens)
         self._hides = not special_tokens
         self._end: str | None = None
         self._sent = self._safe = 0
@@ -48,7 +48,7 @@ class TextStream:
             if token == self._tokenizer.eos_id:
                 return  # It does not end this answer, but would end a text.
             if self._stop and self._is_one and token in self._tokenizer.special_ids:
-                self._searched = _Text(self._tokenizer, True, self._shown.ids)
+                self._searched = GrowingText(self._tokenizer, True, self._shown.ids)
         self._shown.ids.append(token)
         if not self._is_one:
             self._searched.ids.append(token)
@@ -107,10 +107,12 @@ class TextStream:
         return len(text) - len(whole) + held
 
 
-class _Text:
+class GrowingText:
     """The text of tokens of which there are ever more."""
 
-    def __init__(self, tokenizer: Tokenizer, special_tokens: bool, ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, special_tokens: bool = True, ids: Sequence[int] = ()
+    ) -> None:
         self.ids = list(ids)
         self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._num_read, self._text = 0, ""
@@ -153,6 +155,8 @@ class TokenTexts:
         if text is None:
             text = self._tokenizer.decode([self._anchor, token])
             text = text.removeprefix(self._anchor_text)
+            if token == self._tokenizer.eos_id:  # Where a text ends in decoding.
+                text = self._tokenizer.special_tokens.get("eos_token", "")
             if not text or "\ufffd" in text:
                 text = f"token_id:{token}"
             self._texts[token] = text

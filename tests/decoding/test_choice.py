@@ -16,7 +16,7 @@ from t5jax.decoding import (
     choose,
     row_options,
 )
-from t5jax.decoding.choice import process
+from t5jax.decoding.choice import largest, process
 from t5jax.decoding.truncation import truncate
 
 VOCAB, ENDS = 37, (1, 5)
@@ -68,6 +68,13 @@ def test_rows_have_options_of_their_own_and_the_default_is_the_largest_logit():
     assert choice(options, index=3, logits=logits).tokens_N[7] == 5
     plain = choice(options, parts=Parts(), logits=logits).tokens_N
     np.testing.assert_array_equal(plain, best)
+
+
+@pytest.mark.parametrize("size", [1, 7, 37, 384, 50257])
+def test_the_largest_entry_is_the_first_one_in_any_size_of_vocabulary(size):
+    x = np.random.default_rng(size).integers(0, 9, (16, size)).astype("float32")  # Many are equal.
+    x[1], x[2] = -np.inf, 5
+    np.testing.assert_array_equal(largest(x), np.argmax(x, axis=-1))
 
 
 def test_log_probabilities_are_the_networks_whatever_is_asked():

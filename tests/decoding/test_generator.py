@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from conformance.families import GPT2, LLAMA, change
 from conformance.families import T5 as SMALL
 from t5jax import sharding
 from t5jax.config import MeshConfig
-from t5jax.decoding import Generator, padded_batches
+from t5jax.decoding import GenerationOptions, Generator, padded_batches
 from t5jax.tokenizers import ByteTokenizer
 
 MODEL = dataclasses.replace(SMALL, vocab_size=384)
@@ -48,6 +49,23 @@ def test_answers_do_not_depend_on_batches_or_devices(mesh):
     assert together == alone == generate(PARAMS, inputs, max_tokens=6, batch_size=2)
     assert len(set(together)) > 1
     assert generate(PARAMS, [], max_tokens=6, batch_size=2) == []
+
+
+def test_beams_over_a_mesh_are_those_of_one_device():
+    rng = np.random.default_rng(1)
+    inputs = [[*rng.integers(3, 200, n).tolist(), 1] for n in (2, 30, 9)]
+    options = GenerationOptions(num_beams=4, num_answers=2, max_tokens=6, length_penalty=0.5)
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    for config in (MeshConfig(data=2, fsdp=2, model=2), MeshConfig(data=8)):
+        found = [
+            Generator(MODEL, ByteTokenizer(), mesh).answers(PARAMS, inputs, options, batch_size=4)
+            for mesh in (one, sharding.make_mesh(config))
+        ]
+        for mine, theirs in zip(*found, strict=True):
+            assert [a.tokens for a in mine] == [a.tokens for a in theirs]
+            scores = [[a.score for a in answers] for answers in (mine, theirs)]
+            np.testing.assert_allclose(*scores, rtol=1e-4)
+    assert len({tuple(a.tokens) for answers in found[0] for a in answers}) == 6
 
 
 def test_learned_positions_end():

@@ -342,3 +342,32 @@ def test_choices_are_checked_before_anything_is_computed():
     evaluator = Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5)
     with pytest.raises(ValueError, match=r"letters: metric rank_accuracy .*no answer choices"):
         evaluator.check(asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choices", "message"),
+    [
+        ("decoder", ("ab", ""), "letters: the answer choice '' has no tokens"),
+        ("encoder_decoder", ("x", "y"), "of 2 of 2 examples no answer choice is the target"),
+    ],
+)
+def test_choices_of_which_none_is_right_or_one_always_wins(kind, choices, message):
+    model = {"decoder": change(GPT2, vocab_size=384, max_positions=64), "encoder_decoder": MODEL}
+    given = eval_set(2)
+    examples = [dataclasses.replace(e, choices=choices) for e in given.examples]
+    asked = dataclasses.replace(given, examples=examples, score_fns=[rank_accuracy])
+    options = {"batch_size": 8, "max_tokens": 5}
+    mesh = sharding.make_mesh(MeshConfig())
+    evaluator = Evaluator(model[kind], ByteTokenizer(), mesh, AxisRules(), **options)
+    with pytest.raises(ValueError, match=message):
+        evaluator.check(asked)
+
+
+def test_a_target_that_is_no_choice_counts_as_wrong_and_is_said(caplog):
+    given = eval_set(2)
+    choices = (given.examples[0].targets, "x")
+    examples = [dataclasses.replace(e, choices=choices) for e in given.examples]
+    asked = dataclasses.replace(given, examples=examples, score_fns=[rank_accuracy])
+    mesh = sharding.make_mesh(MeshConfig())
+    Evaluator(MODEL, ByteTokenizer(), mesh, AxisRules(), batch_size=8, max_tokens=5).check(asked)
+    assert "of 1 of 2 examples no answer choice is the target" in caplog.text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conformance.families import GPT2, T5, change
-from t5jax.models.layers import Dropout, Embedding, LayerNorm, Linear
+from t5jax.models.layers import Dropout, Embedding, LayerNorm, Linear, Transposed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,6 +43,22 @@ def test_gradients_of_biases_are_summed_in_float32(dtype):
 
 def _is_box(x):
     return hasattr(x, "unbox")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [((4,), (5,)), ((2, 3), (5,)), ((4,), (2, 3))],
+    ids=["matrix", "from heads", "to heads"],
+)
+def test_a_transposed_kernel_has_the_same_product(inputs, outputs):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 1, *inputs)).astype("float32")
+    kernel = rng.normal(size=(*inputs, *outputs)).astype("float32")
+    transposed = Transposed.of(kernel, len(inputs))
+    assert transposed.values.shape == (*outputs, *inputs)
+    np.testing.assert_array_equal(transposed.kernel(), kernel)
+    expected = np.tensordot(x, kernel, len(inputs))
+    np.testing.assert_allclose(transposed.product(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_drops_whole_rows_of_units_and_scales_the_rest():

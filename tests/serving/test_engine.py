@@ -307,15 +307,22 @@ def test_presence_biases_and_forced_tokens_change_their_own_answer_alone(engine)
         assert len(set(ids[name])) == len(ids[name])
 
 
-def test_several_devices_write_what_one_writes():
-    asked = requests()[:4]
-    with engine_of(T5, batch_invariant=True) as engine:
-        alone = [Listener(engine, request).result() for request in asked]
+@pytest.mark.parametrize("kind", MODELS)
+def test_several_devices_write_what_one_writes(kind):
+    """And a decoder shares there what prompts begin with."""
+    model, is_decoder = MODELS[kind], kind == "decoder"
+    begin = tuple(range(30, 50))
+    turns = [Request((*begin, *more), 5) for more in ((), (7,), (8, 9))] if is_decoder else []
+    with engine_of(model, batch_invariant=True) as engine:
+        alone = [Listener(engine, request).result() for request in (*requests()[:4], *turns)]
     mesh = sharding.make_mesh(MeshConfig(data=4, model=2))
-    with engine_of(T5, mesh=mesh, batch_invariant=True) as engine:
+    with engine_of(model, mesh=mesh, batch_invariant=not is_decoder) as engine:
         kinds = {len(x.sharding.device_set) for x in jax.tree.leaves(engine.programs._slots.cache)}
         assert kinds == {8}
-        together = [listener.result() for listener in [Listener(engine, r) for r in asked]]
+        listeners = [Listener(engine, request) for request in requests()[:4]]
+        together = [listener.result() for listener in listeners]
+        together += [Listener(engine, request).result() for request in turns]
+        assert engine.counters.shared_tokens == (40 if is_decoder else 0)
     for one, other in zip(alone, together, strict=True):
         assert (one[0], one[2:]) == (other[0], other[2:])
         np.testing.assert_allclose(one[1], other[1], atol=2e-5)

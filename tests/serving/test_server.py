@@ -172,6 +172,19 @@ def test_an_echo_is_the_prompt_as_it_was_given(client):
     assert "</s>" not in answer.choices[0].text[:8]
 
 
+def test_offsets_of_an_echo_are_places_in_its_text(client):
+    prompt = "aä b\U0001f642c"  # With characters of two and of four bytes.
+    (choice,) = client.completions.create(
+        model="gpt", prompt=prompt, max_tokens=1, logprobs=0, echo=True
+    ).choices
+    tokens = list(zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True))
+    assert choice.text.startswith(prompt)
+    assert [(t, n) for t, n in tokens[:-1] if len(t) == 1] == [
+        ("a", 0), (" ", 2), ("b", 3), ("c", 5)
+    ]  # fmt: skip
+    assert tokens[-1][1] == len(prompt)
+
+
 def test_penalties_and_biases_over_http(client):
     asked = {"model": "t5", "prompt": "abc", "max_tokens": 6, "logprobs": 0}
     plain = client.completions.create(**asked).choices[0].logprobs.tokens
@@ -276,6 +289,21 @@ def test_a_wrong_body_is_answered_with_what_is_wrong(url, change):
     assert error["type"] == "invalid_request_error"
     assert len(error["message"]) > 10
     assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": []}, "prompt: List should have at least 1 item after validation, not 0"),
+        ({"prompt": [[]]}, "prompt.0: List should have at least 1 item after validation, not 0"),
+        ({"stop": 5}, "stop: Input should be a valid string, or Input should be a valid list"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x: String should match pattern '^[0-9]{1,9}$'"),
+        ({"temperature": "1"}, "temperature: Input should be a valid number"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_of_the_interface(url, change, message):
+    body = {"model": "t5", "prompt": "abc", "max_tokens": 4} | change
+    assert ask(url, "/v1/completions", **body).json()["error"]["message"] == message
 
 
 JSON = {"Content-Type": "application/json"}

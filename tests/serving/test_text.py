@@ -125,4 +125,4 @@ def test_the_texts_of_tokens_make_up_a_text(tokenizers, name):
     text_of = TokenTexts(tokenizer)
     texts = [text_of(i) for i in tokenizer.encode("a the fox, he said")]
     assert "".join(texts).strip() == "a the fox, he said"
-    assert text_of(tokenizer.eos_id) not in ("", None)
+    assert text_of(tokenizer.eos_id) == tokenizer.special_tokens["eos_token"]
