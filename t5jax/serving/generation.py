@@ -15,7 +15,7 @@ from t5jax.serving.errors import DESCRIPTIONS, ApiError, error_body
 from t5jax.serving.schemas import ChatBody, CompletionBody
 from t5jax.serving.served import ServedModel
 from t5jax.serving.state import Server
-from t5jax.serving.writing import BeamWriting, Plan, Writing, Written
+from t5jax.serving.writing import AnyWriting, Plan, Written
 
 
 def add_routes(app: fastapi.FastAPI, server: Server) -> None:
@@ -200,7 +200,7 @@ async def _respond(
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
 
 
-async def _cancel_if_gone(request: fastapi.Request, writing: Writing | BeamWriting) -> None:
+async def _cancel_if_gone(request: fastapi.Request, writing: AnyWriting) -> None:
     """Gives answers up when the client goes away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

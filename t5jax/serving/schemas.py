@@ -99,7 +99,7 @@ class GenerationBody(_Body):
 
 class CompletionBody(GenerationBody):
     prompt: Prompts
-    max_tokens: int | None = Field(16, ge=1, lt=2**31)
+    max_tokens: int | None = Field(16, ge=0, lt=2**31, description="0: the echo alone.")
     best_of: int | None = Field(None, ge=1, le=_MAX_ANSWERS)
     logprobs: int | None = Field(None, ge=0, le=NUM_TOP)
     echo: bool | None = False

@@ -85,6 +85,8 @@ def plan(
             "the best; leave best_of out, or set num_beams to 1"
         )
     limits = [served.max_tokens(body, prompt) for prompt in prompts]
+    if 0 in limits and not (isinstance(body, CompletionBody) and body.echo):
+        raise ValueError("max_tokens is 0, so there would be no answer; set it, or set echo")
     if body.min_tokens is not None and body.min_tokens > min(limits):
         raise ValueError(
             f"min_tokens is {body.min_tokens}, but an answer has at most {min(limits)} (max_tokens "
@@ -194,12 +196,33 @@ class BeamWriting:
             future.cancel()
 
 
-def begin(served: ServedModel, plan: Plan) -> Writing | BeamWriting:
+class EchoWriting:
+    """The same where nothing is written behind the prompts."""
+
+    answers: Sequence[Answer] = ()
+
+    def __init__(self, plan: Plan) -> None:
+        self._num_answers = len(plan.requests)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        for number in range(self._num_answers):
+            yield number, Piece("", (), "length")
+
+    def cancel(self) -> None:
+        pass
+
+
+AnyWriting = Writing | BeamWriting | EchoWriting
+
+
+def begin(served: ServedModel, plan: Plan) -> AnyWriting:
     """Begins to write; raises as `Writing`."""
+    if not any(request.max_tokens for request in plan.requests):
+        return EchoWriting(plan)
     return BeamWriting(served, plan) if plan.has_beams else Writing(served, plan.requests)
 
 
-async def gather(writing: Writing | BeamWriting, requests: Sequence[Request]) -> list[Written]:
+async def gather(writing: AnyWriting, requests: Sequence[Request]) -> list[Written]:
     """Returns the finished answers.
 
     Raises:

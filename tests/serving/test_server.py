@@ -172,6 +172,21 @@ def test_an_echo_is_the_prompt_as_it_was_given(client):
     assert "</s>" not in answer.choices[0].text[:8]
 
 
+def test_an_echo_alone_has_the_probabilities_of_the_prompt(client):
+    asked = {"model": "gpt", "prompt": ["abc", "de"], "logprobs": 2, "echo": True}
+    one = client.completions.create(**asked, max_tokens=1)
+    none = client.completions.create(**asked, max_tokens=0)
+    assert [choice.text for choice in none.choices] == ["abc", "de"]
+    assert none.usage.completion_tokens == 0
+    for with_one, alone in zip(one.choices, none.choices, strict=True):
+        expected = with_one.logprobs.model_dump()
+        found = alone.logprobs.model_dump()
+        assert found == {name: values[:-1] for name, values in expected.items()}
+    parts = list(client.completions.create(**asked, max_tokens=0, stream=True))
+    texts = [c.text for index in (0, 1) for part in parts for c in part.choices if c.index == index]
+    assert "".join(texts) == "abcde"
+
+
 def test_offsets_of_an_echo_are_places_in_its_text(client):
     prompt = "aä b\U0001f642c"  # With characters of two and of four bytes.
     (choice,) = client.completions.create(
