@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from t5jax import sharding
@@ -58,7 +59,10 @@ class Program:
     """The state at step 0, with parameters, which are donated."""
     step: jax.stages.Wrapped
     """One training step, (state, batch) -> (state, metrics), jitted; the state that goes in is
-    donated. With a teacher, its parameters are a third argument."""
+    donated. With a teacher, its parameters are a third argument; with `watch.on_nonfinite` or
+    `on_spike` skip, a fourth one is the loss above which the state stays as it is, float32 []."""
+    measured_step: jax.stages.Wrapped
+    """The same step, which also returns norms by group."""
     attention: str
     """`train.attention`."""
     base: frozenset[str] = frozenset()
@@ -71,6 +75,8 @@ class Program:
     `quantize.weights`."""
     teacher: Teacher | None = None
     """Whose parameters are the third argument of the step."""
+    skips: bool = False
+    """Whether the step has a fourth argument."""
 
     def saved(self, state: Any) -> Any:
         """Returns what a checkpoint has of the state, or of a tree like it."""
@@ -95,9 +101,14 @@ class Program:
             for name, (shape, dtype) in spec.features().items()
         }
         state = jax.tree.map(one, self.shapes, self.shardings)
-        if self.teacher is None:
-            return state, batch
-        return state, batch, jax.tree.map(one, self.teacher.shapes, self.teacher.shardings)
+        taught = None
+        if self.teacher is not None:
+            taught = jax.tree.map(one, self.teacher.shapes, self.teacher.shardings)
+        if self.skips:
+            where = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            limit = jax.ShapeDtypeStruct((), jnp.float32, sharding=where)
+            return state, batch, taught, limit
+        return (state, batch) if taught is None else (state, batch, taught)
 
     def lower(self, spec: BatchSpec) -> jax.stages.Lowered:
         """Returns the step for batches of a shape, ready to compile; needs no arrays."""
@@ -154,7 +165,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     shardings = train_state_shardings(model, tx, mesh, rules, frozen, adapter)
     seen = _rounding(config)
     teacher = find_teacher(config, mesh)
-    step = make_train_step(
+    make_step = functools.partial(
+        make_train_step,
         model,
         tx,
         config.loss,
@@ -164,6 +176,13 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         seen=seen,
         point=functools.partial(gradient_point, config.optimizer),
         teacher=None if teacher is None else (teacher.model, config.distill),
+        skips=config.watch.skips,
+    )
+    jit_step = functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     return Program(
         model,
@@ -181,12 +200,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
             donate_argnums=0,
             out_shardings=shardings,
         ),
-        step=jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
-        ),
+        step=jit_step(make_step()),
+        measured_step=jit_step(make_step(norms=True)),
         attention=config.train.attention,
         base=base,
         frozen=frozen,
@@ -194,6 +209,7 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         if seen is None
         else jax.jit(seen, out_shardings=shardings.params),
         teacher=teacher,
+        skips=config.watch.skips,
     )
 
 

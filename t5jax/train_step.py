@@ -12,10 +12,11 @@ from t5jax.batch import Batch
 from t5jax.config import DistillConfig, LossConfig
 from t5jax.losses import Teacher, batch_loss
 from t5jax.models import api
+from t5jax.monitor.norms import norms_by_group
 from t5jax.sharding import constrain
 from t5jax.train_state import TrainState, merge, split
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 def make_train_step(
@@ -29,6 +30,8 @@ def make_train_step(
     seen: Callable[[Any], Any] | None = None,
     point: Callable[[Any, Any], Any] | None = None,
     teacher: tuple[Architecture, DistillConfig] | None = None,
+    norms: bool = False,
+    skips: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the step; jit it with the state donated.
 
@@ -46,10 +49,17 @@ def make_train_step(
         gradient is computed, see `optimizers.gradient_point`. None: the parameters themselves.
       teacher: a model whose probabilities are learned, and how; the step takes its parameters as a
         third argument.
+      norms: also return "norms": "gradient" (before clipping), "parameter" (before the update) and
+        "update" to the norms of what is trained, by group.
+      skips: leave the state as it is where the loss, the gradient or the update is not finite, and
+        where the mean loss is above the fourth argument, float32 []; "skipped" is 1 there.
     """
 
     def step(
-        state: TrainState, batch: Batch, taught: api.Params | None = None
+        state: TrainState,
+        batch: Batch,
+        taught: api.Params | None = None,
+        limit: jax.Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         params, kept = split(state.params, frozen)
@@ -78,10 +88,31 @@ def make_train_step(
 
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, params)
-            params = merge(optax.apply_updates(params, updates), kept)
-        return TrainState(state.step + 1, params, opt_state), metrics
+            updated = optax.apply_updates(params, updates)
+        if norms:
+            with jax.named_scope("norms"):
+                trees = {"gradient": grads, "parameter": params, "update": updates}
+                metrics["norms"] = {name: norms_by_group(tree) for name, tree in trees.items()}
+        number = state.step + 1
+        if skips:
+            with jax.named_scope("skip"):
+                bad = _is_bad(metrics, optax.global_norm(updates), limit)
+                metrics["skipped"] = bad.astype(jnp.float32)
+                number, updated, opt_state = jax.tree.map(
+                    lambda old, new: jnp.where(bad, old, new),
+                    (state.step, params, state.opt_state),
+                    (number, updated, opt_state),
+                )
+        return TrainState(number, merge(updated, kept), opt_state), metrics
 
     return step
+
+
+def _is_bad(metrics: Metrics, update_norm: jax.Array, limit: jax.Array | None) -> jax.Array:
+    """Returns whether a step is to be left out, bool []."""
+    loss = metrics["loss"] / jnp.maximum(metrics["tokens"], 1)
+    finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(update_norm)
+    return ~finite if limit is None else ~finite | (loss > limit)
 
 
 def _accumulate(

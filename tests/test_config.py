@@ -32,6 +32,7 @@ from t5jax.config import (
     PruneConfig,
     QuantizeConfig,
     TrainConfig,
+    WatchConfig,
     from_json,
     load_config,
     override,
@@ -381,6 +382,7 @@ ELSEWHERE = {
     EvalConfig: "test_train.py",
     CheckpointConfig: "test_train.py",
     QuantizeConfig: "quantize/test_training.py",
+    WatchConfig: "train/test_passing_over.py",
 }
 CONFIG_FIELDS_ELSEWHERE = {"run_dir"}
 

@@ -131,10 +131,13 @@ def _third_party_imports() -> dict[str, str]:
     return {k: v for k, v in found.items() if k not in ours and k not in sys.stdlib_module_names}
 
 
+DECLARED_BY = ("dev", "torch", "beam", "trackio")
+
+
 def test_every_package_that_is_imported_is_declared():
     declared = {
         canonicalize_name(Requirement(line).name)
-        for line in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["torch"], *EXTRAS["beam"]]
+        for line in [*PROJECT["dependencies"], *(x for e in DECLARED_BY for x in EXTRAS[e])]
     }
     installed = importlib.metadata.packages_distributions()
     undeclared = {}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,11 +29,12 @@ from t5jax.config import (
 )
 from t5jax.convert import export_model, import_model
 from t5jax.data import pipeline, registry
+from t5jax.data.batches.examples import Taken
 from t5jax.evaluation import Evaluator, evaluate_model
 from t5jax.monitor import log, progress
 from t5jax.source import find
-from t5jax.train import LoopState, NonFiniteLoss, loop, train
-from t5jax.train.prefetch import Prefetch
+from t5jax.train import LoopState, NonFiniteLoss, evaluations, train
+from t5jax.train.prefetch import Fetched, Prefetch
 from t5jax.train.reports import Reports
 from tiny import (
     NO_EVAL,
@@ -180,7 +182,7 @@ class Recorder:
     """A writer and a bar that keep what they are told."""
 
     def __init__(self):
-        self.lines, self.updates = [], []
+        self.lines, self.updates, self.kept = [], [], []
 
     def write_scalars(self, step, scalars):
         self.lines.append((step, scalars))
@@ -189,24 +191,35 @@ class Recorder:
         self.updates.append((step, values))
 
 
-def make_reports(sums, **fields):
+def make_reports(sums, start=0, **fields):
     recorder = Recorder()
     config = make_config("unused", train={"steps": 5, "log_every": 2} | fields)
     speed = progress.Throughput(iter(range(100)).__next__)
-    return Reports(config, recorder, recorder, speed, lambda n: 10.0 * n, sums), recorder
+    state = LoopState(sums=sums)
+
+    def keep(batch, about):
+        recorder.kept.append((batch.number, about))
+        return Path("somewhere")
+
+    made = Reports(config, recorder, recorder, speed, lambda n: 10.0 * n, state, start, keep)
+    return made, recorder, state
 
 
 def sums_of(loss, nll, correct, tokens, grad_norm):
     return {"loss": loss, "nll": nll, "correct": correct, "tokens": tokens, "grad_norm": grad_norm}
 
 
+def fetched(number, num_tokens=1):
+    return Fetched({}, num_tokens, Taken([], {}, {}), {"batches": number})
+
+
 def test_a_line_has_the_means_of_the_steps_since_the_last_one():
-    reports, recorder = make_reports({})
-    reports.add(1, sums_of(8.0, 6.0, 1.0, 4.0, 1.0), 100)
-    reports.add(2, sums_of(4.0, 3.0, 4.0, 12.0, 4.0), 50)
+    reports, recorder, state = make_reports({})
+    reports.add(sums_of(8.0, 6.0, 1.0, 4.0, 1.0), fetched(1, 100))
+    reports.add(sums_of(4.0, 3.0, 4.0, 12.0, 4.0), fetched(2, 50))
     # A step is read when the next one is under way.
     assert (recorder.updates, recorder.lines) == ([(1, {})], [])
-    reports.add(3, sums_of(2.0, 1.0, 3.0, 4.0, 2.0), 70)
+    reports.add(sums_of(2.0, 1.0, 3.0, 4.0, 2.0), fetched(3, 70))
     # Per token of both steps, not a mean of means; the rate is that of the update before step 2.
     expected = {
         "train/loss": 12 / 16,
@@ -214,17 +227,20 @@ def test_a_line_has_the_means_of_the_steps_since_the_last_one():
         "train/token_accuracy": 100 * 5 / 16,
         "train/grad_norm": 2.5,
         "train/learning_rate": 10.0,
+        "train/target_tokens": 16,
         "train/steps_per_second": 1.0,
         "train/tokens_per_second": 50.0,  # The first step is that of the compilation.
     }
     assert recorder.lines == [(2, expected)]
     assert recorder.updates[1:] == [(2, {"loss": 12 / 16, "tokens_per_second": 50.0, "mfu": None})]
     reports.flush()
+    reports.save(fetched(3))
     # What a checkpoint of step 3 remembers for the line of step 4.
-    assert reports.sums == sums_of(2.0, 1.0, 3.0, 4.0, 2.0) | {"steps": 1}
-    again, recorder = make_reports(reports.sums)
-    again.add(4, sums_of(4.0, 3.0, 1.0, 4.0, 4.0), 10)
-    again.add(5, sums_of(1.0, 1.0, 0.0, 0.0, 0.0), 10)
+    assert state.sums == sums_of(2.0, 1.0, 3.0, 4.0, 2.0) | {"steps": 1}
+    assert (state.target_tokens, state.iterator) == (20, {"batches": 3})
+    again, recorder, state = make_reports(state.sums, start=3)
+    again.add(sums_of(4.0, 3.0, 1.0, 4.0, 4.0), fetched(4, 10))
+    again.add(sums_of(1.0, 1.0, 0.0, 0.0, 0.0), fetched(5, 10))
     again.flush()
     assert [step for step, _ in recorder.lines] == [4, 5]  # The last step has a line too.
     line = recorder.lines[0][1]
@@ -237,11 +253,14 @@ def test_a_line_has_the_means_of_the_steps_since_the_last_one():
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_stops_the_run(name, value):
-    reports, recorder = make_reports({})
-    reports.add(2, sums_of(1.0, 1.0, 1.0, 1.0, 1.0) | {name: value}, 1)
+    reports, recorder, _ = make_reports({}, start=1)
+    reports.add(sums_of(1.0, 1.0, 1.0, 1.0, 1.0) | {name: value}, fetched(2))
     with pytest.raises(NonFiniteLoss, match=f"{name} is {value} at step 2; the last good"):
         reports.flush()
     assert recorder.lines == []
+    assert [(number, about["what"]) for number, about in recorder.kept] == [
+        (2, f"{name} is {value}")
+    ]
 
 
 class Iterator:
@@ -258,17 +277,21 @@ class Iterator:
         return {"encoder_input_tokens": inputs, "decoder_target_tokens": inputs[:, :2] * 0 + 1}
 
     def state(self):
-        return {"step": self.step}
+        return {"batches": self.step}
+
+    def taken(self):
+        return Taken([[4 * self.step + i] for i in range(4)], {}, {})
 
 
 def test_a_batch_comes_with_the_position_after_it_and_the_tokens_of_all_processes():
     batches = Prefetch(Iterator(), sharding.make_mesh(MeshConfig()), AxisRules())
     for step in (1, 2):
-        batch, num_tokens, position = next(batches)
+        batch = next(batches)
         batches.fetch()
-        assert np.asarray(batch["encoder_input_tokens"]).tolist() == [[step] * 3] * 2
-        assert num_tokens == 2 * (6 + 4)
-        assert position == {"step": step}
+        assert np.asarray(batch.arrays["encoder_input_tokens"]).tolist() == [[step] * 3] * 2
+        assert batch.num_tokens == 2 * (6 + 4)
+        assert batch.number == step
+        assert batch.taken.numbers[0] == [4 * step]
 
 
 # --- Going on -------------------------------------------------------------------------------------
@@ -398,8 +421,8 @@ def test_a_schedule_that_depends_on_steps_says_so(tmp_path, capsys):
 
 def test_early_stopping_stops_and_stays_stopped(tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 2.0, math.nan, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(loop, "run_evaluation", lambda *_: {})
-    monkeypatch.setattr(loop, "mean_loss", lambda _: next(losses))
+    monkeypatch.setattr(evaluations, "run_evaluation", lambda *_: {})
+    monkeypatch.setattr(evaluations, "mean_loss", lambda _: next(losses))
 
     def config(patience):
         evaluation = {"every": 1, "patience": patience}

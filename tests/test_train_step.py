@@ -62,6 +62,39 @@ def test_update_is_the_mean_gradient_over_target_tokens():
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
 
 
+def test_norms_by_group_and_a_loss_above_the_limit():
+    batch, (state, metrics) = sgd_result()
+    step, mean = sgd_step(norms=True, skips=True), metrics["loss"] / metrics["tokens"]
+    kept, skipped = step(begin(MODEL), batch, None, mean * 0.99)
+    assert_trees_close(kept, begin(MODEL), atol=0)
+    assert (kept.step, skipped["skipped"]) == (0, 1)
+
+    moved, found = step(begin(MODEL), batch, None, mean * 1.01)
+    assert_trees_close(moved.params, state.params, atol=1e-6)
+    assert (moved.step, found["skipped"]) == (1, 0)
+    norms, params = found["norms"], random_params(MODEL)
+    attention = jax.tree.leaves(params["encoder"]["layers"]["attention"])
+    expected = np.sqrt(sum(np.sum(np.square(x)) for x in attention))
+    np.testing.assert_allclose(norms["parameter"]["encoder/attention"], expected, rtol=1e-5)
+    for group, gradient in norms["gradient"].items():  # The update is a tenth of it.
+        np.testing.assert_allclose(norms["update"][group], 0.1 * gradient, rtol=1e-4)
+    total = np.sqrt(sum(np.square(x) for x in norms["gradient"].values()))
+    np.testing.assert_allclose(total, metrics["grad_norm"], rtol=1e-5)
+    assert set(norms["gradient"]) == {
+        "token_embedder",
+        "lm_head",
+        "encoder/attention",
+        "encoder/mlp",
+        "encoder/norms",
+        "encoder/relative_bias",
+        "decoder/self_attention",
+        "decoder/cross_attention",
+        "decoder/mlp",
+        "decoder/norms",
+        "decoder/relative_bias",
+    }
+
+
 def test_microbatches_of_bfloat16_parameters_add_up_in_float32():
     # A sum of equal terms in bfloat16 stands still after the 256th, so the mean would be half.
     model = dataclasses.replace(MODEL, param_dtype="bfloat16")

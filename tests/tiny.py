@@ -26,6 +26,7 @@ from t5jax.config import (
     InitConfig,
     OptimizerConfig,
     TrainConfig,
+    WatchConfig,
 )
 from t5jax.monitor import log, plot
 from t5jax.train import start, train
@@ -53,6 +54,8 @@ TINY = Config(
     train=TrainConfig(steps=10, log_every=2),
     eval=EvalConfig(every=5, batch_size=8, num_samples=1),
     checkpoint=CheckpointConfig(every=5),
+    # The steps with norms would be compiled besides.
+    watch=WatchConfig(norms=False),
 )
 NO_EVAL = {"every": 0}
 
@@ -108,7 +111,12 @@ def _program_of(config: Config, mesh):
         cache=None,
         seed=0,
     )
-    sections = {"init": InitConfig(), "eval": EvalConfig(), "checkpoint": CheckpointConfig()}
+    sections = {
+        "init": InitConfig(),
+        "eval": EvalConfig(),
+        "checkpoint": CheckpointConfig(),
+        "watch": WatchConfig(on_nonfinite="skip" if config.watch.skips else "stop"),
+    }
     train = dataclasses.replace(config.train, log_every=1, epochs=None, profile=0)
     if config.optimizer.schedule == "constant" and not config.optimizer.warmup_steps:
         train = dataclasses.replace(train, steps=1)

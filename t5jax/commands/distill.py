@@ -96,6 +96,7 @@ def distill(args: list[str]) -> None:
     from t5jax.bulk.output import AnswersFile
     from t5jax.compilation import keep_programs
     from t5jax.data.registry import load_tasks
+    from t5jax.monitor.progress import counting
     from t5jax.pretrained import load
     from t5jax.source import find
 
@@ -116,6 +117,7 @@ def distill(args: list[str]) -> None:
         file = stack.enter_context(AnswersFile(path, asked))
         number = done = file.num_prompts
         rows = itertools.islice(rows, done, None)
+        bar = stack.enter_context(counting("prompts", options.num_examples, done))
         while window := list(itertools.islice(rows, _BATCHES * options.batch_size)):
             prompts = [row["inputs"] for row in window]
             answers = model.answers(prompts, how, batch_size=options.batch_size, first=number)
@@ -125,7 +127,7 @@ def distill(args: list[str]) -> None:
             ]
             file.write(lines, len(lines))
             number += len(lines)
-            print(f"{number} prompts", file=sys.stderr)
+            bar(number)
     for split in splits[1:]:
         given = (storage.to_json(row) + "\n" for row in _rows(options.task, split, model, None))
         content = "".join(given).encode("utf-8", "surrogatepass")

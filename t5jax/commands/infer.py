@@ -6,7 +6,7 @@ import datetime
 import io
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +160,7 @@ def infer(args: list[str]) -> None:
         )
         _check_same_prompts(options, total)
         keep_programs()
+        from t5jax.monitor.progress import counting
         from t5jax.pretrained import load
 
         model = load(
@@ -176,7 +177,9 @@ def infer(args: list[str]) -> None:
             as_chat = _chat(options, model.tokenizer)
             prompts = ((text, as_chat(text)) for text, _ in prompts)
         shown = answers_file is not None
-        bar = stack.enter_context(_progress(None if stop is None else stop - start, done, shown))
+        bar = stack.enter_context(
+            counting("prompts", None if stop is None else stop - start, done, shown=shown)
+        )
         rows = options.batch_size if total is None or total >= options.batch_size else total
         number = first
         while window := list(itertools.islice(prompts, _BATCHES * options.batch_size)):
@@ -443,19 +446,3 @@ def _run(options: Infer, output: Path, shard: tuple[int, int | None] | None) -> 
     if shard:
         run["shard"] = list(shard)
     return run
-
-
-@contextlib.contextmanager
-def _progress(total: int | None, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that shows on standard error how many prompts are answered."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = Console(stderr=True)
-    columns = TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), Remaining()
-    with Progress(
-        *columns, console=console, disable=not (shown and console.is_terminal)
-    ) as progress:
-        task = progress.add_task("", total=total, completed=done)
-        yield lambda number: progress.update(task, completed=number)

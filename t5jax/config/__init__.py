@@ -17,6 +17,7 @@ from t5jax.config.plain import from_json, override, to_json
 from t5jax.config.prune import PruneConfig
 from t5jax.config.quantize import QuantizeConfig
 from t5jax.config.train import CheckpointConfig, EvalConfig, TrainConfig
+from t5jax.config.watch import WatchConfig
 
 __all__ = [
     "MESH_AXES",
@@ -36,6 +37,7 @@ __all__ = [
     "PruneConfig",
     "QuantizeConfig",
     "TrainConfig",
+    "WatchConfig",
     "from_json",
     "load_config",
     "override",

@@ -11,6 +11,7 @@ from t5jax.config.optimizer import OptimizerConfig
 from t5jax.config.prune import PruneConfig
 from t5jax.config.quantize import QuantizeConfig
 from t5jax.config.train import CheckpointConfig, EvalConfig, TrainConfig
+from t5jax.config.watch import WatchConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     axes: AxisRules = AxisRules()
     quantize: QuantizeConfig = QuantizeConfig()
+    watch: WatchConfig = WatchConfig()
 
     def __post_init__(self) -> None:
         if self.data.batch_size % self.train.microbatches:

@@ -155,6 +155,17 @@ def train_iterator(
     )
 
 
+def task_shares(name: str) -> dict[str, float]:
+    """Returns the share of each task among the training examples of a mixture; of a task, 1."""
+    mixture = check_mixture(name)
+    if isinstance(mixture, seqio.Task):
+        return {name: 1.0}
+    tasks = [task for task in seqio.get_subtasks(mixture) if TRAIN_SPLIT in task.splits]
+    rates = {task.name: float(mixture.get_rate(task)) for task in tasks}
+    total = sum(rates.values())
+    return {task: rate / total for task, rate in rates.items()}
+
+
 def _write_caches(mixture: str, folder: str, run: Run) -> None:
     """Writes the caches that are missing or do not match."""
     from t5jax.data.cache.store import write_caches

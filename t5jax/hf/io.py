@@ -33,6 +33,7 @@ from t5jax.hf.files import (
 )
 from t5jax.hf.mapping import Row, Table, Tensors, check_leaves, check_tensors, write_rows
 from t5jax.models import api
+from t5jax.monitor.progress import track
 from t5jax.special_tokens import adapt, reconcile
 from t5jax.tokenizers import Tokenizer
 from t5jax.tokenizers.as_transformers import write_tokenizer_json
@@ -343,7 +344,8 @@ def save_params(
             for theirs, shape in row.their_shapes(leaves[row.ours].shape).items()
             for name in (theirs, *row.copies)
         ]
-        write_tensors(where, tensors, shapes, np.dtype(dtype).itemsize, max_shard_bytes)
+        shown = track(tensors, "writing tensors", len(shapes))
+        write_tensors(where, shown, shapes, np.dtype(dtype).itemsize, max_shard_bytes)
 
     if jax.process_index() == 0:
         write_whole(place, write)

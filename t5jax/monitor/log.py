@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 
 
-def make_writer(run_dir: str | Path, writes: bool = True) -> Any:
-    """Returns a clu.metric_writers.MetricWriter for TensorBoard and metrics.jsonl in `run_dir`.
+def make_writer(
+    run_dir: str | Path, writes: bool = True, make_more: Callable[[], list[Any]] = list
+) -> Any:
+    """Returns a clu.metric_writers.MetricWriter for TensorBoard and metrics.jsonl in `run_dir`, and
+    for the further writers that `make_more` returns.
 
     In all processes of a run but one it writes nothing (`writes`).
 
@@ -26,12 +29,15 @@ def make_writer(run_dir: str | Path, writes: bool = True) -> Any:
 
     if not writes:
         return metric_writers.MultiWriter([])
-    metric_writers.MetricWriter.register(JsonlWriter)
+    more = make_more()
+    for kind in (JsonlWriter, *map(type, more)):
+        metric_writers.MetricWriter.register(kind)
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     return metric_writers.MultiWriter(
         [
             metric_writers.SummaryWriter(str(Path(run_dir) / TENSORBOARD_DIR)),
             JsonlWriter(run_dir),
+            *more,
         ]
     )
 

@@ -3,13 +3,14 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from t5jax import distributed
 from t5jax.batch import DECODER_TARGET_TOKENS, ENCODER_INPUT_TOKENS, Batch
+from t5jax.monitor import run_log
 from t5jax.secrets import redact
 
 # --- Speed --------------------------------------------------------------------------------------
@@ -182,8 +183,12 @@ class ProgressBar:
         values = self._values(now)
         if self._progress:
             self._progress.update(self._task, completed=step, values="  ".join(values))
-        elif report:
-            self.print(", ".join([f"step {step}/{self._total}", *values]))
+        if report:
+            line = ", ".join([f"step {step}/{self._total}", *values])
+            if self._progress:
+                run_log.write(line)
+            else:
+                self.print(line)
 
     def _values(self, now: float) -> list[str]:
         values = []
@@ -204,16 +209,69 @@ class ProgressBar:
         for item in objects:
             # Strings are printed as they are, without markup, colours or added line breaks.
             is_text = isinstance(item, str)
+            if not self._console.quiet:
+                run_log.write(item)
             self._console.print(item, markup=False, highlight=False, soft_wrap=is_text)
 
 
-def track(items: Sequence[Any], description: str) -> Iterator[Any]:
-    """Yields the items and shows on stderr how many are done."""
+def track(items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
+    """Yields the items and shows on stderr how many are done, as `counting` does.
+
+    Args:
+      items: whatever is done one by one.
+      description: what they are, or what is done.
+      total: their number. None: that of a sequence.
+    """
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    with counting(description, total, transient=True) as show:
+        for number, item in enumerate(items, 1):
+            yield item
+            show(number)
+
+
+@contextlib.contextmanager
+def counting(
+    what: str,
+    total: int | None,
+    done: int = 0,
+    *,
+    shown: bool = True,
+    transient: bool = False,
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows on stderr how many are done: a bar; in a log, a line a minute.
+
+    Args:
+      what: they are, such as "prompts".
+      total: their number. None: it is not known.
+      done: the number that were done before.
+      shown: False for a process that shows nothing, of several.
+      transient: whether a bar is removed at the end.
+    """
     from rich.console import Console
     from rich.markup import escape
-    from rich.progress import track as rich_track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
 
-    yield from rich_track(items, escape(description), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    columns = TextColumn(escape(what)), BarColumn(), MofNCompleteColumn(), Remaining()
+    if not (shown and console.is_terminal):
+        last = time.monotonic()
+
+        def say_sometimes(number: int) -> None:
+            nonlocal last
+            if shown and time.monotonic() - last >= 60:
+                last = time.monotonic()
+                of = "" if total is None else f" of {total:,}"
+                console.print(f"{number:,}{of} {what}", markup=False, highlight=False)
+
+        yield say_sometimes
+        return
+    with Progress(
+        *columns, console=console, transient=transient, redirect_stdout=False
+    ) as progress:
+        task = progress.add_task("", total=total, completed=done)
+        yield lambda number: progress.update(task, completed=number)
 
 
 def _duration(seconds: float) -> str:
@@ -227,6 +285,7 @@ def say(text: str) -> None:
     from rich.console import Console
 
     if distributed.is_main():
+        run_log.write(text)
         # Paths are no markup, whatever brackets are in them.
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         console.print(redact(text), soft_wrap=True)

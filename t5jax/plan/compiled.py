@@ -23,7 +23,7 @@ from t5jax.program import Program
 
 _MAGIC = "t5jax compiled step"
 # Fields of a config that do not change the step.
-_IGNORED_SECTIONS = {"run_dir", "init", "eval", "checkpoint"}
+_IGNORED_SECTIONS = {"run_dir", "init", "eval", "checkpoint", "watch"}
 _IGNORED = {
     "data": {"mixture", "mixture_changes", "task_files", "vocabulary", "cache", "seed"},
     "train": {"log_every", "epochs"},
@@ -92,7 +92,7 @@ def load(path: str, run: Program, config: Config, spec: BatchSpec) -> Program:
         )
     except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"--compiled {path} cannot be loaded: {error}") from error
-    return dataclasses.replace(run, step=step)
+    return dataclasses.replace(run, step=step, measured_step=step)
 
 
 def _header(config: Config, spec: BatchSpec, devices: Any) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def _header(config: Config, spec: BatchSpec, devices: Any) -> dict[str, Any]:
         "device": devices[0].device_kind,
         "topology": _shape(devices),
         "batch": {name: [*shape, str(dtype)] for name, (shape, dtype) in spec.features().items()},
-        "config": _relevant(dataclasses.asdict(config)),
+        "config": _relevant(dataclasses.asdict(config))
+        | ({"watch": "skip"} if config.watch.skips else {}),
     }
 
 

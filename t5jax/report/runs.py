@@ -1,5 +1,6 @@
 """A run as its folder has it: config, state, metrics, environment, without its weights."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ from typing import Any
 
 from t5jax import checkpoint, storage
 from t5jax.config import Config
-from t5jax.monitor import environment, log
+from t5jax.monitor import data_counts, environment, log
 
 NOT_CURVES = {"step", "time"}
 
@@ -33,6 +34,10 @@ class Run:
     """The lines of metrics.jsonl."""
     starts: list[dict[str, Any]]
     """Of each start: time, command, versions, devices (`monitor.environment`)."""
+    data: dict[str, Any]
+    """What was read (`monitor.data_counts`); empty where the run has not written it."""
+    bad_batches: list[list[dict[str, Any]]]
+    """Of each batch that training went wrong with, what was wrong and some of its examples."""
 
     @property
     def name(self) -> str:
@@ -90,7 +95,7 @@ def read_run(path: Path) -> Run:
     Raises:
       ValueError: if the folder holds no run, or a file in it is damaged.
     """
-    from t5jax.train import LoopState
+    from t5jax.train import LoopState, bad_batches
 
     if not (path / checkpoint.CONFIG_FILE).exists():
         raise ValueError(
@@ -118,7 +123,22 @@ def read_run(path: Path) -> Run:
         best_loss=loop.best_loss,
         records=records,
         starts=environment.read(path),
+        data=data_counts.read(path),
+        bad_batches=_read_bad_batches(path / bad_batches.FOLDER),
     )
+
+
+def _read_bad_batches(folder: Path, most: int = 4) -> list[list[dict[str, Any]]]:
+    """Returns the first lines of each file; of a file that is damaged, those before."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl")) if folder.is_dir() else ():
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(ValueError):
+            for line in storage.split_lines(path.read_text(encoding="utf-8"))[:most]:
+                lines.append(json.loads(line))
+        if lines:
+            found.append(lines)
+    return found
 
 
 def runs_table(runs: list[Run], now: float | None = None) -> Any:

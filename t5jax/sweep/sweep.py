@@ -272,7 +272,7 @@ def _run(
     """Trains one trial, and tells the study what came out."""
     import optuna
 
-    from t5jax.train import NonFiniteLoss
+    from t5jax.train import Diverged
 
     state = optuna.trial.TrialState
     frozen = study.trials[trial.number]
@@ -301,7 +301,7 @@ def _run(
             found = values_in(run_dir, options.sought)
         except distributed.Preempted:
             raise  # The trial stays begun, and the same command takes it up.
-        except NonFiniteLoss as error:
+        except Diverged as error:
             trial.set_user_attr("error", str(error))
             study.tell(trial, state=state.FAIL)
             return

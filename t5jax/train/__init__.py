@@ -5,8 +5,8 @@ they are initialized from the seed. A run that was stopped for any reason resume
 again, with bitwise the same result.
 """
 
+from t5jax.train.guard import Diverged, NonFiniteLoss
 from t5jax.train.loop import train
-from t5jax.train.reports import NonFiniteLoss
 from t5jax.train.state import LoopState
 
-__all__ = ["LoopState", "NonFiniteLoss", "train"]
+__all__ = ["Diverged", "LoopState", "NonFiniteLoss", "train"]

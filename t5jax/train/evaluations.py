@@ -1,16 +1,69 @@
 """Evaluations during a run: computed, said and written."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from t5jax.config import Config
 from t5jax.data.batches.examples import EvalSet
-from t5jax.evaluation import Evaluator, Result
+from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.models import api
 from t5jax.monitor import tables
+from t5jax.monitor.goodput import Goodput
 from t5jax.monitor.progress import ProgressBar
+from t5jax.train.prefetch import raise_among_several
+from t5jax.train.start import Ready
+from t5jax.train.state import LoopState
+from t5jax.train_state import TrainState, evaluated_params
+
+Watch = Callable[[int, dict[str, float]], str]
+"""Takes the step and the metrics of an evaluation; returns why the run shall stop, or ""."""
 
 Results = dict[str, tuple[EvalSet, Result]]
 """The examples and the result of each task."""
+
+
+class Evaluated(NamedTuple):
+    """What came out of an evaluation."""
+
+    loss: float | None = None
+    failure: Exception | None = None
+    """What is to be raised when the step is saved."""
+    ends: bool = False
+    """Whether the run is over."""
+
+
+def evaluate(
+    step: int,
+    state: TrainState,
+    ready: Ready,
+    loop: LoopState,
+    config: Config,
+    goodput: Goodput,
+    writer: Any,
+    bar: ProgressBar,
+    watch: Watch | None,
+) -> Evaluated:
+    """Evaluates the parameters of a step, reports the scores, and records the loss in `loop`."""
+    assert ready.evaluator is not None
+    try:
+        with goodput.spend("evaluation"):
+            seen = ready.run.seen(evaluated_params(state))
+            results = run_evaluation(ready.evaluator, seen, ready.eval_sets)
+    except Exception as error:  # Such as too little memory to generate.
+        raise_among_several(error)
+        return Evaluated(failure=error)
+    loss = mean_loss([result for _, result in results.values()])
+    scalars = report_evaluation(step, results, loss, config, writer, bar)
+    loop.add(step, loss)
+    if said := loop.says_overfitting():
+        bar.print(said)
+        writer.write_scalars(step, {"train/overfits_since": loop.overfits_since})
+    why = watch(step, scalars) if watch else ""
+    if not why and loop.stops(config.eval.patience):
+        why = loop.reason()
+    if why:
+        bar.print(f"stopping at step {step}: {why}")
+    return Evaluated(loss, failure_of(results), bool(why))
 
 
 def run_evaluation(evaluator: Evaluator, params: api.Params, eval_sets: list[EvalSet]) -> Results:

@@ -3,33 +3,41 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from t5jax import checkpoint, distributed, run_lock, storage
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
-from t5jax.evaluation import mean_loss
 from t5jax.hf import io as hf_io
 from t5jax.models import api
-from t5jax.monitor import environment, log, plot, profile, progress
+from t5jax.monitor import data_counts, environment, log, plot, profile, progress, run_log, trackers
 from t5jax.monitor.goodput import Goodput, describe
 from t5jax.monitor.progress import say
 from t5jax.plan.flops import peak_share
+from t5jax.program import Program
 from t5jax.run_lock import RunLock
-from t5jax.train.evaluations import failure_of, report_evaluation, run_evaluation
+from t5jax.train import bad_batches
+from t5jax.train.evaluations import Evaluated, Watch, evaluate
+from t5jax.train.guard import Rewind
 from t5jax.train.initial import begin_or_restore
-from t5jax.train.prefetch import Prefetch, raise_among_several
+from t5jax.train.prefetch import Fetched, Prefetch
 from t5jax.train.reports import Reports
 from t5jax.train.start import Ready, Standing, find_standing, prepare
-from t5jax.train_state import evaluated_params, split
-
-Watch = Callable[[int, dict[str, float]], str]
+from t5jax.train.state import LoopState
+from t5jax.train_state import split
 
 # What every start of a run adds to.
-_GROWING = (log.METRICS_FILE, environment.ENVIRONMENT_FILE)
+_GROWING = (
+    log.METRICS_FILE,
+    environment.ENVIRONMENT_FILE,
+    run_log.LOG_FILE,
+    trackers.NAME_FILE,
+)
 
 
 def train(config: Config, *, compiled: str | None = None, watch: Watch | None = None) -> Path:
@@ -48,14 +56,23 @@ def train(config: Config, *, compiled: str | None = None, watch: Watch | None = 
       distributed.Preempted: after SIGTERM, when the step is saved.
     """
     run_dir = checkpoint.create_run_dir(config.run_dir)
-    with _lock(run_dir) as lock, _reports(run_dir) as reports:
+    with _lock(run_dir) as lock, _reports(run_dir) as reports, run_log.kept() as kept:
         goodput = Goodput()
+        trackers.check_installed(config.watch.trackers)
         standing = find_standing(config, run_dir)
         ready = None if standing.over() else prepare(standing, compiled)
         if ready is None:
             say(f"nothing to do in {run_dir}: {standing.over()}")
         else:
-            _run(standing, ready, run_dir, reports, lock, goodput, watch)
+            if distributed.is_main():
+                kept.begin(reports.path)
+            with goodput, ready.run.use():
+                while True:
+                    try:
+                        _run(standing, ready, run_dir, reports, lock, goodput, watch)
+                        break
+                    except Rewind as rewind:
+                        _go_back(standing, ready, run_dir, rewind)
         _finish(run_dir, reports, standing)
     return run_dir
 
@@ -91,13 +108,11 @@ def _run(
       lock: of the run's folder.
       goodput: what counts where the time goes.
       watch: see `train`.
+    Raises:
+      Rewind: if the run shall go on from its last checkpoint.
     """
     config, loop, start, run = standing.config, standing.loop, standing.step, ready.run
-    with (
-        goodput,
-        run.use(),
-        Checkpoints(run_dir, keep=config.checkpoint.keep, before_save=lock.check) as checkpoints,
-    ):
+    with Checkpoints(run_dir, keep=config.checkpoint.keep, before_save=lock.check) as checkpoints:
         # --- Resume, or begin ---
         taught: tuple[api.Params, ...] = ()
         if run.teacher:
@@ -106,9 +121,16 @@ def _run(
         state, digests = begin_or_restore(standing, run, checkpoints, goodput, run_dir, *taught)
         if distributed.is_main():
             log.truncate_metrics(reports.path, start)
-            _leave_files(reports.path, standing, ready)
+            if not standing.goes_back:
+                _leave_files(reports.path, standing, ready)
             reports.sync()
         _say_what_is_trained(state.params, ready)
+        saved = start if standing.last else None  # The step of the last checkpoint.
+        if config.watch.rewinds and not standing.last:
+            first = dataclasses.replace(loop, iterator=ready.iterator.state())
+            plain = dataclasses.asdict(first)
+            checkpoints.save(start, run.saved(state), plain, config, None, digests)
+            saved = start
 
         # --- Train ---
         batch_shapes = run.arguments(ready.iterator.spec)[1]
@@ -120,65 +142,76 @@ def _run(
             reports.path, config.train.profile, start, config.train.steps, run_dir
         )
         bar = progress.ProgressBar(config.train.steps, start, quiet=not distributed.is_main())
+
+        def keep(batch: Fetched, about: dict[str, Any]) -> Path:
+            return run_dir / bad_batches.keep(reports.path, batch, about, ready.tokenizer)
+
         with (
             bar,
-            contextlib.closing(log.make_writer(reports.path, distributed.is_main())) as writer,
+            contextlib.closing(
+                log.make_writer(
+                    reports.path,
+                    distributed.is_main(),
+                    lambda: trackers.make_trackers(reports.path, config),
+                )
+            ) as writer,
             distributed.StopRequest() as request,
         ):
-            steps = Reports(config, writer, bar, throughput, run.schedule, loop.sums)
+            steps = Reports(config, writer, bar, throughput, run.schedule, loop, start, keep)
             batches = Prefetch(ready.iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
-            for step in itertools.count(start + 1):
+            for turn in itertools.count(start + 1):  # Not the step, where batches are passed over.
                 checkpoints.check()
                 batch = next(batches)
-                trace.before(step, steps.flush)
+                trace.before(turn, steps.flush)
+                limit = steps.limit(batch)
+                # Chosen by the batch, so that a run that goes on computes as it would have.
+                measures = config.watch.norms and batch.number % config.train.log_every == 0
+                arguments = (batch.arrays, *taught, *_limits(run, config, limit, taught))
                 # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
-                    state, metrics = run.step(state, batch.arrays, *taught)
+                    state, metrics = (run.measured_step if measures else run.step)(
+                        state, *arguments
+                    )
                     counted.result = metrics
-                done = step == config.train.steps
-                stops = request.reached(step) and not done
+                asked, ends = request.reached(turn), steps.step + 1 == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
-                failure = None if done else batches.try_fetch()  # While the devices work.
-                steps.add(step, metrics, batch.num_tokens)
-                if traced := trace.after(step, steps.flush):
+                failure = None if ends else batches.try_fetch()  # While the devices work.
+                steps.add(metrics, batch, limit)
+                if traced := trace.after(turn, steps.flush):
                     bar.print(traced)
 
+                step = steps.step
+                done = step == config.train.steps
+                stops = asked and not done
                 evaluates = ready.evaluator is not None and not failure
                 evaluates = evaluates and (done or step % config.eval.every == 0)
                 saves = evaluates or done or failure or stops
                 if saves or step % config.checkpoint.every == 0:
                     steps.flush()  # Raises before a state that is not finite could be saved.
-                    loop.iterator, loop.sums = batch.position, steps.sums
+                    if steps.step < step:  # It was passed over.
+                        step, done, evaluates = steps.step, False, False
+                        stops = asked
+                        saves = failure or stops
+                if (saves or step % config.checkpoint.every == 0) and step != saved:
+                    steps.save(batch)
                     with throughput.pause():
-                        loss = None
+                        found = Evaluated()
                         if evaluates:
-                            assert ready.evaluator is not None
-                            try:
-                                with goodput.spend("evaluation"):
-                                    seen = run.seen(evaluated_params(state))
-                                    results = run_evaluation(ready.evaluator, seen, ready.eval_sets)
-                            except Exception as error:  # Such as too little memory to generate.
-                                raise_among_several(error)
-                                failure = error
-                            else:
-                                loss = mean_loss([result for _, result in results.values()])
-                                scalars = report_evaluation(
-                                    step, results, loss, config, writer, bar
-                                )
-                                loop.add(step, loss)
-                                if watch and (why := watch(step, scalars)):
-                                    bar.print(f"stopping at step {step}: {why}")
-                                    done = True
-                                failure = failure_of(results)
-                                if loop.stops(config.eval.patience):
-                                    bar.print(f"stopping at step {step}: {loop.reason()}")
-                                    done = True
+                            found = evaluate(
+                                step, state, ready, loop, config, goodput, writer, bar, watch
+                            )
+                            failure, done = found.failure, done or found.ends
                         with goodput.spend("checkpoint"):
                             # A run that goes on from here has the metrics until here.
                             writer.flush()
+                            if distributed.is_main():
+                                data_counts.write(reports.path, ready.data, loop.read)
                             reports.sync()
                             plain = dataclasses.asdict(loop)
-                            checkpoints.save(step, run.saved(state), plain, config, loss, digests)
+                            checkpoints.save(
+                                step, run.saved(state), plain, config, found.loss, digests
+                            )
+                            saved = step
                             if done or stops:
                                 checkpoints.wait()
                         seconds = goodput.seconds()
@@ -195,10 +228,32 @@ def _run(
                     )
 
 
+def _limits(run: Program, config: Config, limit: float, taught: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the last arguments of a step that skips."""
+    if not run.skips:
+        return ()
+    value = np.float32(limit if config.watch.on_spike == "skip" else math.inf)
+    place = jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec())
+    on_devices = jax.make_array_from_callback((), place, lambda _: value)
+    return (on_devices,) if taught else (None, on_devices)
+
+
+def _go_back(standing: Standing, ready: Ready, run_dir: Path, rewind: Rewind) -> None:
+    """Brings a run to its last checkpoint, and its data behind the batch that went wrong."""
+
+    standing.last, _ = checkpoint.newest_sound(run_dir)
+    assert standing.last is not None  # That of step 0, at least.
+    standing.saved, standing.goes_back = standing.config, True
+    standing.loop = LoopState(**checkpoint.read_loop(standing.last))
+    standing.loop.guard["passed_over"] = rewind.passed_over
+    ready.iterator.restore(rewind.position)
+
+
 def _leave_files(folder: Path, standing: Standing, ready: Ready) -> None:
     """Writes what explains the run: its config, where it runs, its tokenizer."""
     checkpoint.write_config(folder, standing.config)
     environment.record(folder, list(ready.run.mesh.devices.flat))
+    data_counts.write(folder, ready.data, standing.loop.read)
     ready.tokenizer.save(folder / checkpoint.TOKENIZER_DIR)
     if standing.source:
         generation = standing.source.generation()

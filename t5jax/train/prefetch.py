@@ -8,7 +8,7 @@ import jax
 
 from t5jax import sharding
 from t5jax.config import AxisRules
-from t5jax.data.batches.examples import BatchIterator
+from t5jax.data.batches.examples import BatchIterator, Taken
 from t5jax.monitor import progress
 
 
@@ -18,9 +18,16 @@ class Fetched(NamedTuple):
     arrays: dict[str, jax.Array]
     num_tokens: int
     """Of all processes, without padding; of several, estimated from this one's rows."""
+    taken: Taken
+    """Its examples."""
     position: dict[str, Any]
     """The position after this batch, which a checkpoint of its step needs: by then the iterator is
     one batch ahead."""
+
+    @property
+    def number(self) -> int:
+        """Of the batch among those that the run reads, from 1."""
+        return int(self.position["batches"])
 
 
 class Prefetch:
@@ -45,7 +52,8 @@ class Prefetch:
             arrays = sharding.shard_batch(batch, self._mesh, self._rules, batch_size)
             share = len(next(iter(batch.values()))) / batch_size
             num_tokens = round(progress.count_tokens(batch) / share)
-            self._slot = Fetched(arrays, num_tokens, self._iterator.state())
+            taken, position = self._iterator.taken(), self._iterator.state()
+            self._slot = Fetched(arrays, num_tokens, taken, position)
 
     def try_fetch(self) -> Exception | None:
         """Fetches; returns the error of the data instead of raising it."""

@@ -6,6 +6,7 @@ written.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from t5jax import checkpoint, distributed, sharding
 from t5jax.config import Config, LoraConfig, to_json
@@ -37,6 +38,8 @@ class Standing:
     """That of an adapter."""
     counts_epochs: bool = False
     """Whether the steps are only known of the data."""
+    goes_back: bool = False
+    """Whether the run went back to this checkpoint, and was not started anew."""
 
     @property
     def step(self) -> int:
@@ -59,6 +62,8 @@ class Ready:
     epoch: Epoch | None
     eval_sets: list[EvalSet]
     evaluator: Evaluator | None
+    data: dict[str, Any]
+    """What `data_counts.write` says of the data."""
 
 
 def find_standing(config: Config, run_dir: Path) -> Standing:
@@ -163,7 +168,15 @@ def prepare(standing: Standing, compiled: str | None = None) -> Ready | None:
         "the data (files, tasks or caches)",
         "give every host the same ones",
     )
-    return Ready(run, tokenizer, iterator, epoch, eval_sets, evaluator)
+    data = {
+        "mixtures": [
+            {"first_step": first, "name": name, "shares": pipeline.task_shares(name)}
+            for first, name in config.data.mixtures
+        ],
+        "epoch": str(epoch) if epoch else None,
+        "fingerprint": iterator.state()["fingerprint"],
+    }
+    return Ready(run, tokenizer, iterator, epoch, eval_sets, evaluator, data)
 
 
 _UNKNOWN_STEPS = 10**9

@@ -174,3 +174,34 @@ def test_a_start_is_recorded_without_secrets(tmp_path: Path, monkeypatch):
     assert [start["command"] for start in starts] == ["t5jax train quickstart"] * 2
     assert "jax" in starts[0]["versions"]
     assert "hf_secret" not in (tmp_path / environment.ENVIRONMENT_FILE).read_text()
+
+
+def test_what_was_read_what_was_passed_over_and_overfitting(tmp_path: Path):
+    path = write_run(tmp_path / "a")
+    side = {"limit": 16, "examples": 4, "tokens": 40, "positions": 64, "full": 1}
+    data = {
+        "mixtures": [{"first_step": 0, "name": "both", "shares": {"x": 0.25, "y": 0.75}}],
+        "epoch": "40 examples",
+        "read": {"inputs": side | {"lengths": [0] * 12 + [3, 0, 0, 1]}},
+    }
+    (path / "data.json").write_text(json.dumps(data))
+    lines = [
+        {"step": 9, "batch": 9, "what": "loss is nan", "action": "skip", "loss": None},
+        {"row": 0, "segment": 1, "example": 7, "inputs": NASTY, "targets": "b"},
+    ]
+    (path / "bad_batches").mkdir()
+    kept = path / "bad_batches" / "00000009.jsonl"
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    with open(path / "metrics.jsonl", "a") as file:
+        last = {"train/overfits_since": 8, "train/passed_over": 1, "train/update_ratio/a/b": 0.5}
+        file.write(json.dumps({"step": 20, "time": 1200.0} | last) + "\n")
+    page = render([read_run(path)])
+    for text in ("y 75.0 %", "an epoch is 40 examples", "37.5 %", "25.0 %", "10.0", "since step 8"):
+        assert text in page
+    assert "step 9, batch 9: loss is nan (skip)" in page
+    assert "<b>bold</b>" not in page
+    assert 'href="#passed-over"' in page
+    curves = data_of(page)["curves"]
+    assert "train/overfits_since" not in curves
+    assert curves["train/update_ratio/a/b"] == [[[20, 0.5]]]
+    assert 'href="#passed-over"' not in render([read_run(write_run(tmp_path / "b"))])

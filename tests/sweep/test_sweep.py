@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from t5jax import distributed
+from t5jax.checkpoint import best_loss
 from t5jax.cli import main
 from t5jax.config import Config, EvalConfig, OptimizerConfig, TrainConfig, from_json
 from t5jax.metrics import BY_NAME, OF_SCORES
@@ -18,7 +19,7 @@ from t5jax.sweep import SweepOptions, parse_space, sweep
 from t5jax.sweep.objectives import parse_objective, values_in
 from t5jax.sweep.results import best_trials, plots, trials_table
 from t5jax.train import NonFiniteLoss
-from tiny import one_device  # noqa: F401
+from tiny import one_device, read_state  # noqa: F401
 
 RATES = ["optimizer.learning_rate=log(1e-5, 1e-1)"]
 
@@ -364,6 +365,13 @@ def test_the_command_trains(tmp_path: Path, monkeypatch, capsys):
         learning_rate=best.optimizer.learning_rate,
     )
     assert Path("found/history.png").exists()
+    # Trained again, it gives the same score, and the same parameters.
+    assert main(["train", "found/best.json"]) == 0
+    assert best_loss("found/best") == best_loss("found/trial-0000")
+    ours, theirs = (read_state(f"found/{name}", 2) for name in ("best", "trial-0000"))
+    assert ours.keys() == theirs.keys()
+    assert all((value == theirs[name]).all() for name, value in ours.items())
+    capsys.readouterr()
     assert main(["sweep", "quickstart"]) == 1
     assert "--space" in capsys.readouterr().err
 

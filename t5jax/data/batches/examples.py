@@ -77,6 +77,19 @@ class Epoch:
         return f"{self.num_examples:,} examples{rows}{steps}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """The examples of a batch, in the rows of all processes."""
+
+    numbers: list[list[int]]
+    """For each row, the places of its examples in the order in which the run reads them."""
+    sizes: dict[str, np.ndarray]
+    """The tokens of each example, row by row: of its "inputs" and "targets", or where they share a
+    row, of the "texts"."""
+    limits: dict[str, int]
+    """The length of a row in tokens."""
+
+
 class BatchIterator(Protocol):
     """An infinite iterator of batches, whose position can be saved and restored.
 
@@ -92,6 +105,9 @@ class BatchIterator(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Returns the position as JSON values: the batches read, and what they depend on."""
+
+    def taken(self) -> "Taken":
+        """Returns what is in the last batch, in the rows of all processes."""
 
     def epoch(self, epochs: float | None = None) -> "Epoch | None":
         """Returns the size of an epoch, and how many steps hold all examples of several.

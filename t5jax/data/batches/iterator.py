@@ -23,11 +23,14 @@ from t5jax.data.batches.examples import (
     Example,
     RandomAccessExamples,
     StreamOfExamples,
+    Taken,
 )
 
 WINDOW = 1024
 """Number of examples that are packed together. A larger window packs slightly better, but delays
 the first batch, and a resumed run reads more examples twice."""
+
+_SIDES = {"data.inputs_length": "inputs", "data.targets_length": "targets"}
 
 _UNPACKED_WINDOW = (
     64  # Without packing a small window is enough, and streamed examples come sooner.
@@ -65,6 +68,7 @@ class Batches:
             "data.seed": seed,
         }
         self._window_size = WINDOW if spec.pack else _UNPACKED_WINDOW
+        self._taken: list[tuple[_Window, list[int]]] = []
         self._go(0, 0, 0)
 
     def __iter__(self) -> "Batches":
@@ -74,6 +78,7 @@ class Batches:
         position = self._start, self._row, self._num_batches
         try:
             rows = self._take(self.spec.batch_size)
+            self._taken = rows
             batch = self._converter(self._read([rows[i] for i in self._rows]))
             if len(self._rows) == self.spec.batch_size:  # Other processes may have targets.
                 _check_targets(batch)
@@ -92,6 +97,13 @@ class Batches:
             "batches": self._num_batches,
             "fingerprint": dict(self._fingerprint),
         }
+
+    def taken(self) -> Taken:
+        numbers = [[window.start + k for k in row] for window, row in self._taken]
+        sizes = np.concatenate([window.sizes[row] for window, row in self._taken])
+        names = [_SIDES.get(side, "texts") for side in self._converter.capacity]
+        limits = dict(zip(names, self._converter.capacity.values(), strict=True))
+        return Taken(numbers, dict(zip(names, sizes.T, strict=True)), limits)
 
     def restore(self, state: dict[str, Any]) -> None:
         check_fingerprint(state["fingerprint"], self._fingerprint)
@@ -125,7 +137,7 @@ class Batches:
             else:
                 end = source.window(start, self._window_size)
                 lengths = source.lengths(start, end)
-            rows += len(self._plan(start, lengths))
+            rows += len(self._plan(start, self._sizes(lengths)))
             start = end
         return rows
 
@@ -178,10 +190,11 @@ class Batches:
             def get(numbers: list[int]) -> list[Example]:
                 return [examples[k] for k in numbers]
 
-        return _Window(self._plan(start, lengths), get, stop)
+        sizes = self._sizes(lengths)
+        return _Window(self._plan(start, sizes), sizes, get, start, stop)
 
-    def _plan(self, start: int, lengths: dict[str, np.ndarray]) -> list[list[int]]:
-        """Returns the rows of a window, as indices of its examples."""
+    def _sizes(self, lengths: dict[str, np.ndarray]) -> np.ndarray:
+        """Returns the sizes of examples on each side of a row, int [n, sides], which fit."""
         sizes, capacity = self._converter.sizes(lengths), self._converter.capacity
         for side, (name, limit) in enumerate(capacity.items()):
             if sizes[:, side].max() > limit:
@@ -189,9 +202,13 @@ class Batches:
                     f"an example takes {sizes[:, side].max()} tokens of a row that holds {limit}; "
                     f"raise {name}, or cut examples in their task"
                 )
+        return sizes
+
+    def _plan(self, start: int, sizes: np.ndarray) -> list[list[int]]:
+        """Returns the rows of a window, as indices of its examples."""
         if not self.spec.pack:
             return [[k] for k in range(len(sizes))]
-        rows = pack(sizes, list(capacity.values()))
+        rows = pack(sizes, list(self._converter.capacity.values()))
         # Packed rows are in the order of their largest examples.
         order = np.random.default_rng([self._seed, start]).permutation(len(rows))
         return [rows[i] for i in order]
@@ -202,10 +219,18 @@ def _lengths_of(examples: list[Example]) -> dict[str, np.ndarray]:
 
 
 class _Window:
-    """Examples, their rows, and the number of the first example after them."""
+    """Examples, their rows, the number of the first example and of the first one after them."""
 
-    def __init__(self, rows: list[list[int]], get: Callable[[list[int]], list[Example]], stop: int):
-        self.rows, self.get, self.stop = rows, get, stop
+    def __init__(
+        self,
+        rows: list[list[int]],
+        sizes: np.ndarray,
+        get: Callable[[list[int]], list[Example]],
+        start: int,
+        stop: int,
+    ):
+        self.rows, self.sizes, self.get = rows, sizes, get
+        self.start, self.stop = start, stop
 
 
 class ChangingBatches:
@@ -240,6 +265,9 @@ class ChangingBatches:
             "batches": self._num_batches,
             "fingerprint": state["fingerprint"] | changes,
         }
+
+    def taken(self) -> Taken:
+        return self._iterator.taken()
 
     def restore(self, state: dict[str, Any]) -> None:
         num_batches = state["batches"]
