@@ -299,7 +299,8 @@ def _each(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Non
             raise
 
 
-def _put(file: Path, url: str) -> None:
+def put(file: Path, url: str) -> None:
+    """Uploads a file of this machine."""
     with reporting(url):
         filesystem().put_file(str(file), url)
 
@@ -319,12 +320,12 @@ def upload_folder(folder: Path, url: str, last: str) -> None:
     sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in _files(folder)}
     if last in before:
         delete(f"{url}/{last}")
-    _each(_put, ((folder / name, f"{url}/{name}") for name in sizes if name != last))
+    _each(put, ((folder / name, f"{url}/{name}") for name in sizes if name != last))
     after = {name: found.size for name, found in objects(url).items()}
     wrong = [name for name in sizes if name != last and after.get(name) != sizes[name]]
     if wrong:
         raise ValueError(f"{url}/{wrong[0]} is not what was uploaded; give the same command again")
-    _put(folder / last, f"{url}/{last}")
+    put(folder / last, f"{url}/{last}")
     _each(delete, ((f"{url}/{name}",) for name in before if name not in sizes))
 
 

@@ -196,6 +196,15 @@ def create(path: Path, content: bytes = b"") -> bool:
     return True
 
 
+def move(file: Path, path: Path) -> None:
+    """Moves a file of this machine to a place on the same disk, or in a bucket."""
+    if is_remote(path):
+        buckets.put(file, str(path))
+        file.unlink()
+    else:
+        os.replace(file, path)
+
+
 def remove(path: Path) -> None:
     """Removes a file, if it is there."""
     if is_remote(path):
@@ -376,6 +385,20 @@ def new_folder(folder: Path, last: str = "") -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_in_place(folder: Path, last: str) -> Iterator[Path]:
+    """Yields a folder of a bucket, emptied, into which machines of a cluster write.
+
+    Args:
+      folder: the folder.
+      last: the file without which the others count for nothing; it is gone first, and has to be
+        written last.
+    """
+    for name in sorted(files(folder), key=lambda name: name != last):
+        remove(folder / name)
+    yield folder
 
 
 def remove_partial(folder: Path) -> None:

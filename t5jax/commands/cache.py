@@ -33,8 +33,8 @@ class Cache:
     rebuild: bool = False
     """Also rewrite caches that match."""
     beam: tuple[str, ...] | None = None
-    """Run on Apache Beam with these options, such as runner=FlinkRunner (needs the extra
-    `beam`)."""
+    """Run on Apache Beam with these options, such as runner=FlinkRunner (needs the extra `beam`).
+    The workers write into FOLDER: in a bucket, or one that all of them have."""
     task_files: tuple[str, ...] = ()
     """Python files that register tasks, in addition to ./tasks/*.py and the shipped ones."""
 

@@ -270,3 +270,15 @@ def test_the_steps_of_the_container_run_in_order_in_an_empty_folder(accelerator,
     assert (folder / "src/tasks/numbers.py").is_file()
     with pytest.raises(subprocess.CalledProcessError):
         run_steps(tmp_path / "other", str(python), "xpu")
+
+
+def test_dataflows_image_has_the_versions_of_its_python():
+    """Those of the same Python as the image, and Beam's in the image as in the lock file."""
+    text = (LAUNCHERS / "dataflow.Dockerfile").read_text()
+    version, beam = re.search(r"^FROM apache/beam_python3\.(\d+)_sdk:(\S+)$", text, re.M).groups()
+    lock = f"constraints/py3{version}.txt"
+    assert f"COPY {lock} /src/constraints.txt" in text
+    assert f"apache-beam=={beam}\n" in (ROOT / lock).read_text()
+    copied = set(re.findall(r"^COPY (.*) \S+$", text, re.M))
+    of_the_other = {w.rpartition(" ")[0] for n, w in instructions() if n == "COPY"}
+    assert copied - {lock} == {x for x in of_the_other if x[0] != "-"} - {"constraints/py312.txt"}

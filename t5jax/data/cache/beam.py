@@ -3,19 +3,20 @@
     write_caches("my_mixture", folder, run, write=make_writer(["--runner=..."]))
 
 One worker reads the rows of a task, all workers tokenize, and each shard is written by one of them.
-The shards are byte for byte those that one machine writes. Workers need t5jax, the task files and
-the cache's folder under the same paths (NFS, a mounted bucket).
+The shards are byte for byte those that one machine writes. Workers need t5jax, and the task files
+and the cache's folder under the same paths: in a bucket, or in a folder that all of them have.
 """
 
 import functools
-import os
-import uuid
+import io
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from t5jax import storage
 from t5jax.data.cache.writer import Shard, ShardWriter, shard_name
 from t5jax.data.recipe import Recipe
 
@@ -72,10 +73,12 @@ def _write(
     for counter in result.metrics().query(MetricsFilter().with_namespace(_DROPPED))["counters"]:
         dropped[counter.key.metric.name] += counter.result
     shards = []
-    for path in folder.glob("*.npz"):
-        with np.load(path) as saved:
-            shards.append(Shard(saved["number"].item(), saved["lengths"], saved["content"].item()))
-        path.unlink()
+    for name in storage.files(folder):
+        if name.endswith(".npz"):
+            with np.load(io.BytesIO((folder / name).read_bytes())) as saved:
+                content = saved["content"].item()
+                shards.append(Shard(saved["number"].item(), saved["lengths"], content))
+            storage.remove(folder / name)
     return shards
 
 
@@ -103,16 +106,16 @@ def _tokenize(numbered, encoder, num_shards):
 
 def _write_shard(grouped, folder, num_shards):
     shard, chunks = grouped
-    # Beam may do the same work twice at a time; renaming makes this harmless.
-    scratch = Path(folder) / uuid.uuid4().hex
-    scratch.mkdir()
-    name = shard_name(shard, num_shards)
-    writer = ShardWriter(scratch, shard, num_shards)
-    for _, lengths, records in sorted(chunks, key=lambda chunk: chunk[0]):
-        writer.add(lengths, records)
-    written = writer.close()
-    saved = f"{name}.npz"
-    np.savez(scratch / saved, number=shard, lengths=written.lengths, content=written.content)
-    for file in (name, saved):
-        os.replace(scratch / file, scratch.parent / file)
-    scratch.rmdir()
+    target, name = storage.path(folder), shard_name(shard, num_shards)
+    # Beam may do the same work twice at a time; each has a folder of its own, so this is harmless.
+    beside = None if storage.is_remote(target) else target
+    with tempfile.TemporaryDirectory(dir=beside) as made:
+        scratch = Path(made)
+        writer = ShardWriter(scratch, shard, num_shards)
+        for _, lengths, records in sorted(chunks, key=lambda chunk: chunk[0]):
+            writer.add(lengths, records)
+        written = writer.close()
+        saved = f"{name}.npz"
+        np.savez(scratch / saved, number=shard, lengths=written.lengths, content=written.content)
+        for file in (name, saved):
+            storage.move(scratch / file, target / file)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -85,11 +86,6 @@ def write_caches(
     from t5jax.data.tasks.foreign import kind_of
 
     folder = storage.path(folder, "the cache's folder")
-    if write and storage.is_remote(folder):
-        raise ValueError(
-            f"the cache's folder is {folder}, but the workers of a cluster write into a folder "
-            "that all of them have under the same path; mount the bucket, or leave --beam out"
-        )
     for name, value in {"processes": processes or 1, "num_shards": num_shards}.items():
         check_at_least(value, 1, name)
     found = seqio.get_mixture_or_task(mixture)
@@ -100,6 +96,9 @@ def write_caches(
             raise ValueError(
                 f"{mixture} has no split {split!r}; there are {', '.join(known) or 'none'}"
             )
+    # Workers of a cluster write into a bucket; this machine writes on its disk, and uploads.
+    in_place = write is not None and storage.is_remote(folder)
+    place = storage.folder_in_place if in_place else storage.new_folder
     write = write or functools.partial(write_here, processes=processes or num_cores())
     reports = []
     for task, split in itertools.product(tasks, splits):
@@ -107,17 +106,17 @@ def write_caches(
             recipe = kind_of(task).recipe(split, run)
             path = split_folder(folder, task.name, split)
             with _lock(path):
-                reports.append(_cache(recipe, path, num_shards, rebuild, write))
+                reports.append(_cache(recipe, path, num_shards, rebuild, write, place))
     return reports
 
 
-def _cache(recipe: Recipe, path: Path, num_shards: int, rebuild: bool, write) -> CacheReport:
+def _cache(recipe: Recipe, path: Path, num_shards: int, rebuild: bool, write, place) -> CacheReport:
     start = time.monotonic()
     reason = "asked for" if rebuild else _mismatch(recipe, path)
     if reason:
         if path.exists():
             _log.warning("%s is written anew: %s", path, reason)
-        _write_cache(recipe, path, num_shards, write)
+        _write_cache(recipe, path, num_shards, write, place)
     info = read_info(path)
     return CacheReport(
         recipe.task,
@@ -149,13 +148,13 @@ def _mismatch(recipe: Recipe, path: Path) -> str | None:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def _write_cache(recipe: Recipe, path: Path, num_shards: int, write) -> None:
-    """Writes a cache into a temporary folder and renames it."""
+def _write_cache(recipe: Recipe, path: Path, num_shards: int, write, place) -> None:
+    """Writes a cache into a temporary folder and renames it, or in its place in a bucket."""
     stamps = stamp_files(recipe.files)  # Before reading: a change in between is noticed later.
     storage.remove_partial(path)
     dropped: Counter = Counter()
     try:
-        with storage.new_folder(path, INFO_FILE) as partial:
+        with place(path, INFO_FILE) as partial:
             shards = sorted(write(recipe, partial, num_shards, dropped), key=lambda s: s.number)
             if not shards:
                 why = ", ".join(f"{n} dropped by {step}" for step, n in dropped.items() if n)
@@ -173,9 +172,11 @@ def _finish(
 ) -> None:
     """Writes the lengths and finally cache.json, which completes the cache."""
     lengths = np.concatenate([shard.lengths for shard in shards])
-    np.save(folder / LENGTHS_FILE, lengths)
-    storage.sync(folder / LENGTHS_FILE)
+    content = io.BytesIO()
+    np.save(content, lengths)
+    storage.write_file(folder / LENGTHS_FILE, content.getvalue())
     names = [shard_name(shard.number, num_shards) for shard in shards]
+    sizes = storage.files(folder)
     info = {
         "task": recipe.task,
         "split": recipe.split,
@@ -187,13 +188,13 @@ def _finish(
         "dtype": recipe.encoder.dtype,
         "content": _combine([shard.content for shard in shards]),
         "shards": {n: len(shard.lengths) for n, shard in zip(names, shards, strict=True)},
-        "files": {n: (folder / n).stat().st_size for n in (*names, LENGTHS_FILE)},
+        "files": {n: sizes[n][0] for n in (*names, LENGTHS_FILE)},
         "fingerprint": recipe.fingerprint,
         "source_files": stamps,
     }
-    (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n")
-    storage.sync(folder / INFO_FILE)
-    storage.sync(folder)
+    storage.write_file(folder / INFO_FILE, (json.dumps(info, indent=2) + "\n").encode())
+    if not storage.is_remote(folder):
+        storage.sync(folder)
 
 
 @contextlib.contextmanager
