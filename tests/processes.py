@@ -91,6 +91,10 @@ class Process:
             raise AssertionError(f"it hangs:\n{self.err}") from None
         return Ended(status, self.out, self.err, self._fork.cpu)
 
+    @property
+    def pid(self) -> int:
+        return self._fork.pid
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal; nothing if it has ended."""
         with contextlib.suppress(ProcessLookupError):

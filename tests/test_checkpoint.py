@@ -82,6 +82,37 @@ def test_restore_splits_over_a_mesh(tmp_path):
     assert params["w"].sharding == shardings.params["w"]
 
 
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4), (4, 1), (2, 2), (2, 1), (1, 2), (1, 1)])
+def test_what_eight_devices_have_saved_any_number_goes_on_with(sizes, tmp_path):
+    """Parameters and the optimizer's state have the same bits on each, in any shape of the mesh."""
+
+    def shardings(sizes):
+        devices = jax.devices()[: math.prod(sizes)]
+        mesh = jax.make_mesh(sizes, ("fsdp", "model"), devices=devices)
+        return jax.tree.map(
+            lambda x: jax.NamedSharding(
+                mesh, jax.P("fsdp", "model") if x.shape == (8, 4) else jax.P()
+            ),
+            shapes,
+        )
+
+    def state():
+        params = {"w": jnp.arange(32.0).reshape(8, 4) / 3, "b": jnp.full((3,), 7, jnp.bfloat16)}
+        return TrainState(jnp.int32(5), params, {"mu": jax.tree.map(jnp.negative, params)})
+
+    shapes = jax.eval_shape(state)
+    saved = jax.device_put(state(), shardings((4, 2)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, saved, {"at": 5, "iterator": {"row": 3}}, CONFIG)
+        checkpoints.wait()
+        last, damaged = checkpoint.newest_sound(tmp_path)
+        restored = checkpoints.restore(last, shapes, shardings(sizes))
+    assert damaged == []
+    assert_equal(restored, state())
+    assert len(restored.opt_state["mu"]["w"].sharding.device_set) == math.prod(sizes)
+    assert checkpoint.read_loop(last)["iterator"] == {"row": 3}
+
+
 def test_parameters_alone_are_read_in_another_dtype(tmp_path):
     save(tmp_path, {1: None})
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

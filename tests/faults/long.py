@@ -4,10 +4,12 @@ python tests/faults/long.py kills damage readers soak
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +28,9 @@ forks.make_folder()
 import tiny
 from faults import killing, page, readers
 from faults.hostile import attack
+from processes import Process
 from t5jax.config import to_json
+from t5jax.monitor import log
 
 # The share of each command in all kills.
 SHARES = {
@@ -165,6 +169,49 @@ def hostile_input(folder: Path, options: argparse.Namespace) -> None:
     )
 
 
+def soak(folder: Path, options: argparse.Namespace) -> None:
+    """Trains for many steps, evaluates and saves, and watches what the process holds."""
+    run = folder / "run"
+    config = _config(
+        run,
+        "soak",
+        folder,
+        train={"steps": options.steps, "log_every": 10},
+        eval={"every": 200, "batch_size": 8, "num_examples": 8},
+        checkpoint={"every": 50, "keep": 2},
+    )
+    process = Process("-m", "t5jax.cli", "train", config)
+    samples: list[tuple[int, int, int, float]] = []
+    while not process.has_ended():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            step = log.read_metrics(run)[-1]["step"]
+            about = Path(f"/proc/{process.pid}")
+            held = dict(line.split(":", 1) for line in (about / "status").read_text().splitlines())
+            files = len(list((about / "fd").iterdir()))
+            memory = int(held["VmRSS"].split()[0]) / 1024
+            samples.append((step, int(held["Threads"]), files, memory))
+        time.sleep(0.5)
+    ended = process.wait()
+    killing.check(ended, ["train"])
+    rows = []
+    for part in range(4):
+        first, last = options.steps * part // 4, options.steps * (part + 1) // 4
+        found = [sample for sample in samples if first < sample[0] <= last]
+        assert found, "too few samples; train for longer"
+        means = (statistics.median(sample[i] for sample in found) for i in (3, 1, 2))
+        memory, threads, files = means
+        rows.append([f"{first + 1:,} to {last:,}", len(found), round(memory), threads, files])
+    # The first quarter has what is compiled and read for the first time.
+    assert rows[3][2] <= rows[1][2] * 1.03 + 8, f"memory grows: {rows}"
+    assert max(rows[3][3:]) <= max(rows[1][3:]) + 3, f"threads or files grow: {rows}"
+    page.write(
+        "soak",
+        ["steps", "samples", "MiB in memory", "threads", "open files"],
+        rows,
+        f"Medians of samples every half second; the run took {ended.cpu:.0f} CPU-s.",
+    )
+
+
 def spoil(file: Path, how: str) -> None:
     content = bytearray(file.read_bytes())
     if how == "removed":
@@ -192,7 +239,7 @@ def main() -> None:
         if "readers" in options.parts:
             hostile_input(folder, options)
         options.results = options.results or folder / "kills.jsonl"
-        for part, function in (("kills", kills), ("damage", damage)):
+        for part, function in (("kills", kills), ("damage", damage), ("soak", soak)):
             if part in options.parts:
                 (folder / part).mkdir()
                 function(folder / part, options)
