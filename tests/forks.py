@@ -218,6 +218,7 @@ def _import() -> None:
     import clu.metric_writers  # noqa: F401
     import fastapi  # noqa: F401
 
+    import hashed  # noqa: F401
     import t5jax.commands.infer
     import t5jax.data.pipeline
     import t5jax.train  # noqa: F401
@@ -236,6 +237,9 @@ def _become(order: dict) -> None:
     first = str(Path(kind).parent) if kind.endswith(".py") else ""
     sys.path[:1] = [first, *filter(None, order["env"].get("PYTHONPATH", "").split(":"))]
     gc.enable()
+    hashed = sys.modules["hashed"]
+    if hashed.ASKED in os.environ:
+        sys.modules["jax"].random.key = hashed.key
     if kind == "-c":
         sys.argv = ["-c", *words[1:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -57,6 +57,8 @@ INSTEAD = [
     (r"(python -m gcp (?:create|watch) .*)", "{0} --interval 0", "tests/gcp"),
     (r"(t5jax eval (?!.*--help).*)", "{0} --num-examples 4", "tests/test_evaluate.py"),
 ]
+# (text of a block of Python, what stands in its place)
+SMALLER = [('("train", 1900, 20000)', '("train", 1900, 2000)')]  # Rows.
 # Languages of blocks that are only shown, such as a command's output.
 SHOWN = {"text", "json", "jsonl", "toml"}
 
@@ -255,6 +257,8 @@ def _run_main(arguments: list[str], folder: Path) -> tuple[int, str]:
 def _run_there(language: str, code: str, folder: Path, env: dict) -> tuple[int, str]:
     """Runs code of a shell or of Python in a folder; returns its status and what it has printed."""
     if language == "python":
+        for text, smaller in SMALLER:
+            code = code.replace(text, smaller)
         done = Process("-c", code, env=env, folder=folder).wait(timeout=600)
         return done.status, done.out + done.err
     shell = ["bash", "-euxo", "pipefail"]

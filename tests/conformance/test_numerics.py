@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from packaging.version import Version
 
+import hashed
 from conformance.cases import (
     ALONE,
     HIDDEN,
@@ -225,7 +226,7 @@ def test_gradients_are_the_slopes_of_the_loss(variant):
 @every_network
 def test_scanned_unrolled_and_recomputed_are_the_same_with_dropout(variant):
     model = change(VARIANTS[variant], dropout_rate=0.3)
-    inputs = *inputs_for(model), jax.random.key(5)
+    inputs = *inputs_for(model), hashed.key(5)
     value, grads = loss_and_grads(change(model, remat="minimal"), *inputs)
     got_value, got_grads = loss_and_grads(change(model, scan_layers=False, remat="full"), *inputs)
     assert_trees_close(got_value, value, atol=0, rtol=1e-5)
@@ -312,7 +313,7 @@ def test_layers_that_add_nothing_change_nothing_with_dropout_and_no_two_masks_ar
 
     with nn.intercept_methods(watch):
         params = jax.tree_util.tree_map_with_path(silence, params)
-        jax.jit(lambda p: api.hidden(model, p, batch, dropout_rng=jax.random.key(0)))(params)
+        jax.jit(lambda p: api.hidden(model, p, batch, dropout_rng=hashed.key(0)))(params)
         jax.effects_barrier()
     assert len(layers) >= 2
     for before, after in layers:
