@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from command_line import fails, run
 from t5jax import sharding
@@ -148,6 +149,18 @@ def test_without_libtpu_or_with_another(monkeypatch):
         find_topology("v5e:2x2")
 
 
+@pytest.fixture
+def compiled_here(tmp_path):
+    """Nothing comes from the cache: a CPU's program from there cannot be serialized again."""
+    folder = jax.config.jax_compilation_cache_dir
+    compilation_cache.set_cache_dir(str(tmp_path / "programs"))
+    compilation_cache.reset_cache()
+    yield
+    compilation_cache.set_cache_dir(folder)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("compiled_here")
 def test_a_saved_step_computes_the_same(tmp_path):
     config = override(TINY, {"mesh.fsdp": 2, "model.dtype": "float32"})
     run = program(config, sharding.make_mesh(config.mesh, jax.devices()[:2]))
