@@ -3,7 +3,7 @@
 Greedy generation, 64 input and 64 output tokens, random weights; no row ends early. Sizes are those
 of the weights on disk, speeds are medians. Needs the extras `torch` and `compress`.
 
-    python benchmarks/compress.py [--batch-sizes 1 32] [--repeats 5]
+    python benchmarks/compress.py [--batch-sizes 1 32] [--repeats 3]
 """
 
 import argparse
@@ -20,11 +20,11 @@ from rich.table import Table
 from generate import NEW_TOKENS, SOURCE, _check, ctranslate2_generate
 from t5jax import batch as features
 from t5jax.architectures import T5Config, published
-from t5jax.compress import compress_model
 from t5jax.decoding import greedy
 from t5jax.hf import ctranslate2, io
 from t5jax.host_memory import keep_freed_memory
 from t5jax.models import api
+from t5jax.quantize.compress import compress_model
 from t5jax.quantize.matrices import Scheme
 from t5jax.source import Source, find
 from t5jax.tokenizers import ByteTokenizer
@@ -71,7 +71,7 @@ def t5jax_generate(source: Source, tokens: np.ndarray):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each")
     args = parser.parse_args()
 
     model: T5Config = published("t5_1_1_small", scan_layers=False)

@@ -17,7 +17,7 @@ from rich.table import Table
 from t5jax import batch as features
 from t5jax import sharding
 from t5jax.architectures import T5Config, published
-from t5jax.config import Config, DataConfig, LossConfig, OptimizerConfig
+from t5jax.config import Config, DataConfig, LoraConfig, LossConfig, OptimizerConfig
 from t5jax.hf.t5 import write_config
 from t5jax.host_memory import keep_freed_memory
 from t5jax.program import program
@@ -38,11 +38,12 @@ def random_batch(model: T5Config) -> dict:
     }
 
 
-def t5jax_step(model: T5Config):
+def t5jax_step(model: T5Config, adapter: LoraConfig | None = None):
     """Returns a function that does one step and waits for it."""
     keep_freed_memory()
     config = Config(
         model=model,
+        adapter=adapter,
         data=DataConfig(batch_size=BATCH),
         optimizer=OptimizerConfig(name="adamw"),
         loss=LossConfig(z_loss=0.0),
@@ -61,15 +62,21 @@ def t5jax_step(model: T5Config):
     return run
 
 
-def torch_step(model: T5Config, compiled: bool):
+def torch_step(model: T5Config, compiled: bool, adapted=lambda network: network):
+    """Returns the same of transformers.
+
+    Args:
+      adapted: returns the network with an adapter.
+    """
     import torch
     from transformers import T5Config as HFConfig
     from transformers import T5ForConditionalGeneration
 
     torch.manual_seed(0)
     config = HFConfig(**write_config(model) | {"use_cache": False})
-    network = T5ForConditionalGeneration(config).to(getattr(torch, model.dtype)).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    network = adapted(T5ForConditionalGeneration(config).to(getattr(torch, model.dtype))).train()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     batch = random_batch(model)
     inputs = torch.tensor(batch[features.ENCODER_INPUT_TOKENS]).long()
     labels = torch.tensor(batch[features.DECODER_TARGET_TOKENS]).long()
@@ -99,12 +106,15 @@ def main():
         contestants["transformers + torch.compile"] = functools.partial(torch_step, small, True)
     contestants["t5jax, unrolled"] = functools.partial(t5jax_step, unrolled)
     contestants["t5jax, scanned"] = functools.partial(t5jax_step, small)
-    seconds = median_seconds(contestants, args.steps)
+    show(median_seconds(contestants, args.steps), args.dtype)
 
-    table = Table(title=f"T5 1.1 small, one step, {BATCH} x ({SOURCE} + {TARGET}), {args.dtype}")
+
+def show(seconds: dict[str, float], dtype: str):
+    """Prints medians, and how often each fits into the first."""
+    table = Table(title=f"T5 1.1 small, one step, {BATCH} x ({SOURCE} + {TARGET}), {dtype}")
     for column in ("", "seconds", "tokens/s", "times the first"):
         table.add_column(column, justify="left" if column == "" else "right")
-    first = seconds[next(iter(contestants))]
+    first = seconds[next(iter(seconds))]
     for name, median in seconds.items():
         rate = BATCH * (SOURCE + TARGET) / median
         table.add_row(name, f"{median:.2f}", f"{rate:,.0f}", f"{first / median:.2f}x")

@@ -26,6 +26,10 @@ DECODER_LOSS_WEIGHTS = "decoder_loss_weights"
 DECODER_CAUSAL_ATTENTION = "decoder_causal_attention"
 DECODER_SEGMENT_IDS = "decoder_segment_ids"
 DECODER_POSITIONS = "decoder_positions"
+# What a teacher said of each target beforehand, see `losses.distillation_of_top`: [B, T, k] ids and
+# float32 [B, T, k + 1].
+TEACHER_IDS = "teacher_ids"
+TEACHER_LOG_PROBS = "teacher_log_probs"
 
 Batch = dict[str, np.ndarray]
 

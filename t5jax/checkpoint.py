@@ -671,7 +671,8 @@ def _fixed_fields(config: Config) -> dict[str, list[str]]:
     model = [f.name for f in dataclasses.fields(config.model) if f.name not in _FREE_MODEL_FIELDS]
     return {
         "model": model,
-        "init": ["model"],
+        # An adapter knows its base by digests, wherever it is.
+        "init": [] if config.adapter else ["model"],
         "optimizer": ["name", "freeze"],
         "prune": [f.name for f in dataclasses.fields(config.prune)],
         "train": ["seed"],

@@ -67,7 +67,8 @@ class Teacher(NamedTuple):
     """A model whose probabilities are learned."""
 
     model: Architecture
-    params: api.Params
+    params: api.Params | None
+    """None: the batch has what it says."""
     config: DistillConfig
 
 
@@ -92,6 +93,77 @@ def distillation(
     return temperature**2 * jnp.sum(kl_BT * weights_BT)
 
 
+def distillation_of_top(
+    logits_BTV: jax.Array,
+    ids_BTk: jax.Array,
+    log_probs_BTk: jax.Array,
+    weights_BT: jax.Array,
+    temperature: float,
+    num_ids: int,
+) -> jax.Array:
+    """Returns `distillation`, given the largest of the teacher's probabilities.
+
+    All other ids count as one, so that it is at most the whole divergence, and with k = `num_ids`
+    the whole.
+
+    Args:
+      logits_BTV: float32, of the student.
+      ids_BTk: int32, as `top_log_probs` returns them.
+      log_probs_BTk: float32 [B, T, k + 1], of the teacher at the same temperature; the last is
+        that of all other ids together.
+      weights_BT: float32; a token of weight 0 is ignored.
+      temperature: T.
+      num_ids: the number of ids that both models have.
+    """
+    student_BTV = jax.nn.log_softmax(logits_BTV[..., :num_ids] / temperature)
+    student_BTk = jnp.take_along_axis(student_BTV, ids_BTk, axis=-1)
+    k = ids_BTk.shape[-1]
+    if k == num_ids:
+        log_probs_BTk = log_probs_BTk[..., :k]
+    else:
+        rest_BTV = jnp.put_along_axis(student_BTV, ids_BTk, -jnp.inf, axis=-1, inplace=False)
+        rest_BT1 = jax.nn.logsumexp(rest_BTV, axis=-1, keepdims=True)
+        student_BTk = jnp.concatenate([student_BTk, rest_BT1], axis=-1)
+    kl_BT = jnp.sum(jnp.exp(log_probs_BTk) * (log_probs_BTk - student_BTk), axis=-1)
+    return temperature**2 * jnp.sum(jnp.where(weights_BT > 0, kl_BT * weights_BT, 0))
+
+
+def top_log_probs(
+    model: Architecture,
+    params: api.Params,
+    batch: Mapping[str, jax.Array],
+    *,
+    temperature: float,
+    num_ids: int,
+    top_k: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest of a model's probabilities, as `distillation_of_top` takes them.
+
+    Args:
+      num_ids: as there; ids above do not count.
+      top_k: how many.
+    Returns:
+      int32 [B, T, k] and float32 [B, T, k + 1].
+    """
+    x_BTD = api.hidden(model, params, batch)
+    head = api.unembed_params(model, params)
+
+    def top(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits_BTV = api.unembed(model, head, x_BTD)[..., :num_ids]
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV / temperature)
+        top_BTk, ids_BTk = jax.lax.top_k(log_probs_BTV, top_k)
+        rest_BTV = jnp.put_along_axis(log_probs_BTV, ids_BTk, -jnp.inf, axis=-1, inplace=False)
+        rest_BT1 = jax.nn.logsumexp(rest_BTV, axis=-1, keepdims=True)
+        # Of nothing: a number whose exponential is 0.
+        rest_BT1 = jnp.maximum(rest_BT1, -1e4)
+        return ids_BTk, jnp.concatenate([top_BTk, rest_BT1], axis=-1)
+
+    chunks = _chunks_of((*x_BTD.shape[:2], model.num_outputs))
+    parts = jax.lax.map(top, _chunk(x_BTD, chunks))
+    ids, log_probs = jax.tree.map(_unchunk, parts)
+    return ids, log_probs
+
+
 def batch_loss(
     model: Architecture,
     params: api.Params,
@@ -113,34 +185,53 @@ def batch_loss(
     ]
     weights_BT = batch[features.ENCODER_LOSS_WEIGHTS if encodes else features.DECODER_LOSS_WEIGHTS]
 
-    taught = None
-    if teacher is not None:
+    taught: _Taught | None = None
+    if teacher is None:
+        pass
+    elif teacher.params is None:
+        taught = ((batch[features.TEACHER_IDS], batch[features.TEACHER_LOG_PROBS]), None)
+    else:
         taught_x_BTD = jax.lax.stop_gradient(api.hidden(teacher.model, teacher.params, batch))
-        taught = (taught_x_BTD, api.unembed_params(teacher.model, teacher.params))
+        taught = ((taught_x_BTD,), api.unembed_params(teacher.model, teacher.params))
 
     def part(
         head: api.Params,
         x_BTD: jax.Array,
         targets_BT: jax.Array,
         weights_BT: jax.Array,
-        taught: tuple[jax.Array, api.Params] | None = None,
+        taught: _Taught | None = None,
     ) -> tuple[jax.Array, Sums]:
         logits_BTV = api.unembed(model, head, x_BTD)
         loss, sums = cross_entropy(logits_BTV, targets_BT, weights_BT, config)
         if teacher is None or taught is None:
             return loss, sums
-        taught_x_BTD, taught_head = taught
-        teacher_BTV = api.unembed(teacher.model, taught_head, taught_x_BTD)
+        said, taught_head = taught
         how = teacher.config
-        distilled = distillation(logits_BTV, teacher_BTV, weights_BT, how.temperature)
+        if taught_head is None:
+            common = min(model.vocab_size, teacher.model.vocab_size)
+            ids_BTk, log_probs_BTk = said
+            distilled = distillation_of_top(
+                logits_BTV, ids_BTk, log_probs_BTk, weights_BT, how.temperature, common
+            )
+        else:
+            teacher_BTV = api.unembed(teacher.model, taught_head, *said)
+            distilled = distillation(logits_BTV, teacher_BTV, weights_BT, how.temperature)
         loss = (1 - how.weight) * loss + how.weight * distilled
         return loss, jax.lax.stop_gradient(sums | {"loss": loss, "distillation": distilled})
 
-    shape = (*targets_BT.shape, model.num_outputs)
-    length = int(local_size(targets_BT.shape[1:], "length"))
-    chunks = _num_chunks(local_size(shape, "batch", "length", "vocab"), length)
+    chunks = _chunks_of((*targets_BT.shape, model.num_outputs))
     head = api.unembed_params(model, params)
     return _sum_over_chunks(part, chunks, head, x_BTD, targets_BT, weights_BT, taught)
+
+
+# Arrays of a teacher [B, T, ...], which are divided into chunks, and its head if they need one.
+_Taught = tuple[tuple[jax.Array, ...], Any]
+
+
+def _chunks_of(shape: tuple[int, int, int]) -> int:
+    """Returns in how many chunks logits [B, T, V] are computed."""
+    length = int(local_size(shape[1:2], "length"))
+    return _num_chunks(local_size(shape, "batch", "length", "vocab"), length)
 
 
 def _num_chunks(num_logits: float, length: int) -> int:
@@ -176,11 +267,11 @@ def _sum_over_chunks(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    taught: tuple[jax.Array, Any] | None = None,
+    taught: _Taught | None = None,
 ) -> Any:
     """Sums `part(head, x, targets, weights, taught) -> (loss, sums)` over chunks of the length.
 
-    `taught` are the hidden states of a teacher and its head, which have no gradient.
+    `taught` is what a teacher says, which has no gradient.
 
     The gradient is computed in the forward pass, while a chunk's logits are at hand, so that they
     are neither stored nor computed twice.
@@ -199,17 +290,17 @@ def _with_taught(
     part: Callable[..., Any],
     chunks: int,
     arrays: tuple[jax.Array, ...],
-    taught: tuple[jax.Array, Any] | None,
+    taught: _Taught | None,
 ) -> tuple[Callable[..., Any], list[jax.Array]]:
     """Returns the part as a function of a head and a chunk of each array, and their chunks."""
     if taught is None:
         return part, [_chunk(x, chunks) for x in arrays]
-    x_BTD, head = taught
+    said, head = taught
 
     def of_chunks(student: Any, *chunk: jax.Array) -> Any:
-        return part(student, *chunk[:-1], (chunk[-1], head))
+        return part(student, *chunk[: len(arrays)], (chunk[len(arrays) :], head))
 
-    return of_chunks, [_chunk(x, chunks) for x in (*arrays, x_BTD)]
+    return of_chunks, [_chunk(x, chunks) for x in (*arrays, *said)]
 
 
 def _forward(
@@ -219,7 +310,7 @@ def _forward(
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    taught: tuple[jax.Array, Any] | None = None,
+    taught: _Taught | None = None,
 ) -> Any:
     part, xs = _with_taught(part, chunks, (x_BTD, targets_BT, weights_BT), taught)
 

@@ -58,6 +58,11 @@ class Pretrained:
     """The names of the adapters among the parameters, of which each row of a batch has its own; see
     `api.with_adapters`. The methods here are those of the model without them."""
 
+    @functools.cached_property
+    def _own_params(self) -> api.Params:
+        """The parameters without any of several adapters."""
+        return self.with_adapter(0).params
+
     def with_adapter(self, number: int) -> "Pretrained":
         """Returns the model with one of its adapters; 0 is none.
 
@@ -148,7 +153,7 @@ class Pretrained:
         inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
         generator = self._generator(special_tokens)
         return generator.answers(
-            self.params, inputs, options, batch_size=batch_size, rows=rows, first=first
+            self._own_params, inputs, options, batch_size=batch_size, rows=rows, first=first
         )
 
     def check_writes(self) -> None:
@@ -191,7 +196,7 @@ class Pretrained:
             )
         encode, eos = self.tokenizer.encode, self.tokenizer.eos_id
         return self._generator(special_tokens=True).score(
-            self.params,
+            self._own_params,
             [[*encode(text), eos] for text in prompts],
             [[*encode(text), *([eos] if end else [])] for text in answers],
             batch_size=batch_size,
@@ -260,7 +265,7 @@ class Pretrained:
             batch = features.prompt_batch(chunk, "encoder", rows, length)
             with sharding.use_mesh(self.mesh, self.rules):
                 batch = sharding.shard_batch(batch, self.mesh, self.rules)
-                x_BD = _embed(model, self.params, batch, pooling)
+                x_BD = _embed(model, self._own_params, batch, pooling)
             vectors.append(jax.device_get(x_BD)[: len(chunk)])
         return np.concatenate(vectors)
 
@@ -350,6 +355,7 @@ def load(
     dtype: Dtype | None = None,
     mesh: MeshConfig = MeshConfig(),
     rules: AxisRules | None = None,
+    base: str = "",
     adapters: Mapping[str, str] | None = None,
     kv_cache: Literal["int8"] | None = None,
 ) -> Pretrained:
@@ -362,6 +368,7 @@ def load(
       mesh: the devices; fsdp and model shard the parameters, data replicates them.
       rules: how arrays are sharded over the mesh; an axis that it does not divide stays whole.
         None: as in the run.
+      base: of an adapter: where its base is now. Empty: where the adapter says.
       adapters: adapters by name, to serve several over one model: runs or PEFT's folders. To use
         one alone, load it by its own name.
       kv_cache: "int8" keeps the keys and values of decoding in int8. None: as the model says.
@@ -369,7 +376,7 @@ def load(
       ValueError: if the model cannot be found or read, or its tokenizer writes ids that have no
         embedding; if an adapter is of another base.
     """
-    source, mesh = find(name_or_path), sharding.make_mesh(mesh)
+    source, mesh = find(name_or_path, base=base), sharding.make_mesh(mesh)
     rules = source.rules(mesh, rules)
     tokenizer = source.tokenizer()
     check_vocabulary(source.model, tokenizer)

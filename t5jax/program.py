@@ -11,7 +11,7 @@ One step of a run:
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,9 +21,9 @@ import optax
 from t5jax import sharding
 from t5jax.adapters import params as adapters
 from t5jax.architectures import Architecture
-from t5jax.batch import BatchSpec, train_spec
+from t5jax.batch import TEACHER_IDS, TEACHER_LOG_PROBS, BatchSpec, train_spec
 from t5jax.config import AxisRules, Config
-from t5jax.distill import Teacher, find_teacher
+from t5jax.distill.teacher import Teacher, find_teacher, num_kept
 from t5jax.models import api
 from t5jax.optimizers import gradient_point, make_optimizer, make_schedule
 from t5jax.prune.masks import check_pattern, prunable
@@ -74,7 +74,9 @@ class Program:
     """Returns the parameters that the loss and evaluations see: rounded, with
     `quantize.weights`."""
     teacher: Teacher | None = None
-    """Whose parameters are the third argument of the step."""
+    """Whose parameters are the third argument of the step, unless batches have what it says."""
+    teacher_features: Mapping[str, tuple[tuple[int, ...], str]] | None = None
+    """Shapes behind [B, T] and dtypes of what batches have of the teacher; None: nothing."""
     skips: bool = False
     """Whether the step has a fourth argument."""
 
@@ -94,15 +96,18 @@ class Program:
         def one(x: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {**spec.features()}
+        for name, (dims, dtype) in (self.teacher_features or {}).items():
+            arrays[name] = ((spec.batch_size, spec.decoder_length, *dims), dtype)
         batch = {
             name: jax.ShapeDtypeStruct(
                 shape, dtype, sharding=sharding.batch_sharding(self.mesh, self.rules, shape)
             )
-            for name, (shape, dtype) in spec.features().items()
+            for name, (shape, dtype) in arrays.items()
         }
         state = jax.tree.map(one, self.shapes, self.shardings)
         taught = None
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher_features is None:
             taught = jax.tree.map(one, self.teacher.shapes, self.teacher.shardings)
         if self.skips:
             where = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
@@ -210,7 +215,17 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         else jax.jit(seen, out_shardings=shardings.params),
         teacher=teacher,
         skips=config.watch.skips,
+        teacher_features=None if teacher is None else _teacher_features(config, teacher),
     )
+
+
+def _teacher_features(
+    config: Config, teacher: Teacher
+) -> dict[str, tuple[tuple[int, ...], str]] | None:
+    if not config.distill.cache:
+        return None
+    kept = num_kept(config, teacher)
+    return {TEACHER_IDS: ((kept,), "int32"), TEACHER_LOG_PROBS: ((kept + 1,), "float32")}
 
 
 def _check_prune(config: Config, trained_axes: Any) -> None:

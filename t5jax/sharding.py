@@ -278,9 +278,10 @@ def divisible_rules(axes: Any, shapes: Any, mesh: Mesh, rules: AxisRules) -> Axi
     return rules
 
 
-def batch_sharding(mesh: Mesh, rules: AxisRules, shape: tuple[int, int]) -> NamedSharding:
-    """Returns the sharding of a batch's feature of shape [B, length]."""
-    return NamedSharding(mesh, _activation_spec(shape, ("batch", "length"), mesh, rules))
+def batch_sharding(mesh: Mesh, rules: AxisRules, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of a batch's feature of shape [B, length, ...]."""
+    axes = ("batch", "length", *(None for _ in shape[2:]))
+    return NamedSharding(mesh, _activation_spec(shape, axes, mesh, rules))
 
 
 def batch_parts(mesh: Mesh, rules: AxisRules) -> int:

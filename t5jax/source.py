@@ -14,7 +14,7 @@ from t5jax import checkpoint, sharding, storage
 from t5jax.adapters import digest, lora, prompt
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
-from t5jax.config import AxisRules, Config, PromptConfig
+from t5jax.config import AxisRules, Config, PromptConfig, override
 from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
 from t5jax.models import api
@@ -55,7 +55,7 @@ class Source:
         return self.config.model
 
     def tokenizer(self) -> Tokenizer:
-        return self.loaded_tokenizer or load_tokenizer(self._tokenizer_folder)
+        return self.loaded_tokenizer or load_tokenizer(self.tokenizer_folder)
 
     def own_tokenizer(self) -> Tokenizer | None:
         """Returns the tokenizer, None if the folder has weights alone."""
@@ -66,10 +66,11 @@ class Source:
 
     def generation(self) -> dict[str, Any]:
         """Returns the generation_config.json that the model was published with, {} for none."""
-        return hf_io.read_generation(self._tokenizer_folder)
+        return hf_io.read_generation(self.tokenizer_folder)
 
     @property
-    def _tokenizer_folder(self) -> Path:
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer and generation_config.json are, if there are any."""
         run_dir = self.path.parent.parent
         if self.is_quantized:
             return self.path / quantized_files.TOKENIZER_DIR
@@ -109,7 +110,7 @@ class Source:
     ) -> tuple[Architecture, api.Params]:
         """Reads the description and the parameters, in the form used in training.
 
-        The matrices of a compressed model stay quantized (`t5jax.quantized`), unless asked for.
+        The matrices of a compressed model stay quantized (`t5jax.quantize.leaf`), unless asked for.
 
         Args:
           dtype: as for `load`.
@@ -190,6 +191,8 @@ class AdaptedSource(Source):
 
     base: Source | None = None
     """The base."""
+    named_base: str = ""
+    """What it was asked for by, in place of the name that the adapter has for it."""
 
     @property
     def has_prompt(self) -> bool:
@@ -260,6 +263,23 @@ class AdaptedSource(Source):
         found = self.adapter(model)
         return [path for path in self.base.missing(model) if path not in found]
 
+    def merge_error(self, dtype: Dtype) -> str:
+        """Returns, in a sentence, what rounding merged matrices to a dtype does to them."""
+        assert self.base is not None
+        _, params = self.base.read(dequantize=True)
+        whole = flax.traverse_util.unflatten_dict(
+            {**_flatten(params), **self.adapter(self.model)}, sep="/"
+        )
+        measure = jax.jit(lambda whole: lora.merge_errors(self.model, whole, dtype))
+        errors = {path: np.asarray(x) for path, x in measure(whole).items()}
+        lost, added = sum(errors.values())
+        worst = max(errors, key=lambda path: errors[path][0] / max(errors[path][1], 1e-30))
+        shares = [np.sqrt(x[0] / max(x[1], 1e-30)) for x in ((lost, added), errors[worst])]
+        return (
+            f"{dtype} rounds merged matrices by {shares[0]:.1%} of what the adapter adds to them "
+            f"(root mean square; most in {worst}, {shares[1]:.1%}); float32 keeps all of it"
+        )
+
     def export_adapter(self, output: str, *, overwrite: bool = False) -> None:
         """Writes the adapter alone, as a folder that peft loads.
 
@@ -267,11 +287,10 @@ class AdaptedSource(Source):
           ValueError: if the output cannot be written, or PEFT's format lacks something.
         """
         assert self.base is not None
-        if self.is_checkpoint:
-            name = self.config.init.model
-            base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
-        else:
-            base = peft.base_of(self.path)
+        name = self.named_base or (
+            self.config.init.model if self.is_checkpoint else peft.base_of(self.path)
+        )
+        base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
         params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
         tokenizer = self.own_tokenizer()
         peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
@@ -283,7 +302,7 @@ def _fits(path: str, params: Mapping[str, Any]) -> bool:
 
 
 def find_base(config: Config) -> Source:
-    """Returns the base of an adapter's run.
+    """Returns the base of an adapter's run: init.model.
 
     Raises:
       ValueError: if the config names none, or it cannot be found.
@@ -300,15 +319,26 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def find(name_or_path: str, vocabulary: str = "") -> Source:
+def find(name_or_path: str, vocabulary: str = "", *, base: str = "") -> Source:
     """Finds a model without reading its weights; for a run, its best checkpoint.
 
     Args:
       name_or_path: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run.
       vocabulary: the tokenizer to use instead of the model's own, as for `load_tokenizer`.
+      base: of an adapter: where its base is now. Empty: where the adapter says.
     Raises:
-      ValueError: if there is no such model, or its family is unknown.
+      ValueError: if there is no such model, or its family is unknown; if a base is given, and it is
+        no adapter.
     """
+    source = _find(name_or_path, vocabulary, base)
+    if base and not isinstance(source, AdaptedSource):
+        raise ValueError(
+            f"{source.path} is a whole model, so --base {base} (base) has no effect; leave it out"
+        )
+    return source
+
+
+def _find(name_or_path: str, vocabulary: str, base: str) -> Source:
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     path = storage.path(name_or_path, "the model")
     if checkpoint.is_run(path):
@@ -318,7 +348,9 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         config = checkpoint.read_config(path)
         if config.adapter is None:
             return Source(path, config, tokenizer)
-        return AdaptedSource(path, config, tokenizer, base=_base_of(path, config))
+        return AdaptedSource(
+            path, config, tokenizer, base=_base_of(path, config, base), named_base=base
+        )
     origin = path if storage.is_remote(path) else None
     if quantized_files.is_quantized(path):
         path = storage.local(path)
@@ -330,7 +362,7 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
         )
     path = hub.resolve(name_or_path)
     if peft.is_adapter(path):
-        return _peft_adapter(path, tokenizer, vocabulary)
+        return _peft_adapter(path, tokenizer, vocabulary, base)
     if tokenizer is None:
         # If there is none, or it is damaged, `Source.tokenizer` will say so.
         with contextlib.suppress(ValueError):
@@ -338,25 +370,29 @@ def find(name_or_path: str, vocabulary: str = "") -> Source:
     return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer, origin)
 
 
-def _peft_adapter(path: Path, tokenizer: Tokenizer | None, vocabulary: str) -> AdaptedSource:
-    name = peft.base_of(path)
+def _peft_adapter(
+    path: Path, tokenizer: Tokenizer | None, vocabulary: str, given: str
+) -> AdaptedSource:
+    name = given or peft.base_of(path)
     if not name:
         raise ValueError(
             f"{path} holds an adapter alone, and its adapter_config.json names no base; write it "
-            "there, as base_model_name_or_path"
+            f"there, as base_model_name_or_path{_OR_BASE}"
         )
     try:
         base = find(name, vocabulary)
     except ValueError as error:
-        raise ValueError(
-            f"{path} holds an adapter alone; its base {name} is not found: {error}; write where it "
-            "is into adapter_config.json, as base_model_name_or_path"
-        ) from error
+        remedy = (
+            f"; write where it is into adapter_config.json, as base_model_name_or_path{_OR_BASE}"
+        )
+        raise ValueError(_without_base(path, name, error) + ("" if given else remedy)) from error
     if tokenizer is None:
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
     config = Config(model=base.model)
-    return AdaptedSource(path, config, tokenizer or base.own_tokenizer(), base=base)
+    return AdaptedSource(
+        path, config, tokenizer or base.own_tokenizer(), base=base, named_base=given
+    )
 
 
 def read_adapters(
@@ -385,6 +421,13 @@ def read_adapters(
                 raise ValueError(
                     f"adapter {name}: {given} is a run without an adapter; serve it as a model"
                 )
+            if rounding := getattr(config.adapter, "base", None):
+                raise ValueError(
+                    f"adapter {name}: {given} was trained over its base in {rounding} "
+                    "(adapter.base), and would answer otherwise over this one; serve it as a model "
+                    f"of its own: t5jax serve {given}; or let go of the rounding, with the folder "
+                    f"that `t5jax export {given} FOLDER` writes"
+                )
             saved = checkpoint.read_base(path)
             read = digest.digests({p: flat[p] for p in saved if p in flat})
             digest.check(read, saved, str(path), str(base.path))
@@ -405,13 +448,23 @@ def read_adapters(
     return lora.stack(model, found)
 
 
-def _base_of(path: Path, config: Config) -> Source:
+# The commands that know the option.
+_OR_BASE = ", or give it with --base (eval, export, infer, serve; base in Python)"
+
+
+def _base_of(path: Path, config: Config, given: str) -> Source:
+    if given:
+        config = override(config, {"init.model": given})
     try:
         return find_base(config)
     except ValueError as error:
-        raise ValueError(
-            f"{path} holds an adapter alone; its base {config.init.model} is not found: {error}"
-        ) from error
+        told = _without_base(path, config.init.model, error)
+        remedy = f"; put it back{_OR_BASE}; a merged export (export --merge) needs none"
+        raise ValueError(told + ("" if given else remedy)) from error
+
+
+def _without_base(path: Path, name: str, error: ValueError) -> str:
+    return f"{path} holds an adapter alone; its base {name} is not found: {error}"
 
 
 def adopt(model: Architecture, source: Source, name: str) -> Architecture:

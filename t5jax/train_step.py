@@ -48,7 +48,7 @@ def make_train_step(
       point: from the trainable parameters and the optimizer's state, the parameters at which the
         gradient is computed, see `optimizers.gradient_point`. None: the parameters themselves.
       teacher: a model whose probabilities are learned, and how; the step takes its parameters as a
-        third argument.
+        third argument. With `distill.cache`, batches have the probabilities instead.
       norms: also return "norms": "gradient" (before clipping), "parameter" (before the update) and
         "update" to the norms of what is trained, by group.
       skips: leave the state as it is where the loss, the gradient or the update is not finite, and
@@ -67,7 +67,7 @@ def make_train_step(
         def gradient(params: dict[str, Any], batch: Batch, rng: jax.Array) -> tuple[Any, Metrics]:
             def loss_of(params: dict[str, Any]) -> tuple[jax.Array, Metrics]:
                 by = None
-                if teacher is not None and taught is not None:
+                if teacher is not None:
                     by = Teacher(teacher[0], taught, teacher[1])
                 whole = merge(params, kept)
                 whole = whole if seen is None else seen(whole)
@@ -131,7 +131,10 @@ def _accumulate(
 
     def body(total: tuple[Any, Metrics], xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         part, index = xs
-        part = {name: constrain(x, "batch", "length") for name, x in part.items()}
+        part = {
+            name: constrain(x, "batch", "length", *(None for _ in x.shape[2:]))
+            for name, x in part.items()
+        }
         grads, sums = gradient(params, part, jax.random.fold_in(rng, index))
         return jax.tree.map(jnp.add, total, (_float32(grads), sums)), None
 

@@ -198,11 +198,14 @@ def fake(monkeypatch):
 
 def test_options_of_infer_reach_the_model(fake, capsys, monkeypatch):
     options = ["--max-tokens", "3", "--batch-size", "2", "--dtype", "bfloat16", "--mesh.model", "2"]
-    command = ["infer", "--model", "m", *options]
+    command = ["infer", "--model", "m", *options, "--base", "b"]
     status, out, _ = run(capsys, *command, "--prompt", "a b", "c")
     assert (status, out) == (0, "a b\nanswered\nc\nanswered\n")
     assert fake.asked == [
-        ("m", {"dtype": "bfloat16", "mesh": MeshConfig(model=2), "kv_cache": None}),
+        (
+            "m",
+            {"dtype": "bfloat16", "mesh": MeshConfig(model=2), "base": "b", "kv_cache": None},
+        ),
         (
             ["a b", "c"],
             GenerationOptions(max_tokens=3),

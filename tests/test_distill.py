@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from t5jax.config import (
     OptimizerConfig,
     override,
 )
-from t5jax.distill import Teacher, check_teacher, student_params
-from t5jax.losses import distillation
+from t5jax.distill.cache import ANSWERS, IDENTITY, INDEX, Answers, TaughtBatches
+from t5jax.distill.teacher import Teacher, check_teacher, student_params
+from t5jax.losses import distillation, distillation_of_top, top_log_probs
 from t5jax.models import api
 from t5jax.program import program
 from t5jax.source import find
@@ -77,6 +79,37 @@ def test_the_loss_is_the_formula():
     assert float(distillation(as_float32[0], as_float32[0], as_float32[2], 3.0)) == 0.0
 
 
+@pytest.mark.hf
+@pytest.mark.parametrize("top_k", [None, 7, 2])
+def test_loss_and_gradient_are_those_of_torch(top_k):
+    """From all of the teacher's probabilities, and from the largest with the sum of the others."""
+    torch = pytest.importorskip("torch", reason="what is compared with")
+    student, teacher = np.random.default_rng(0).standard_normal((2, 2, 3, 7)).astype(np.float32) * 3
+    weights = np.asarray([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]], np.float32)
+    logits = torch.tensor(student, requires_grad=True)
+    p, q = ((x / 3).softmax(-1) for x in (torch.tensor(teacher), logits))
+    if top_k == 2:
+        p, ids = p.topk(2)
+        q = q.gather(-1, ids)
+        p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+    kl = torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1)
+    expected = 9 * (kl * torch.tensor(weights)).sum()
+    expected.backward()
+
+    def loss(student):
+        if top_k is None:
+            return distillation(student, teacher, weights, 3.0)
+        log_probs = jax.nn.log_softmax(teacher / 3)
+        top, ids = jax.lax.top_k(log_probs, top_k)
+        rest = np.log(np.maximum(1 - np.exp(top).sum(-1, keepdims=True), 1e-30))
+        said = np.concatenate([top, rest], -1)
+        return distillation_of_top(student, ids, said, weights, 3.0, 7)
+
+    found, gradient = jax.value_and_grad(loss)(student)
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, logits.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("most", [2**25, 1], ids=["one chunk", "chunks"])
 def test_the_loss_of_a_batch_is_that_of_the_logits(monkeypatch, most):
     """In chunks too, with a teacher of another size; its gradient is the student's alone."""
@@ -84,10 +117,17 @@ def test_the_loss_of_a_batch_is_that_of_the_logits(monkeypatch, most):
     student = dataclasses.replace(SHALLOW, d_model=12)
     params, taught, batch = random_params(student), random_params(SHALLOW, 1), random_batch(EVEN)
     config = LossConfig()
+    how = {"temperature": 3.0, "num_ids": SHALLOW.vocab_size, "top_k": SHALLOW.vocab_size}
+    said = jax.jit(lambda: top_log_probs(SHALLOW, taught, batch, **how))()
+    asked = batch | dict(zip(("teacher_ids", "teacher_log_probs"), said, strict=True))
 
     def ours(params):
         by = losses.Teacher(SHALLOW, taught, HOW)
         return losses.batch_loss(student, params, batch, config, teacher=by)[0]
+
+    def ours_asked_before(params):
+        by = losses.Teacher(SHALLOW, None, HOW)
+        return losses.batch_loss(student, params, asked, config, teacher=by)[0]
 
     def by_hand(params):
         logits = api.logits(student, params, batch)
@@ -96,15 +136,17 @@ def test_the_loss_of_a_batch_is_that_of_the_logits(monkeypatch, most):
         soft = distillation(logits, api.logits(SHALLOW, taught, batch), weights, 3.0)
         return 0.25 * hard + 0.75 * soft
 
-    (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, by_hand))
-    np.testing.assert_allclose(a, b, rtol=1e-5)
-    for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
+    functions = (by_hand, ours, ours_asked_before)
+    (b, db), *found = (jax.jit(jax.value_and_grad(f))(params) for f in functions)
+    for a, da in found:
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+        for x, y in zip(jax.tree.leaves(da), jax.tree.leaves(db), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())
 
 
 def test_eight_devices_and_microbatches_learn_as_one(monkeypatch):
     """The teacher is sharded, an argument of the step, and no part of the state."""
-    monkeypatch.setattr("t5jax.distill.find", lambda name: find(str(trained_run())))
+    monkeypatch.setattr("t5jax.distill.teacher.find", lambda name: find(str(trained_run())))
     monkeypatch.setattr(sharding, "make_mesh", _MAKE_MESH)
     base = Config(
         model=dataclasses.replace(SHALLOW, vocab_size=384),
@@ -164,6 +206,68 @@ def test_a_run_with_a_teacher_is_resumed_and_keeps_the_student_alone(tmp_path):
     assert_same_bits(tmp_path / "whole", tmp_path / "parts", 4)
 
 
+def test_a_teacher_that_is_asked_beforehand_teaches_the_same(tmp_path, monkeypatch):
+    """Each row once: of the second run none."""
+    base = dataclasses.replace(distilled(tmp_path / "live"), model=SMALL)
+    train(base)
+    folder = tmp_path / "answers"
+    cached = override(base, {"distill.cache": str(folder), "run_dir": str(tmp_path / "first")})
+    train(cached)
+    names = ("train/loss", "train/distillation")
+    live, first = (
+        [
+            [each[name] for name in names]
+            for each in read_metrics(tmp_path / run)
+            if names[0] in each
+        ]
+        for run in ("live", "first")
+    )
+    assert len(live) == 2
+    np.testing.assert_allclose(live, first, rtol=1e-4)
+    entries = (folder / INDEX).stat().st_size / 32
+    assert 0 < entries < 32  # Some of the 32 rows come twice.
+    with monkeypatch.context() as patch:
+        patch.setattr(TaughtBatches, "_ask", lambda *_: pytest.fail("it was asked again"))
+        train(override(cached, {"run_dir": str(tmp_path / "second")}))
+    assert_same_bits(tmp_path / "first", tmp_path / "second", 4)
+
+
+def test_a_folder_of_answers(tmp_path):
+    rows = {bytes([i] * 16): (np.full((i, 2), i), np.full((i, 3), -i, np.float32)) for i in (1, 3)}
+    who = {"teacher": "a", "top_k": 2}
+    first = Answers(tmp_path / "new", who, 2)
+    first.add(rows)
+    second = Answers(tmp_path / "new", who, 2)  # While another run writes.
+    assert (first.writes, second.writes) == (True, False)
+    for row, (ids, log_probs) in rows.items():
+        found = second.read(row)
+        np.testing.assert_array_equal(found[0], ids)
+        np.testing.assert_array_equal(found[1], log_probs)
+    assert second.read(bytes(16)) is None
+    first.close()
+    second.close()
+    # What a killed run leaves: answers that are not whole, an entry that is not.
+    for file, size in ((ANSWERS, -3), (INDEX, -5)):
+        content = (tmp_path / "new" / file).read_bytes()
+        (tmp_path / "new" / file).write_bytes(content[:size])
+        third = Answers(tmp_path / "new", who, 2)
+        assert [third.read(row) is not None for row in rows] == [True, False]
+        third.add({row: rows[row] for row in list(rows)[1:]})
+        np.testing.assert_array_equal(third.read(bytes([3] * 16))[1], rows[bytes([3] * 16)][1])
+        assert (tmp_path / "new" / file).read_bytes() == content
+        third.close()
+    damaged = bytearray((tmp_path / "new" / ANSWERS).read_bytes())
+    damaged[0] ^= 1
+    (tmp_path / "new" / ANSWERS).write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"answers.bin is damaged: a row does not match"):
+        Answers(tmp_path / "new", who, 2).read(bytes([1] * 16))
+    with pytest.raises(ValueError, match=r"teacher is 'a', now 'b'; give another folder"):
+        Answers(tmp_path / "new", who | {"teacher": "b"}, 2)
+    (tmp_path / "new" / IDENTITY).unlink()
+    with pytest.raises(ValueError, match="is not empty, and holds no answers of a teacher"):
+        Answers(tmp_path / "new", who, 2)
+
+
 def test_a_student_begins_with_layers_of_its_teacher():
     wide = dataclasses.replace(EVEN, num_encoder_layers=4, num_decoder_layers=2)
     less = dataclasses.replace(EVEN, num_encoder_layers=2, num_decoder_layers=1)
@@ -195,8 +299,12 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
     theirs = SentencePieceTokenizer(pieces.SerializeToString(), 10)
     source = dataclasses.replace(find(str(trained_run())), loaded_tokenizer=theirs)
     teacher = Teacher(source, source.model, None, None)
-    with pytest.raises(ValueError, match=r"has another vocabulary: its id 20 is .*--data.vocabul"):
+    with pytest.raises(ValueError, match=r"has another vocabulary: its id 20 is ") as error:
         check_teacher(teacher, TINY.model, ours, TINY_SPEC)
+    # What it says to give is a tokenizer, and so is the run itself.
+    (given,) = re.findall(r"--data.vocabulary ([^)]*)\)", str(error.value))
+    named = [load_tokenizer(path) for path in (given, trained_run())]
+    assert repr(named[0]) == repr(named[1]) == repr(find(str(trained_run())).tokenizer())
     same = dataclasses.replace(source, loaded_tokenizer=ours)
     check_teacher(dataclasses.replace(teacher, source=same), TINY.model, ours, TINY_SPEC)
     starts = dataclasses.replace(TINY.model, decoder_start_token_id=3)
@@ -210,6 +318,8 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
         ({"temperature": 0.0, "teacher": "x"}, "distill.temperature is 0.0; it must be above 0"),
         ({"weight": 0.0, "teacher": "x"}, r"distill.weight is 0.0; it must be in \(0, 1\]"),
         ({"weight": 0.9}, "distill.weight is 0.9, but distill.teacher is empty"),
+        ({"teacher": "x", "top_k": 8}, "distill.top_k is 8, but distill.cache is empty"),
+        ({"teacher": "x", "cache": "y", "top_k": 0}, "distill.top_k is 0; it must be at least 1"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(fields, message):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t5jax.architectures import Architecture
+from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import did_you_mean
 from t5jax.config import LoraConfig, parse_patterns
 from t5jax.models import api
@@ -123,6 +123,12 @@ def _matching(pattern: str, paths: Iterable[str], option: str, what: str) -> set
 
     found = {path for path in paths if one(path)}
     if not found:
+        if "embed" in pattern and what == "matrix":
+            raise ValueError(
+                f"{option} has {pattern!r}, but LoRA is for the matrices of layers and the output "
+                "here, not for tables of embeddings; train a table whole (adapter.train "
+                "'token_embedder/*'), or leave it out"
+            )
         names = [*dict.fromkeys(path.rpartition("/")[2] for path in paths)]
         hint = did_you_mean(pattern, paths if "/" in pattern else names, 3, likeness=0.2)
         raise ValueError(
@@ -193,6 +199,27 @@ def merge(model: Architecture, params: api.Params) -> api.Params:
             merged = api.merged_kernel(kernel, adapter, matrix.num_inputs)
             flat[f"{path}/kernel"] = merged.astype(kernel.dtype)
     return unflatten(flat)
+
+
+def merge_errors(model: Architecture, params: api.Params, dtype: Dtype) -> dict[str, jax.Array]:
+    """Returns what rounding does to merged matrices, relative to what the adapter adds to them.
+
+    Args:
+      params: the base's with an adapter.
+      dtype: what merged matrices are rounded to.
+    Returns:
+      For the path of each matrix, float32 [2]: the squared norm of the rounding error, and that of
+      the adapter's part.
+    """
+    flat, errors = flatten(params), {}
+    for path, matrix in matrices(model).items():
+        adapter = {name: flat[f"{path}/{name}"] for name in LEAVES if f"{path}/{name}" in flat}
+        if adapter:
+            kernel = flat[f"{path}/kernel"].astype(jnp.float32)
+            merged = api.merged_kernel(kernel, adapter, matrix.num_inputs)
+            parts = merged.astype(dtype).astype(jnp.float32) - merged, merged - kernel
+            errors[path] = jnp.stack([jnp.sum(jnp.square(x)) for x in parts])
+    return errors
 
 
 def stack(

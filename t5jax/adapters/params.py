@@ -12,6 +12,8 @@ from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
 from t5jax.config import AdapterConfig, AxisRules, LoraConfig, PromptConfig
 from t5jax.models import api
+from t5jax.quantize import matrices as quantize
+from t5jax.quantize.leaf import PACKED
 
 
 def init_params(model: Architecture, adapter: AdapterConfig | None, key: jax.Array) -> api.Params:
@@ -36,17 +38,14 @@ def rounded(model: Architecture, adapter: AdapterConfig, params: api.Params) -> 
     """
     if not isinstance(adapter, LoraConfig) or adapter.base is None:
         return params
-    from t5jax.quantize.matrices import Scheme, group_size, matrices, quantize
-    from t5jax.quantized import PACKED
-
     base, flat = base_params(model, adapter), dict(_flatten(params))
-    scheme = Scheme(adapter.base)
-    for matrix in matrices(model):
+    scheme = quantize.Scheme(adapter.base)
+    for matrix in quantize.matrices(model):
         if matrix.path not in base or "/layers/" not in matrix.path:
             continue
         if adapter.base in PACKED:
             try:
-                group_size(matrix, scheme)
+                quantize.group_size(matrix, scheme)
             except ValueError:
                 size = matrix.shape[matrix.axis]
                 raise ValueError(
@@ -54,7 +53,7 @@ def rounded(model: Architecture, adapter: AdapterConfig, params: api.Params) -> 
                     f"{matrix.path}, which has {size} inputs at {matrix.axes[matrix.axis]}; take "
                     "int8 or fp8"
                 ) from None
-        flat[matrix.path] = quantize(flat[matrix.path], matrix, scheme)
+        flat[matrix.path] = quantize.quantize(flat[matrix.path], matrix, scheme)
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -133,9 +132,7 @@ def shardings(
     axes, shapes = param_axes(model, adapter), param_shapes(model, adapter)
     if not isinstance(adapter, LoraConfig) or adapter.base is None:
         return sharding.param_shardings(axes, shapes, mesh, rules)
-    from t5jax.quantize.matrices import param_shardings
-
-    return param_shardings(axes, shapes, mesh, rules)
+    return quantize.param_shardings(axes, shapes, mesh, rules)
 
 
 def base_params(model: Architecture, adapter: AdapterConfig) -> frozenset[str]:

@@ -53,12 +53,13 @@ class Compress:
 
 def compress(args: list[str]) -> None:
     options = parse(Compress, model_first(args), prog="t5jax compress", positional=True)
+    from t5jax import tradeoff
     from t5jax.compilation import keep_programs
-    from t5jax.compress import compress_model, print_report
+    from t5jax.quantize.compress import compress_model
     from t5jax.quantize.matrices import Scheme
 
     keep_programs()
-    result = compress_model(
+    compress_model(
         options.model,
         options.output,
         Scheme(options.weights, options.activations, options.group, options.keep),
@@ -66,11 +67,17 @@ def compress(args: list[str]) -> None:
         method=options.method,
         calibrate=options.calibrate,
         num_calibration=options.num_calibration,
-        tasks=options.tasks,
         task_files=options.task_files,
+    )
+    found = tradeoff.measure(
+        options.model,
+        options.output,
+        options.tasks,
         split=options.split,
+        task_files=options.task_files,
         num_examples=options.num_examples,
         max_tokens=options.max_tokens,
     )
-    print_report(result)
+    for line in found.lines():
+        print(line)
     print(f"wrote {options.output}", file=sys.stderr)

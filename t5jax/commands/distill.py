@@ -34,7 +34,7 @@ class Distill:
     folder: Path = Path("tasks")
     """Folder for the task file and its JSON lines; tasks of ./tasks are found by themselves."""
     num_examples: int | None = None
-    """Maximum number of training prompts, drawn from all. None: all."""
+    """Maximum number of training prompts of each task, drawn from all of them. None: all."""
     max_tokens: int | None = None
     """Maximum length of an answer in tokens. None: as generation_config.json says, or 64."""
     num_beams: int | None = None

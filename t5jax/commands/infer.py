@@ -115,6 +115,8 @@ class Infer:
     """Prompts per batch."""
     special_tokens: bool = False
     """Show special tokens in answers, such as T5's <extra_id_0> in front of the text of a gap."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and parameters. None: as in training."""
     kv_cache: Literal["int8"] | None = None
@@ -164,7 +166,11 @@ def infer(args: list[str]) -> None:
         from t5jax.pretrained import load
 
         model = load(
-            options.model, dtype=options.dtype, mesh=options.mesh, kv_cache=options.kv_cache
+            options.model,
+            dtype=options.dtype,
+            mesh=options.mesh,
+            base=options.base,
+            kv_cache=options.kv_cache,
         )
         model.check_writes()
         how = model.options(**_generation(options))

@@ -55,6 +55,8 @@ class Eval:
     512."""
     max_tokens: int | None = None
     """Maximum length of targets and answers in tokens. None: as in the run, or 128."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation. None: as in training."""
     mesh: MeshConfig = MeshConfig()
@@ -75,10 +77,14 @@ def evaluate(args: list[str]) -> None:
     from t5jax import distributed
     from t5jax.compilation import keep_programs
     from t5jax.evaluation import evaluate_model
+    from t5jax.source import find
 
     distributed.start()
     keep_programs()
-    evaluate_model(**fields(options))
+    given = fields(options)
+    if base := given.pop("base"):
+        given["model"] = find(options.model, base=base)
+    evaluate_model(**given)
 
 
 # --- embed --------------------------------------------------------------------------------------
@@ -172,6 +178,8 @@ class Export:
     """Run (its best checkpoint), one checkpoint, hub name, or Hugging Face folder."""
     output: str
     """Folder to write."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights in the files."""
     max_shard_bytes: int = 5 * 10**9
@@ -223,8 +231,13 @@ class Import:
 def export(args: list[str]) -> None:
     options = parse(Export, args, prog="t5jax export", positional=True)
     from t5jax.convert import export_model
+    from t5jax.source import AdaptedSource, find
 
-    export_model(**fields(options))
+    given = fields(options)
+    source = given["model"] = find(options.model, base=given.pop("base"))
+    export_model(**given)
+    if options.merge and options.dtype != "float32" and isinstance(source, AdaptedSource):
+        print(source.merge_error(options.dtype), file=sys.stderr)
     print(f"wrote {options.output}", file=sys.stderr)
 
 

@@ -84,7 +84,7 @@ class TrimVocabulary:
 
 def prune(args: list[str]) -> None:
     options = parse(Prune, args, prog="t5jax prune", positional=True)
-    from t5jax.pruning import prune_model
+    from t5jax.prune.prune import prune_model
 
     given = _without_report(options)
     del given["task_files"]
@@ -94,7 +94,7 @@ def prune(args: list[str]) -> None:
 def trim_vocabulary(args: list[str]) -> None:
     options = parse(TrimVocabulary, args, prog="t5jax trim-vocabulary", positional=True)
     check_options(options, 1, "min_count")
-    from t5jax.pruning import trim_model
+    from t5jax.prune.trim import trim_model
 
     _say(trim_model(**_without_report(options)), options)
 
@@ -106,8 +106,12 @@ def _without_report(options: Any) -> dict[str, Any]:
 
 
 def _say(done: str, options: Any) -> None:
-    from t5jax.pruning import report
+    from t5jax import tradeoff
 
     print(f"{options.output}: {done}")
-    report(options.model, options.output, task_files=options.task_files, **fields(options.eval))
+    found = tradeoff.measure(
+        options.model, options.output, task_files=options.task_files, **fields(options.eval)
+    )
+    for line in found.lines():
+        print(line)
     print(f"wrote {options.output}", file=sys.stderr)

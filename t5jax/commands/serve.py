@@ -47,6 +47,8 @@ class Serve:
     """How long requests may take to finish after SIGTERM."""
     batch_invariant: bool = False
     """The bits of an answer do not depend on what else is being written; slower."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and parameters. None: as in training."""
     kv_cache: Literal["int8"] | None = None
@@ -77,6 +79,11 @@ def serve(args: list[str]) -> None:
         raise ValueError(
             f"--adapter is over one model, and there are {len(models)}: {', '.join(models)}; give "
             "one, or start a server for each"
+        )
+    if options.base and len(models) > 1:
+        raise ValueError(
+            f"--base {options.base} is of one adapter, and there are {len(models)} models: "
+            f"{', '.join(models)}; start a server for each"
         )
     for name in adapters:
         if name in models:
@@ -118,6 +125,7 @@ def serve(args: list[str]) -> None:
             model,
             dtype=options.dtype,
             mesh=options.mesh,
+            base=options.base,
             adapters=adapters,
             kv_cache=options.kv_cache,
         )

@@ -35,6 +35,12 @@ class DistillConfig:
     weight: float = 0.5
     """Share of the teacher's loss, KL(teacher || student) for each token; the cross-entropy with
     the targets has the rest."""
+    cache: str = ""
+    """Folder of what the teacher says: a row is asked for once, and read by later epochs and other
+    students. Empty: the teacher computes in each step."""
+    top_k: int | None = None
+    """cache: how many of the largest probabilities of a target are kept; the others count as one.
+    None: all."""
     init_layers: bool = False
     """Begin with the teacher's parameters, and of its layers with as many as the student has, from
     the first to the last at equal distances. Both must be equally wide."""
@@ -43,6 +49,13 @@ class DistillConfig:
         check_positive(self.temperature, "distill.temperature")
         if not 0 < self.weight <= 1:
             raise ValueError(f"distill.weight is {self.weight}; it must be in (0, 1]")
+        if self.top_k is not None:
+            check_at_least(self.top_k, 1, "distill.top_k")
+            if not self.cache:
+                raise ValueError(
+                    f"distill.top_k is {self.top_k}, but distill.cache is empty, so nothing is "
+                    "kept; set it, or leave the other out"
+                )
         changed = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if changed and not self.teacher:
             raise ValueError(

@@ -7,7 +7,7 @@ whole model. transformers is not needed.
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def _check_layers(raw: dict[str, Any], path: Path) -> None:
 def _read_config(folder: Path, tokenizer: Tokenizer | None) -> Architecture:
     raw = read_json(folder / CONFIG)
     _check_layers(raw, folder / CONFIG)
+    _check_floats(folder, raw)
     model_type, classes = raw.get("model_type"), raw.get("architectures") or []
     tables = [family.load_table() for family in FAMILIES.values()]
     found = [table for table in tables if model_type in table.model_types]
@@ -101,6 +102,29 @@ def _read_config(folder: Path, tokenizer: Tokenizer | None) -> Architecture:
     with opened as tensors:
         config = table.read_config(raw, table.rename(tensors))
     return config if tokenizer is None else adapt(config, tokenizer)
+
+
+# Where quantized folders say so: keys of config.json, and files of AutoGPTQ and AutoAWQ.
+_QUANTIZED_KEYS = ("quantization_config", "compression_config")
+_QUANTIZED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+def _check_floats(folder: Path, raw: Mapping[str, Any]) -> None:
+    """Raises ValueError if a folder's weights are in one of Hugging Face's quantized formats."""
+    found = [(f"{folder / CONFIG}: {key}", raw[key]) for key in _QUANTIZED_KEYS if raw.get(key)]
+    for file, method in _QUANTIZED_FILES.items():
+        if (folder / file).is_file():
+            found.append((str(folder / file), {"quant_method": method}))
+    if not found:
+        return
+    where, how = found[0]
+    how = how if isinstance(how, dict) else {}
+    method = how.get("quant_method") or ("bitsandbytes" if "bnb_4bit_quant_type" in how else "")
+    said = f" ({method})" if method else ""
+    raise ValueError(
+        f"{where} says that the weights are quantized{said}, which is not read here; give the "
+        "model in floats that it was made of, and round that with `t5jax compress`"
+    )
 
 
 def read_generation(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from t5jax.models.attention import check_backend as check_attention
 from t5jax.models.attention import use_backend as use_attention
 from t5jax.models.cache import Cache
 from t5jax.models.layers import Linear, Transposed, Unembedding
-from t5jax.quantized import Quantized, num_inputs
+from t5jax.quantize.leaf import Quantized, num_inputs
 
 __all__ = [
     "attention_backend",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from t5jax.models.attention import AttentionMask
-from t5jax.quantized import rounded_tokens
+from t5jax.quantize.leaf import rounded_tokens
 from t5jax.sharding import constrain
 
 

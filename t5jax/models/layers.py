@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from t5jax import quantized
 from t5jax.architectures import Architecture
 from t5jax.models.adapted import adapted
-from t5jax.quantized import Quantized
+from t5jax.quantize import leaf as quantized
+from t5jax.quantize.leaf import Quantized
 from t5jax.sharding import constrain, platform
 
 # Names of results that policies of rematerialization keep (`remat_policy`).

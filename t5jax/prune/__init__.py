@@ -4,7 +4,8 @@
 - `structured.py` removes whole heads and MLP columns, which gives a smaller network.
 - `vocabulary.py` keeps the pieces of a vocabulary that texts need, with their embeddings.
 
-All of them are functions of a description and parameters; `t5jax/pruning.py` reads and writes.
+They are functions of a description and parameters; `prune.py` and `trim.py` are the commands, which
+read and write folders.
 """
 
 from t5jax.prune.masks import magnitude_masks, prunable, sparsity_of

@@ -20,8 +20,8 @@ from jax.experimental import io_callback
 from t5jax import batch as features
 from t5jax.architectures import Architecture
 from t5jax.models import api
+from t5jax.quantize.leaf import PACKED, Quantized
 from t5jax.quantize.matrices import QTYPES, Matrix, Scheme, group_size, packed
-from t5jax.quantized import PACKED, Quantized
 
 Method = Literal["rtn", "awq", "gptq"]
 

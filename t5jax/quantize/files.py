@@ -11,7 +11,7 @@ quantization.json has
 * "scheme": the fields of `matrices.Scheme`; "method": rtn, awq or gptq, and "calibration", the
   tasks whose inputs were read for it;
 * "matrices": of each quantized matrix, by its path, "scheme", "axis" and "activations"
-  (`t5jax.quantized`);
+  (`t5jax.quantize.leaf`);
 * "arrays": of each array, "file", "dtype", "shape" and "crc32", a checksum of its bytes. A
   parameter that is not quantized has its path as its name, the arrays of a matrix have PATH/values,
   PATH/scales and PATH/input_scales. float8_e4m3fn is written as uint8 of the same bits.
@@ -20,6 +20,7 @@ It is no Hugging Face folder: transformers finds no config.json, and says so.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,8 +37,8 @@ from t5jax.config import AxisRules, Config
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import read_json, write_json, write_whole
 from t5jax.models import api
+from t5jax.quantize.leaf import VALUE_DTYPES, Quantized
 from t5jax.quantize.matrices import Scheme, param_shardings
-from t5jax.quantized import VALUE_DTYPES, Quantized
 from t5jax.tokenizers import Tokenizer
 
 MANIFEST = "quantization.json"
@@ -215,6 +216,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"({type(error).__name__}: {error}); copy it again, or compress the model again"
         ) from None
     return manifest
+
+
+def num_bytes(folder: Path) -> int:
+    """Returns the bytes of a compressed model's arrays in memory."""
+    entries = _read_manifest(folder)["arrays"].values()
+    return sum(math.prod(each["shape"]) * np.dtype(each["dtype"]).itemsize for each in entries)
 
 
 def read_leaves(folder: Path, shapes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

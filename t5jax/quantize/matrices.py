@@ -17,7 +17,7 @@ from t5jax.architectures import Architecture
 from t5jax.checks import check_at_least, check_choice, did_you_mean
 from t5jax.config import AxisRules
 from t5jax.models import api
-from t5jax.quantized import PACKED, VALUE_DTYPES, Quantized, axes_of, num_inputs, pack
+from t5jax.quantize.leaf import PACKED, VALUE_DTYPES, Quantized, axes_of, num_inputs, pack
 
 DEFAULT_GROUPS = {"int4": 128, "nf4": 64}
 QTYPES = {"int8": jnp.int8, "int4": jnp.int4, "nf4": "nf4", "fp8": jnp.float8_e4m3fn}

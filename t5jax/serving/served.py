@@ -52,7 +52,9 @@ class ServedModel:
           pretrained: the model.
           options: sizes of its engine.
         """
-        self.name, self.pretrained = name, pretrained
+        # The engine takes all adapters at once; what else is asked for is of one model.
+        self.name, self.pretrained = name, pretrained.with_adapter(0)
+        self._with_adapters = pretrained
         self.adapter, self.base = 0, self
         self.model, self.tokenizer = pretrained.model, pretrained.tokenizer
         self.form = example_format(self.model, self.tokenizer)
@@ -80,7 +82,7 @@ class ServedModel:
         """
         other = copy.copy(self)
         other.name, other.adapter = name, adapter
-        other.pretrained = self.pretrained.with_adapter(adapter)
+        other.pretrained = self._with_adapters.with_adapter(adapter)
         return other
 
     # --- Starting and stopping --------------------------------------------------------------------

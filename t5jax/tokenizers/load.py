@@ -124,8 +124,10 @@ def _load_file(path: Path) -> Tokenizer:
 
 
 def _load_folder(folder: Path) -> Tokenizer:
-    name = str(folder)
     files = {file: read_file(folder / file) for file in _FILES if (folder / file).is_file()}
+    if not files and (folder / "tokenizer").is_dir():  # A run, or a compressed model.
+        return _load_folder(folder / "tokenizer")
+    name = str(folder)
     config, added = read_json(files, CONFIG, name), _added_tokens(files, name)
     if config.get("tokenizer_class") == "ByT5Tokenizer":
         if added := [token for token in added if not re.fullmatch(r"<unused_\d+>", token)]:

@@ -12,7 +12,7 @@ from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import AdapterConfig, Config
-from t5jax.distill import student_params
+from t5jax.distill.teacher import student_params
 from t5jax.models import api
 from t5jax.monitor.goodput import Goodput
 from t5jax.monitor.progress import say

@@ -13,6 +13,7 @@ import numpy as np
 from t5jax import checkpoint, distributed, run_lock, storage
 from t5jax.checkpoint import Checkpoints
 from t5jax.config import Config
+from t5jax.distill.cache import TaughtBatches
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.monitor import data_counts, environment, log, plot, profile, progress, run_log, trackers
@@ -119,6 +120,11 @@ def _run(
             say(f"learning from {run.teacher.source.place}")
             taught = (run.teacher.params(),)
         state, digests = begin_or_restore(standing, run, checkpoints, goodput, run_dir, *taught)
+        said = None
+        if run.teacher_features:
+            taught = ()  # Before it is read again, to be asked.
+            said = TaughtBatches(ready.iterator, run, config)
+            say(f"{len(said.answers):,} rows of its answers in {config.distill.cache}")
         if distributed.is_main():
             log.truncate_metrics(reports.path, start)
             if not standing.goes_back:
@@ -148,6 +154,7 @@ def _run(
 
         with (
             bar,
+            contextlib.closing(said) if said else contextlib.nullcontext(),
             contextlib.closing(
                 log.make_writer(
                     reports.path,
@@ -158,7 +165,8 @@ def _run(
             distributed.StopRequest() as request,
         ):
             steps = Reports(config, writer, bar, throughput, run.schedule, loop, start, keep)
-            batches = Prefetch(ready.iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
+            iterator = said or ready.iterator
+            batches = Prefetch(iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
             for turn in itertools.count(start + 1):  # Not the step, where batches are passed over.
                 checkpoints.check()
                 batch = next(batches)

@@ -9,6 +9,7 @@ import jax
 from t5jax import sharding
 from t5jax.config import AxisRules
 from t5jax.data.batches.examples import BatchIterator, Taken
+from t5jax.distill.cache import TaughtBatches
 from t5jax.monitor import progress
 
 
@@ -35,7 +36,7 @@ class Prefetch:
 
     def __init__(
         self,
-        iterator: BatchIterator,
+        iterator: BatchIterator | TaughtBatches,
         mesh: jax.sharding.Mesh,
         rules: AxisRules,
         timed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,

@@ -11,7 +11,7 @@ from typing import Any
 from t5jax import checkpoint, distributed, sharding
 from t5jax.config import Config, LoraConfig, to_json
 from t5jax.data.batches.examples import BatchIterator, Epoch, EvalSet
-from t5jax.distill import check_teacher
+from t5jax.distill.teacher import check_teacher
 from t5jax.evaluation import Evaluator
 from t5jax.monitor.progress import say
 from t5jax.plan.compiled import load as load_step
@@ -87,7 +87,8 @@ def find_standing(config: Config, run_dir: Path) -> Standing:
     if config.init.model or loop.imported:
         # A run that has begun does not need its source, which may no longer exist.
         name = str(last or config.init.model)
-        source = find(name, config.data.vocabulary)
+        moved = config.init.model if last and config.adapter else ""
+        source = find(name, config.data.vocabulary, base=moved)
         model = adopt(config.model, source, name)
         if own := source.own_tokenizer():
             model = trained_with(model, own)

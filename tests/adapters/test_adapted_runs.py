@@ -1,6 +1,7 @@
 """Runs that train an adapter: what moves, what is saved, and what other commands make of it."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import t5jax
+from command_line import fails, run
 from t5jax import checkpoint, checksums
 from t5jax.adapters import lora
 from t5jax.commands.serve import _adapters
@@ -92,9 +94,27 @@ def test_a_changed_base_is_refused_by_name(base, adapted, tmp_path):
         find(str(copy)).read()
     with pytest.raises(ValueError, match="trained over another base"):
         train(config_over(other, copy, steps=3))
-    saved.write_text(saved.read_text().replace(str(other), str(tmp_path / "absent")))
-    with pytest.raises(ValueError, match=r"holds an adapter alone; its base .*absent is not found"):
-        find(str(copy))
+
+
+def test_a_base_that_has_moved(base, adapted, tmp_path, capsys):
+    copy = Path(shutil.copytree(adapted, tmp_path / "copy"))
+    saved = checkpoint.latest_checkpoint(copy) / "config" / "metadata"
+    saved.write_text(saved.read_text().replace(str(base), str(tmp_path / "absent")))
+    told = fails(capsys, "export", copy, tmp_path / "adapter")
+    assert "holds an adapter alone; its base" in told
+    assert "or give it with --base" in told
+    assert run(capsys, "export", copy, tmp_path / "adapter", "--base", base)[0] == 0
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(base)
+    for path, x in flat_params(find(str(adapted))).items():
+        np.testing.assert_array_equal(flat_params(find(str(copy), base=str(base)))[path], x)
+    merged = ("export", copy, tmp_path / "merged", "--merge", "--dtype", "bfloat16")
+    _, _, told = run(capsys, *merged, "--base", base)
+    assert "bfloat16 rounds merged matrices by " in told
+    told = fails(capsys, "export", base, tmp_path / "no", "--base", base)
+    assert "is a whole model, so --base" in told
+    # The run goes on over it.
+    train(config_over(base, copy, steps=3))
 
 
 def test_an_adapter_needs_a_base(tmp_path):
@@ -137,6 +157,13 @@ def test_several_over_one_base(base, adapted, tmp_path):
         t5jax.load(str(base), adapters={"two": str(adapted)})
     with pytest.raises(ValueError, match="adapter it: .* is a run without an adapter"):
         t5jax.load(str(base), adapters={"it": str(base)})
+    copy = Path(shutil.copytree(adapted, tmp_path / "copy"))
+    saved = checkpoint.latest_checkpoint(copy) / "config" / "metadata"
+    text = saved.read_text()
+    saved.write_text(text.replace('"base": null', '"base": "int8"'))
+    assert saved.read_text() != text
+    with pytest.raises(ValueError, match="was trained over its base in int8 .* would answer other"):
+        t5jax.load(str(base), adapters={"it": str(copy)})
 
 
 def test_adapters_of_the_command_line():

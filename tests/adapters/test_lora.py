@@ -68,6 +68,20 @@ def test_merged_computes_what_unmerged_computes(base, config):
     np.testing.assert_allclose(first(params), first(lora.merge(MODEL, params)), atol=1e-5)
 
 
+def test_what_bfloat16_does_to_a_merged_matrix(base):
+    config = LoraConfig(rank=2, targets=("decoder/*/mlp/wo",))
+    params = moved(lora.init(config, MODEL, base, jax.random.key(1)), 0.01)
+    (found,) = lora.merge_errors(MODEL, params, "bfloat16").values()
+    wo = jax.device_get(params["decoder"]["layers"]["mlp"]["wo"])
+    merged = wo["kernel"] + np.einsum("lir,lro->lio", wo["lora_a"], wo["lora_b"])
+    # Eight bits: the nearest of the float32 numbers whose lower half is 0.
+    halves = (merged.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    steps = 2.0 ** (np.floor(np.log2(np.abs(merged))) - 7)
+    lost = np.minimum(np.abs(merged - halves), steps - np.abs(merged - halves))
+    expected = np.sum(lost**2), np.sum((merged - wo["kernel"]) ** 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
 def test_parameters_lie_beside_their_kernels():
     config = LoraConfig(rank=2, targets=("decoder/*/cross_attention/out",), dropout=0.1, dora=True)
     path = "decoder/layers/cross_attention/out"
@@ -96,6 +110,7 @@ def test_scales():
     ("fields", "message"),
     [
         ({"targets": ("querry",)}, r"'querry', which matches no matrix; did you mean query"),
+        ({"targets": ("token_embedder",)}, r"not for tables of embeddings; train a table whole"),
         ({"ranks": ("wi_0:4",)}, r"adapter.ranks has 'wi_0', which matches no target"),
         ({"rank": 17}, r"rank 17 exceeds the matrix decoder/.*/query, .* at most 16"),
         ({"ranks": ("query",)}, r"adapter.ranks has 'query'; expected PATTERN:NUMBER"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from t5jax import sharding
 from t5jax.adapters import lora, prompt
@@ -23,7 +24,7 @@ from t5jax.config import (
     to_json,
 )
 from t5jax.program import program
-from t5jax.quantized import Quantized
+from t5jax.quantize.leaf import Quantized
 
 MODEL = T5Config(
     vocab_size=32,
@@ -42,8 +43,12 @@ CONFIG = Config(
 )
 
 
-def one_step(config, mesh=None):
-    """Returns the parameters by path before and after a step, and the state."""
+def steps(config, number, mesh=None, params=None):
+    """Returns the parameters by path before and after each step, and the last state.
+
+    Args:
+      params: what the base has in place of its random parameters, by path.
+    """
     run = program(config, mesh or sharding.make_mesh(config.mesh, devices=jax.devices()[:1]))
     tokens = jnp.arange(1, 33).reshape(8, 4) % 31
     batch = {
@@ -54,9 +59,19 @@ def one_step(config, mesh=None):
     }
     with run.use():
         state = run.create(jax.random.key(0))
-        before = jax.device_get(lora.flatten(state.params))
-        after, _ = run.step(state, batch)
-    return before, jax.device_get(lora.flatten(after.params)), after
+        if params:
+            whole = lora.flatten(state.params) | jax.device_put(params, run.mesh.devices.flat[0])
+            state = state.replace(params=lora.unflatten(whole))
+        params = [jax.device_get(lora.flatten(state.params))]
+        for _ in range(number):
+            state, _ = run.step(state, batch)
+            params.append(jax.device_get(lora.flatten(state.params)))
+    return params, state
+
+
+def one_step(config):
+    """Returns the parameters by path before and after a step."""
+    return steps(config, 1)[0]
 
 
 def moved(before, after):
@@ -67,23 +82,33 @@ def change(**fields):
     return dataclasses.replace(CONFIG, **fields)
 
 
-def test_a_step_moves_the_adapter_alone_on_eight_devices_as_on_one():
-    adapter = LoraConfig(rank=2, targets=("query", "wo"))
+@pytest.mark.parametrize("dora", [False, True])
+def test_steps_move_all_of_the_adapter_and_nothing_else_on_eight_devices_as_on_one(dora):
+    adapter = LoraConfig(rank=2, targets=("all-linear", "lm_head"), dora=dora)
     config = change(adapter=adapter, mesh=MeshConfig(data=2, fsdp=2, model=2))
-    before, after, state = one_step(config, sharding.make_mesh(config.mesh))
-    assert moved(before, after) == {p for p in lora.leaves(adapter, MODEL) if p.endswith("lora_b")}
-    _, one, _ = one_step(change(adapter=adapter))
-    for path, x in one.items():
-        np.testing.assert_allclose(after[path], x, atol=1e-5, err_msg=path)
-    trained = sum(after[p].nbytes for p in after if p.rpartition("/")[2] in lora.TRAINED)
-    assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) <= 2 * trained + 64
+    (start, first, second), state = steps(config, 2, sharding.make_mesh(config.mesh))
+    leaves = lora.leaves(adapter, MODEL)
+    assert len({path.rpartition("/")[0] for path in leaves}) == len(lora.matrices(MODEL))
+    # A moves once B, which begins at 0, does not stop its gradient.
+    assert moved(start, first) == {
+        path for path in leaves if path.endswith(("lora_b", "dora_magnitude"))
+    }
+    trained = {path for path in leaves if path.rpartition("/")[2] in lora.TRAINED}
+    assert moved(first, second) == trained
+    for path in trained:  # Of every layer, too.
+        layers = second[path] != first[path]
+        assert np.all(np.any(layers.reshape(len(layers), -1), axis=1)), path
+    for path, x in steps(change(adapter=adapter), 2)[0][2].items():
+        np.testing.assert_allclose(second[path], x, atol=1e-4, err_msg=path)
+    size = sum(second[path].nbytes for path in trained)
+    assert sum(x.nbytes for x in jax.tree.leaves(state.opt_state)) <= 2 * size + 64
 
 
 def test_the_base_may_be_bfloat16_and_the_rate_of_adafactor_is_the_adapters_own():
     model = dataclasses.replace(MODEL, param_dtype="bfloat16", dtype="bfloat16")
     optimizer = OptimizerConfig(name="adafactor", learning_rate=1e-2)
     adapter = LoraConfig(rank=2, targets=("wo",))
-    before, after, _ = one_step(change(model=model, adapter=adapter, optimizer=optimizer))
+    before, after = one_step(change(model=model, adapter=adapter, optimizer=optimizer))
     path = "decoder/layers/mlp/wo"
     assert after[f"{path}/kernel"].dtype == jnp.bfloat16
     assert after[f"{path}/lora_a"].dtype == np.float32
@@ -91,9 +116,38 @@ def test_the_base_may_be_bfloat16_and_the_rate_of_adafactor_is_the_adapters_own(
     assert 5e-3 < step < 2e-2  # B is 0; a rate relative to its size would be 1e-5.
 
 
+def nf4_by_hand(x, axis):
+    """bitsandbytes' NF4: quantiles of a normal distribution, of which the largest in a group is 1.
+
+    create_normal_map in bitsandbytes/functional.py; Dettmers et al. 2023, appendix E.
+    """
+    up, down = (norm.ppf(np.linspace(0.9677083, 0.5, n)[:-1]) for n in (9, 8))
+    codes = np.sort([*up, 0, *-down]) / up.max()
+    scales = np.abs(x).max(axis, keepdims=True)
+    return codes[np.abs((x / scales)[..., None] - codes).argmin(-1)] * scales
+
+
+def test_a_step_over_a_base_in_four_bits_is_that_over_the_same_numbers_in_floats():
+    adapters = [LoraConfig(rank=2, targets=("query", "wo"), base=base) for base in ("nf4", None)]
+    (rounded, found), (start, _) = (one_step(change(adapter=each)) for each in adapters)
+    by_hand = {}
+    for path, x in rounded.items():
+        if isinstance(x, Quantized):
+            # Groups along the last axis of inputs, which has fewer than 64.
+            axis = 2 if path.endswith("out/kernel") else 1
+            by_hand[path] = nf4_by_hand(start[path], axis).astype(np.float32)
+    assert len(by_hand) == 18
+    (_, expected), _ = steps(change(adapter=adapters[1]), 1, params=by_hand)
+    for path, x in expected.items():
+        if path in by_hand:
+            np.testing.assert_allclose(rounded[path].dequantized(), x, atol=1e-6, err_msg=path)
+        else:
+            np.testing.assert_allclose(found[path], x, atol=2e-4, err_msg=path)
+
+
 def test_a_base_in_four_bits():
     adapter = LoraConfig(rank=2, targets=("query", "wo"), base="nf4")
-    before, after, _ = one_step(change(adapter=adapter))
+    before, after = one_step(change(adapter=adapter))
     path = "decoder/layers/mlp/wo/kernel"
     assert isinstance(after[path], Quantized)
     assert after[path].nbytes < 0.2 * 4 * after[path].size
@@ -103,10 +157,11 @@ def test_a_base_in_four_bits():
 
 
 def test_a_soft_prompt_is_all_that_moves():
-    before, after, _ = one_step(change(adapter=PromptConfig(3)))
-    assert moved(before, after) == {prompt.PATH}
-    rows = before["token_embedder/embedding"]
-    for vector in before[prompt.PATH]:
+    (start, _, after), _ = steps(change(adapter=PromptConfig(3)), 2)
+    assert moved(start, after) == {prompt.PATH}
+    assert np.all(after[prompt.PATH] != start[prompt.PATH])
+    rows = start["token_embedder/embedding"]
+    for vector in start[prompt.PATH]:
         assert np.any(np.all(rows == vector, axis=1))
 
 
@@ -122,7 +177,7 @@ def test_the_rank_may_be_sharded():
 def test_rates_by_pattern():
     rates = ("decoder/*:1e-3", "*/mlp/*:1e-4")
     optimizer = dataclasses.replace(CONFIG.optimizer, learning_rates=rates, freeze=("lm_head/*",))
-    before, after, _ = one_step(change(optimizer=optimizer))
+    before, after = one_step(change(optimizer=optimizer))
     # Adam's first step is the rate, wherever the gradient is not 0.
     steps = {path: np.abs(after[path] - x).max() for path, x in before.items()}
     for path, step in steps.items():

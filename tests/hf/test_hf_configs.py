@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from command_line import fails
 from conformance.cases import assert_same, random_params
 from conformance.families import (
     BERT,
@@ -709,7 +710,7 @@ TEXTS = VARIANTS["bert_sequence_classification"]
         (
             T5,
             {"quantization_config": {"bits": 8}},
-            r"quantization_config is .* plain float weights",
+            "quantization_config says that the weights are quantized",
         ),
         (T5, {"eos_token_id": [1, "2"]}, r"eos_token_id is \[1, '2'\]; expected whole numbers"),
         (T5, {"d_model": "8"}, r"d_model is '8'; expected a value of type int"),
@@ -733,7 +734,7 @@ TEXTS = VARIANTS["bert_sequence_classification"]
         (
             LLAMA,
             {"quantization_config": {"bits": 4}},
-            r"quantization_config .* plain float weights",
+            "quantization_config says that the weights are quantized",
         ),
         (LLAMA, {"tie_word_embeddings": 0}, r"tie_word_embeddings is 0; expected .* type bool"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"type 'yarn', which is"),
@@ -805,7 +806,7 @@ TEXTS = VARIANTS["bert_sequence_classification"]
         (
             TEXTS,
             {"quantization_config": {"a": 1}},
-            "quantization_config is .*; expected plain float",
+            "quantization_config says that the weights are quantized",
         ),
         (
             TEXTS,
@@ -885,3 +886,47 @@ def test_config_of_t5gemma_that_is_not_implemented(where, changes, message):
     raw = raw | {where: raw[where] | changes} if where else raw | changes
     with pytest.raises(ValueError, match=message):
         t5gemma.read_config(raw, {})
+
+
+# As they are published: by transformers (bitsandbytes, fp8), llm-compressor, GPTQModel and AutoAWQ,
+# and in files of their own by AutoGPTQ and an older AutoAWQ.
+QUANTIZED = {
+    "bitsandbytes": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+    },
+    "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}},
+    },
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+}
+
+
+@pytest.mark.parametrize("place", [*QUANTIZED, "quantize_config.json", "quant_config.json"])
+def test_models_quantized_elsewhere_are_refused_by_name(tmp_path, capsys, place):
+    folder, _ = saved(tmp_path / "model", LLAMA)
+    edit_config(folder, quantization_config=QUANTIZED.get(place))
+    method = {"quantize_config.json": "gptq", "quant_config.json": "awq"}.get(place, place)
+    if place not in QUANTIZED:
+        (folder / place).write_text(json.dumps({"bits": 4, "w_bit": 4}))
+    message = f"says that the weights are quantized ({method}), which is not read here; give"
+    out = tmp_path / "out"
+    commands = [
+        ("train", "quickstart", "--init.model", folder, "--run-dir", out),
+        ("eval", folder, "--tasks", "numbers_en_fr"),
+        ("infer", folder, "--prompt", "x"),
+        ("serve", folder, "--port", "0"),
+        ("export", folder, out),
+        ("import", folder, out),
+        ("compress", folder, out),
+        ("prune", folder, out),
+    ]
+    for command in commands if place == "gptq" else commands[4:5]:
+        assert message in fails(capsys, *command), command
+    assert not (out / "checkpoints").exists()

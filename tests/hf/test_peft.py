@@ -1,5 +1,6 @@
 """LoRA in PEFT's format against peft itself: what is written here and what is written there."""
 
+import dataclasses
 import json
 import warnings
 
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import t5jax
 from conformance.families import VARIANTS
 from t5jax.adapters import lora, prompt
 from t5jax.config import LoraConfig
 from t5jax.hf import io
 from t5jax.hf import peft as ours
 from t5jax.models import api
+from t5jax.tokenizers import ByteTokenizer
 
 torch = pytest.importorskip("torch", reason="peft runs on torch")
 peft = pytest.importorskip("peft", reason="what is compared with")
@@ -183,6 +186,37 @@ def test_soft_prompts_both_ways(folders, tmp_path):
     first, _ = api.prefill(model, api.arrange_for_decoding(model, whole), inputs)
     batch = inputs | {"decoder_input_tokens": jnp.zeros((2, 1), int)}
     np.testing.assert_allclose(first, api.logits(model, whole, batch)[:, 0], atol=1e-4)
+
+
+def test_what_a_user_types_is_answered_as_by_peft(tmp_path):
+    model = dataclasses.replace(VARIANTS["t5_1_1"], vocab_size=384)
+    params = jax.jit(lambda: api.init_params(model, jax.random.key(3)))()
+    # Ids that are no bytes are never larger than the first, which is drawn in their place.
+    kernel_DV = params["lm_head"]["kernel"]
+    params["lm_head"]["kernel"] = kernel_DV.at[:, 259:].set(kernel_DV[:, :1])
+    io.save_params(tmp_path / "base", model, params, tokenizer=ByteTokenizer())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    prompts = ["Translate: twelve", "Où est-ce ?"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    answers = []
+    for number, config in enumerate(
+        (
+            peft.LoraConfig(r=4, target_modules=["q", "wo"], lora_alpha=8),
+            peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5),
+        )
+    ):
+        torch.manual_seed(number)
+        made = peft.get_peft_model(there(tmp_path / "base"), config).eval()
+        with torch.no_grad():
+            for x in made.parameters():
+                if x.requires_grad:
+                    x += 0.3 * torch.randn(x.shape)
+            made.save_pretrained(tmp_path / f"{number}")
+            ids = made.generate(**inputs, max_new_tokens=6, do_sample=False)
+        expected = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        assert t5jax.load(str(tmp_path / f"{number}")).generate(prompts, max_tokens=6) == expected
+        answers.append(expected)
+    assert answers[0] != answers[1]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import scipy.stats
 
 from conformance.cases import LOGITS, pack, random_batch, random_examples, random_params
 from conformance.families import VARIANTS, family_of
-from t5jax import quantized
 from t5jax.architectures import published
 from t5jax.models import api
+from t5jax.quantize import leaf as quantized
+from t5jax.quantize.leaf import NF4, product
 from t5jax.quantize.matrices import (
     Matrix,
     Scheme,
@@ -25,7 +26,6 @@ from t5jax.quantize.matrices import (
     quantize_params,
     rounded_params,
 )
-from t5jax.quantized import NF4, product
 
 ANY = ("int8", "int4", "nf4", "fp8")
 

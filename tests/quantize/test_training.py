@@ -10,10 +10,10 @@ import pytest
 from conformance.cases import random_batch
 from conformance.families import VARIANTS, family_of
 from t5jax import sharding
-from t5jax.compress import _check_training
 from t5jax.config import Config, DataConfig, LoraConfig, LossConfig, MeshConfig, QuantizeConfig
 from t5jax.losses import batch_loss
 from t5jax.program import program
+from t5jax.quantize.compress import _check_training
 from t5jax.quantize.matrices import Scheme, dequantize_params, quantize_params
 from t5jax.source import Source
 

@@ -1,7 +1,8 @@
 """Distillation: a student learns the probabilities that a teacher gives to all tokens.
 
 Hinton et al. 2015 (arXiv:1503.02531). The teacher is an argument of the training step: neither a
-constant of the program nor part of the state and its checkpoints. It may be of another size or
+constant of the program nor part of the state and its checkpoints; or it is asked beforehand
+(`cache.py`). It may be of another size or
 family, but both have the same vocabulary: of pieces, since two of the same size may differ.
 The loss is `losses.distillation`.
 """
@@ -63,6 +64,16 @@ def find_teacher(config: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
     return Teacher(source, model, shapes, sharding.param_shardings(axes, shapes, mesh, rules))
 
 
+def num_ids(config: Config, teacher: Teacher) -> int:
+    """Returns how many ids both models have."""
+    return min(config.model.vocab_size, teacher.model.vocab_size)
+
+
+def num_kept(config: Config, teacher: Teacher) -> int:
+    """Returns how many ids are kept of each target."""
+    return min(config.distill.top_k or num_ids(config, teacher), num_ids(config, teacher))
+
+
 def check_teacher(
     teacher: Teacher, student: Architecture, tokenizer: Tokenizer, spec: BatchSpec
 ) -> None:
@@ -78,7 +89,8 @@ def check_teacher(
     if difference := _difference(theirs, tokenizer):
         raise ValueError(
             f"distill.teacher {name} has another vocabulary: {difference}; train the student with "
-            f"the teacher's (--data.vocabulary {name}), or take another teacher"
+            f"the teacher's (--data.vocabulary {teacher.source.tokenizer_folder}), or take another "
+            "teacher"
         )
     for what, model in (("teacher", teacher.model), ("student", student)):
         if model.vocab_size < tokenizer.vocab_size:

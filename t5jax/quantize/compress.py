@@ -1,11 +1,8 @@
-"""`t5jax compress`: a model with quantized matrices, its size, its quality and its speed."""
+"""`t5jax compress`: writes a model with quantized matrices."""
 
 import dataclasses
-import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.traverse_util
@@ -15,11 +12,8 @@ import numpy as np
 from t5jax import sharding, storage
 from t5jax.checks import check_at_least
 from t5jax.config import Config, MeshConfig, override
-from t5jax.decoding import GenerationOptions
-from t5jax.evaluation import evaluate_model
 from t5jax.models import api
 from t5jax.monitor import progress
-from t5jax.pretrained import Pretrained, load
 from t5jax.quantize import calibrate as calibration
 from t5jax.quantize import files
 from t5jax.quantize.calibrate import Method
@@ -28,14 +22,11 @@ from t5jax.quantize.matrices import (
     Scheme,
     check_installed,
     chosen,
-    num_bytes,
     quantize,
 )
 from t5jax.source import AdaptedSource, Source, find
 
 _STATISTICS_BYTES = 2 * 2**30  # Of all matrices whose statistics are summed in one pass.
-_PROMPTS, _NEW_TOKENS, _REPEATS = 32, 32, 3
-_NOTICEABLE = 1.1  # Times of one program differ by as much from run to run.
 
 
 def compress_model(
@@ -47,11 +38,9 @@ def compress_model(
     method: Method = "rtn",
     calibrate: Sequence[str] = (),
     num_calibration: int = 128,
-    tasks: Sequence[str] = (),
     task_files: Sequence[str] = (),
-    **evaluation: Any,
-) -> dict[str, Any]:
-    """Writes a model with quantized matrices, and returns what that costs and gains.
+) -> None:
+    """Writes a model with quantized matrices; see `t5jax.tradeoff` for what that costs and gains.
 
     Args:
       model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
@@ -61,14 +50,7 @@ def compress_model(
       method: "rtn" rounds to the nearest; "awq" and "gptq" read the inputs of a task.
       calibrate: tasks or mixtures whose training examples are read for that.
       num_calibration: the number of those examples.
-      tasks: tasks on which the model is compared with the uncompressed one; none: no comparison.
       task_files: Python files that register tasks, in addition to the shipped ones and the run's.
-      **evaluation: arguments of `evaluation.evaluate_model`: split, num_examples and others.
-    Returns:
-      "memory_bytes" and "disk_bytes" of the weights, each of the uncompressed and of the compressed
-      model (of a run, on disk: as it would be exported);
-      "quality", as `evaluate_model` returns it, and "examples_per_second" of both, if tasks are
-      given.
     Raises:
       ValueError: if the model cannot be read or quantized so, or the output cannot be written.
     """
@@ -105,17 +87,6 @@ def compress_model(
         tokenizer=source.own_tokenizer(),
         generation=source.generation(),
     )
-    result: dict[str, Any] = {
-        "memory_bytes": (num_bytes(floats), num_bytes(params)),
-        "disk_bytes": (_disk_bytes(source.path) or num_bytes(floats), _disk_bytes(folder)),
-    }
-    if tasks:
-        given: dict[str, Any] = {"show": False, "task_files": task_files} | evaluation
-        result["quality"] = evaluate_model(output, tasks, baseline=(str(source.path),), **given)
-        result["examples_per_second"] = _speeds(
-            [str(source.path), output], tasks, task_files, given.get("split", "test")
-        )
-    return result
 
 
 def _check_training(source: Source, scheme: Scheme) -> None:
@@ -130,15 +101,6 @@ def _check_training(source: Source, scheme: Scheme) -> None:
             "learned of rounding is of little use then",
             stacklevel=2,
         )
-
-
-def _disk_bytes(folder: Path) -> int:
-    """Returns the bytes of a model's weights, without tokenizer and optimizer state."""
-    return sum(
-        size
-        for name, (size, _) in storage.files(folder).items()
-        if name.endswith((".safetensors", ".bin"))
-    )
 
 
 # --- Rounding -------------------------------------------------------------------------------------
@@ -211,80 +173,3 @@ def _data_of(config: Config, task: str, rows: int) -> Config:
             "data.targets_length": data.targets_length + int(same),
         },
     )
-
-
-# --- Speed ----------------------------------------------------------------------------------------
-
-
-def _speeds(
-    models: Sequence[str], tasks: Sequence[str], task_files: Sequence[str], split: str
-) -> tuple[float, ...]:
-    """Returns the examples per second of models: greedy answers of up to 32 tokens, or embeddings.
-
-    Each is timed three times, in turn with the others; the fastest time counts.
-    """
-    loaded = [load(name) for name in models]
-    inputs = _inputs(loaded[0], tasks, task_files, split)
-    times: list[list[float]] = [[] for _ in loaded]
-    for repeat in range(_REPEATS + 1):
-        for model, own in zip(loaded, times, strict=True):
-            start = time.perf_counter()
-            _run(model, inputs)
-            if repeat:  # The first one compiles.
-                own.append(time.perf_counter() - start)
-    return tuple(len(inputs) / min(own) for own in times)
-
-
-def _inputs(
-    model: Pretrained, tasks: Sequence[str], task_files: Sequence[str], split: str
-) -> list[list[int]]:
-    from t5jax.data import pipeline, registry
-
-    assert model.source is not None
-    config = override(model.source.config, {"eval.num_examples": _PROMPTS})
-    registry.load_tasks((*config.data.task_files, *task_files))
-    sets = pipeline.eval_sets(config, split, model.tokenizer, registry.match(tasks, split))
-    return [example.input_ids for each in sets for example in each.examples][:_PROMPTS]
-
-
-def _run(model: Pretrained, inputs: list[list[int]]) -> None:
-    if model.model.kind == "encoder":
-        model.embed_ids(inputs)
-        return
-    options = GenerationOptions(max_tokens=_NEW_TOKENS)
-    generator = model._generator(False)
-    generator.answers(model.params, inputs, options, batch_size=len(inputs))
-
-
-# --- Report ---------------------------------------------------------------------------------------
-
-
-def report(result: dict[str, Any]) -> Iterator[str]:
-    """Yields what `compress_model` returns as lines of text."""
-    for name, what in {"memory_bytes": "in memory, float32", "disk_bytes": "on disk"}.items():
-        before, after = result[name]
-        if before and after:
-            yield f"{what}: {_size(before)} before, {_size(after)} after, {after / before:.1%}"
-    for task, found in result.get("quality", {}).items():
-        for comparisons in found["comparisons"].values():
-            for metric, each in comparisons.items():
-                low, high = each["interval"]
-                yield (
-                    f"{task} {metric}: {found['model'][metric]:.4g}, against the uncompressed "
-                    f"{each['difference']:+.4g} [{low:+.4g}, {high:+.4g}], {each['verdict']}"
-                )
-    if "examples_per_second" in result:
-        before, after = result["examples_per_second"]
-        gain = after / before
-        says = f"{gain:.2f} times as fast" if gain >= _NOTICEABLE else f"no gain ({gain:.2f} times)"
-        yield f"speed here: {before:.1f} examples/s before, {after:.1f} after: {says}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
-
-
-def print_report(result: dict[str, Any]) -> None:
-    """Prints the report on standard output."""
-    for line in report(result):
-        print(line, file=sys.stdout)

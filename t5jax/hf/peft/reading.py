@@ -1,0 +1,247 @@
+"""Reads an adapter's folder that PEFT wrote.
+
+L layers, R rank.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from t5jax.adapters import lora, prompt
+from t5jax.architectures import Architecture
+from t5jax.hf.files import ADAPTER, open_tensors, read_json
+from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
+from t5jax.models import api
+
+# Keys that say how an adapter was made or will be trained, or which modules it has, which its
+# tensors say themselves.
+_HARMLESS = re.findall(
+    r"\w+",
+    """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    megatron_core loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size
+    runtime_config ensure_weight_tying eva_state_dict
+    """,
+)
+# Keys that change what is computed: not implemented here.
+_REFUSED = (
+    "megatron_config",
+    "trainable_token_indices",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+)
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def _check(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{where}: peft_type is {kind!r}, which is not implemented; expected LORA or "
+            "PROMPT_TUNING"
+        )
+    for key in _REFUSED:
+        if config.get(key):
+            raise ValueError(
+                f"{where}: {key} is {config[key]!r}, which is not implemented; merge the adapter "
+                "with peft (merge_and_unload, then save_pretrained), and take that model"
+            )
+    if config.get("init_lora_weights", True) not in _INITS:
+        raise ValueError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which also changes "
+            "the base's weights; save the adapter with peft's "
+            "path_initial_model_for_weight_conversion, which makes a plain one of it"
+        )
+    if unknown := sorted(set(config) - {*_HARMLESS, *_REFUSED}):
+        warnings.warn(
+            f"{where} has keys that are not known here and change nothing: "
+            f"{', '.join(f'{key}={config[key]!r}' for key in unknown)}",
+            stacklevel=4,
+        )
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
+    """Returns alpha over the rank, of a module of theirs, as PEFT finds it."""
+
+    def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        for pattern, value in (patterns or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+    expected = of(config.get("rank_pattern"), config.get("r", 8))
+    if rank != expected:
+        raise ValueError(
+            f"{where}: {module} has rank {rank} in the tensors, but {expected} in {ADAPTER}"
+        )
+    alpha = of(config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
+    """Returns the parameters of an adapter in a folder, float32, by their paths.
+
+    Also those of the base that it replaces (PEFT's modules_to_save and bias).
+
+    Args:
+      folder: with adapter_config.json.
+      model: the base.
+    Raises:
+      ValueError: if it needs something that is not implemented, or does not fit the base, naming
+        the tensor.
+    """
+    config = read_json(folder / ADAPTER)
+    if config.get("peft_type") == "PROMPT_TUNING":
+        return {prompt.PATH: _read_prompt(folder, config, model)}
+    _check(config, str(folder / ADAPTER))
+    with open_tensors(folder, adapter=True) as tensors:
+        found = {
+            _renamed(name, model): tensors[name][
+                tuple(slice(0, size) for size in tensors[name].shape)
+            ].astype(np.float32)
+            for name in tensors
+        }
+    known: set[str] = set()
+    params: dict[str, np.ndarray] = {}
+    for module in modules_of(model).values():
+        for name in module.names():
+            known |= {f"{name}.{suffix}" for suffix in TENSORS}
+        params |= _read_module(module, found, config, str(folder))
+    whole = {name: x for name, x in found.items() if name not in known}
+    params |= _read_whole(whole, model, str(folder))
+    return params
+
+
+def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -> np.ndarray:
+    """Returns a soft prompt [P, D]; of those that PEFT also keeps for a decoder it uses none."""
+    if not model.TAKES_SOFT_PROMPTS:
+        raise ValueError(f"{folder} is a soft prompt, and {model.family} takes none here")
+    with open_tensors(folder, adapter=True) as tensors:
+        name = "prompt_embeddings"
+        if list(tensors) != [name]:
+            raise ValueError(f"{folder} has tensors {', '.join(tensors)}; expected {name} alone")
+        whole = tensors[name][tuple(slice(0, size) for size in tensors[name].shape)]
+    length = config.get("num_virtual_tokens") or len(whole)
+    if whole.shape[1] != model.d_model or len(whole) < length:
+        raise ValueError(
+            f"{folder} is an adapter of another base: {name} is {list(whole.shape)}; expected "
+            f"[{length}, {model.d_model}]"
+        )
+    return whole[:length].astype(np.float32)
+
+
+def _renamed(name: str, model: Architecture) -> str:
+    """Returns the name of a tensor under the prefix that the table has."""
+    # A bias that is trained lies in the module that PEFT wraps.
+    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    for pattern, replacement in table_of(model).renames:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _read_module(
+    module: Module, found: Mapping[str, np.ndarray], config: Mapping[str, Any], where: str
+) -> dict[str, np.ndarray]:
+    """Returns the adapter of one matrix of ours, {} if it has none."""
+    names = module.names()
+    if not any(f"{name}.{TENSORS[0]}" in found for name in names):
+        return {}
+    num_inputs, num_outputs = module.sizes
+    place, count = module.part
+    factors: list[tuple[np.ndarray, np.ndarray, float]] = []
+    magnitudes: list[np.ndarray | None] = []
+    for name in names:
+        a, b, magnitude = (found.get(f"{name}.{suffix}") for suffix in TENSORS)
+        if a is None or b is None:
+            factors.append((np.zeros((num_inputs, 0)), np.zeros((0, num_outputs)), 0.0))
+            magnitudes.append(None)
+            continue
+        shapes = [a.shape[0], num_inputs], [count * num_outputs, a.shape[0]]
+        for x, suffix, shape in zip((a, b), TENSORS, shapes, strict=False):
+            if list(x.shape) != shape:
+                raise ValueError(
+                    f"{where} is an adapter of another base: {name}.{suffix} is {list(x.shape)}; "
+                    f"expected {shape}"
+                )
+        scale = _scale(config, name, a.shape[0], where)
+        b = b[place * num_outputs : (place + 1) * num_outputs]
+        if count > 1:  # What is for other parts alone.
+            kept = np.any(b != 0, axis=0)
+            kept |= not kept.any()
+            a, b = a[kept], b[:, kept]
+        factors.append((a.T, b.T, scale))
+        magnitudes.append(
+            None if magnitude is None else magnitude.reshape(count, num_outputs)[place]
+        )
+    rank = max(a.shape[1] for a, _, _ in factors)
+    stacked = {
+        "lora_a": [np.pad(a, ((0, 0), (0, rank - a.shape[1]))) for a, _, _ in factors],
+        "lora_b": [np.pad(b, ((0, rank - b.shape[0]), (0, 0))) for _, b, _ in factors],
+        "lora_scale": [np.float32(scale) for _, _, scale in factors],
+    }
+    if any(m is not None for m in magnitudes):
+        none = np.full(num_outputs, np.nan)
+        stacked["dora_magnitude"] = [none if m is None else m for m in magnitudes]
+    return {
+        f"{module.path}/{name}": np.stack(layers)
+        .reshape(module.matrix.leaf(name, rank)[0])
+        .astype(np.float32)
+        for name, layers in stacked.items()
+    }
+
+
+def _read_whole(
+    found: Mapping[str, np.ndarray], model: Architecture, where: str
+) -> dict[str, np.ndarray]:
+    """Returns the parameters of the base that an adapter's folder has as a whole."""
+    shapes = lora.flatten(api.param_shapes(model))
+    params: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for row in table_of(model).rows(model):
+        shape = shapes[row.ours].shape
+        expected = row.their_shapes(shape)
+        there = [name for name in expected if name in found]
+        if not there:
+            continue
+        if row.aliases or len(there) < len(expected):
+            what = (
+                f"{there[0]}, which is also {' and '.join(row.aliases)} in its base"
+                if row.aliases
+                else f"{there[0]} in {len(there)} of {len(expected)} layers"
+            )
+            raise ValueError(
+                f"{where} replaces {what}: that is not implemented; merge it with peft "
+                "(merge_and_unload, then save_pretrained), and take that model"
+            )
+        for name in there:
+            if found[name].shape != tuple(expected[name]):
+                raise ValueError(
+                    f"{where} is an adapter of another base: {name} is {list(found[name].shape)}; "
+                    f"expected {list(expected[name])}"
+                )
+        used |= set(there)
+        leaf = jax.ShapeDtypeStruct(shape, np.float32)
+        tensors: Any = found
+        params[row.ours] = row.read(leaf, (slice(None),) * len(shape), tensors)
+    if rest := sorted(set(found) - used):
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise ValueError(
+            f"{where} is an adapter of another base, or of a module that cannot be adapted here: "
+            f"there is no place for {rest[0]} {list(found[rest[0]].shape)}{more}"
+        )
+    return params
