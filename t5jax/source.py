@@ -270,8 +270,9 @@ class AdaptedSource(Source):
         whole = flax.traverse_util.unflatten_dict(
             {**_flatten(params), **self.adapter(self.model)}, sep="/"
         )
-        measure = jax.jit(lambda whole: lora.merge_errors(self.model, whole, dtype))
-        errors = {path: np.asarray(x) for path, x in measure(whole).items()}
+        # Not jitted: XLA would leave out the rounding, whose result is made float32 again.
+        found = lora.merge_errors(self.model, whole, dtype)
+        errors = {path: np.asarray(x) for path, x in found.items()}
         lost, added = sum(errors.values())
         worst = max(errors, key=lambda path: errors[path][0] / max(errors[path][1], 1e-30))
         shares = [np.sqrt(x[0] / max(x[1], 1e-30)) for x in ((lost, added), errors[worst])]
