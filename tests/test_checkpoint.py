@@ -10,11 +10,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from t5jax import checkpoint, checksums
 from t5jax.architectures import T5Config
-from t5jax.checkpoint import Checkpoints, best_checkpoint, best_loss, latest_checkpoint
+from t5jax.checkpoint import (
+    Checkpoints,
+    best_checkpoint,
+    best_loss,
+    latest_checkpoint,
+)
+from t5jax.checkpoint.damage import _checked
 from t5jax.config import Config, InitConfig, OptimizerConfig, TrainConfig
 from t5jax.convert import export_model
 from t5jax.train_state import TrainState
@@ -230,7 +237,7 @@ def test_what_says_nothing_about_the_files_is_not_called_damage(error, tmp_path,
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", fail)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
     with pytest.raises(ValueError, match=r"checkpoints/1 cannot be read: ") as caught:
         restore(tmp_path, 1)
     assert "damaged" not in str(caught.value)
@@ -471,7 +478,7 @@ def test_what_cannot_be_read_is_not_called_damage(two, monkeypatch):
     def refuse(file):
         raise PermissionError(13, "Permission denied", str(file))
 
-    checkpoint._checked.clear()
+    _checked.clear()
     monkeypatch.setattr(checksums, "crc32c", refuse)
     with pytest.raises(ValueError, match=r"checkpoints/2 cannot be read: Permission denied: ") as e:
         checkpoint.newest_sound(two)

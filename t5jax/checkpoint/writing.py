@@ -1,0 +1,189 @@
+"""Writes the checkpoints of a run by Orbax, and restores its state.
+
+A save returns when the state is copied to the host, and is written while training continues; an
+incomplete one, left by a killed process, is never taken for a checkpoint.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from t5jax import checksums, distributed, storage
+from t5jax.checkpoint.errors import first_cause, first_line, naming_errors
+from t5jax.checkpoint.finding import UNFINISHED, checkpoints_of, remove_unfinished, validation_loss
+from t5jax.checkpoint.reading import abstract_like
+from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR, check_writable_name
+from t5jax.config import Config, to_json
+from t5jax.train_state import TrainState
+
+# Orbax writes these once more when all else is written, and does without them on a disk.
+_LATER = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, and restores its state; a context manager."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep: int | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ):
+        """Opens the checkpoints of a run.
+
+        Args:
+          run_dir: the run's folder.
+          keep: number of recent checkpoints to keep, in addition to the best one; None keeps all.
+          before_save: raises if this process must not write any more.
+        Raises:
+          ValueError: if Orbax cannot write there, or the file with a checkpoint's loss is damaged.
+        """
+        run_dir = storage.path(run_dir)
+        path = run_dir.absolute() / CHECKPOINTS_DIR
+        check_writable_name(path)
+        for checkpoint in checkpoints_of(run_dir):
+            validation_loss(checkpoint)  # Orbax reads them too, with errors that name no file.
+        if distributed.is_main():
+            remove_unfinished(path)
+        best = policies.BestN(
+            get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            # best_fn makes Orbax write the loss down; the policy decides what stays.
+            best_fn=_loss,
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        self._manager = ocp.CheckpointManager(path, options=options)
+        self._path, self._before_save = path, before_save
+        # The step of the last save, and whether it is known how it has ended.
+        self._saving, self._is_known = 0, True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(Exception):  # What went wrong first is what to say.
+            self.close()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loop: dict,
+        config: Config,
+        loss: float | None = None,
+        base: dict[str, str] | None = None,
+    ) -> None:
+        """Begins to save; an error of the save before this one is raised here.
+
+        Args:
+          state: what is saved of it, see `Program.saved`.
+          loop: the state of the loop as plain values, including the position in the data.
+          loss: the validation loss, which selects the best checkpoint; ignored if not finite.
+          base: with an adapter, the digests of the base's parameters.
+        """
+        self._save(step, _as_dict(state), loop, config, loss, base)
+
+    def save_params(self, params, config: Config) -> None:
+        """Saves only parameters, as step 0, for other runs to start from."""
+        self._save(0, {"params": params}, {}, config, None)
+
+    def _save(
+        self,
+        step,
+        state: dict,
+        loop: dict,
+        config: Config,
+        loss: float | None,
+        base: dict[str, str] | None = None,
+    ) -> None:
+        self._before_save()
+        self.wait()  # For the save before this one, whose step `_write_checksums` asks for.
+        self._saving, self._is_known = step, False
+        with self._writing():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    loop=ocp.args.JsonSave(loop),
+                    config=ocp.args.JsonSave(json.loads(to_json(config))),
+                    **({} if base is None else {"base": ocp.args.JsonSave(base)}),
+                ),
+                metrics={"loss": loss} if loss is not None and math.isfinite(loss) else None,
+            )
+        assert saved, f"there is a checkpoint of step {step} or a later one"
+
+    def _write_checksums(self) -> None:
+        """Called by Orbax in the first process when all is written, before it counts."""
+        folder = self._path / str(self._saving)
+        if not storage.is_remote(folder):
+            (folder,) = self._path.glob(f"{self._saving}{UNFINISHED}*")
+        checksums.write(folder, leave=_LATER)
+
+    def restore(self, checkpoint: Path, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """Returns the state, placed by `shardings` (of any mesh).
+
+        Raises:
+          ValueError: if the checkpoint is damaged.
+        """
+        abstract = abstract_like(_as_dict(shapes), _as_dict(shardings))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        with naming_errors(checkpoint):
+            return TrainState(**self._manager.restore(int(checkpoint.name), args=args).state)
+
+    def wait(self) -> None:
+        """Waits until everything is written; an error of writing is raised here."""
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._is_known = True
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the meantime; waits for nothing."""
+        if not self._is_known and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """Says which checkpoint could not be written, and why."""
+        try:
+            yield
+        except AssertionError:
+            raise
+        except Exception as error:
+            first = first_cause(error)
+            place = str(self._path / str(self._saving))
+            reason = storage.describe_error(first, place) or first_line(first)
+            remedy = "Mend that"
+            if full := re.search("No space left on device|Disk quota exceeded", str(first)):
+                reason, remedy = full[0], "Make room"
+            raise ValueError(
+                f"checkpoint {place} cannot be written: {reason}; the run ends, since what follows "
+                f"would be lost. {remedy}, and the same command goes on from the checkpoint before"
+            ) from error
+
+
+def _loss(metrics: dict[str, Any]) -> float:
+    return metrics["loss"]
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
