@@ -108,6 +108,8 @@ def _end() -> None:
     """Ends the process without Python's own clean-up, in which a thread of tf.data that waits for
     Python, and an iterator that waits for that thread, can wait for each other for ever."""
     if _status is not None:
+        if (jax := sys.modules.get("jax")) and jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # Where jax was imported first, nothing has done it yet.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

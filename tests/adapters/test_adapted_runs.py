@@ -26,6 +26,7 @@ from tiny import (  # noqa: F401
     one_device,
     read_state,
     trained_run,
+    use_one_device,
 )
 
 LORA = LoraConfig(rank=2, alpha=4, targets=("query", "wo"), dropout=0.1, train=("*/final_norm/*",))
@@ -44,10 +45,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def adapted(base, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        from t5jax import sharding
-
-        make = sharding.make_mesh
-        patch.setattr(sharding, "make_mesh", lambda *a: make(*a, devices=jax.devices()[:1]))
+        use_one_device(patch)
         return train(config_over(base, tmp_path_factory.mktemp("adapted") / "run"))
 
 
@@ -150,7 +148,7 @@ def test_several_over_one_base(base, adapted, tmp_path):
     start = lora.flatten(lora.init(config, source.model, source.read()[1], jax.random.key(0)))
     rng = np.random.default_rng(0)
     leaves = {p: np.asarray(start[p]) for p in lora.leaves(config, source.model)}
-    leaves |= {p: rng.normal(size=x.shape) for p, x in leaves.items() if p.endswith("lora_b")}
+    leaves |= {p: 10 * rng.normal(size=x.shape) for p, x in leaves.items() if p.endswith("lora_b")}
     peft.save(tmp_path / "adapter", source.model, leaves, str(base))
     both = t5jax.load(str(base), adapters={"one": str(tmp_path / "adapter")})
     prompts = ["capitals: ab", "capitals: dcba"]
