@@ -91,3 +91,11 @@ def test_no_shard_lies_outside_of_its_cache(all_readers, tmp_path):
     (tmp_path / "cache" / "cache.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match="does not describe a cache; delete this folder"):
         CachedTask(tmp_path / "cache")
+
+
+def test_a_cache_without_features_is_none(all_readers, tmp_path):
+    info = json.loads(all_readers["cache"].seeds[0]) | {"features": []}
+    del info["eos_ids"]
+    (tmp_path / "cache.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="cache.json"):
+        CachedTask(tmp_path)

@@ -62,6 +62,8 @@ def _check_info(info: Any, path: Path) -> None:
         and all(Path(name).name == name for name in files)
         and all(type(size) is int and size >= 0 for size in (*files.values(), *shards.values()))
         and type(features) is list
+        and features
+        and {*features} == {*info["eos_ids"]}
         and all(type(name) is str for name in features)
         and all(type(info["eos_ids"][name]) in (int, type(None)) for name in features)
         and re.fullmatch(r"[<|]?[iu][1248]|u?int(8|16|32|64)", info["dtype"])
