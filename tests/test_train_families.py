@@ -237,5 +237,5 @@ def test_t5gemma_is_fine_tuned_from_a_folder(tmp_path):
     again = hf_io.load_params(tmp_path / "tuned", model)
     np.testing.assert_array_equal(
         again["decoder"]["layers"]["cross_attention"]["key"]["kernel"][1],
-        tuned.params["decoder"]["layers"][1]["cross_attention"]["key"]["kernel"],
+        tuned.params["decoder"]["layers"][1]["cross_attention"]["key"]["kernel"].kernel(),
     )

@@ -205,7 +205,7 @@ def test_another_architecture_or_weights_that_are_no_floats_are_refused(variant,
         ({"model_type": "bart"}, r"model_type is 'bart'; expected one of t5, mt5, umt5, gpt2"),
         ({"model_type": ...}, r"model_type is None; expected one of"),
         ({"architectures": ["T6Model"]}, r"architectures is \['T6Model'\]; expected one of"),
-        ({"quantization_config": {"bits": 8}}, "quantization_config is .* plain float weights"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config says .* weights are quantized"),
     ):
         edit_config(folder, **changes)
         with pytest.raises(ValueError, match=message):
