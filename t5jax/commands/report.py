@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 
 from t5jax.commands.parse import parse
@@ -49,5 +50,10 @@ def runs(args: list[str]) -> None:
     from t5jax.monitor.tables import print_table
     from t5jax.report import find_runs, read_run, runs_table
 
-    found = find_runs(storage.path(options.folder))
-    print_table(runs_table([read_run(path) for path in found]), sys.stdout)
+    readable = []
+    for path in find_runs(storage.path(options.folder)):
+        try:
+            readable.append(read_run(path))
+        except ValueError as error:  # The others are listed.
+            warnings.warn(str(error), stacklevel=1)
+    print_table(runs_table(readable), sys.stdout)

@@ -80,6 +80,16 @@ def test_the_table_has_every_run(tmp_path: Path, capsys):
     assert re.search(r"two +unfinished +5 of 20 +0\.5000 +5", shown)
 
 
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys):
+    write_run(tmp_path / "good")
+    (write_run(tmp_path / "bad") / "t5jax_config.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"bad.* is damaged"):
+        assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "good" in shown
+    assert "bad" not in shown
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(5, "5 seconds ago"), (119, "119 seconds ago"), (7200, "2 hours ago"), (3e5, "3 days ago")],
