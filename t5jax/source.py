@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,12 @@ class AdaptedSource(Source):
         params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
         tokenizer = self.own_tokenizer()
         peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
+        if self.base.is_checkpoint:
+            warnings.warn(
+                f"{output} names its base {base}, a run, which PEFT cannot load: export that run, "
+                "and the adapter again with --base FOLDER --overwrite",
+                stacklevel=2,
+            )
 
 
 def _fits(path: str, params: Mapping[str, Any]) -> bool:
