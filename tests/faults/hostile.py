@@ -11,6 +11,7 @@ import random
 import resource
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def attack(name: str, reader: Reader, number: int, seed: int) -> tuple[int, int]
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                where = Path(f"/tmp/hostile-{name}-{seed}-{index}")
+                where = Path(tempfile.gettempdir()) / f"hostile-{name}-{seed}-{index}"
                 where.write_bytes(content)
                 raise AssertionError(
                     f"{name}: {type(error).__name__}: {str(error)[:300]}, of {content[:300]!r}… "
