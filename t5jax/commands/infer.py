@@ -339,7 +339,7 @@ def _render(options: Infer, tokenizer: Any) -> Render | None:
         return _chat(options, tokenizer)
     if options.template is None:
         return field_of(options.field)
-    from t5jax.data.prompts.templates import JinjaTemplate
+    from t5jax.data.prompts.jinja import JinjaTemplate
 
     template = JinjaTemplate(options.template + " ||| ", name="template")
 

@@ -26,7 +26,9 @@ _HOMES = {
     ),
     # Prompts.
     "data.tasks.prompted": ("prompted_task",),
-    "data.prompts.templates": ("JinjaTemplate", "Template", "promptsource"),
+    "data.prompts.format_strings": ("Template",),
+    "data.prompts.jinja": ("JinjaTemplate",),
+    "data.prompts.promptsource": ("promptsource",),
     "data.prompts.chat": (
         "INSTRUCTION",
         "ChatTemplate",

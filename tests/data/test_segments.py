@@ -14,7 +14,7 @@ from t5jax.data.batches.converters import make_converter
 from t5jax.data.bridge.tf import seqio
 from t5jax.data.cache.examples import open_cached
 from t5jax.data.cache.store import write_caches
-from t5jax.data.prompts.templates import JinjaTemplate
+from t5jax.data.prompts.jinja import JinjaTemplate
 from t5jax.data.run import Run
 from t5jax.data.segments import BREAK, cut
 from t5jax.data.sources.source import Source

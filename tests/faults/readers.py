@@ -15,7 +15,8 @@ from t5jax.architectures import FAMILIES
 from t5jax.config import Config
 from t5jax.data.cache.reader import CachedTask
 from t5jax.data.prompts.chat import ChatTemplate
-from t5jax.data.prompts.templates import JinjaTemplate, promptsource
+from t5jax.data.prompts.jinja import JinjaTemplate
+from t5jax.data.prompts.promptsource import promptsource
 from t5jax.hf import files as hf_files
 from t5jax.hf import io as hf_io
 from t5jax.quantize import files as quantized_files

@@ -13,7 +13,7 @@ from faults.readers import readers
 from processes import Process, run_forked
 from t5jax.data.cache.reader import CachedTask
 from t5jax.data.prompts.chat import ChatTemplate
-from t5jax.data.prompts.templates import JinjaTemplate
+from t5jax.data.prompts.jinja import JinjaTemplate
 from t5jax.hf.files import open_tensors
 from t5jax.hf.io import read_config
 from t5jax.t5x import files as t5x_files

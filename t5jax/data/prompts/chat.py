@@ -25,7 +25,9 @@ import jinja2.ext
 import jinja2.sandbox
 
 from t5jax.checks import first_line
-from t5jax.data.prompts.templates import Bounded, JinjaTemplate, Prompt, PromptTemplate
+from t5jax.data.prompts.jinja import JinjaTemplate
+from t5jax.data.prompts.sandbox import Bounded
+from t5jax.data.prompts.template import Prompt, PromptTemplate
 from t5jax.data.sources.source import Row, no_field
 from t5jax.tokenizers import Tokenizer
 

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 
-from t5jax.data.prompts.templates import Prompt, PromptTemplate
+from t5jax.data.prompts.template import Prompt, PromptTemplate
 from t5jax.data.sources.source import Row
 from t5jax.tokenizers import Tokenizer
 

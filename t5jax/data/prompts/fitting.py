@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from t5jax.data.prompts.templates import Prompt
+from t5jax.data.prompts.template import Prompt
 from t5jax.data.segments import encode
 from t5jax.data.sources.source import Row, field_names
 from t5jax.tokenizers import Tokenizer

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from t5jax.data.prompts.templates import SEPARATOR, JinjaTemplate, PromptTemplate, Template
+from t5jax.data.prompts.format_strings import Template
+from t5jax.data.prompts.jinja import SEPARATOR, JinjaTemplate
+from t5jax.data.prompts.template import PromptTemplate
 
 SHOTS = re.compile(r"(\d+)shot")
 """The part of a variant's name that asks for exemplars, which is no name for a template."""

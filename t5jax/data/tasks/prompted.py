@@ -33,7 +33,7 @@ from t5jax.data.fingerprint import describe
 from t5jax.data.prompts.fewshot import POOL_SIZE, FewShot
 from t5jax.data.prompts.fitting import TooLong, reason_to_drop, shortened
 from t5jax.data.prompts.given import SHOTS, as_templates, check_exemplar
-from t5jax.data.prompts.templates import Prompt, PromptTemplate
+from t5jax.data.prompts.template import Prompt, PromptTemplate
 from t5jax.data.recipe import CHUNK, Encoder, Recipe, in_chunks, source_files
 from t5jax.data.run import TRAIN_SPLIT, Run
 from t5jax.data.segments import BREAK, encode_batch, shown

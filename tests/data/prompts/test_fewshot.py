@@ -3,7 +3,8 @@ import re
 import pytest
 
 from t5jax.data.prompts.fewshot import FewShot
-from t5jax.data.prompts.templates import JinjaTemplate, Template
+from t5jax.data.prompts.format_strings import Template
+from t5jax.data.prompts.jinja import JinjaTemplate
 from t5jax.tokenizers import ByteTokenizer
 
 TEMPLATE = Template("{q}?", "{a}")

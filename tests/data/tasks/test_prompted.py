@@ -7,7 +7,8 @@ from t5jax import metrics
 from t5jax.data.bridge.tf import elements, seqio
 from t5jax.data.bridge.vocabulary import building_for
 from t5jax.data.prompts.chat import ChatTemplate
-from t5jax.data.prompts.templates import JinjaTemplate, Template
+from t5jax.data.prompts.format_strings import Template
+from t5jax.data.prompts.jinja import JinjaTemplate
 from t5jax.data.run import Run
 from t5jax.data.sources.source import Source
 from t5jax.data.tasks.prompted import prompted_task, register_variant, variants

@@ -1,66 +1,10 @@
 import math
-import re
-import subprocess
-import sys
-from decimal import Decimal
 
 import numpy as np
 import pytest
 
-from t5jax.data.prompts.templates import JinjaTemplate, Prompt, Template, promptsource
-
-# --- Format strings -----------------------------------------------------------------------------
-
-
-def test_a_format_renders_a_row():
-    template = Template("{{{x}}} {y:.1f} {z[k][0]}", "{x}")
-    row = {"x": "a{b}", "y": 2, "z": {"k": ["c"]}, "unused": None}
-    assert template.render(row) == ("{a{b}} 2.0 c", "a{b}", "a{b} 2 c")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{q", "expected '}' before end of string in '{q'"),
-        ("q}", "Single '}' encountered in format string in 'q}'; write {{ for a brace"),
-        ("{}", "{} in '{}' must be the name of a field"),
-        ("{0}", "{0} in '{0}' must be the name of a field"),
-        ('{"a": "{q}"}', '{"a"} in \'{"a": "{q}"}\' must be the name of a field; write {{ for a'),
-        ("question", "'question' names no field; expected something like {question}"),
-        ("{{q}}", "names no field"),
-        ("", "'' names no field"),
-    ],
-)
-def test_a_mistyped_format_is_found_when_it_is_made(text, message):
-    with pytest.raises(ValueError, match="inputs of template .*" + re.escape(message)):
-        Template(text, "{a}")
-    with pytest.raises(ValueError, match="targets of template '{q}': .*" + re.escape(message)):
-        Template("{q}", text)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"q": "x"}, "there is no field 'a'; the row has q"),
-        (
-            {"q": None, "a": "y"},
-            r"field 'q' is None, a NoneType; a template needs texts or numbers, so drop such rows "
-            r"by Source.clean\(drop_missing\('q'\)\)",
-        ),
-        (
-            {"q": ["x"], "a": "y"},
-            r"field 'q' is \['x'\], a list; a template needs texts or numbers",
-        ),
-        ({"q": math.nan, "a": "y"}, "field 'q' is nan, so it is missing; drop such rows by Source"),
-        ({"q": "x", "a": Decimal("nan")}, r"field 'a' is Decimal\('NaN'\), so it is missing"),
-    ],
-)
-def test_a_row_that_does_not_fit_a_format_is_refused(row, message):
-    with pytest.raises(ValueError, match=message):
-        Template("{q}", "{a}").render(row)
-
-
-# --- Jinja --------------------------------------------------------------------------------------
+from t5jax.data.prompts.jinja import JinjaTemplate
+from t5jax.data.prompts.template import Prompt
 
 
 def test_jinja_renders_fields_conditions_loops_and_choices():
@@ -210,97 +154,6 @@ def test_a_field_may_not_hide_behind_the_choices():
         JinjaTemplate("{{ q }} ||| a", choices="a ||| b").render(row)
 
 
-# --- PromptSource -------------------------------------------------------------------------------
-
-YAML = r"""
-dataset: weather
-templates:
-  11111111-0000: !Template
-    answer_choices: dry ||| wet
-    id: 11111111-0000
-    jinja: "Is it {{\"dry\"}} or {{\"wet\"}} when {{text}}?\n|||\n{{answer_choices[label]\
-      \ }}"
-    metadata: !TemplateMetadata
-      choices_in_prompt: true
-      languages:
-      - en
-      metrics:
-      - Accuracy
-      original_task: true
-    name: GPT-3 style
-    reference: ''
-  22222222-0000: !Template
-    answer_choices: null
-    id: 22222222-0000
-    jinja: '{% if label == 1 %} Why wet, {{ ["sir", "madam"] | choice }}?
-
-      ||| {{ text }} {% endif %}'
-    metadata: !TemplateMetadata {}
-    name: why
-    reference: ''
-"""
-
-
-def test_a_promptsource_file_loads_as_it_is(tmp_path):
-    path = tmp_path / "templates.yaml"
-    path.write_text(YAML)
-    style, why = promptsource(path)
-    assert (style.name, why.name) == ("GPT-3 style", "why")
-    assert style.render({"text": "it rains", "label": 1}) == (
-        "Is it dry or wet when it rains?",
-        "wet",
-        "it rains",
-    )
-    assert style.answer_choices({"text": "it rains", "label": 1}) == ["dry", "wet"]
-    assert why.render({"text": "it rains", "label": 0}).is_empty
-    asked = {why.render({"text": "it rains", "label": 1}, n).inputs for n in range(20)}
-    assert asked == {"Why wet, sir?", "Why wet, madam?"}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("- 1\n", "there are no templates; expected PromptSource's `templates:` mapping"),
-        ("templates: {}\n", "there are no templates"),
-        ("templates:\n  x: !Template {name: n}\n", "template 'x' has no text `jinja:`"),
-        ("templates:\n  x: {name: n, jinja: 'a'}\n", r"template 'n' has no '\|\|\|' between"),
-        ("a: [\n", "templates.yaml: while parsing"),
-        ("x: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
-    ],
-)
-def test_a_damaged_promptsource_file_is_named(content, message, tmp_path):
-    path = tmp_path / "templates.yaml"
-    path.write_text(content)
-    with pytest.raises(ValueError, match="templates.yaml: ") as error:
-        promptsource(path)
-    assert re.search(message, str(error.value))
-
-
-def test_a_missing_promptsource_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot read templates from .*/no.yaml: No such file"):
-        promptsource(tmp_path / "no.yaml")
-
-
-def test_rendering_needs_no_tensorflow():
-    program = """
-import sys
-sys.modules |= dict.fromkeys(["tensorflow", "seqio", "tensorflow_datasets", "transformers"])
-from t5jax.data.prompts import chat, fewshot, templates
-row = {"instruction": "Say", "input": "a", "output": "b"}
-few = fewshot.FewShot(chat.INSTRUCTION, [(0, row)], 1, form="{inputs}={targets};", seed=0)
-print(few.render(row | {"input": "c"}, 0, "test").inputs.replace("\\n", ""))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout == "Saya=b;Sayc\n"
-
-
-def test_columns_of_any_name():
-    row = {"Review.Text": "good", "#1 String": "one", "2nd": 2, "a": {"b": "nested"}, "a.b": "own"}
-    template = Template("{Review.Text}|{#1 String:>5}|{2nd:.1f}|{a[b]}", '{{"a": "{a.b}"}}')
-    assert template.render(row) == ("good|  one|2.0|nested", '{"a": "own"}', "good one 2 nested")
-    with pytest.raises(ValueError, match=r"no field '#2'; the row has .*; write {{ for a brace"):
-        Template("{#2}", "{2nd}").render(row)
+def test_a_column_that_is_no_name_in_jinja_is_named():
     with pytest.raises(ValueError, match=r"for Jinja, give 'Review.Text' another name"):
-        JinjaTemplate("{{ Review.Text }} ||| x").render(row)
+        JinjaTemplate("{{ Review.Text }} ||| x").render({"Review.Text": "good"})
