@@ -3,16 +3,20 @@
 import argparse
 import concurrent.futures
 import dataclasses
+import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from gcp import backends, prices, project, settings, slices, workers
 from gcp.backends import State
 from gcp.settings import Settings
 from gcp.steps import CommandFailed, Commands, Machine, ThisMachine
 from gcp.watch import INTERVAL, GivenUp, Watcher
+
+N = TypeVar("N", int, float)
 
 COMMANDS = {
     "set-up": "APIs, bucket and service account of a project; what is there stays",
@@ -36,22 +40,23 @@ def main(args: Sequence[str] | None = None, machine: Machine | None = None) -> i
     try:
         s = settings.load(options.file)
         backends.choose(s)
+        table = prices.load(options.prices)
     except ValueError as error:
         return _fail(str(error), 2)
     try:
-        return _run(commands, s, options)
+        return _run(commands, s, table, options)
     except ValueError as error:
         return _fail(str(error), 2)
     except (CommandFailed, GivenUp) as error:
-        _list_after(commands, s)
+        _list_after(commands, s, table)
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        _list_after(commands, s)
+        _list_after(commands, s, table)
         return _fail("interrupted", 130)
 
 
-def _run(commands: Commands, s: Settings, options: argparse.Namespace) -> int:
-    backend, table = backends.choose(s), prices.load(options.prices)
+def _run(commands: Commands, s: Settings, table: prices.Prices, options: argparse.Namespace) -> int:
+    backend = backends.choose(s)
     match options.command:
         case "set-up":
             changes = commands.carry_out(project.set_up(s))
@@ -69,11 +74,7 @@ def _run(commands: Commands, s: Settings, options: argparse.Namespace) -> int:
             workers.clear_marks(commands, s)
             workers.tell(commands, backend, s, "start")
         case "log":
-            for command in backend.ssh(commands, s, options.worker, "bash t5jax/worker.sh log"):
-                if commands.dry_run:
-                    commands.say(shlex.join(command))
-                else:
-                    return commands.machine.follow(command)
+            return _log(commands, s, options.worker)
         case "status":
             _status(commands, s)
         case "watch":
@@ -117,10 +118,26 @@ def _create(commands: Commands, s: Settings, wait: bool, interval: float) -> Non
         commands.machine.sleep(interval)
 
 
+def _log(commands: Commands, s: Settings, worker: int) -> int:
+    if worker >= s.hosts:
+        raise ValueError(f"--worker is {worker}; {s.name} has the hosts 0 to {s.hosts - 1}")
+    ssh = backends.choose(s).ssh(commands, s, worker, "bash t5jax/worker.sh log")
+    if not ssh:
+        raise ValueError(f"{s.name} has no host {worker} now; `status` says what there is")
+    (command,) = ssh
+    if commands.dry_run:
+        commands.say(shlex.join(command))
+        return 0
+    try:
+        return commands.machine.follow(command)
+    except KeyboardInterrupt:  # The only end of a log.
+        return 0
+
+
 def _watch(commands: Commands, s: Settings, options: argparse.Namespace) -> None:
     backend = backends.choose(s)
     if commands.dry_run:
-        commands.say("# once, unless it is in the bucket:")
+        commands.say("# unless it is in the bucket, with this command and these files:")
         workers.upload(commands, s, _local(s))
         commands.say(f"# then every {INTERVAL:.0f} s; if there is no slice:")
         commands.carry_out(backend.create(s))
@@ -194,6 +211,8 @@ def _list(commands: Commands, s: Settings, table: prices.Prices, all_zones: bool
 
 
 def _price(resource: backends.Resource, table: prices.Prices) -> str:
+    if resource.detail in ("PREEMPTED", "STOPPED", "SUSPENDED", "TERMINATED"):
+        return ""  # Its disk alone costs something.
     try:
         slice_ = slices.find(resource.accelerator)
     except ValueError:
@@ -204,11 +223,11 @@ def _price(resource: backends.Resource, table: prices.Prices) -> str:
     return f", {'at most ' if resource.provisioning == 'spot' else ''}${price:,.2f} an hour"
 
 
-def _list_after(commands: Commands, s: Settings) -> None:
+def _list_after(commands: Commands, s: Settings, table: prices.Prices) -> None:
     """Shows what costs money after something went wrong."""
     commands.say("what costs money now:")
     try:
-        _list(commands, s, prices.load())
+        _list(commands, s, table)
     except (CommandFailed, KeyboardInterrupt) as error:
         commands.say(f"that could not be asked ({error}); look again: python -m gcp list")
 
@@ -231,25 +250,43 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gcp",
         description="Runs on TPU slices of Google Cloud; docs/google_cloud.md shows the whole way.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "".join(f"  {n:8} {text}\n" for n, text in COMMANDS.items()),
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a copy of gcp/example.toml")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
-    parser.add_argument("--yes", action="store_true", help="agree to the price (create, watch)")
-    parser.add_argument("--prices", type=Path, default=prices.FILE, help="file of prices")
-    parser.add_argument("--no-wait", action="store_true", help="create: return after the request")
-    parser.add_argument("--worker", type=int, default=0, help="log: of this host, from 0")
-    parser.add_argument(
-        "--restarts", type=int, default=3, help="watch: restarts of a command that fails at once"
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    of = {name: commands.add_parser(name, help=text) for name, text in COMMANDS.items()}
+    for name, command in of.items():
+        command.description = COMMANDS[name]
+        command.add_argument("file", type=Path, metavar="FILE", help="a copy of gcp/example.toml")
+        command.add_argument("--dry-run", action="store_true", help="print commands, run none")
+        command.add_argument("--prices", type=Path, default=prices.FILE, help="file of prices")
+    for name in ("create", "watch"):
+        of[name].add_argument("--yes", action="store_true", help="agree to the price")
+        of[name].add_argument(
+            "--interval",
+            type=_at_least(0.0),
+            default=INTERVAL,
+            help="seconds between two questions to Google",
+        )
+    of["create"].add_argument(
+        "--no-wait", action="store_true", help="return once the slice is requested"
     )
-    parser.add_argument(
-        "--interval", type=float, default=INTERVAL, help="watch, create: seconds between questions"
+    of["log"].add_argument("--worker", type=_at_least(0), default=0, help="host, from 0")
+    of["watch"].add_argument(
+        "--restarts", type=_at_least(0), default=3, help="of a command that fails, in a row"
     )
-    parser.add_argument("--all-zones", action="store_true", help="list: TPUs of all zones")
-    parser.add_argument("--keep", action="store_true", help="watch: keep the slice at the end")
+    of["watch"].add_argument("--keep", action="store_true", help="keep the slice at the end")
+    of["list"].add_argument("--all-zones", action="store_true", help="TPUs of all zones")
     return parser.parse_args(args)
+
+
+def _at_least(least: N) -> Callable[[str], N]:
+    def parse(text: str) -> N:
+        value = type(least)(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
 
 
 def _fail(message: str, status: int) -> int:

@@ -18,6 +18,11 @@ from gcp.steps import Commands, Step, base_name, has
 LABEL = "t5jax"
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 DISK = "200GB"
+# A host that has gone says nothing: without these, ssh would wait for it for hours.
+_SSH_FLAGS = tuple(
+    f"--ssh-flag=-o{option}"
+    for option in ("ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=8")
+)
 
 
 class State(enum.Enum):
@@ -38,6 +43,7 @@ class Resource:
     name: str
     zone: str
     detail: str
+    """What Google calls its state, or its size."""
     accelerator: str = ""
     """As in a file of settings; empty for what is no TPU."""
     provisioning: str = ""
@@ -105,6 +111,27 @@ def _refuse(s: Settings, backend: str, names: Sequence[str]) -> None:
             raise ValueError(f"{name} has no effect on backend {backend}; leave it out")
 
 
+def _is_there(
+    s: Settings, expected: object, kind: Callable[[Any], object]
+) -> Callable[[Any], bool]:
+    """Returns whether a list has the run's resource, of the kind that its file asks for.
+
+    Raises:
+      ValueError: that function, if it is of another kind, which would be used, and paid for.
+    """
+
+    def is_there(answer: Any) -> bool:
+        found = [resource for resource in answer if base_name(resource) == s.name]
+        for other in {kind(resource) for resource in found} - {expected, None, ""}:
+            raise ValueError(
+                f"{s.name} is there already, with {other}, and the file asks for {expected}; "
+                "`delete` it first, or give this run another name"
+            )
+        return bool(found)
+
+    return is_there
+
+
 def _network(s: Settings) -> list[str]:
     network = [f"--network={s.network}"] if s.network else []
     return network + ([f"--subnetwork={s.subnetwork}"] if s.subnetwork else [])
@@ -156,7 +183,7 @@ class Queued:
                     *(f"--labels={LABEL}={s.name}", "--quiet"),
                 ),
                 ask=self._list(s),
-                is_done=has(s.name),
+                is_done=_is_there(s, s.slice.accelerator_type, _accelerator_type),
                 undo=self._delete(s),
             )
         ]
@@ -214,7 +241,7 @@ class Queued:
         found = []
         for node in nodes:
             words = (*_TPU_VM, "ssh", node, f"--zone={s.zone}", f"--worker={which}")
-            found.append([*_gcloud(s, *words, f"--command={script}"), "--quiet"])
+            found.append([*_gcloud(s, *words, *_SSH_FLAGS, f"--command={script}"), "--quiet"])
         return found
 
     def _list(self, s: Settings) -> tuple[str, ...]:
@@ -222,6 +249,11 @@ class Queued:
 
     def _delete(self, s: Settings) -> tuple[str, ...]:
         return _gcloud(s, *_QUEUED, "delete", s.name, f"--zone={s.zone}", "--force", "--quiet")
+
+
+def _accelerator_type(request: Any) -> object:
+    nodes = request.get("tpu", {}).get("nodeSpec", [])
+    return base_name(nodes[0].get("node", {}).get("acceleratorType", "")) if nodes else None
 
 
 def _is_gone(name: str) -> Callable[[Any], bool]:
@@ -280,7 +312,9 @@ class Compute:
                     *(f"--labels={LABEL}={s.name}", "--quiet"),
                 ),
                 ask=self._list(s, _TEMPLATES),
-                is_done=has(s.name),
+                is_done=_is_there(
+                    s, s.slice.machine_type, lambda t: t.get("properties", {}).get("machineType")
+                ),
                 undo=self._delete(s, _TEMPLATES),
             ),
             Step(
@@ -295,7 +329,11 @@ class Compute:
                     "--quiet",
                 ),
                 ask=self._list(s, _GROUPS),
-                is_done=has(s.name),
+                is_done=_is_there(
+                    s,
+                    f"{s.slice.hosts} machines",
+                    lambda g: f"{g['targetSize']} machines" if "targetSize" in g else None,
+                ),
                 undo=self._delete(s, _GROUPS),
             ),
         ]
@@ -337,11 +375,11 @@ class Compute:
         names = ["INSTANCE"]
         if not commands.dry_run:
             names = sorted(base_name(m["instance"]) for m in commands.ask(self._instances(s)))
-        if worker is not None:
-            names = names[worker : worker + 1]
-        words = ("compute", "ssh")
+            if worker is not None:
+                names = names[worker : worker + 1]
+        zone, command = f"--zone={s.zone}", f"--command={script}"
         return [
-            [*_gcloud(s, *words, name, f"--zone={s.zone}", f"--command={script}"), "--quiet"]
+            [*_gcloud(s, "compute", "ssh", name, zone, *_SSH_FLAGS, command), "--quiet"]
             for name in names
         ]
 
@@ -384,16 +422,18 @@ def tpu_zones(commands: Commands, s: Settings) -> list[str]:
 
 def billable_questions(s: Settings) -> Mapping[str, tuple[str, ...]]:
     """Returns what lists all that may cost money, of this run and of others; TPUs in its zone."""
-    zone = f"--zone={s.zone}"
+    zone, labelled = f"--zone={s.zone}", f"labels.{LABEL}:*"
     return {
         "tpu": _gcloud(s, *_TPU_VM, "list", zone, "--format=json"),
         "queued": _gcloud(s, *_QUEUED, "list", zone, "--format=json"),
         "instance": _gcloud(
-            s, "compute", "instances", "list", f"--filter=labels.{LABEL}:*", "--format=json"
+            s, "compute", "instances", "list", f"--filter={labelled}", "--format=json"
         ),
         "group": _gcloud(s, *_GROUPS, "list", "--format=json"),
+        # A machine's disk has its name, and not its labels.
         "disk": _gcloud(
-            s, "compute", "disks", "list", f"--filter=labels.{LABEL}:*", "--format=json"
+            *(s, "compute", "disks", "list"),
+            *(f"--filter={labelled} OR name ~ ^{s.name}-", "--format=json"),
         ),
         "bucket": _gcloud(s, "storage", "buckets", "list", "--format=json"),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,11 +86,27 @@ def load(path: Path = FILE) -> Prices:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--prices {path} is no TOML: {error}") from None
     date = found.pop("date", None)
-    if not isinstance(date, datetime.date):
+    if type(date) is not datetime.date:  # Not of a day with an hour.
         raise ValueError(f"--prices {path}: date is {date!r}; expected a day, as date = 2026-01-31")
     for name, table in found.items():
-        tables = [table, table.get("spot", {})] if isinstance(table, dict) else [{name: table}]
-        for region, price in ((r, p) for t in tables for r, p in t.items() if r != "spot"):
-            if isinstance(price, bool) or not isinstance(price, int | float) or price <= 0:
-                raise ValueError(f"--prices {path}: {name}.{region} is {price!r}; expected dollars")
+        for part, prices in ((name, table), (f"{name}.spot", _spot(table))):
+            if not isinstance(prices, dict):
+                raise ValueError(
+                    f"--prices {path}: {part} is {prices!r}; expected prices by region, such as "
+                    f"{part}.us = 1.20"
+                )
+            for region, price in prices.items():
+                if region != "spot" and not _is_price(price):
+                    raise ValueError(
+                        f"--prices {path}: {part}.{region} is {price!r}; expected dollars"
+                    )
     return Prices(path, date, found)
+
+
+def _spot(table: Any) -> Any:
+    return table.get("spot", {}) if isinstance(table, dict) else {}
+
+
+def _is_price(price: Any) -> bool:
+    is_number = isinstance(price, int | float) and not isinstance(price, bool)
+    return is_number and 0 < price < math.inf

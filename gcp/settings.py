@@ -172,7 +172,8 @@ def _check_values(s: Settings) -> None:
     patterns = {
         "name": (_NAME, "up to 39 small letters, digits and -, such as t5-base"),
         "project": (r"[a-z][-a-z0-9:.]{4,61}[a-z0-9]", "a project's id, such as my-project-1234"),
-        "zone": (r"[a-z]+-[a-z]+\d+-[a-z]", "a zone, such as us-east5-b"),
+        # Some zones are for accelerators alone, such as us-central1-ai1a.
+        "zone": (r"[a-z]+-[a-z]+\d+-([a-z]|ai\d+[a-z])", "a zone, such as us-east5-b"),
         "bucket": (r"[a-z0-9][-a-z0-9_.]{1,61}[a-z0-9]", "a bucket's name without gs://"),
         "provisioning": ("on-demand|spot|reserved", "on-demand, spot or reserved"),
         "backend": ("|queued|compute", "queued or compute"),
@@ -191,6 +192,8 @@ def _check_values(s: Settings) -> None:
         words = s.argv
     except ValueError as error:
         raise ValueError(f"command {s.command!r}: {error}") from None
+    if not words:
+        raise ValueError('command is empty; expected one, such as "t5jax train t5_c4"')
     run_dir = _run_dir(words)
     if run_dir is not None and not run_dir.startswith("gs://"):
         raise ValueError(
@@ -199,8 +202,8 @@ def _check_values(s: Settings) -> None:
         )
     _check_secrets(s)
     for name in s.files:
-        path = s.folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.exists():
+        path, parts = s.folder / name, Path(name).parts
+        if Path(name).is_absolute() or not parts or ".." in parts or not path.exists():
             raise ValueError(f"files has {name!r}; expected what lies in {s.folder.resolve()}")
 
 

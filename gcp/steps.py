@@ -121,7 +121,7 @@ class Commands:
                 continue
             try:
                 self._carry_out(step, made)
-            except (CommandFailed, KeyboardInterrupt):
+            except (CommandFailed, ValueError, KeyboardInterrupt):
                 self._take_back(made)
                 raise
         return len(made)

@@ -15,6 +15,9 @@ LONG = 1800.0
 """Seconds after which a run that fails has got somewhere, so that its failures count from anew."""
 UNANSWERED = 10
 """Rounds without an answer of the hosts after which a slice that seems well is made again."""
+UNINSTALLED = 10
+"""The same for hosts on which nothing can be installed or started; of the next slice too, it gives
+up."""
 ERRORS = 60
 """Rounds in a row in which Google could not be asked, after which the watcher gives up."""
 LOSSES = 20
@@ -40,8 +43,9 @@ class Watcher:
         self._commands, self._s = commands, s
         self._backend = backends.choose(s)
         self._restarts, self._keep, self._interval = restarts, keep, interval
-        self._failures = self._unanswered = self._losses = 0
+        self._failures = self._unanswered = self._uninstalled = self._losses = 0
         self._started: float | None = None
+        self._finished = False
         self._said = ""
 
     def watch(self) -> bool:
@@ -69,6 +73,9 @@ class Watcher:
     def _round(self) -> bool | None:
         """Does what is next; returns whether the run is finished once there is no more to do."""
         s, commands = self._s, self._commands
+        if self._finished:
+            self._delete()
+            return True
         if marks := workers.marks(commands, s):
             self._say(f"the run was {' and '.join(sorted(marks))}: `watch` lets it go on")
             if workers.DELETED in marks:
@@ -77,49 +84,66 @@ class Watcher:
                 workers.stop(commands, self._backend, s)  # or started it.
             return False
         state, words = self._backend.state(commands, s)
-        self._say(f"{s.name}: {state.value} ({words})")
+        said = f"{s.name}: {state.value} ({words})"
+        if state is State.READY:
+            return self._look_at_the_hosts(said)
+        self._say(said)
         if state is State.ABSENT:
             commands.carry_out(self._backend.create(s))
         elif state is State.LOST:
             self._lose(words)
-        elif state is State.READY:
-            return self._look_at_the_hosts()
         return None
 
-    def _look_at_the_hosts(self) -> bool | None:
+    def _look_at_the_hosts(self, said: str) -> bool | None:
         s, commands, backend = self._s, self._commands, self._backend
         try:
             found = workers.statuses(commands, backend, s)
             self._unanswered = 0
         except CommandFailed as error:
             self._unanswered += 1
-            self._say(f"{error}")
+            self._say(f"{said}, {error}")
             if self._unanswered >= UNANSWERED:
                 self._unanswered = 0
                 self._lose("the hosts do not answer")
             return None
         states = {status.state for status in found}
-        self._say(f"{s.name}: {', '.join(sorted(states))} on {len(found)} hosts")
+        self._say(f"{said}, {', '.join(sorted(states))} on {len(found)} hosts")
         if states == {"finished"}:
+            self._finished = True  # Also where the slice cannot be deleted at once.
             if not self._keep:
                 self._delete()
             return True
         if "failed" in states:
-            self._fail(next(i for i, status in enumerate(found) if status.state == "failed"))
+            self._fail(next(status.host for status in found if status.state == "failed"))
         elif "none" in states:
-            # All start together: one that waits for the others ends when they do not come.
-            workers.install(commands, backend, s)
-            workers.tell(commands, backend, s, "start")
-            self._started, self._losses = commands.machine.time(), 0
+            self._start()
         return None
 
-    def _fail(self, worker: int) -> None:
+    def _start(self) -> None:
+        """Starts all hosts together: one that waits for the others ends if they do not come."""
+        commands, s = self._commands, self._s
+        try:
+            workers.install(commands, self._backend, s)
+            workers.tell(commands, self._backend, s, "start")
+        except CommandFailed as error:
+            self._uninstalled += 1
+            self._say(f"{error}")
+            if self._uninstalled == UNINSTALLED:
+                self._lose("the hosts cannot be installed")
+            elif self._uninstalled == 2 * UNINSTALLED:
+                self._delete()
+                raise GivenUp(f"two slices could not be installed, the last by {error}") from None
+            return
+        self._started, self._losses = commands.machine.time(), 0
+        self._uninstalled = 0
+
+    def _fail(self, host: str) -> None:
         commands, s = self._commands, self._s
         if self._started is not None and commands.machine.time() - self._started > LONG:
             self._failures = 0
         self._failures += 1
-        log = workers.tell(commands, self._backend, s, "tail 40", worker)
-        self._say(f"the command failed ({self._failures}):\n{log.rstrip()}")
+        log = workers.tell(commands, self._backend, s, "tail 40", host)
+        self._say(f"the command failed on {host} ({self._failures}):\n{log.rstrip()}")
         workers.stop(commands, self._backend, s)
         if self._failures > self._restarts:
             self._delete()

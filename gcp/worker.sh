@@ -6,7 +6,7 @@
 #   worker.sh status     one line: t5jax-status HOST running|finished|failed|stopping|none DETAIL
 #   worker.sh log        the last lines of the log, then each new one
 #   worker.sh tail       the last lines of the log
-#   worker.sh stop       end the service by SIGTERM, and wait until it has ended
+#   worker.sh stop       end the service by SIGTERM, and wait until it has ended; forget a failure
 #
 # The service outlives the connection that started it, and there is one at a time.
 set -euo pipefail
@@ -44,6 +44,7 @@ install_from_lock() {
     say "installed already"
     return
   fi
+  rm -f .installed
   if [[ ! -x .uv/uv ]]; then
     curl --fail --silent --show-error --location --retry 5 \
       "https://astral.sh/uv/$UV_VERSION/install.sh" |
@@ -74,13 +75,21 @@ write_secrets() {
   sudo install -m 600 /dev/null "$secrets"
   while read -r line; do
     [[ -n $line ]] || continue
-    value=$(gcloud secrets versions access latest --secret="${line#*=}" --project="$PROJECT")
+    value=$(gcloud secrets versions access latest --secret="${line#*=}" --project="$PROJECT" \
+      </dev/null)
     if [[ $value == *$'\n'* || $value == *[\"\\]* ]]; then
       say "secret ${line#*=} has several lines, a quotation mark or a backslash; keep it in one line"
       exit 1
     fi
     printf '%s="%s"\n' "${line%%=*}" "$value" | sudo tee -a "$secrets" >/dev/null
   done <<<"$SECRET_NAMES"
+}
+
+# A service that failed would be called failed for ever, also after it was stopped.
+stop() {
+  sudo systemctl stop "$unit" 2>/dev/null || true
+  sudo systemctl reset-failed "$unit" 2>/dev/null || true
+  sudo rm -f "$secrets"
 }
 
 start() {
@@ -90,14 +99,13 @@ start() {
       return
       ;;
   esac
-  sudo systemctl stop "$unit" 2>/dev/null || true
-  sudo systemctl reset-failed "$unit" 2>/dev/null || true
+  stop
   write_secrets
   mkdir -p files
   sudo systemd-run --quiet --unit="$unit" --uid="$(id -u)" --gid="$(id -g)" \
     --working-directory="$PWD/files" --setenv=HOME="$HOME" \
     --property=RemainAfterExit=yes --property=KillMode=mixed --property=TimeoutStopSec=300 \
-    --property=SuccessExitStatus=143 --property=EnvironmentFile="$secrets" \
+    --property=EnvironmentFile="$secrets" \
     bash "$PWD/run.sh"
   say "started"
 }
@@ -109,8 +117,7 @@ case ${1:-} in
   log) sudo journalctl --unit="$unit" --output=cat --lines=200 --follow ;;
   tail) sudo journalctl --unit="$unit" --output=cat --lines="${2:-40}" --no-pager ;;
   stop)
-    sudo systemctl stop "$unit" 2>/dev/null || true
-    sudo rm -f "$secrets"
+    stop
     say "stopped"
     ;;
   *)

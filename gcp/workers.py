@@ -6,6 +6,7 @@ runs the same version as the first, and no value of a command goes through a she
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import importlib.util
 import re
 import shlex
@@ -25,6 +26,7 @@ STOPPED, DELETED = "stopped", "deleted"
 """Objects of the launch folder that tell watchers: the run is not to go on, the slice not to be."""
 
 _STATUS = re.compile(r"t5jax-status (\S+) (\w+) ?(\S*)")
+_IGNORED = shutil.ignore_patterns("__pycache__", ".*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +51,44 @@ def write_launch_folder(s: Settings, folder: Path) -> None:
         source, target = s.folder / name, folder / "files" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            shutil.copytree(source, target, ignore=_IGNORED, dirs_exist_ok=True)
         else:
             shutil.copy(source, target)
     shutil.copy(Path(__file__).with_name("worker.sh"), folder)
-    secrets = "\n".join(f"{name}={secret}" for name, secret in s.secrets.items())
-    values = {
-        "IMAGE": s.image,
-        "SECRET_NAMES": secrets,
-        "PROJECT": s.project,
-        "UV_VERSION": UV_VERSION,
-    }
-    lines = [f"{name}={shlex.quote(value)}" for name, value in values.items()]
-    (folder / "launch.env").write_text("\n".join(lines) + "\n")
+    (folder / "launch.env").write_text(launch_env(s))
     (folder / "run.sh").write_text(run_script(s))
     if not s.image:
         shutil.copy(ROOT / "constraints" / "py312.txt", folder / "constraints.txt")
         build_wheel(folder)
+
+
+def launch_env(s: Settings) -> str:
+    """Returns what worker.sh reads, and a digest of the run's files."""
+    values = {
+        "IMAGE": s.image,
+        "SECRET_NAMES": "\n".join(f"{name}={secret}" for name, secret in s.secrets.items()),
+        "PROJECT": s.project,
+        "UV_VERSION": UV_VERSION,
+        "FILES": _digest(s),
+    }
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
+
+
+def _digest(s: Settings) -> str:
+    found = hashlib.sha256()
+    for path in sorted(path for name in s.files for path in _below(s.folder / name)):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.update(f"{path.relative_to(s.folder).as_posix()} {content}\n".encode())
+    return found.hexdigest()
+
+
+def _below(path: Path) -> list[Path]:
+    """Returns the files that are copied of a file or a folder."""
+    if not path.is_dir():
+        return [path]
+    names = [child.name for child in path.iterdir()]
+    ignored = _IGNORED(str(path), names)
+    return [file for name in names if name not in ignored for file in _below(path / name)]
 
 
 def build_wheel(folder: Path) -> None:
@@ -118,8 +141,15 @@ def upload(commands: Commands, s: Settings, folder: Path) -> None:
 
 
 def is_uploaded(commands: Commands, s: Settings) -> bool:
-    """Returns whether the launch folder is in the bucket."""
-    return "run.sh" in _objects(commands, s)
+    """Returns whether the launch folder is in the bucket, with this command and these files."""
+    if not {"launch.env", "run.sh"} <= _objects(commands, s):
+        return False
+    names = [f"{s.launch}/{name}" for name in ("launch.env", "run.sh")]
+    question = ["gcloud", "storage", "cat", *names, f"--project={s.project}"]
+    status, output, errors = commands.machine.run(question)
+    if status != 0:
+        raise CommandFailed(question, status, errors)
+    return output == launch_env(s) + run_script(s)
 
 
 def marks(commands: Commands, s: Settings) -> set[str]:
@@ -159,21 +189,16 @@ def _change(commands: Commands, command: list[str]) -> None:
         commands.change(command, attempts=3)
 
 
-def tell(
-    commands: Commands,
-    backend: Backend,
-    s: Settings,
-    words: str,
-    worker: int | None = None,
-    attempts: int = 1,
-) -> str:
-    """Runs `worker.sh WORDS` on one host or on all at a time; returns what they print.
+def tell(commands: Commands, backend: Backend, s: Settings, words: str, host: str = "") -> str:
+    """Runs `worker.sh WORDS` on all hosts, or on one by its own name; returns what they print.
 
     Raises:
       CommandFailed: if one fails.
     """
     script = f"bash t5jax/worker.sh {words}"
-    return "".join(_each(commands, backend.ssh(commands, s, worker, script), attempts))
+    if host:  # By which number Google knows it, its name does not say.
+        script = f'test "$(hostname)" != {shlex.quote(host)} || {script}'
+    return "".join(_each(commands, backend.ssh(commands, s, None, script), attempts=1))
 
 
 def stop(commands: Commands, backend: Backend, s: Settings) -> None:
@@ -188,7 +213,9 @@ def stop(commands: Commands, backend: Backend, s: Settings) -> None:
 def install(commands: Commands, backend: Backend, s: Settings, attempts: int = 3) -> None:
     """Copies the launch folder to every host, and installs what is in it."""
     fetch = f"gcloud storage rsync {shlex.quote(s.launch)} t5jax --recursive --quiet"
-    script = f"mkdir -p t5jax && {fetch} && bash t5jax/worker.sh install"
+    # Of another version, the wheel has another name.
+    prepare = "mkdir -p t5jax && rm -f t5jax/*.whl"
+    script = f"{prepare} && {fetch} && bash t5jax/worker.sh install"
     _each(commands, backend.ssh(commands, s, None, script), attempts)
 
 

@@ -115,7 +115,7 @@ class GoogleCloud:
             if running and len(running) == len(hosts):
                 since = max(host.since for host in hosts)
                 if self.crash(self):
-                    hosts[0].service = "failed"
+                    hosts[-1].service = "failed"
                 elif self.now >= since + self.work - self.saved:
                     self.saved = self.work
                     for host in hosts:
@@ -227,6 +227,9 @@ class GoogleCloud:
             return 1, "", "ERROR: (gcloud.storage.ls) One or more URLs matched no objects."
         return "\n".join(found) + "\n"
 
+    def _storage_cat(self, names, flags):
+        return "".join(self.objects[name] for name in names)
+
     def _storage_cp(self, names, flags):
         self.objects[names[1]] = ""
         return ""
@@ -243,7 +246,11 @@ class GoogleCloud:
         if flags["zone"] not in self.zones:
             return []
         return [
-            {"name": path + name, "state": {"state": request["state"]}}
+            {
+                "name": path + name,
+                "state": {"state": request["state"]},
+                "tpu": {"nodeSpec": [{"node": {"acceleratorType": request["type"]}}]},
+            }
             for name, request in self.queued.items()
         ]
 
@@ -303,6 +310,9 @@ class GoogleCloud:
         return 255, "", "ssh: connect to host: connection timed out"
 
     def _on_host(self, host: Host, script: str) -> str:
+        one = re.match(r'test "\$\(hostname\)" != (\S+) \|\| ', script)
+        if one and one[1] != host.name:
+            return ""
         if "rsync" in script:
             assert any(name.endswith("/run.sh") for name in self.objects), "nothing to copy"
             host.copied = True
@@ -370,7 +380,10 @@ class GoogleCloud:
         return ""
 
     def _compute_instance_templates_list(self, _, flags):
-        return [{"name": name} for name in self.templates]
+        return [
+            {"name": name, "properties": {"machineType": flags["machine-type"]}}
+            for name, flags in self.templates.items()
+        ]
 
     def _compute_instance_templates_create(self, names, flags):
         self.templates[names[0]] = flags

@@ -54,6 +54,11 @@ def gcp(cloud: GoogleCloud, kind: str, command: str, *options: str, more: str = 
     return main([command, "run.toml", "--prices", "prices.toml", *options], cloud)
 
 
+def agree(command: str) -> list[str]:
+    """What lets a command make what costs money."""
+    return ["--yes"] if command in ("create", "watch") else []
+
+
 def new(kind: str, **options) -> GoogleCloud:
     cloud = GoogleCloud(hosts=KINDS[kind][1], **options)
     assert gcp(cloud, kind, "set-up") == 0
@@ -62,7 +67,7 @@ def new(kind: str, **options) -> GoogleCloud:
 
 
 def changes(cloud: GoogleCloud) -> list[list[str]]:
-    questions = r"list|list-instances|get-iam-policy|ls|ssh"
+    questions = r"list|list-instances|get-iam-policy|ls|cat|ssh"
     return [c for c in cloud.calls if not any(re.fullmatch(questions, word) for word in c[:6])]
 
 
@@ -169,11 +174,11 @@ def test_no_call_that_fails_leaves_behind_what_is_not_listed(command, after, kin
         return cloud
 
     whole = begin()
-    assert gcp(whole, kind, command, "--yes") == 0
+    assert gcp(whole, kind, command, *agree(command)) == 0
     for n in range(1, len(whole.calls) + 1):
         cloud = begin()
         cloud.fail_at, cloud.fail_after_effect = {n}, after
-        status = gcp(cloud, kind, command, "--yes")
+        status = gcp(cloud, kind, command, *agree(command))
         output = capsys.readouterr()
         if status == 0:
             assert cloud.costs == whole.costs, n
@@ -183,7 +188,7 @@ def test_no_call_that_fails_leaves_behind_what_is_not_listed(command, after, kin
         if command == "create":
             assert cloud.costs == [], n
         cloud.fail_at = set()
-        assert gcp(cloud, kind, command, "--yes") == 0  # The same command goes on.
+        assert gcp(cloud, kind, command, *agree(command)) == 0  # The same command goes on.
         assert cloud.costs == whole.costs
 
 
@@ -267,7 +272,8 @@ def test_a_command_that_fails_again_and_again_costs_nothing_in_the_end(kind, pla
     assert gcp(cloud, kind, "watch", "--yes", "--restarts", "2") == 1
     output = capsys.readouterr()
     assert "the command failed 3 times in a row" in output.err
-    assert output.out.count("a line of run-w0's log") >= 1
+    assert f"a line of run-w{KINDS[kind][1] - 1}'s log" in output.out  # Of the host that failed.
+    assert "a line of run-w0's log" not in output.out
     assert cloud.costs == listed(output.out) == []
 
 
@@ -284,6 +290,70 @@ def test_a_command_that_fails_once_is_started_again(place):
     assert gcp(cloud, "queued", "watch", "--yes") == 0
     assert crashed
     assert cloud.is_finished
+
+
+@both
+def test_hosts_on_which_nothing_can_be_installed_cost_nothing_in_the_end(kind, place, capsys):
+    cloud = new(kind)
+
+    def refuse(cloud, words):
+        if any("worker.sh install" in word for word in words):
+            cloud.fail_at = {len(cloud.calls)}
+
+    cloud.on_call = refuse
+    assert gcp(cloud, kind, "watch", "--yes") == 1
+    output = capsys.readouterr()
+    assert "two slices could not be installed" in output.err
+    assert cloud.costs == listed(output.out) == []
+
+
+def test_a_watcher_says_what_has_changed_alone(place, capsys):
+    assert gcp(new("queued", work=3000.0), "queued", "watch", "--yes") == 0
+    said = re.findall(r"^run: ready \(.*?\), (.*)", capsys.readouterr().out, re.MULTILINE)
+    assert said == [f"{state} on 4 hosts" for state in ("none", "running", "finished")]
+
+
+def test_a_file_that_has_changed_is_not_ignored(place, capsys):
+    cloud = new("queued")
+
+    def uploads(more: str = "") -> int:
+        before = sum("rsync" in call for call in cloud.calls)
+        assert gcp(cloud, "queued", "watch", "--yes", more=more) == 0
+        return sum("rsync" in call for call in cloud.calls) - before
+
+    assert [uploads(), uploads(), uploads("[env]\nA = '1'\n")] == [1, 0, 1]
+    Path("my_config.py").write_text("other = 1\n")
+    assert [uploads("[env]\nA = '1'\n"), uploads("[env]\nA = '1'\n")] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new_one", "message"),
+    [
+        ("queued", "v6e-16", "v6e-8", "there already, with v6e-16, and the file asks for v6e-8"),
+        ("compute", "tpu7x:2x2x2", "tpu7x:1x1x1", "with tpu7x-standard-4t, and the file asks"),
+        ("compute", "tpu7x:2x2x2", "tpu7x:2x2x4", "with 2 machines, and the file asks for 4"),
+    ],
+)
+def test_a_slice_of_another_size_is_not_taken_for_the_one(
+    kind, old, new_one, message, place, capsys
+):
+    cloud = new(kind)
+    assert gcp(cloud, kind, "create", "--yes") == 0
+    Path("run.toml").write_text(KINDS[kind][0].replace(old, new_one))
+    assert main(["create", "run.toml", "--prices", "prices.toml", "--yes"], cloud) == 2
+    assert message in capsys.readouterr().err
+    assert cloud.costs == ["run"]
+
+
+def test_options_that_would_do_nothing_are_refused(place, capsys):
+    cloud = new("queued")
+    for words in (["create", "--keep"], ["watch", "--interval", "-1"], ["delete", "--yes"]):
+        with pytest.raises(SystemExit):
+            gcp(cloud, "queued", *words)
+    assert gcp(cloud, "queued", "log", "--worker", "4") == 2
+    assert "--worker is 4; run has the hosts 0 to 3" in capsys.readouterr().err
+    assert gcp(cloud, "compute", "log", "--worker", "1", "--dry-run") == 0
+    assert cloud.calls == []
 
 
 def test_a_watcher_gives_up_where_google_never_answers(place, capsys):
@@ -366,7 +436,7 @@ def test_secrets_are_in_no_argument_and_no_file(kind, place):
     more = SECRETS + "[env]\nA = '1'\n"
     steps = ("set-up", "create", "install", "start", "status", "log", "list", "stop", "delete")
     for command in (*steps, "watch"):
-        assert gcp(cloud, kind, command, "--yes", more=more) == 0
+        assert gcp(cloud, kind, command, *agree(command), more=more) == 0
     calls = [word for call in cloud.calls for word in call]
     assert not any("HF_TOKEN" in word for word in calls)
     assert not any("versions" in word for word in calls)  # No value is asked for.

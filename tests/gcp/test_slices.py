@@ -59,6 +59,11 @@ def test_what_is_no_slice_is_refused(name, message):
         slices.parse(name)
 
 
+def test_zones_for_accelerators_alone_are_zones(tmp_path):
+    s = load(tmp_path, good=GOOD.replace("us-east5-b", "us-central1-ai1a"))
+    assert s.region == "us-central1"
+
+
 def test_the_example_is_a_run():
     s = settings.load(EXAMPLE)
     assert s.slice.chips == 8
@@ -79,6 +84,8 @@ def test_the_example_is_a_run():
         (['provisioning = "preemptible"'], "expected on-demand, spot or reserved"),
         (["files = 'a'"], "files is 'a'; expected a list of texts"),
         (["files = ['../a']"], "files has '../a'; expected what lies in"),
+        (["files = ['.']"], "files has '.'; expected what lies in"),
+        (["command = ' '"], "command is empty; expected one"),
         (["max_dollars_per_hour = 0"], "expected a number above 0"),
         (["slices = 0"], "slices is 0; expected a whole number, at least 1"),
         (["slices = true"], "slices is True; expected a whole number"),
@@ -174,7 +181,11 @@ def test_prices_that_are_unknown_too_high_or_old_are_told(tmp_path):
         table.estimate(load(tmp_path, good=GOOD.replace("us-east5-b", "asia-northeast1-b")))
     for text, message in (
         ("[v6e]\nus = 1", "date is None"),
+        ("date = 2026-01-01T10:00:00\n[v6e]\nus = 1", "expected a day"),
         ("date = 2026-01-01\n[a]\nb = '1'", "a.b is '1'"),
+        ("date = 2026-01-01\n[a]\nb = nan", "a.b is nan"),
+        ("date = 2026-01-01\nv6e = 3", "v6e is 3; expected prices by region"),
+        ("date = 2026-01-01\nv6e.spot = 3", "v6e.spot is 3; expected prices by region"),
     ):
         (tmp_path / "p.toml").write_text(text)
         with pytest.raises(ValueError, match=message):

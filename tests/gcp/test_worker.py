@@ -18,7 +18,9 @@ PROGRAMS = {
     'if [ "$1" = rm ]; then rm -f env; exit; fi\nif [ "$1" = install ]; then exit; fi\nexec "$@"',
     "systemctl": 'case "$1 $3" in\n"show --property=ActiveState") cat active;;\n'
     '"show --property=SubState") cat sub;;\n"show --property=ExecMainStatus") echo 7;;\n'
-    "stop*) echo inactive > active; echo dead > sub;;\nesac",
+    # What has failed stays so, until it is reset.
+    "stop*) grep -q failed active || { echo inactive > active; echo dead > sub; };;\n"
+    "reset-failed*) grep -q failed active && { echo inactive > active; echo dead > sub; };;\nesac",
     "systemd-run": "echo active > active; echo running > sub",
     "journalctl": "echo the log",
     "gcloud": f'if [ "$1" = secrets ]; then echo {SECRET}; fi',
@@ -106,8 +108,10 @@ def test_it_starts_once_and_says_how_it_is(host):
         (host.folder / "sub").write_text(sub)
         assert f" {state} 7" in host("status")
     assert "the log" in host("tail")
-    assert "stopped" in host("stop")
-    assert " none 7" in host("status")
+    for state in ("active", "failed"):
+        (host.folder / "active").write_text(state)
+        assert "stopped" in host("stop")
+        assert " none 7" in host("status")
     assert not (host.folder / "env").exists()
     assert "started" in host("start", secrets="")
     assert not (host.folder / "env").exists()
