@@ -20,6 +20,9 @@ VERSION := $(shell $(PYTHON) -c '$(SUPPORTED); print("%d.%d" % sys.version_info[
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311,py312).txt
 
 INSTALLED := $(VENV)/.installed-$(VERSION)
+# Of the version that the Dockerfile has.
+CONTAINER_PYTHON ?= python3.12
+
 # What the parity tests compare with, of which nothing else makes use. No version of torch is
 # among those tested for Python 3.12: there these tests skip.
 TORCH_INSTALLED := $(if $(filter 3.11,$(VERSION)),$(VENV)/.torch-installed-$(VERSION))
@@ -124,9 +127,9 @@ gcp-flags: install  ## let this machine's gcloud CLI parse every command of gcp/
 	PYTHONPATH=. $(BIN)/python tests/gcp/gcloud_flags.py
 
 .PHONY: container-steps
-container-steps: install  ## run the steps of the Dockerfile in build/container, without an engine
+container-steps:  ## run the steps of the Dockerfile in build/container, without an engine
 	rm -rf build/container
-	$(BIN)/python tests/container.py build/container --python $(PYTHON)
+	$(PYTHON) tests/container.py build/container --python $(CONTAINER_PYTHON)
 
 .PHONY: clean
 clean:  ## remove environments, caches and builds; runs/ stays

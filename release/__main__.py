@@ -83,7 +83,8 @@ def _build(root: Path, tag: str) -> None:
     sums = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
     (dist / "SHA256SUMS").write_text("".join(sums))
     print("".join(sums), end="")
-    print(f"\nto publish:\n  git push origin {tag}\n  twine upload {wheel} {source}")
+    upload = f"{tools / 'bin/twine'} upload {wheel} {source}"
+    print(f"\nto publish:\n  git push origin {tag}\n  {upload}")
 
 
 def _environment(folder: Path, *packages: str | Path) -> None:

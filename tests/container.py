@@ -26,6 +26,21 @@ def instructions() -> list[tuple[str, str]]:
     return [(name, words) for name, words in (x.split(maxsplit=1) for x in lines if x.strip())]
 
 
+def check_version(python: str) -> None:
+    """Raises ValueError if a Python is not of the version that the image has."""
+    expected = re.search(r"^FROM python:([\d.]+)", (ROOT / "Dockerfile").read_text(), re.M)[1]
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        found = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    if found != expected:
+        raise ValueError(
+            f"{python} is {f'Python {found}' if found else 'no Python'}, and the image has "
+            f"{expected}; name one: make container-steps CONTAINER_PYTHON=/path/to/python{expected}"
+        )
+
+
 def run_steps(folder: Path, python: str, accelerator: str = "cpu") -> str:
     """Runs all steps; returns what the container prints.
 
@@ -83,4 +98,8 @@ if __name__ == "__main__":
     parser.add_argument("--python", default="python3.12")
     parser.add_argument("--accelerator", default="cpu")
     options = parser.parse_args()
+    try:
+        check_version(options.python)
+    except ValueError as error:
+        sys.exit(f"container: {error}")
     sys.stdout.write(run_steps(options.folder, options.python, options.accelerator))
