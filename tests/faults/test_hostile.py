@@ -123,6 +123,27 @@ def test_no_template_makes_gigabytes(text):
     assert JinjaTemplate("{{ 'ab' * 3 }} ||| {{ 2 ** 10 }}", "t").render({}).inputs == "ababab"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% for i in [1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 2]) }}{% endif %}"
+        "{% endfor %}",
+    ],
+)
+def test_no_template_goes_on_for_ever(text, monkeypatch):
+    monkeypatch.setattr("t5jax.data.prompts.sandbox._SECONDS", 0.02)
+    with pytest.raises(ValueError, match=r"more than 0.02 seconds for one text; does a loop"):
+        JinjaTemplate(f"{text} ||| x", "t").render({})
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(ValueError, match=r"more than 0.02 seconds for one text; does a loop"):
+        ChatTemplate(text).bind(ByteTokenizer()).render(row)
+    loops = "{% for c in x if c %}{{ loop.index }}/{{ loop.length }}{{ c }}{% endfor %} ||| b"
+    assert JinjaTemplate(loops, "t").render({"x": ["a", "", "b"]}).inputs == "1/2a2/2b"
+
+
 @pytest.mark.parametrize("name", ["../other", "/etc", "PLACEHOLDER://../other"])
 def test_no_array_lies_outside_of_its_checkpoint(name, tmp_path):
     tree = {"target": {"a": name}, "state": {"step": np.int32(1)}}

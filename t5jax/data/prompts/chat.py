@@ -26,7 +26,7 @@ import jinja2.sandbox
 
 from t5jax.checks import first_line
 from t5jax.data.prompts.jinja import JinjaTemplate
-from t5jax.data.prompts.sandbox import Bounded
+from t5jax.data.prompts.sandbox import Bounded, in_time
 from t5jax.data.prompts.template import Prompt, PromptTemplate
 from t5jax.data.sources.source import Row, no_field
 from t5jax.tokenizers import Tokenizer
@@ -286,14 +286,15 @@ class ChatTemplate(PromptTemplate):
                 "set data.vocabulary, or give ChatTemplate(text)"
             )
         try:
-            return self._compiled.render(
-                dict(self.special_tokens),
-                messages=copy.deepcopy(messages),
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **variables,
-            )
+            with in_time():
+                return self._compiled.render(
+                    dict(self.special_tokens),
+                    messages=copy.deepcopy(messages),
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **variables,
+                )
         except Exception as error:  # Whatever the template's expressions may raise.
             raise ValueError(f"the chat template fails: {error}") from None
 

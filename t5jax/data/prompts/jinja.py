@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from t5jax.checks import first_line
-from t5jax.data.prompts.sandbox import Bounded
+from t5jax.data.prompts.sandbox import Bounded, in_time
 from t5jax.data.prompts.template import Prompt, PromptTemplate, check_number, drop_remedy
 from t5jax.data.segments import BREAK
 from t5jax.data.sources.source import Row, field_names
@@ -66,7 +66,8 @@ class JinjaTemplate(PromptTemplate):
             return []
         # As `render` draws them, which renders the choices first.
         draw = {_DRAW: random.Random(number).choice}
-        return self._render_choices(copy.deepcopy(dict(row)) | draw)
+        with in_time():
+            return self._render_choices(copy.deepcopy(dict(row)) | draw)
 
     def _render_choices(self, variables: dict) -> list[str]:
         choices = self._compiled_choices.render(variables).split(SEPARATOR)
@@ -113,13 +114,14 @@ class JinjaTemplate(PromptTemplate):
         # A copy, since templates may modify lists, and rows are reused in the next epoch.
         variables = copy.deepcopy(dict(row)) | {_DRAW: random.Random(number).choice}
         try:
-            if self.choices:
-                variables[_CHOICES] = self._render_choices(variables)
-            sides = _render_sides(self._compiled, variables)
-            if self.second and sides[0][0].strip():
-                text, values = sides[0]
-                second, more_values = _render_sides(self._compiled_second, variables)[0]
-                sides[0] = f"{text}{BREAK}{second}", f"{values} {more_values}"
+            with in_time():
+                if self.choices:
+                    variables[_CHOICES] = self._render_choices(variables)
+                sides = _render_sides(self._compiled, variables)
+                if self.second and sides[0][0].strip():
+                    text, values = sides[0]
+                    second, more_values = _render_sides(self._compiled_second, variables)[0]
+                    sides[0] = f"{text}{BREAK}{second}", f"{values} {more_values}"
         except jinja2.UndefinedError as error:
             odd = [name for name in row if not str(name).isidentifier()]
             hint = f"; for Jinja, give {odd[0]!r} another name (Source.rename)" if odd else ""
