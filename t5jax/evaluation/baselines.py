@@ -10,7 +10,7 @@ from typing import Any, Literal
 from t5jax import storage
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation import predictions
-from t5jax.evaluation.scores import Answers, postprocess, score
+from t5jax.evaluation.scores import Answers, score
 from t5jax.metrics import most_frequent
 from t5jax.metrics.targets import is_list
 
@@ -139,8 +139,7 @@ def trivial_answers(kind: str, eval_set: EvalSet, model: Answers) -> Answers | N
     with contextlib.suppress(ValueError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A constant has no correlation.
         if kind == COPY:
-            texts = [example.source for example in eval_set.examples]
-            answers = Answers(postprocess(eval_set, eval_set.examples, texts), None, texts)
+            answers = Answers.of_texts(eval_set, [example.source for example in eval_set.examples])
         else:
             lists = any(map(is_list, model.predictions))
             value = most_frequent([e.targets for e in eval_set.examples], lists=lists)

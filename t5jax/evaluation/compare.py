@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from t5jax.data.batches.examples import EvalSet
-from t5jax.evaluation.scores import Answers, statistics
+from t5jax.evaluation.scores import Answers, parts, statistics
 from t5jax.metrics.likelihood import LOWER_IS_BETTER
 from t5jax.metrics.statistics import Statistic
 from t5jax.monitor import progress
@@ -46,11 +46,21 @@ class Comparison:
     """Of the model."""
 
 
-def lower_is_better(eval_set: EvalSet) -> frozenset[str]:
-    """Returns the names of a task's scores that are better if lower."""
-    fns = [fn for fn in eval_set.metric_fns if getattr(fn, "lower_is_better", False)]
+def lower_is_better(eval_set: EvalSet, model: Answers) -> frozenset[str]:
+    """Returns the names of a task's scores that are better if lower.
+
+    Args:
+      eval_set: the task.
+      model: what the model says, of which every metric has given its scores already.
+    """
     targets = [example.targets for example in eval_set.examples]
-    return LOWER_IS_BETTER | {name for fn in fns for name in fn(targets, targets)}
+    names = set(LOWER_IS_BETTER)
+    for fns, values in parts(eval_set, model):
+        for fn in fns:
+            # Of a functools.partial, the function says it.
+            if getattr(getattr(fn, "func", fn), "lower_is_better", False):
+                names |= fn(targets, values).keys()
+    return frozenset(names)
 
 
 def bootstrap(
@@ -87,7 +97,7 @@ def bootstrap(
         metric: _interval([row.get(metric, math.nan) for row in draws[""]])
         for metric in draws[""][0]
     }
-    lower = lower_is_better(eval_set)
+    lower = lower_is_better(eval_set, model)
     comparisons = {}
     for name in baselines:
         shared = [metric for metric in draws[""][0] if metric in draws[name][0]]

@@ -8,10 +8,13 @@ Lines are written as the model says them, so that an evaluation that was stopped
 was, and their scores when all is done.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,7 @@ def digest(eval_set: EvalSet) -> str:
 
 
 class Folder:
-    """An evaluation's folder that is written, or that goes on being written."""
+    """An evaluation's folder that is written, or that goes on being written, by one command."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]):
         """Begins a folder, or opens the one of the same evaluation.
@@ -50,22 +53,40 @@ class Folder:
           path: the folder.
           about: the model, the options and the tasks, as JSON values by name.
         Raises:
-          ValueError: if the folder is that of another evaluation, saying what differs; or if it
-            holds something else.
+          ValueError: if the folder is that of another evaluation, saying what differs; if it holds
+            something else; or if another command is writing it.
         """
         self._path = path
+        self._lock: int | None = None
         from_first_process(lambda: self._begin(path, json.loads(to_json(about))))
 
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
     def _begin(self, path: Path, about: Mapping[str, Any]) -> None:
-        if is_folder(path):
-            _check_same(path, read_about(path), about)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(
-                f"--output {path} holds something else; give a folder that is new or empty, or "
-                "that of an evaluation to go on with"
-            )
-        else:
-            write_file(path / ABOUT, f"{to_json(about, indent=2)}\n".encode())
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"--output {path} is a file; give a folder")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _lock(lock, path)
+            if is_folder(path):
+                _check_same(path, read_about(path), about)
+            elif any(path.iterdir()):
+                raise ValueError(
+                    f"--output {path} holds something else; give a folder that is new or empty, or "
+                    "that of an evaluation to go on with"
+                )
+            else:
+                write_file(path / ABOUT, f"{to_json(about, indent=2)}\n".encode())
+        except BaseException:
+            os.close(lock)
+            raise
+        self._lock = lock
 
     def read(self, eval_set: EvalSet) -> list[Answer]:
         """Returns the answers to the first examples of a task, and drops a torn last line."""
@@ -77,7 +98,7 @@ class Folder:
             whole, _, torn = path.read_bytes().rpartition(b"\n")
             if torn:
                 write_file(path, whole + b"\n" if whole else b"")
-            return [_read_row(line, path) for line in split_lines(whole.decode())]
+            return _read_rows(whole.decode(), path)
 
         return answers_of(from_first_process(rows)[: len(eval_set.examples)])
 
@@ -145,7 +166,18 @@ def read_rows(path: Path, task: str) -> list[dict[str, Any]]:
             "on the same tasks"
         )
     text = storage.local(file).read_text(encoding="utf-8")
-    return [_read_row(line, file) for line in split_lines(text)]
+    return _read_rows(text, file)
+
+
+def _lock(folder: int, path: Path) -> None:
+    with contextlib.suppress(OSError):  # Some file systems have no locks.
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another command is writing --output {path} now; wait for it, or give another "
+                "folder"
+            ) from None
 
 
 def _file(path: Path, task: str) -> Path:
@@ -183,13 +215,22 @@ def as_json(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
 
 
-def _read_row(line: str, path: Path) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        _answer(row)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path} has a line that is no prediction: {line!r:.80}") from None
-    return row
+def _read_rows(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(split_lines(text)):
+        try:
+            row = json.loads(line)
+            _answer(row)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path} has a line that is no prediction: {line!r:.80}") from None
+        if row.get("index") != number:
+            raise ValueError(
+                f"{path}, line {number + 1}, is of example {row.get('index')}; expected {number}: "
+                "two commands may have written it; delete this file, and give the same command "
+                "again"
+            )
+        rows.append(row)
+    return rows
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

@@ -239,7 +239,7 @@ def _ask(
         for baseline in given:
             compared.check(baseline, eval_set)
     description, params = source.read(devices.dtype, mesh, rules)
-    with sharding.use_mesh(mesh, rules):
+    with contextlib.ExitStack() as stack, sharding.use_mesh(mesh, rules):
         evaluator = Evaluator(
             description,
             tokenizer,
@@ -253,9 +253,8 @@ def _ask(
             evaluator.check(eval_set)
         folder = None
         if output is not None:
-            folder = predictions.Folder(
-                output, _about(source, config, asked, devices, eval_sets, output)
-            )
+            about = _about(source, config, asked, devices, eval_sets, output)
+            folder = stack.enter_context(predictions.Folder(output, about))
         found = {}
         for eval_set in progress.track(
             eval_sets, f"evaluating {source.path.name} on {asked.split}"
@@ -464,7 +463,7 @@ def _result(
         )
         for name, found in comparisons.items():
             comparisons[name] = {k: one for k, one in found.items() if k in others[name]}
-        lower, number = compare.lower_is_better(eval_set), len(eval_set.examples)
+        lower, number = compare.lower_is_better(eval_set, model), len(eval_set.examples)
         for name, row in earlier.items():
             comparisons[name] = {
                 metric: compare.against_score(intervals[metric], value, number, metric in lower)

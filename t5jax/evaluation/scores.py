@@ -109,7 +109,7 @@ def score(eval_set: EvalSet, answers: Answers) -> Scores:
     targets = [example.targets for example in eval_set.examples]
     scores: Scores = {}
     try:
-        for fns, values in _parts(eval_set, answers):
+        for fns, values in parts(eval_set, answers):
             found = metrics.compute(targets, values, fns)
             if twice := scores.keys() & found.keys():
                 raise ValueError(metrics.same_name(*twice))
@@ -122,7 +122,7 @@ def score(eval_set: EvalSet, answers: Answers) -> Scores:
 def statistics(eval_set: EvalSet, answers: Answers) -> Iterator[Statistic]:
     """Yields the statistics of all metrics for which there are answers."""
     targets = [example.targets for example in eval_set.examples]
-    for fns, values in _parts(eval_set, answers):
+    for fns, values in parts(eval_set, answers):
         for fn in fns:
             yield statistic_of(fn, targets, values)
 
@@ -138,7 +138,7 @@ def scores_of_examples(eval_set: EvalSet, answers: Answers) -> list[Scores]:
     return rows
 
 
-def _parts(
+def parts(
     eval_set: EvalSet, answers: Answers
 ) -> Iterator[tuple[Sequence[Callable[..., Any]], Sequence[Any]]]:
     """Yields the metrics for which there are answers, with what they take as predictions."""

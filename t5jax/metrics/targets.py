@@ -1,6 +1,5 @@
 """Targets and predictions as metrics compare them, checked."""
 
-import math
 import numbers
 import unicodedata
 from collections.abc import Sequence
@@ -110,11 +109,6 @@ def canonical(text: str) -> str:
 def is_list(value: Any) -> bool:
     """Returns whether a value is a list, a tuple or an array with axes."""
     return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
-
-
-def is_finite(value: Any) -> bool:
-    """Returns whether a value is a finite number."""
-    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _value(value: Any) -> Any:

@@ -136,6 +136,28 @@ def test_of_losses_the_lower_is_better():
     assert found["b"]["error"].verdict == "better"
 
 
+def test_of_a_users_own_losses_the_lower_is_better():
+    """Of a `functools.partial` and a metric of scores too, which are called as they are meant."""
+
+    def wrong(targets, predictions, *, word):
+        assert all(isinstance(text, str) for text in predictions), "targets are no predictions"
+        return {"wrong": float(np.mean([text != word for text in predictions]))}
+
+    def nats(targets, scores):
+        return {"nats": -float(np.mean(scores))}
+
+    wrong.lower_is_better = nats.lower_is_better = True
+    asked = dataclasses.replace(
+        task([["t", "u"]] * 40, functools.partial(wrong, word="t")), score_fns=[nats]
+    )
+    sides = [
+        Answers([text] * 40, [LogProb(log_prob, Details(1, 1, 1, 1))] * 40, None)
+        for text, log_prob in (("t", -1.0), ("x", -2.0))
+    ]
+    _, found = compare.bootstrap(asked, sides[0], {"b": sides[1]}, resamples=20)
+    assert found["b"]["wrong"].verdict == found["b"]["nats"].verdict == "better"
+
+
 def test_few_examples_show_nothing():
     for number, verdict in ((5, "not distinguishable"), (6, "better")):
         asked = task(["yes"] * number, metrics.exact_match)

@@ -10,6 +10,7 @@ from t5jax import pretrained
 from t5jax.convert import export_model
 from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluation import Evaluator, evaluate_model
+from t5jax.evaluation.predictions import Folder
 from t5jax.evaluation.run import _result
 from t5jax.evaluation.scores import Answers
 from t5jax.metrics import bits_per_byte, rank_accuracy
@@ -290,6 +291,16 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
     (tmp_path / "mine/notes.txt").write_text("")
     with pytest.raises(ValueError, match="mine holds something else; give a folder that is new"):
         evaluate_model(str(run_dir), **options | {"output": tmp_path / "mine"})
+    with (
+        Folder(tmp_path / "new", {"model": {}, "options": {}, "tasks": {}}),
+        pytest.raises(ValueError, match=r"another command is writing --output .*new now; wait"),
+    ):
+        Folder(tmp_path / "new", {"model": {}, "options": {}, "tasks": {}})
+    file = folder / "predictions/capitals.jsonl"
+    first, second = file.read_text().splitlines(keepends=True)
+    file.write_text(second + first)
+    with pytest.raises(ValueError, match=r"jsonl, line 1, is of example 1; expected 0: two"):
+        evaluate_model(str(run_dir), **options)
     line = '{"index": 0}\n'
     (folder / "predictions/capitals.jsonl").write_text(line)
     with pytest.raises(ValueError, match=r"capitals.jsonl has a line that is no prediction: "):
