@@ -147,7 +147,7 @@ def _main(args: list[str]) -> int:
         return status
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint" if args[0] == "train" else ""
-        if args[0] == "eval" and any(word.startswith("--output") for word in args):
+        if args[0] in ("eval", "infer") and any(word.startswith("--output") for word in args):
             hint = "; the same command goes on where it was"
         return _fail(f"interrupted{hint}", 130)
     except BrokenPipeError:  # The reader of our output, such as `head`, has seen enough.

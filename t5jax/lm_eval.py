@@ -271,6 +271,8 @@ def _options(
         temperature = 0.0
     elif samples and temperature is None:
         temperature = 1.0
+    if not temperature:  # As in the `hf` backend, what is for drawing has no effect.
+        given = {k: v for k, v in given.items() if k not in ("top_k", "top_p", "min_p")}
     if unknown := sorted(given.keys() - set(_OPTIONS)):
         raise ValueError(
             f"generation_kwargs has {', '.join(unknown)}; expected until, max_gen_toks, do_sample, "

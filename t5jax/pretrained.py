@@ -93,7 +93,7 @@ class Pretrained:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         *,
         max_tokens: int | None = None,
         batch_size: int = 32,
@@ -104,7 +104,8 @@ class Pretrained:
 
         Args:
           prompts: texts, which begin and end as the model's tokenizer begins and ends them. A
-            decoder continues the text; an empty one has the start of a text for it to read.
+            decoder continues the text; an empty one has the start of a text for it to read. Or
+            token ids, which the model reads as they are.
           max_tokens: the maximum length of an answer in tokens. None: as generation_config.json
             says, or 64.
           batch_size: the number of prompts per batch. Rows and lengths are padded to powers of two,
@@ -127,7 +128,7 @@ class Pretrained:
 
     def answers(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         options: decoding.GenerationOptions | None = None,
         *,
         batch_size: int = 32,
@@ -148,13 +149,25 @@ class Pretrained:
           ValueError: as for `generate`.
         """
         self.check_writes()
+        if isinstance(prompts, str) or any(isinstance(p, (int, np.integer)) for p in prompts):
+            raise ValueError(
+                f"prompts is {prompts!r:.60}; expected a list of texts, or of lists of token ids"
+            )
         options = self.options() if options is None else options
-        eos = self.tokenizer.eos_id
-        inputs = [[*self.tokenizer.encode(text), eos] for text in prompts]
-        generator = self._generator(special_tokens)
-        return generator.answers(
-            self._own_params, inputs, options, batch_size=batch_size, rows=rows, first=first
+        read = [self.prompt(text) if isinstance(text, str) else list(text) for text in prompts]
+        return self._generator(special_tokens).answers_to_prompts(
+            self._own_params, read, options, batch_size=batch_size, rows=rows, first=first
         )
+
+    def prompt(self, text: str) -> list[int]:
+        """Returns the ids that the model reads of a text, with those that begin and end it."""
+        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
+        return [int(i) for i in example_format(self.model, self.tokenizer).prompt(ids)]
+
+    def chat_prompt(self, text: str) -> list[int]:
+        """Returns the same of what a chat template renders, which writes them all by itself."""
+        nothing = example_format(self.model, self.tokenizer).nothing
+        return list(self.tokenizer.encode(text)) or [nothing]
 
     def check_writes(self) -> None:
         """Raises ValueError if the model has no decoder, and so writes no text."""
@@ -226,6 +239,8 @@ class Pretrained:
           ValueError: if the model is decoder-only, has no pooler for pooling "pooler", or has too
             few positions for a text.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts is {texts!r:.60}; expected a list of texts")
         if max_length is not None:
             check_at_least(max_length, 3, "max_length")
         ids = [self._encode(text, max_length) for text in texts]
@@ -308,9 +323,7 @@ class Pretrained:
 
     def _encode(self, text: str, max_length: int | None) -> list[int]:
         """Returns the tokens of a text for the encoder."""
-        tokenizer = self.tokenizer
-        form = example_format(self.model, tokenizer)
-        ids: list[int] = form.prompt([*tokenizer.encode(text), tokenizer.eos_id]).tolist()
+        form, ids = example_format(self.model, self.tokenizer), self.prompt(text)
         if max_length is not None and len(ids) > max_length:
             end = ids[len(ids) - len(form.prompt_end) :]
             ids = [*ids[: max_length - len(end)], *end]

@@ -67,8 +67,13 @@ def check_vocabulary(model: Architecture, tokenizer: Tokenizer) -> None:
 def check_prompts(
     model: Architecture, tokenizer: Tokenizer, prompts: Iterable[Sequence[int]]
 ) -> None:
-    """Raises ValueError for a prompt with an id that has no embedding."""
+    """Raises ValueError for a prompt without ids, or with one that has no embedding."""
     for number, prompt in enumerate(prompts):
+        if not len(prompt) or min(prompt) < 0:
+            raise ValueError(
+                f"prompt {number} has {'the id ' + str(min(prompt)) if len(prompt) else 'no ids'}; "
+                "expected one or more ids, which begin at 0"
+            )
         largest = max(prompt)
         if largest >= model.vocab_size:
             raise ValueError(

@@ -28,12 +28,16 @@ class Model:
     def check_writes(self):
         pass
 
+    def chat_prompt(self, text):
+        return [ord(c) for c in text]
+
     def options(self, **given):
         return options_of({}, given)
 
     def answers(self, prompts, how, *, first, **_):
         if self.dies_at is not None and first >= self.dies_at:
             raise KeyboardInterrupt
+        prompts = [p if isinstance(p, str) else "".join(map(chr, p)) for p in prompts]
         self.asked += prompts
         return [
             [
@@ -165,6 +169,10 @@ def test_chat(model, tmp_path, capsys):
         (["--prompt", "a", "--top-p", "0.5", "--temperature", "0"], "would change nothing"),
         (["--prompt", "a", "--output", "absent/x.txt"], "there is no folder absent"),
         (["--prompt", "a", "--json-schema", "absent.json"], "--json-schema absent.json: No such"),
+        (["--input", "in.json"], "--input in.json: expected a file of JSON lines, which ends in"),
+        (["--prompt", "a", "--output", "o.json"], "--output o.json: expected a file of JSON"),
+        (["--prompt", "a", "--field", "b"], "--field b is of JSON lines"),
+        (["--prompt", "a", "--output", "o.txt", "--json-lines"], "--json-lines is of standard"),
     ],
 )
 def test_what_contradicts_or_is_missing_is_one_message(args, message, model, capsys):

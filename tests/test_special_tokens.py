@@ -98,6 +98,28 @@ def test_a_start_that_is_written_in_the_prompt_is_not_repeated(made, capsys):
     assert out == "".join(f"{x}\n" for x in expected)
 
 
+@pytest.mark.parametrize("name", ["t5", "gemma2"])
+def test_a_conversation_is_read_as_by_transformers(name, changed, capsys):
+    """The tokenizer ends a text with eos, or begins it with bos; this template does neither."""
+    folder = changed(name)
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    model, tokenizer = their_model(folder)
+    messages = [{"role": "user", "content": PROMPTS[0]}]
+    batch = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    ids = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=12,
+        do_sample=False,
+    )[0]
+    ids = ids[1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
+    out, _ = our_answers(capsys, folder, PROMPTS[:1], 12, "--chat")
+    assert out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    plain, _ = our_answers(capsys, folder, [f"{PROMPTS[0]} "], 12)
+    assert out != plain, "what the tokenizer adds must matter"
+
+
 # --- What ends a text -----------------------------------------------------------------------------
 
 

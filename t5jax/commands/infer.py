@@ -66,7 +66,7 @@ class Infer:
     max_tokens: int | None = None
     """Maximum length of an answer in tokens. None: as in generation_config.json, or 64."""
     min_tokens: int | None = None
-    """An answer does not end before it has this many tokens."""
+    """No id ends an answer before it has this many tokens; a stop text may."""
     temperature: float | None = None
     """Draw tokens, after dividing logits by it; 0: take the most probable token."""
     top_k: int | None = None
@@ -178,10 +178,14 @@ def infer(args: list[str]) -> None:
             _check_number(options, how.num_answers)
         first = start + done
         render = _render(options, model.tokenizer)
-        prompts = read_prompts(lines, _name(options), render, first, stop)
+        prompts: Iterator[tuple[Any, Any]] = read_prompts(
+            lines, _name(options), render, first, stop
+        )
         if options.chat and not _reads_json(options):
             as_chat = _chat(options, model.tokenizer)
             prompts = ((text, as_chat(text)) for text, _ in prompts)
+        if options.chat:
+            prompts = ((given, model.chat_prompt(text)) for given, text in prompts)
         shown = answers_file is not None
         bar = stack.enter_context(
             counting("prompts", None if stop is None else stop - start, done, shown=shown)
@@ -268,6 +272,24 @@ def _check(options: Infer) -> None:
         raise ValueError(
             "--template makes prompts of JSON lines; give a .jsonl file with --input, or "
             "--json-lines, and no --chat"
+        )
+    for name in ("input", "output"):
+        file = getattr(options, name)
+        if file is not None and file.suffix == ".json":
+            raise ValueError(
+                f"--{name} {file}: expected a file of JSON lines, which ends in .jsonl, or of "
+                "texts, which ends otherwise; rename it"
+            )
+    from_stdin = not options.prompt and (options.input is None or str(options.input) == "-")
+    if options.json_lines and not from_stdin and options.output is not None:
+        raise ValueError(
+            "--json-lines is of standard input and output, and neither is used; leave it out: a "
+            "file is of JSON lines if its name ends in .jsonl"
+        )
+    if options.field != Infer.field and not _reads_json(options):
+        raise ValueError(
+            f"--field {options.field} is of JSON lines; give a .jsonl file with --input, or "
+            "--json-lines"
         )
     if options.logprobs is not None and not _writes_json(options):
         raise ValueError(

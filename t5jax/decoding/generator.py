@@ -91,9 +91,24 @@ class Generator:
         Raises:
           ValueError: as for `__call__`; also if options do not suit the model.
         """
-        self._check_ids(options)
         form = example_format(self.model, self.tokenizer)
         prompts = [form.prompt(ids).tolist() for ids in inputs]
+        return self.answers_to_prompts(
+            params, prompts, options, batch_size=batch_size, rows=rows, first=first
+        )
+
+    def answers_to_prompts(
+        self,
+        params: api.Params,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        batch_size: int,
+        rows: int | None = None,
+        first: int = 0,
+    ) -> list[list[Answer]]:
+        """Returns the same for prompts that the model reads as they are; otherwise as `answers`."""
+        self._check_ids(options)
         check_prompts(self.model, self.tokenizer, prompts)
         read = [len(p) if self.model.kind == "decoder" else 1 for p in prompts]
         limits = [options.limit(n) for n in read]

@@ -13,7 +13,6 @@ from t5jax.checks import check_at_least, check_choice, check_positive
 _log = logging.getLogger(__name__)
 
 EarlyStopping = Literal["true", "false", "never"]
-_MOST_NGRAM = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class GenerationOptions:
     """Maximum length of what a decoder reads and writes in tokens: its prompt, or the token that
     starts an answer, and the answer."""
     min_tokens: int = 0
-    """An answer does not end before it has this many tokens."""
+    """No id ends an answer before it has this many tokens; a stop text may."""
     temperature: float = 0.0
     """Logits are divided by it, and a token is drawn. 0: the most probable token."""
     top_k: int = 0

@@ -81,7 +81,9 @@ def ban_repeated_ngrams(
       lengths_N: int32.
       size_N: int32, the size n of each row's n-grams; 0 for none.
     """
-    ends_1L = jnp.arange(tokens_NL.shape[1])[None]
+    length = tokens_NL.shape[1]
+    size_N = jnp.minimum(size_N, length + 1)  # A longer one does not occur either.
+    ends_1L = jnp.arange(length)[None]
     rows_N1 = jnp.arange(len(tokens_NL))[:, None]
     # An n-gram ends at e, and its first n - 1 tokens are the last ones of the row.
     begins_NL = ends_1L - (size_N[:, None] - 1) >= 0

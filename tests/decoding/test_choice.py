@@ -189,6 +189,7 @@ def test_penalties_and_truncation_are_those_of_transformers():
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 1},
         {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 2**31},  # It takes no longer than one of the row's length.
         {"no_repeat_ngram_size": 3, "repetition_penalty": 0.8},
         {"no_repeat_ngram_size": 2, "min_tokens": 4},
     ]
