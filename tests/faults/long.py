@@ -1,6 +1,6 @@
 """The long form of the tests of faults; it takes minutes to hours, and writes docs/reliability.md.
 
-python tests/faults/long.py kills damage readers soak
+python tests/faults/long.py kills damage readers bodies soak
 """
 
 import argparse
@@ -170,6 +170,27 @@ def hostile_input(folder: Path, options: argparse.Namespace) -> None:
     )
 
 
+def hostile_bodies(options: argparse.Namespace) -> None:
+    """Sends mutated bodies to a live server, beams among them."""
+    from serving import bodies
+    from serving.live import GPT, T5, running, served, wait_for
+
+    models = served("t5", T5), served("gpt", GPT)
+    with running(*models, max_body_bytes=100_000) as url:
+        start = time.process_time()
+        found = bodies.attack(url, options.bodies, options.seed, [*bodies.SEEDS, bodies.BEAMS])
+        seconds = time.process_time() - start
+        engines = [model.engine for model in models]
+        wait_for(lambda: not any(e.num_running + e.num_waiting for e in engines))
+    refused = sum(count for status, count in found.items() if status != 200)
+    page.write(
+        "bodies",
+        ["sent to a live server", "bodies", "refused with a message", "answered", "CPU-s"],
+        [["all paths", f"{options.bodies:,}", f"{refused:,}", f"{found[200]:,}", seconds]],
+        "No status was 500 or above, every message has OpenAI's form, and no slot was lost.",
+    )
+
+
 def soak(folder: Path, options: argparse.Namespace) -> None:
     """Trains for many steps, evaluates and saves, and watches what the process holds."""
     run = folder / "run"
@@ -226,10 +247,11 @@ def spoil(file: Path, how: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("kills", "damage", "readers", "soak")
+    parts = ("kills", "damage", "readers", "bodies", "soak")
     parser.add_argument("parts", nargs="*", default=parts, choices=parts)
     parser.add_argument("--kills", type=int, default=100, help="of all commands together")
     parser.add_argument("--inputs", type=int, default=100_000, help="for each reader")
+    parser.add_argument("--bodies", type=int, default=20_000, help="sent to a server")
     parser.add_argument("--steps", type=int, default=2_000, help="of the soak")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--command", default="", help="kill this one alone")
@@ -239,6 +261,8 @@ def main() -> None:
         folder = Path(made)
         if "readers" in options.parts:
             hostile_input(folder, options)
+        if "bodies" in options.parts:
+            hostile_bodies(options)
         options.results = options.results or folder / "kills.jsonl"
         for part, function in (("kills", kills), ("damage", damage), ("soak", soak)):
             if part in options.parts:

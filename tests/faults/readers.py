@@ -9,7 +9,8 @@ import yaml
 from flax import serialization
 
 from conformance.families import FAMILIES as CASES
-from faults.hostile import DECOY, Reader
+from faults.hostile import Reader
+from faults.mutating import DECOY
 from t5jax import checksums, config
 from t5jax.architectures import FAMILIES
 from t5jax.config import Config
