@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import itertools
 import logging
+import math
+import socket
 import sys
 import time
 from pathlib import Path
@@ -104,6 +106,7 @@ def serve(args: list[str]) -> None:
             f"--host {options.host} lets other machines in; give --api-key-file FILE with a key a "
             "line, or leave --host out"
         )
+    _check_address(options.host, options.port)
     from t5jax.compilation import keep_programs
     from t5jax.pretrained import load
     from t5jax.serving.served import ServedModel
@@ -219,6 +222,22 @@ def _check(options: Serve) -> None:
         raise ValueError(f"--port is {options.port}; it must be at most 65535")
     if not options.max_seconds > 0:
         raise ValueError(f"--max-seconds is {options.max_seconds}; it must be above 0")
+    for name in ("max_seconds", "drain_seconds"):
+        if not math.isfinite(getattr(options, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} is {getattr(options, name)}; it must be a finite number")
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises ValueError if the server cannot listen there, before models are loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on --host {host} --port {port}: {error.strerror}; give others, such as "
+            "--port 0 for any that is free"
+        ) from None
 
 
 def read_keys(file: Path) -> tuple[str, ...]:

@@ -166,12 +166,8 @@ class Engine:
                 f"{most}; ask for fewer at a time"
             )
         answers = [
-            Answer(
-                r,
-                TextStream(self.tokenizer, special_tokens=r.special_tokens, stop=r.options.stop),
-                to,
-            )
-            for r, to in zip(requests, listeners, strict=True)
+            Answer(request, self._text_of(request), listener)
+            for request, listener in zip(requests, listeners, strict=True)
         ]
         with self._changed:
             if self._stopping or self.failure is not None:
@@ -186,6 +182,14 @@ class Engine:
             self.counters.requests += len(answers)
             self._changed.notify()
         return answers
+
+    def _text_of(self, request: Request) -> TextStream:
+        return TextStream(
+            self.tokenizer,
+            special_tokens=request.special_tokens,
+            stop=request.options.stop,
+            before=request.prompt if request.continues else (),
+        )
 
     def stop(self, timeout: float | None = None) -> bool:
         """Takes no more requests, finishes those it has, and returns whether it was in time."""

@@ -97,6 +97,10 @@ def add_handlers(app: fastapi.FastAPI) -> None:
     async def value_error(_: fastapi.Request, error: Exception) -> Response:
         return JSONResponse(error_body(400, str(error)), 400)
 
+    async def failed(_: fastapi.Request, error: Exception) -> Response:
+        return JSONResponse(error_body(500, "the server failed; its log says why"), 500)
+
+    app.add_exception_handler(Exception, failed)  # A fault of ours, which is logged.
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)

@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from t5jax.serving import bodies
 from t5jax.serving import writing as w
 from t5jax.serving.errors import DESCRIPTIONS, ApiError, error_body
-from t5jax.serving.schemas import ChatBody, CompletionBody
+from t5jax.serving.leaving import call_if_gone, results
+from t5jax.serving.schemas import ChatBody, CompletionBody, each
 from t5jax.serving.served import ServedModel
 from t5jax.serving.state import Server
-from t5jax.serving.writing import AnyWriting, Plan, Written
+from t5jax.serving.writing import Plan, Written
 
 
 def add_routes(app: fastapi.FastAPI, server: Server) -> None:
@@ -33,16 +34,9 @@ def add_routes(app: fastapi.FastAPI, server: Server) -> None:
         return await _chat(server, body, request)
 
 
-def _prompts(body: CompletionBody) -> list[str | list[int]]:
-    given: Any = body.prompt
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [given]
-    return list(given)
-
-
 async def _complete(server: Server, body: CompletionBody, request: fastapi.Request) -> Response:
     served = server.writer(body.model)
-    prompts = await asyncio.to_thread(lambda: [served.prompt(p) for p in _prompts(body)])
+    prompts = await asyncio.to_thread(lambda: [served.prompt(p) for p in each(body.prompt)])
     if body.echo and body.logprobs is not None and served.model.kind != "decoder":
         raise ValueError(
             f"echo with logprobs: {served.name} has an encoder, which gives its prompt no "
@@ -55,7 +49,7 @@ async def _complete(server: Server, body: CompletionBody, request: fastapi.Reque
         # Log-probabilities are those of tokens, whose text need not be just the one that was given.
         echoes = [
             given if isinstance(given, str) and num_top is None else served.text(ids)
-            for given, ids in zip(_prompts(body), prompts, strict=True)
+            for given, ids in zip(each(body.prompt), prompts, strict=True)
         ]
 
     def choice(index: int, text: str, tokens: Sequence[Any], reason: str | None) -> dict[str, Any]:
@@ -67,8 +61,8 @@ async def _complete(server: Server, body: CompletionBody, request: fastapi.Reque
 
     scores: list[Any] = [None] * len(prompts)
     if body.echo and num_top is not None:
-        futures = [served.submit(served.prompt_scores, prompt) for prompt in prompts]
-        scores = [await asyncio.wrap_future(future) for future in futures]
+        futures = served.submit(served.prompt_scores, [(prompt,) for prompt in prompts])
+        scores = await results(request, futures)
 
     def echoed(index: int, made: dict[str, Any]) -> dict[str, Any]:
         """Puts the prompt in front of the beginning of an answer."""
@@ -158,10 +152,10 @@ async def _respond(
     """
     wants_usage = w.wants_usage(body)
     writing = w.begin(served, plan)
-    watch = asyncio.create_task(_cancel_if_gone(request, writing))
+    watch = asyncio.create_task(call_if_gone(request, writing.cancel))
     if not body.stream:
         try:
-            all_written = await w.gather(writing, plan.requests)
+            all_written = await w.gather(writing, len(plan.requests))
         finally:
             watch.cancel()
             writing.cancel()
@@ -198,10 +192,3 @@ async def _respond(
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream(), media_type="text/event-stream", headers=headers)
-
-
-async def _cancel_if_gone(request: fastapi.Request, writing: AnyWriting) -> None:
-    """Gives answers up when the client goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    writing.cancel()

@@ -1,6 +1,5 @@
 """The routes beside writing: models, embeddings, tokenizers, health, figures, and the page."""
 
-import asyncio
 import functools
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import fastapi
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from t5jax.serving.errors import DESCRIPTIONS, ApiError, error_body
+from t5jax.serving.leaving import results
 from t5jax.serving.schemas import DetokenizeBody, EmbeddingBody, TokenizeBody
 from t5jax.serving.served import ServedModel, encoded
 from t5jax.serving.state import Server
@@ -35,8 +35,8 @@ def add_routes(app: fastapi.FastAPI, server: Server) -> None:
     get = functools.partial(app.get, responses=DESCRIPTIONS, response_model=None)
 
     @post("/v1/embeddings")
-    async def embeddings(body: EmbeddingBody) -> Response:
-        return await _embed(server, body)
+    async def embeddings(body: EmbeddingBody, request: fastapi.Request) -> Response:
+        return await _embed(server, body, request)
 
     @get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -48,8 +48,9 @@ def add_routes(app: fastapi.FastAPI, server: Server) -> None:
             server.model(name)
         return _about(server, server.models[name])
 
+    # In threads, since a long text takes a while.
     @post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    def tokenize(body: TokenizeBody) -> dict[str, Any]:
         served = server.model(body.model)
         ids = served.prompt(body.prompt)
         if not body.add_special_tokens:
@@ -57,7 +58,7 @@ def add_routes(app: fastapi.FastAPI, server: Server) -> None:
         return {"tokens": ids, "count": len(ids), "max_model_len": served.max_prompt}
 
     @post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
+    def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         served = server.model(body.model)
         return {"prompt": served.text(body.tokens)}
 
@@ -109,10 +110,9 @@ def _about(server: Server, served: ServedModel) -> dict[str, Any]:
     }
 
 
-async def _embed(server: Server, body: EmbeddingBody) -> Response:
+async def _embed(server: Server, body: EmbeddingBody, request: fastapi.Request) -> Response:
     served = server.model(body.model)
-    future = served.submit(served.embed, body)
-    vectors, num_tokens = await asyncio.wrap_future(future)
+    ((vectors, num_tokens),) = await results(request, served.submit(served.embed, [(body,)]))
     data = [
         {"object": "embedding", "index": i, "embedding": encoded(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)

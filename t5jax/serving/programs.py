@@ -61,7 +61,14 @@ class Programs:
         self._waits_for_all = options.batch_invariant
         self._replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         with sharding.use_mesh(mesh, rules):
-            self._slots = jax.jit(functools.partial(device.empty, model, self.size))()
+            try:
+                empty = jax.jit(functools.partial(device.empty, model, self.size))
+                self._slots = jax.block_until_ready(empty())
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                own = sizes.slot_bytes(model, self.size)
+                raise sizes.too_many(self.size.rows, own) from None
         self._shardings = jax.tree.map(lambda x: x.sharding, self._slots)
         words = -(-model.vocab_size // 32)
         self._everything = {

@@ -36,6 +36,8 @@ class Request:
     """Numbers of the prompt and of the answer, by which drawn answers of a seed differ."""
     special_tokens: bool = False
     """Keep special tokens in the text."""
+    continues: bool = False
+    """Whether the text goes on the prompt's, so that a space may stand in front of it."""
     streaming: bool = False
     """Whether somebody reads the text while it is written; otherwise it is passed on as a whole."""
     deadline: float | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from t5jax.serving.slots import NUM_BIASED, NUM_FORCED, NUM_TOP
 
 MAX_PROMPTS = 128
+_MAX_INPUTS = 2048
 _MAX_ANSWERS = 64
 _MAX_BEAMS = 16
 
@@ -23,6 +24,12 @@ Prompts = (
     | Tokens
     | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
     | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+_Inputs = (
+    Text
+    | Tokens
+    | Annotated[list[Text], Field(min_length=1, max_length=_MAX_INPUTS)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=_MAX_INPUTS)]
 )
 _Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -67,7 +74,9 @@ class GenerationBody(_Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=1000)
-    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    min_tokens: int | None = Field(
+        None, ge=0, lt=2**31, description="Before them no id ends an answer; a stop text may."
+    )
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     n: int | None = Field(1, ge=1, le=_MAX_ANSWERS)
     stop: _StopText | Annotated[list[_StopText], Field(max_length=16)] | None = None
@@ -134,10 +143,16 @@ class ChatBody(GenerationBody):
 
 class EmbeddingBody(_Body):
     model: str
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: _Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "first", "max", "pooler"] = "mean"
     user: str | None = Field(None, description="Has no effect here.")
+
+
+def each(given: Any) -> list[str | list[int]]:
+    """Returns each of the texts, or of the lists of ids, of which a body has one or several."""
+    is_one = isinstance(given, str) or isinstance(given[0], int)
+    return [given] if is_one else list(given)
 
 
 class TokenizeBody(_Body):

@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,15 @@ from t5jax import decoding
 from t5jax.decoding import Constraint, GenerationOptions
 from t5jax.serving.engine import Engine
 from t5jax.serving.errors import ApiError
-from t5jax.serving.schemas import ChatBody, CompletionBody, EmbeddingBody, GenerationBody, Message
+from t5jax.serving.requests import Request
+from t5jax.serving.schemas import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    Message,
+    each,
+)
 from t5jax.serving.sizes import EngineOptions
 from t5jax.serving.slots import NUM_FORCED, NUM_TOP
 from t5jax.serving.text import GrowingText, TokenTexts
@@ -51,6 +59,8 @@ class ServedModel:
           name: the name in requests.
           pretrained: the model.
           options: sizes of its engine.
+        Raises:
+          ValueError: if there is no room, or generation_config.json asks for what is not served.
         """
         # The engine takes all adapters at once; what else is asked for is of one model.
         self.name, self.pretrained = name, pretrained.with_adapter(0)
@@ -72,6 +82,7 @@ class ServedModel:
         self._queued = 0
         self._lock = threading.Lock()
         self._warm: concurrent.futures.Future[None] | None = None
+        _ = self._generation  # Raises and warns before anything is compiled.
 
     def adapted(self, name: str, adapter: int) -> "ServedModel":
         """Returns the model with one of its adapters, which shares the engine.
@@ -91,7 +102,6 @@ class ServedModel:
         """Starts compiling; one that shares another's engine begins with it."""
         if self.base is not self:
             return
-        _ = self._generation  # Warns at the start.
         if self.engine is not None:
             self.engine.start()
         self._warm = self._worker.submit(self._compile)
@@ -162,8 +172,7 @@ class ServedModel:
             check_prompts(self.model, self.tokenizer, [given])
             return list(given)
         _check_text(given)
-        ids = [*self.tokenizer.encode(given), self.tokenizer.eos_id]
-        return [int(i) for i in self.form.prompt(ids)]
+        return self.pretrained.prompt(given)
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, with special tokens, and with what follows an eos."""
@@ -203,10 +212,10 @@ class ServedModel:
         for message in messages:
             _check_text(message.text)
         if self.tokenizer.chat_template:
-            rows = [{"role": m.role, "content": m.text} for m in messages]
+            rows = [{"role": m.role, "content": m.text, "name": m.name} for m in messages]
             today = datetime.datetime.now().strftime  # As in transformers.
             text = self._template.prompt({"messages": rows}, strftime_now=today)
-            return list(self.tokenizer.encode(text)) or [self.form.nothing]
+            return self.pretrained.chat_prompt(text)
         if self.model.kind == "encoder_decoder" and [m.role for m in messages] == ["user"]:
             return self.prompt(messages[0].text)
         single = "a single message of the role user, or " if self.model.kind != "decoder" else ""
@@ -330,25 +339,40 @@ class ServedModel:
 
     # --- What needs no slot -----------------------------------------------------------------------
 
-    def submit(self, function: Any, *args: Any) -> "concurrent.futures.Future[Any]":
-        """Runs a method below in the model's own thread.
+    def submit(
+        self, function: Callable[..., Any], asked: Sequence[tuple[Any, ...]]
+    ) -> "list[concurrent.futures.Future[Any]]":
+        """Runs a method below in the thread of the model and its adapters, all calls or none.
 
+        Args:
+          function: the method.
+          asked: the arguments of each call.
         Raises:
-          ApiError: if too many wait already.
+          ValueError: if they are more than may wait.
+          ApiError: if too many wait already, or the server is stopping.
         """
+        base, most = self.base, self._options.max_waiting
+        if len(asked) > most:
+            raise ValueError(
+                f"{len(asked)} prompts are to be read at once, but this server takes at most "
+                f"{most}; send fewer at a time"
+            )
+
+        def left(_: Any) -> None:  # Also called for one that is cancelled before it runs.
+            with self._lock:
+                base._queued -= 1
+
         with self._lock:
-            if self._queued >= self._options.max_waiting:
-                raise ApiError(429, f"{self._queued} requests wait; try again", retry_after=1)
-            self._queued += 1
-
-        def run() -> Any:
+            if base._queued + len(asked) > most:
+                raise ApiError(429, f"{base._queued} requests wait; try again", retry_after=1)
             try:
-                return function(*args)
-            finally:
-                with self._lock:
-                    self._queued -= 1
-
-        return self._worker.submit(run)
+                futures = [self._worker.submit(function, *args) for args in asked]
+            except RuntimeError:
+                raise ApiError(503, "the server is stopping", retry_after=5) from None
+            base._queued += len(futures)
+        for future in futures:
+            future.add_done_callback(left)
+        return futures
 
     def prompt_scores(self, prompt: Sequence[int]) -> decoding.Score:
         """Returns the log-probabilities of a decoder's prompt after its first token."""
@@ -365,14 +389,13 @@ class ServedModel:
             num_top=min(NUM_TOP, self.model.vocab_size),
         )[0]
 
-    def beams(
-        self, prompt: Sequence[int], options: GenerationOptions, special_tokens: bool
-    ) -> list[decoding.Answer]:
+    def beams(self, request: Request) -> list[decoding.Answer]:
         """Returns the best answers to a prompt by beam search, with `options.max_tokens`.
 
         One program is compiled for each number of beams and power of two of lengths, when it is
         first asked for.
         """
+        prompt, options, special_tokens = request.prompt, request.options, request.special_tokens
         assert options.max_tokens is not None
         pretrained = self.pretrained
         generator = decoding.Generator(
@@ -383,7 +406,11 @@ class ServedModel:
         room = decoding.power_of_two(options.max_tokens, least=16)
         if self.model.kind == "decoder" and self.model.longest_row:
             room = max(options.max_tokens, min(room, self.model.longest_row - len(prompt) + 1))
-        return generator.answers_to_prompt(pretrained.params, prompt, options, room=room)
+        found = generator.answers_to_prompt(pretrained.params, prompt, options, room=room)
+        if not request.continues:
+            return found
+        texts = [GrowingText(self.tokenizer, special_tokens, a.tokens, prompt).text for a in found]
+        return [dataclasses.replace(a, text=text) for a, text in zip(found, texts, strict=True)]
 
     def embed(self, body: EmbeddingBody) -> tuple[np.ndarray, int]:
         """Returns the vectors of texts, float32 [N, D], and the number of their tokens.
@@ -391,8 +418,7 @@ class ServedModel:
         Raises:
           ValueError: if the model has no encoder, or a text is too long.
         """
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        ids = [self.prompt(text) for text in texts]
+        ids = [self.prompt(given) for given in each(body.input)]
         for number, row in enumerate(ids):
             if len(row) > self.max_prompt:
                 raise ValueError(

@@ -64,9 +64,13 @@ def whole_size(
     if model.kind == "encoder_decoder":
         source = min(options.max_source_length, longest or options.max_source_length)
     num_slots = options.slots
+    free, most = free_memory(mesh)
+    bytes_per_slot = slot_bytes(model, Size(parts, source, length, soft))
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    if num_slots is not None and is_cpu and num_slots * bytes_per_slot > 2 * free:
+        # Other devices say so themselves; a CPU would end the process once they are used.
+        raise too_many(num_slots, bytes_per_slot)
     if num_slots is None:
-        free, most = free_memory(mesh)
-        bytes_per_slot = slot_bytes(model, Size(parts, source, length, soft))
         num_slots = min(int(_MEMORY_SHARE * free / bytes_per_slot), most)
         if num_slots < parts:
             raise ValueError(
@@ -75,6 +79,15 @@ def whole_size(
                 "encoder max_source_length)"
             )
     return Size(-(-num_slots // parts) * parts, source, length, soft)
+
+
+def too_many(num_slots: int, bytes_per_slot: int) -> ValueError:
+    """Returns the error of slots for which there is no room."""
+    return ValueError(
+        f"there is no memory for {num_slots:,} slots, whose keys and values take "
+        f"{num_slots * bytes_per_slot / 2**30:,.2f} GiB; set fewer slots, or a smaller max_length "
+        "(and with an encoder max_source_length)"
+    )
 
 
 def slot_bytes(model: Architecture, size: Size) -> int:

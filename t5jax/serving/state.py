@@ -48,10 +48,11 @@ class Server:
         """
         served = next(iter(self.models.values())) if name is None else self.models.get(name)
         if served is None:
-            hint = did_you_mean(name, self.models)
+            given = str(name)[:80]
+            hint = did_you_mean(given, self.models)
             raise ApiError(
                 404,
-                f"there is no model {name!r}; {hint}known are {', '.join(self.models)}",
+                f"there is no model {given!r}; {hint}known are {', '.join(self.models)}",
                 param="model",
                 code="model_not_found",
             )

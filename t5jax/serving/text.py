@@ -22,10 +22,23 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, special_tokens: bool = False, stop: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        special_tokens: bool = False,
+        stop: Sequence[str] = (),
+        before: Sequence[int] = (),
     ) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._shown = self._searched = GrowingText(tokenizer, special_tokens)
+        """Begins a text.
+
+        Args:
+          tokenizer: the tokenizer.
+          special_tokens: keep special tokens in the text.
+          stop: what ends it.
+          before: the tokens of the text that it goes on.
+        """
+        self._tokenizer, self._stop, self._before_it = tokenizer, tuple(stop), before
+        self._shown = self._searched = GrowingText(tokenizer, special_tokens, before=before)
         self._hides = not special_tokens
         self._end: str | None = None
         self._sent = self._safe = 0
@@ -48,7 +61,8 @@ class TextStream:
             if token == self._tokenizer.eos_id:
                 return  # It does not end this answer, but would end a text.
             if self._stop and self._is_one and token in self._tokenizer.special_ids:
-                self._searched = GrowingText(self._tokenizer, True, self._shown.ids)
+                ids, before = self._shown.ids, self._before_it
+                self._searched = GrowingText(self._tokenizer, True, ids, before)
         self._shown.ids.append(token)
         if not self._is_one:
             self._searched.ids.append(token)
@@ -89,11 +103,10 @@ class TextStream:
             return self._shown.text[:place]
         if (shown := find_stop(self._shown.text, self._stop)) is not None:
             return self._shown.text[:shown]
-        ids = self._shown.ids
-        count = len(ids)
-        while count and len(self._tokenizer.decode(ids[:count])) > place:
+        count = len(self._shown.ids)
+        while count and len(self._searched.begin(count)) > place:
             count -= 1
-        return self._tokenizer.decode(ids[:count], special_tokens=False)
+        return self._shown.begin(count)
 
     def _held_back(self, text: str) -> int:
         """Returns how many characters at the end may still change, or begin a stop text."""
@@ -111,10 +124,25 @@ class GrowingText:
     """The text of tokens of which there are ever more."""
 
     def __init__(
-        self, tokenizer: Tokenizer, special_tokens: bool = True, ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: bool = True,
+        ids: Sequence[int] = (),
+        before: Sequence[int] = (),
     ) -> None:
+        """Reads the first tokens.
+
+        Args:
+          tokenizer: the tokenizer.
+          special_tokens: keep special tokens in the text.
+          ids: the tokens.
+          before: those of a text that this one goes on: some tokenizers leave out the space in
+            front of a text's first word, but not of one that follows.
+        """
         self.ids = list(ids)
         self._tokenizer, self._special_tokens = tokenizer, special_tokens
+        self._ids_before = _last_of(before, tokenizer)
+        self._skipped = len(self._decode_all(self._ids_before))
         self._num_read, self._text = 0, ""
         self._anchor, self._before = 0, ""  # The text before the window.
 
@@ -123,21 +151,40 @@ class GrowingText:
         if self._num_read < len(self.ids):
             self._num_read = len(self.ids)
             window = self._decode(self._anchor)
-            self._text = self._before + window
-            if len(self.ids) - self._anchor > _WINDOW:
+            self._text = (self._before + window)[self._skipped :]
+            if len(self._ids_before) + len(self.ids) - self._anchor > _WINDOW:
                 self._advance(window)
         return self._text
 
+    def begin(self, count: int) -> str:
+        """Returns the text of the first tokens."""
+        return self._decode_all([*self._ids_before, *self.ids[:count]])[self._skipped :]
+
     def _advance(self, window: str) -> None:
         """Moves the beginning of the window, where this does not change the text."""
-        anchor = len(self.ids) - _CONTEXT
+        anchor = len(self._ids_before) + len(self.ids) - _CONTEXT
         context = self._decode(anchor)
         if context.strip("\ufffd") and window.endswith(context):
             self._before += window[: len(window) - len(context)]
             self._anchor = anchor
 
     def _decode(self, start: int) -> str:
-        return self._tokenizer.decode(self.ids[start:], special_tokens=self._special_tokens)
+        """Returns the text from a token on, counted with those before."""
+        own = start - len(self._ids_before)
+        return self._decode_all(
+            self.ids[own:] if own >= 0 else [*self._ids_before[start:], *self.ids]
+        )
+
+    def _decode_all(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, special_tokens=self._special_tokens)
+
+
+def _last_of(before: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Returns the last tokens of a text, none if they end within a character."""
+    last = list(before[-_CONTEXT:])
+    if tokenizer.eos_id in last:  # At which decoding ends.
+        last = last[len(last) - last[::-1].index(tokenizer.eos_id) :]
+    return [] if tokenizer.decode(last).endswith("\ufffd") else last
 
 
 class TokenTexts:

@@ -24,7 +24,6 @@ _RETRY_SECONDS = 1
 class Written:
     """One answer so far."""
 
-    prompt: list[int]
     text: str = ""
     tokens: list[Token] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -93,6 +92,7 @@ def plan(
             "and the room behind the prompt); set it to that at most"
         )
     is_constrained = options.json_schema is not None
+    continues = isinstance(body, CompletionBody) and served.model.kind == "decoder"
     requests = [
         Request(
             prompt=tuple(prompt),
@@ -100,6 +100,7 @@ def plan(
             options=options,
             stream=(index, number),
             special_tokens=not body.skip_special_tokens,
+            continues=continues,
             streaming=bool(body.stream),
             deadline=deadline,
             constraint=served.constraint(options) if is_constrained else None,
@@ -173,25 +174,30 @@ class BeamWriting:
     answers: Sequence[Answer] = ()
 
     def __init__(self, served: ServedModel, plan: Plan) -> None:
-        self._futures = []
-        try:
-            for request in plan.requests[:: plan.per_prompt]:
-                options = dataclasses.replace(request.options, max_tokens=request.max_tokens)
-                args = request.prompt, options, request.special_tokens
-                self._futures.append(served.submit(served.beams, *args))
-        except ApiError:
-            self.cancel()
-            raise
+        asked = []
+        for request in plan.requests[:: plan.per_prompt]:
+            options = dataclasses.replace(request.options, max_tokens=request.max_tokens)
+            asked.append((dataclasses.replace(request, options=options),))
+        self._futures = served.submit(served.beams, asked)
+        self._is_given_up = False
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         number = 0
         for future in self._futures:
-            for answer in await asyncio.wrap_future(future):
+            try:
+                found = await asyncio.wrap_future(future)
+            except asyncio.CancelledError:
+                if not self._is_given_up:
+                    raise
+                yield number, Piece("", (), "cancelled")
+                return
+            for answer in found:
                 tokens = tuple(Token(i, 0.0) for i in answer.tokens)
                 yield number, Piece(answer.text, tokens, answer.finish)
                 number += 1
 
     def cancel(self) -> None:
+        self._is_given_up = True
         for future in self._futures:
             future.cancel()
 
@@ -222,15 +228,15 @@ def begin(served: ServedModel, plan: Plan) -> AnyWriting:
     return BeamWriting(served, plan) if plan.has_beams else Writing(served, plan.requests)
 
 
-async def gather(writing: AnyWriting, requests: Sequence[Request]) -> list[Written]:
-    """Returns the finished answers.
+async def gather(writing: AnyWriting, number: int) -> list[Written]:
+    """Returns so many finished answers.
 
     Raises:
       ApiError: if one of them could not be finished.
     """
-    all_written = [Written(list(request.prompt)) for request in requests]
-    async for number, piece in writing.pieces():
-        written = all_written[number]
+    all_written = [Written() for _ in range(number)]
+    async for place, piece in writing.pieces():
+        written = all_written[place]
         written.text += piece.text
         written.tokens += piece.tokens
         written.finish_reason = piece.finish_reason

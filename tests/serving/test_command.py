@@ -1,5 +1,7 @@
 """`t5jax serve`: what it refuses before a model is loaded, and how models are named."""
 
+import socket
+
 import pytest
 
 from command_line import fails, run
@@ -22,11 +24,20 @@ KEY = "0123456789abcdef"
         (("a=x", "--model", "a=y"), "two models"),
         (("=x",), "NAME=MODEL"),
         (("model", "--slot", "3"), "--slots"),
-        (("model-that-is-nowhere-at-all/",), "model-that-is-nowhere-at-all"),
+        (("model", "--max-seconds", "inf"), "--max-seconds is inf; it must be a finite number"),
+        (("model", "--drain-seconds", "inf"), "--drain-seconds is inf"),
+        (("model-that-is-nowhere-at-all/", "--port", "0"), "model-that-is-nowhere-at-all"),
     ],
 )
 def test_mistakes(capsys, args, message):
     assert message in fails(capsys, "serve", *args)
+
+
+def test_an_address_is_tried_before_a_model_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        message = fails(capsys, "serve", "model", "--port", port)
+    assert f"cannot listen on --host 127.0.0.1 --port {port}: Address already in use" in message
 
 
 def test_help_names_every_option(capsys):

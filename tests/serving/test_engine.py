@@ -236,9 +236,9 @@ def test_an_encoder_writes_nothing():
 def test_memory_decides_how_many_slots_there_are(monkeypatch):
     found = live.pretrained(GPT)
 
-    def slots_with(free):
+    def slots_with(free, slots=None):
         monkeypatch.setattr("t5jax.serving.sizes.free_memory", lambda mesh: (free, 32))
-        options = live.EngineOptions(max_length=32)
+        options = live.EngineOptions(slots=slots, max_length=32)
         return live.Engine(GPT, found.params, found.tokenizer, found.mesh, options=options)
 
     one = slots_with(10**9).bytes_per_slot
@@ -248,6 +248,9 @@ def test_memory_decides_how_many_slots_there_are(monkeypatch):
     assert slots_with(10 * one).size.rows == 6
     with pytest.raises(ValueError, match="max_length"):
         slots_with(one / 2)
+    assert slots_with(10 * one, slots=20).size.rows == 20
+    with pytest.raises(ValueError, match=r"no memory for 21 slots, .* set fewer slots"):
+        slots_with(10 * one, slots=21)
 
 
 def test_what_prompts_share_is_read_once_and_changes_nothing():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import socket
+import threading
 import time
 
 import httpx
@@ -14,9 +15,12 @@ import openai
 import pytest
 
 from conformance.cases import LOGITS, random_params
-from serving import browser
+from serving import bodies, browser
 from serving.live import GPT, T5, running, served, wait_for
 from t5jax.serving.app import make_app
+from t5jax.serving.errors import ApiError
+from t5jax.serving.schemas import CompletionBody, Message
+from t5jax.serving.writing import plan
 
 KEY = "a-key-of-many-letters"
 MESSAGES = [{"role": "user", "content": "abc"}]
@@ -132,8 +136,6 @@ def test_beams_are_those_of_generate_and_come_as_a_whole(client, models):
 
 
 def test_generation_config_is_obeyed(models, monkeypatch):
-    from t5jax.serving.schemas import CompletionBody
-
     served, body = models[0], CompletionBody(model="t5", prompt="abc")
     config = {"do_sample": True, "temperature": 0.6, "forced_bos_token_id": 7}
     with_config = dataclasses.replace(served.pretrained, source=_Config(config))
@@ -164,6 +166,16 @@ class _Config:
 def test_a_default_that_nobody_asked_for_is_no_error(client):
     answer = client.completions.create(model="gpt", prompt=[60] * 14)
     assert answer.usage.completion_tokens <= 3
+
+
+def test_a_completion_goes_on_a_decoders_prompt(models):
+    """Its first word may have a space in front; what an encoder-decoder writes is a text alone."""
+    for model, goes_on in zip(models, (False, True), strict=True):
+        body = CompletionBody(model=model.name, prompt="ab")
+        (request,) = plan(model, body, [model.prompt("ab")], None).requests
+        assert request.continues is goes_on
+        stream = model.engine._text_of(request)
+        assert stream._shown._ids_before == (model.prompt("ab") if goes_on else [])
 
 
 def test_an_echo_is_the_prompt_as_it_was_given(client):
@@ -238,6 +250,9 @@ def test_embeddings_as_numbers_and_as_the_client_asks_for_them(client, url, mode
     vectors = np.array([item.embedding for item in found.data])
     np.testing.assert_allclose(vectors, models[0].pretrained.embed(texts), atol=1e-5)
     assert found.usage.prompt_tokens == 8
+    ids = [[100, 1], [101, 102, 103, 1], [104, 1]]  # As they are, with eos.
+    of_ids = client.embeddings.create(model="t5", input=ids)
+    assert [item.embedding for item in of_ids.data] == [item.embedding for item in found.data]
     plain = ask(url, "/v1/embeddings", model="t5", input="a", encoding_format="float").json()
     np.testing.assert_allclose(plain["data"][0]["embedding"], vectors[0], atol=1e-5)
     coded = ask(url, "/v1/embeddings", model="t5", input="a", encoding_format="base64").json()
@@ -360,6 +375,38 @@ def test_errors_have_openais_form(url, path, content, headers, status):
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_mutated_bodies_are_answered_or_refused(url):
+    """At the end of all tests here, no slot is taken."""
+    found = bodies.attack(url, 120, seed=1)
+    assert found[200] > 5
+    assert found[400] > 50
+
+
+def test_a_fault_of_ours_has_openais_form(url, models, monkeypatch):
+    def fail(*args):
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(type(models[0]), "prompt", fail)
+    answer = ask(url, model="t5", prompt="abc")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "a fault" not in answer.text
+
+
+def test_a_chat_template_sees_names(models, monkeypatch):
+    served = models[0]
+    template = "{% for m in messages %}{{ m.name or 'nobody' }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(served.tokenizer, "chat_template", template)
+    monkeypatch.delitem(served.__dict__, "_template", raising=False)
+    try:
+        names = [Message(role="user", content="hi", name=name) for name in ("Ada", None)]
+        text = served.tokenizer.decode(served.chat_prompt(names))
+        assert text == "Ada: hi\nnobody: hi\n"  # And no eos: the template writes none.
+        assert served.chat_prompt(names)[-1] != served.tokenizer.eos_id
+    finally:
+        served.__dict__.pop("_template", None)
+
+
 def test_parts_of_a_body_that_never_ends_are_not_kept(url):
     def parts():
         while True:
@@ -372,13 +419,14 @@ def test_parts_of_a_body_that_never_ends_are_not_kept(url):
 # --- Clients that leave, and full queues ----------------------------------------------------------
 
 
-def slow_request(url, **changes):
+def slow_request(url, path="/v1/completions", **changes):
     """Begins a request of many answers on a socket of its own."""
     body = {"model": "t5", "prompt": ["abc"] * 8, "max_tokens": 30, "min_tokens": 30} | changes
+    body = {name: value for name, value in body.items() if value is not ...}
     content = json.dumps(body).encode()
     connection = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path.encode()
         + b"Content-Length: %d\r\n\r\n" % len(content)
         + content
     )
@@ -401,6 +449,28 @@ def test_a_client_that_goes_away_frees_its_slots(url, models, stream, monkeypatc
     connection.close()
     wait_for(lambda: not engine.num_running + engine.num_waiting)
     assert engine.counters.finished["cancelled"] > before
+
+
+def test_what_a_client_that_went_away_asked_for_leaves_the_queue(url, models):
+    served, go_on = models[0], threading.Event()
+    served.submit(go_on.wait, [()])
+    try:
+        for path, body in {
+            "/v1/completions": {"num_beams": 2, "prompt": ["abc"] * 3},
+            "/v1/embeddings": {"prompt": ..., "max_tokens": ..., "min_tokens": ..., "input": "a"},
+        }.items():
+            connection = slow_request(url, path, **body)
+            wait_for(lambda: served._queued > 1)
+            connection.close()
+            wait_for(lambda: served._queued == 1)
+        with pytest.raises(ApiError, match="1 requests wait") as error:
+            served.submit(print, [()] * 8)  # All of them or none.
+        assert error.value.status == 429
+        with pytest.raises(ValueError, match="9 prompts are to be read at once"):
+            served.submit(print, [()] * 9)
+    finally:
+        go_on.set()
+    wait_for(lambda: served._queued == 0)
 
 
 def test_a_full_queue_says_when_to_come_again_and_others_are_not_disturbed(url, models):

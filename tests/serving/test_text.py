@@ -48,6 +48,20 @@ def test_pieces_are_the_text_of_all_tokens(tokenizers, name, special_tokens):
     assert sum(map(bool, pieces)) > 20
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("begin", ["the quick", "the quick ", "", "said: ä"])
+def test_a_text_that_goes_on_another_one(tokenizers, name, begin):
+    tokenizer = tokenizers[name]
+    before, ids = tokenizer.encode(begin), tokenizer.encode("the brown fox, he said" * 9)
+    stream = TextStream(tokenizer, before=before)
+    sent = "".join(_pieces(stream, ids)) + stream.finish()
+    whole = tokenizer.decode([*before, *ids], special_tokens=False)
+    assert tokenizer.decode(before, special_tokens=False) + sent == whole
+    stopped = TextStream(tokenizer, before=[tokenizer.eos_id, *before], stop=["fox,"])
+    sent = "".join(_pieces(stopped, ids)) + stopped.finish()
+    assert tokenizer.decode(before, special_tokens=False) + sent == whole[: whole.index("fox,")]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_half_a_character_is_held_back(tokenizers, name):
     tokenizer = tokenizers[name]
