@@ -39,6 +39,7 @@ STEPS = {
     "ul2": ("ul2_pretrain", "v5e:2x4"),
     "flan": ("flan:t5_1_1_base", "v5e:2x4"),
     "byt5": ("byt5_finetune:byt5_base", "v5e:2x4"),
+    "mt5": ("mt5_finetune:mt5_base", "v5e:2x4"),
     "t5_xxl": ("t5_pretrain:xxl", "v5p:4x4x4"),
     "gpt2_medium": ("gpt_pretrain:gpt2_medium", "v5e:2x2"),
     "llama3_8b": ("gpt_pretrain:llama3_8b", "v5p:2x2x4"),
