@@ -1,0 +1,147 @@
+"""A model with an adapter over a base."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from t5jax import checkpoint
+from t5jax.adapters import digest, lora, prompt
+from t5jax.adapters import params as adapted
+from t5jax.architectures import Architecture, Dtype
+from t5jax.config import PromptConfig
+from t5jax.hf import peft
+from t5jax.models import api
+from t5jax.source.whole import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedSource(Source):
+    """A model with an adapter over a base: the parameters that are read have it merged."""
+
+    base: Source | None = None
+    """The base."""
+    named_base: str = ""
+    """What it was asked for by, in place of the name that the adapter has for it."""
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the adapter is a soft prompt, which cannot be merged."""
+        if self.is_checkpoint:
+            return isinstance(self.config.adapter, PromptConfig)
+        return peft.is_prompt(self.path)
+
+    def generation(self) -> dict[str, Any]:
+        assert self.base is not None
+        return super().generation() if self.is_checkpoint else self.base.generation()
+
+    def adapter(self, model: Architecture) -> dict[str, Any]:
+        """Returns the adapter's parameters and those of the base that it replaces, by path.
+
+        Args:
+          model: the network; what of the adapter is of other networks is left out.
+        """
+        own, ours = self.config.model, _flatten(api.param_shapes(model))
+        if not self.is_checkpoint:
+            read = peft.read(self.path, own)
+            return {p: x for p, x in read.items() if _fits(p, ours)}
+        config = self.config.adapter
+        assert config is not None
+        shapes = _flatten(adapted.param_shapes(own, config))
+        base = adapted.base_params(own, config)
+        wanted = {path: x for path, x in shapes.items() if path not in base and _fits(path, ours)}
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = flax.traverse_util.unflatten_dict(wanted, sep="/")
+        places = jax.tree.map(lambda _: place, tree)
+        return jax.device_get(_flatten(checkpoint.load_params(self.path, tree, places)))
+
+    def params(
+        self, model: Architecture, shardings: Any, new: Mapping[str, jax.Array] | None = None
+    ) -> api.Params:
+        """Reads the base's parameters and merges the adapter into them."""
+        assert self.base is not None
+        found = {**(new or {}), **self.adapter(model)}
+        lacks = self.base.missing(model)
+        params = self.base.params(model, shardings, {path: found[path] for path in lacks})
+        flat = _flatten(params)
+        if self.is_checkpoint:
+            saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in flat}
+            read = digest.digests({path: flat[path] for path in saved})
+            digest.check(read, saved, str(self.path), str(self.base.path))
+        if self.is_checkpoint and self.config.adapter is not None:
+            # It was trained over what the base is rounded to.
+            flat = _flatten(adapted.rounded_to_float(model, self.config.adapter, params))
+        whole = flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
+
+        merged = jax.jit(lambda whole: lora.merge(model, whole))(whole)
+        # A soft prompt cannot be merged, and stays beside the base's parameters.
+        dtypes, places = {p: x.dtype for p, x in flat.items()}, _flatten(shardings)
+        mesh = next(iter(places.values())).mesh
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return flax.traverse_util.unflatten_dict(
+            {
+                path: jax.device_put(
+                    x.astype(dtypes.get(path, x.dtype)), places.get(path, replicated)
+                )
+                for path, x in _flatten(merged).items()
+            },
+            sep="/",
+        )
+
+    def missing(self, model: Architecture) -> list[str]:
+        assert self.base is not None
+        found = self.adapter(model)
+        return [path for path in self.base.missing(model) if path not in found]
+
+    def merge_error(self, dtype: Dtype) -> str:
+        """Returns, in a sentence, what rounding merged matrices to a dtype does to them."""
+        assert self.base is not None
+        _, params = self.base.read(dequantize=True)
+        whole = flax.traverse_util.unflatten_dict(
+            {**_flatten(params), **self.adapter(self.model)}, sep="/"
+        )
+        # Not jitted: XLA would leave out the rounding, whose result is made float32 again.
+        found = lora.merge_errors(self.model, whole, dtype)
+        errors = {path: np.asarray(x) for path, x in found.items()}
+        lost, added = sum(errors.values())
+        worst = max(errors, key=lambda path: errors[path][0] / max(errors[path][1], 1e-30))
+        shares = [np.sqrt(x[0] / max(x[1], 1e-30)) for x in ((lost, added), errors[worst])]
+        return (
+            f"{dtype} rounds merged matrices by {shares[0]:.1%} of what the adapter adds to them "
+            f"(root mean square; most in {worst}, {shares[1]:.1%}); float32 keeps all of it"
+        )
+
+    def export_adapter(self, output: str, *, overwrite: bool = False) -> None:
+        """Writes the adapter alone, as a folder that peft loads.
+
+        Raises:
+          ValueError: if the output cannot be written, or PEFT's format lacks something.
+        """
+        assert self.base is not None
+        name = self.named_base or (
+            self.config.init.model if self.is_checkpoint else peft.base_of(self.path)
+        )
+        base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
+        params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
+        tokenizer = self.own_tokenizer()
+        peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
+        if self.base.is_checkpoint:
+            warnings.warn(
+                f"{output} names its base {base}, a run, which PEFT cannot load: export that run, "
+                "and the adapter again with --base FOLDER --overwrite",
+                stacklevel=2,
+            )
+
+
+def _fits(path: str, params: Mapping[str, Any]) -> bool:
+    """Returns whether a network with these parameters has a place for one of an adapter."""
+    return path in params or lora.kernel_of(path) in params or path == prompt.PATH
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")

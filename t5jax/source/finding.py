@@ -1,0 +1,123 @@
+"""Finds a model by its name or path: what it is, and of an adapter where its base is."""
+
+import contextlib
+from pathlib import Path
+
+from t5jax import checkpoint, storage
+from t5jax.config import Config, override
+from t5jax.hf import hub, peft
+from t5jax.hf import io as hf_io
+from t5jax.quantize import files as quantized_files
+from t5jax.source.adapted import AdaptedSource
+from t5jax.source.whole import Source
+from t5jax.t5x import files as t5x_files
+from t5jax.tokenizers import Tokenizer, load_tokenizer
+
+
+def find(name_or_path: str, vocabulary: str = "", *, base: str = "") -> Source:
+    """Finds a model without reading its weights; for a run, its best checkpoint.
+
+    Args:
+      name_or_path: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run.
+      vocabulary: the tokenizer to use instead of the model's own, as for `load_tokenizer`.
+      base: of an adapter: where its base is now. Empty: where the adapter says.
+    Raises:
+      ValueError: if there is no such model, or its family is unknown; if a base is given, and it is
+        no adapter.
+    """
+    source = _find(name_or_path, vocabulary, base)
+    if base and not isinstance(source, AdaptedSource):
+        raise ValueError(
+            f"{source.path} is a whole model, so --base {base} (base) has no effect; leave it out"
+        )
+    return source
+
+
+def _find(name_or_path: str, vocabulary: str, base: str) -> Source:
+    tokenizer = load_tokenizer(vocabulary) if vocabulary else None
+    path = storage.path(name_or_path, "the model")
+    if checkpoint.is_run(path):
+        path = checkpoint.best_checkpoint(path)
+    if checkpoint.is_checkpoint(path):
+        checkpoint.check(path)
+        config = checkpoint.read_config(path)
+        if config.adapter is None:
+            return Source(path, config, tokenizer)
+        return AdaptedSource(
+            path, config, tokenizer, base=_base_of(path, config, base), named_base=base
+        )
+    origin = path if storage.is_remote(path) else None
+    if quantized_files.is_quantized(path):
+        path = storage.local(path)
+        return Source(path, quantized_files.read_config(path), tokenizer, origin)
+    if path.is_dir() and t5x_files.is_checkpoint(path):
+        raise ValueError(
+            f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
+            "--vocabulary FILE`, and give OUTPUT here"
+        )
+    path = hub.resolve(name_or_path)
+    if peft.is_adapter(path):
+        return _peft_adapter(path, tokenizer, vocabulary, base)
+    if tokenizer is None:
+        # If there is none, or it is damaged, `Source.tokenizer` will say so.
+        with contextlib.suppress(ValueError):
+            tokenizer = load_tokenizer(path)
+    return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer, origin)
+
+
+def find_base(config: Config) -> Source:
+    """Returns the base of an adapter's run: init.model.
+
+    Raises:
+      ValueError: if the config names none, or it cannot be found.
+    """
+    if not config.init.model:
+        raise ValueError(
+            "adapter is set, but init.model is empty: an adapter is trained over a model; set "
+            "init.model, or leave the adapter out"
+        )
+    return find(config.init.model, config.data.vocabulary)
+
+
+def _peft_adapter(
+    path: Path, tokenizer: Tokenizer | None, vocabulary: str, given: str
+) -> AdaptedSource:
+    name = given or peft.base_of(path)
+    if not name:
+        raise ValueError(
+            f"{path} holds an adapter alone, and its adapter_config.json names no base; write it "
+            f"there, as base_model_name_or_path{_OR_BASE}"
+        )
+    try:
+        base = find(name, vocabulary)
+    except ValueError as error:
+        remedy = (
+            f"; write where it is into adapter_config.json, as base_model_name_or_path{_OR_BASE}"
+        )
+        raise ValueError(_without_base(path, name, error) + ("" if given else remedy)) from error
+    if tokenizer is None:
+        with contextlib.suppress(ValueError):
+            tokenizer = load_tokenizer(path)
+    config = Config(model=base.model)
+    return AdaptedSource(
+        path, config, tokenizer or base.own_tokenizer(), base=base, named_base=given
+    )
+
+
+# The commands that know the option.
+_OR_BASE = ", or give it with --base (eval, export, infer, serve; base in Python)"
+
+
+def _base_of(path: Path, config: Config, given: str) -> Source:
+    if given:
+        config = override(config, {"init.model": given})
+    try:
+        return find_base(config)
+    except ValueError as error:
+        told = _without_base(path, config.init.model, error)
+        remedy = f"; put it back{_OR_BASE}; a merged export (export --merge) needs none"
+        raise ValueError(told + ("" if given else remedy)) from error
+
+
+def _without_base(path: Path, name: str, error: ValueError) -> str:
+    return f"{path} holds an adapter alone; its base {name} is not found: {error}"

@@ -1,0 +1,67 @@
+"""Several adapters over one base, each for some of the requests that are served at once."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from t5jax import checkpoint, storage
+from t5jax.adapters import digest, lora, prompt
+from t5jax.architectures import Architecture
+from t5jax.config import Config
+from t5jax.hf import hub, peft
+from t5jax.models import api
+from t5jax.source.adapted import AdaptedSource
+from t5jax.source.whole import Source
+
+
+def read_adapters(
+    base: Source, model: Architecture, params: api.Params, adapters: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Returns several adapters over one base, as `lora.stack` stacks them.
+
+    Args:
+      base: the base.
+      model: its network.
+      params: its parameters.
+      adapters: runs, checkpoints or PEFT's folders by name.
+    Raises:
+      ValueError: if one is no adapter, is of another base, or replaces parameters of the base.
+    """
+    flat, found = lora.flatten(params), []
+    for name, given in adapters.items():
+        path = storage.path(given, f"adapter {name}")
+        if checkpoint.is_run(path):
+            path = checkpoint.best_checkpoint(path)
+        config = Config(model=base.model)
+        if checkpoint.is_checkpoint(path):
+            checkpoint.check(path)
+            config = checkpoint.read_config(path)
+            if config.adapter is None:
+                raise ValueError(
+                    f"adapter {name}: {given} is a run without an adapter; serve it as a model"
+                )
+            if rounding := getattr(config.adapter, "base", None):
+                raise ValueError(
+                    f"adapter {name}: {given} was trained over its base in {rounding} "
+                    "(adapter.base), and would answer otherwise over this one; serve it as a model "
+                    f"of its own: t5jax serve {given}; or let go of the rounding, with the folder "
+                    f"that `t5jax export {given} FOLDER` writes"
+                )
+            saved = checkpoint.read_base(path)
+            read = digest.digests({p: flat[p] for p in saved if p in flat})
+            digest.check(read, saved, str(path), str(base.path))
+        elif not peft.is_adapter(path := hub.resolve(given)):
+            raise ValueError(f"adapter {name}: {given} is a whole model; serve it as a model")
+        leaves = AdaptedSource(path, config, base=base).adapter(model)
+        if prompt.PATH in leaves:
+            raise ValueError(
+                f"adapter {name}: {given} is a soft prompt, which cannot share a base; serve it as "
+                f"a model of its own: t5jax serve {given}"
+            )
+        if replaced := [p for p in leaves if p.rpartition("/")[2] not in lora.LEAVES]:
+            raise ValueError(
+                f"adapter {name}: {given} also replaces {replaced[0]} of its base, which cannot be "
+                f"shared; serve it as a model of its own: t5jax serve {given}"
+            )
+        found.append(leaves)
+    return lora.stack(model, found)
