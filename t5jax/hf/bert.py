@@ -11,17 +11,8 @@ import warnings
 from typing import Any
 
 from t5jax.architectures import BertActivation, BertConfig, BertHead
-from t5jax.hf.mapping import (
-    GELU_EXACT,
-    GELU_TANH,
-    Key,
-    Rearrange,
-    Row,
-    Table,
-    Tensors,
-    check_required,
-    read_keys,
-)
+from t5jax.hf.keys import GELU_EXACT, GELU_TANH, Key, check_required, read_keys
+from t5jax.hf.mapping import Rearrange, Row, Table, Tensors
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _POOLER = "bert.pooler.dense"

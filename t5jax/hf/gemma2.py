@@ -9,7 +9,8 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
-from t5jax.hf.mapping import GELU_TANH, Key, Row, Table, Tensors
+from t5jax.hf.keys import GELU_TANH, Key
+from t5jax.hf.mapping import Row, Table, Tensors
 
 _NORMS = {
     "pre_attention_norm": "input_layernorm",

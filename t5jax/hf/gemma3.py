@@ -9,7 +9,8 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import gemma2, llama, rope, tokens
-from t5jax.hf.mapping import Key, Table, Tensors, warn_unknown
+from t5jax.hf.keys import Key, warn_unknown
+from t5jax.hf.mapping import Table, Tensors
 
 _KEYS = (
     llama.keys(**gemma2.SHARED, vocab_size=262_208, max_position_embeddings=131_072)

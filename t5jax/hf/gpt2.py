@@ -11,18 +11,8 @@ import warnings
 from typing import Any
 
 from t5jax.architectures import GPTActivation, GPTConfig
-from t5jax.hf.mapping import (
-    GELU_EXACT,
-    GELU_TANH,
-    Key,
-    Part,
-    Rearrange,
-    Row,
-    Table,
-    Tensors,
-    check_required,
-    read_keys,
-)
+from t5jax.hf.keys import GELU_EXACT, GELU_TANH, Key, check_required, read_keys
+from t5jax.hf.mapping import Part, Rearrange, Row, Table, Tensors
 from t5jax.hf.tokens import KEYS as TOKEN_KEYS
 from t5jax.hf.tokens import read_token_ids, write_token_ids
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig
 from t5jax.hf import rope, tokens
-from t5jax.hf.mapping import SILU, Key, Rearrange, Row, Table, Tensors, check_required, read_keys
+from t5jax.hf.keys import SILU, Key, check_required, read_keys
+from t5jax.hf.mapping import Rearrange, Row, Table, Tensors
 
 _HEAD = "lm_head.weight"
 

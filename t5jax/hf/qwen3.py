@@ -7,7 +7,8 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, LayerKind
 from t5jax.hf import llama, rope, tokens, windows
-from t5jax.hf.mapping import SILU, Key, Table, Tensors
+from t5jax.hf.keys import SILU, Key
+from t5jax.hf.mapping import Table, Tensors
 
 _KEYS = llama.keys(
     vocab_size=151936,

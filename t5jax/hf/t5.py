@@ -10,17 +10,8 @@ import warnings
 from typing import Any
 
 from t5jax.architectures import MlpActivation, T5Config
-from t5jax.hf.mapping import (
-    GELU_TANH,
-    SILU,
-    Rearrange,
-    Row,
-    Table,
-    Tensors,
-    check_required,
-    same_values,
-    warn_unknown,
-)
+from t5jax.hf.keys import GELU_TANH, SILU, check_required, warn_unknown
+from t5jax.hf.mapping import Rearrange, Row, Table, Tensors, same_values
 
 _EMBEDDING = "shared.weight"
 _EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")

@@ -12,7 +12,8 @@ from typing import Any
 
 from t5jax.architectures import GPTConfig, T5GemmaConfig
 from t5jax.hf import gemma2, llama, tokens
-from t5jax.hf.mapping import Key, Rearrange, Row, Table, Tensors, check_required, read_keys
+from t5jax.hf.keys import Key, check_required, read_keys
+from t5jax.hf.mapping import Rearrange, Row, Table, Tensors
 
 _HEAD = "lm_head.out_proj.weight"
 _NORMS = {

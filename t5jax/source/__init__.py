@@ -1,5 +1,5 @@
-"""Where a model is, and what it is: a Hub name, a Hugging Face folder, a run or a checkpoint of one,
-a compressed model, or an adapter over any of these."""
+"""Where a model is, and what it is: a Hub name, a Hugging Face folder, a run or one checkpoint of a
+run, a compressed model, or an adapter over any of these."""
 
 from t5jax.source.adapted import AdaptedSource
 from t5jax.source.finding import find, find_base
