@@ -441,6 +441,28 @@ def test_muon_equals_numpy_layer_by_layer():
             np.testing.assert_allclose(ours[key][i], x, rtol=0, atol=1e-3 * moved, err_msg=key)
 
 
+def test_muon_takes_both_matrices_of_an_adapter_and_no_soft_prompt():
+    axes = {
+        "lora_a": ("layers", "embed", "rank"),
+        "lora_b": ("layers", "rank", "heads", "head_dim"),
+        "head": ("embed", "rank"),
+        "soft_prompt": ("rank", "embed"),
+    }
+    shapes = {"lora_a": (2, 24, 3), "lora_b": (2, 3, 4, 5), "head": (24, 3), "soft_prompt": (3, 24)}
+    rng = np.random.default_rng(0)
+    grads = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    tx = make_optimizer(OptimizerConfig("muon", learning_rate=0.01), STEPS, axes)
+    updates = tx.update(grads, tx.init(params), params)[0]
+    for name in ("lora_a", "lora_b"):  # Orthogonal, each layer by itself.
+        for layer in np.asarray(updates[name]):
+            sides = layer.reshape(3, -1) if name == "lora_b" else layer
+            singular = np.linalg.svd(sides, compute_uv=False) / np.sqrt(max(sides.shape))
+            np.testing.assert_allclose(singular, 0.2 * 0.01, rtol=0.35)
+    for name in ("head", "soft_prompt"):  # AdamW's first step.
+        np.testing.assert_allclose(np.abs(updates[name]), 0.01, rtol=1e-3)
+
+
 def test_muon_takes_every_matrix_of_a_published_model_and_nothing_else():
     for name in ("t5_1_1_small", "gpt2", "bert_base_uncased"):
         model = published(name)

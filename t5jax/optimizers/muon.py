@@ -23,8 +23,9 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Orthogonalizes the momentum of each layer's matrices, to an RMS of 0.2.
 
-    A matrix has the rows "embed" and the columns of all its other axes. Embeddings and the head are
-    not matrices here, since a row of them is of one token.
+    A matrix has the rows "embed" and the columns of all its other axes; both matrices of an adapter
+    have a rank. Embeddings, soft prompts and the head are not matrices here, since a row of them is
+    of one token.
 
     Args:
       param_axes: a tree of tuples of logical axes.
@@ -35,15 +36,19 @@ def scale_by_muon(
     def is_axes(x: Any) -> bool:
         return isinstance(x, tuple)
 
+    def is_matrix(axes: tuple[str, ...]) -> bool:
+        return "layers" in axes if "rank" in axes else is_layer_matrix(axes)
+
     def dims(axes: tuple[str, ...]) -> Any:
-        if not is_layer_matrix(axes):
+        if not is_matrix(axes):
             return optax.MaskedNode()
-        rows = tuple(dim for dim in own_dims(axes) if axes[dim] == "embed")
-        columns = tuple(dim for dim in own_dims(axes) if axes[dim] != "embed")
+        first = "rank" if "rank" in axes else "embed"
+        rows = tuple(dim for dim in own_dims(axes) if axes[dim] == first)
+        columns = tuple(dim for dim in own_dims(axes) if axes[dim] != first)
         return optax.contrib.MuonDimensionNumbers(rows, columns)
 
     def label(axes: tuple[str, ...]) -> str:
-        return "muon" if is_layer_matrix(axes) else "others"
+        return "muon" if is_matrix(axes) else "others"
 
     dimensions = jax.tree.map(dims, param_axes, is_leaf=is_axes)
 
