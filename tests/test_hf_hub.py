@@ -135,6 +135,8 @@ def test_download(hub, folder):
     try:
         hub(f"http://127.0.0.1:{server.server_port}")
         found = resolve("somebody/model")
+        assert resolve("somebody/model", "v2") == found
+        assert any("/revision/v2" in path for path in asked)
         with pytest.raises(ValueError, match="somebody/none is neither a folder here nor a model"):
             resolve("somebody/none")
     finally:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import tiny
@@ -11,6 +12,7 @@ from t5jax import pretrained
 from t5jax.architectures import T5Config
 from t5jax.config import AxisRules, Config, MeshConfig
 from t5jax.convert import import_model
+from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
 from t5jax.source import Source, adopt, find
 from t5jax.tokenizers import ByteTokenizer
@@ -43,6 +45,23 @@ def test_found_folder_run_and_checkpoint(tmp_path):
 def test_not_found(name, message):
     with pytest.raises(ValueError, match=message):
         find(name.replace("RUN", str(trained_run())))
+
+
+def test_the_base_of_an_adapter_is_of_the_revision_that_it_names(tmp_path, monkeypatch):
+    hf_io.save_params(tmp_path / "model", SMALL, random_params(SMALL), tokenizer=ByteTokenizer())
+    leaves = {"soft_prompt/embedding": np.zeros((2, SMALL.d_model), np.float32)}
+    peft.save(tmp_path / "adapter", SMALL, leaves, "owner/name", revision="v2")
+    resolve, asked = hub.resolve, []
+
+    def from_the_hub(name, revision=None):
+        asked.append((str(name), revision))
+        return resolve(tmp_path / "model" if name == "owner/name" else name)
+
+    monkeypatch.setattr(hub, "resolve", from_the_hub)
+    find(str(tmp_path / "adapter"))
+    assert ("owner/name", "v2") in asked
+    find(str(tmp_path / "adapter")).export_adapter(str(tmp_path / "again"))
+    assert peft.revision_of(tmp_path / "again") == "v2"
 
 
 # --- On a mesh ------------------------------------------------------------------------------------

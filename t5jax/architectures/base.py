@@ -187,6 +187,10 @@ class Architecture(abc.ABC):
         """Returns this network with the head that another description has."""
         return self
 
+    def as_classifier(self, head: Head, labels: Sequence[str]) -> Self:
+        """Returns this network with a classifier as its head; itself if it can have none."""
+        return self
+
     def encoder_alone(self) -> Self | None:
         """Returns the description of this network's encoder; None if it cannot be used alone."""
         return None

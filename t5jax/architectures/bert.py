@@ -1,9 +1,10 @@
 """The description of BERT, an encoder-only network, and its published sizes by name."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, Self
 
-from t5jax.architectures.base import Architecture, Kind, description
+from t5jax.architectures.base import Architecture, Head, Kind, description
 
 BertActivation = Literal["gelu-exact", "gelu", "relu"]
 BertHead = Literal["masked_lm", "sequence_classification", "token_classification", "pooler", "none"]
@@ -149,6 +150,9 @@ class BertConfig(Architecture):
             return dataclasses.replace(self, labels=labels or self.labels)
         tied = other.tie_word_embeddings
         return dataclasses.replace(self, head=head, labels=labels, tie_word_embeddings=tied)
+
+    def as_classifier(self, head: Head, labels: Sequence[str]) -> Self:
+        return dataclasses.replace(self, head=head, labels=tuple(labels), tie_word_embeddings=True)
 
 
 def check_labels(labels: tuple[str, ...], *, per_word: bool) -> None:

@@ -282,6 +282,7 @@ TABLE = Table(
     read_config=read_config,
     write_config=write_config,
     rows=rows,
+    classifier=f"{_CLASSIFIER}.weight",
     token_ids=(("bos_token_id", "bos_id"), ("eos_token_id", "eos_id")),
     # A buffer of positions; a pooler that the head does not use; the next-sentence head; the unused
     # bias (see `rows`).

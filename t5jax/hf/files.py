@@ -117,6 +117,15 @@ class _TorchTensor:
         return (x.float() if self.dtype == "BF16" else x).numpy()
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files of weights that `open_tensors` opens, none if there are none.
+
+    Raises:
+      ValueError: if there is an index, and it is damaged or a file that it lists is missing.
+    """
+    return _weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH)
+
+
 def _weight_files(folder: Path, name: str) -> list[Path]:
     """Returns the file with that name, or the files in its index, or none."""
     if (folder / name).is_file():
@@ -135,15 +144,6 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
             f"{', '.join(missing)}; fetch them again"
         )
     return [folder / n for n in names]
-
-
-def has_weights(folder: Path) -> bool:
-    """Returns whether a folder has weights that `open_tensors` opens.
-
-    Raises:
-      ValueError: if there is an index, and it is damaged or a file that it lists is missing.
-    """
-    return bool(_weight_files(folder, _SAFETENSORS) or _weight_files(folder, _TORCH))
 
 
 @contextlib.contextmanager

@@ -7,18 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from t5jax import storage
 
 
-def resolve(name_or_path: str | os.PathLike[str]) -> Path:
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Returns the local folder for a path or a name on the Hugging Face Hub.
 
     An existing folder takes precedence; one in a bucket is copied to this machine. Otherwise the
     model is downloaded, or found in the Hub's cache if the Hub cannot be reached: configs,
     tokenizer, and one copy of the weights (safetensors if possible).
 
+    Args:
+      name_or_path: the path or the name.
+      revision: a branch, a tag or a commit on the Hub. None: the newest.
     Raises:
       ValueError: if there is neither, or the Hub cannot be reached and its cache has no copy.
     """
@@ -35,17 +38,23 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
             f"there is no folder {name}; give one that exists, or a hub name such as "
             "google/flan-t5-small"
         )
-    return _download(name)
+    return _download(name, revision)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     # huggingface_hub has changed its HTTP library, and so its errors, twice: any error means that
     # the Hub did not respond.
     try:
-        info = huggingface_hub.HfApi().model_info(name, timeout=10)
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
         files = _needed(entry.rfilename for entry in info.siblings)
         # By branch, not by info.sha, so that it is found in the cache by name afterwards.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files, etag_timeout=10))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=files, etag_timeout=10
+            )
+        )
+    except RevisionNotFoundError:
+        raise ValueError(f"{name} on the hub has no revision {revision}") from None
     except RepositoryNotFoundError:
         raise ValueError(
             f"{name} is neither a folder here nor a model on the hub that you may read; check the "
@@ -56,7 +65,7 @@ def _download(name: str) -> Path:
     try:
         # Only config.json is certain to be in a cached copy.
         cached = huggingface_hub.snapshot_download(
-            name, local_files_only=True, allow_patterns=["config.json"]
+            name, revision=revision, local_files_only=True, allow_patterns=["config.json"]
         )
     except Exception:
         raise ValueError(

@@ -24,9 +24,9 @@ from t5jax.hf.files import (
     GENERATION,
     check_adapter,
     check_destination,
-    has_weights,
     open_tensors,
     read_json,
+    weight_files,
     write_json,
     write_tensors,
     write_whole,
@@ -97,7 +97,7 @@ def _read_config(folder: Path, tokenizer: Tokenizer | None) -> Architecture:
         missing = {key: name for key, name in table.token_ids if raw.get(key) is None}
         raw = raw | {key: getattr(tokenizer, name) for key, name in missing.items()}
     opened: contextlib.AbstractContextManager[Tensors] = (
-        open_tensors(folder) if has_weights(folder) else contextlib.nullcontext({})
+        open_tensors(folder) if weight_files(folder) else contextlib.nullcontext({})
     )
     with opened as tensors:
         config = table.read_config(raw, table.rename(tensors))

@@ -231,6 +231,8 @@ class Table:
     """Patterns of tensors in published checkpoints that the network does not use."""
     renames: tuple[tuple[str, str], ...] = ()
     """Patterns and replacements, for re.sub, from names in some files to those of the table."""
+    classifier: str = ""
+    """The tensor that has a row for each class, if a head of the family has classes."""
     token_ids: tuple[tuple[str, str], ...] = ()
     """Keys that config.json may omit, and their attributes of `t5jax.tokenizers.Tokenizer`."""
     needs_tokenizer_json: tuple[str, ...] = ()

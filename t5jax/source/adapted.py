@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,20 @@ class AdaptedSource(Source):
     named_base: str = ""
     """What it was asked for by, in place of the name that the adapter has for it."""
 
-    @property
-    def has_prompt(self) -> bool:
-        """Whether the adapter is a soft prompt, which cannot be merged."""
-        if self.is_checkpoint:
-            return isinstance(self.config.adapter, PromptConfig)
-        return peft.is_prompt(self.path)
+    def check_whole(self) -> None:
+        """Raises ValueError if the adapter is a soft prompt, or the base has one."""
+        assert self.base is not None
+        self.base.check_whole()
+        if (
+            isinstance(self.config.adapter, PromptConfig)
+            if self.is_checkpoint
+            else peft.is_prompt(self.path)
+        ):
+            raise ValueError(
+                f"{self.path} has a soft prompt, which cannot be merged into its network; use it "
+                "as it is (eval, infer, serve), export it for PEFT, or take the model that it was "
+                f"trained over, {self.base.place}"
+            )
 
     def generation(self) -> dict[str, Any]:
         assert self.base is not None
@@ -44,9 +52,12 @@ class AdaptedSource(Source):
         """Returns the adapter's parameters and those of the base that it replaces, by path.
 
         Args:
-          model: the network; what of the adapter is of other networks is left out.
+          model: the network; what of the adapter is of other networks is left out, such as a head
+            with other labels.
         """
-        own, ours = self.config.model, _flatten(api.param_shapes(model))
+        own = self.config.model
+        other_head = api.new_params(model, own)
+        ours = {p for p in _flatten(api.param_shapes(model)) if p not in other_head}
         if not self.is_checkpoint:
             read = peft.read(self.path, own)
             return {p: x for p, x in read.items() if _fits(p, ours)}
@@ -67,6 +78,11 @@ class AdaptedSource(Source):
         assert self.base is not None
         found = {**(new or {}), **self.adapter(model)}
         lacks = self.base.missing(model)
+        if absent := [path for path in lacks if path not in found]:
+            raise ValueError(
+                f"{self.path} needs {', '.join(absent)}, which neither it nor its base "
+                f"{self.base.path} has; give the base that it was trained over"
+            )
         params = self.base.params(model, shardings, {path: found[path] for path in lacks})
         flat = _flatten(params)
         if self.is_checkpoint:
@@ -123,22 +139,46 @@ class AdaptedSource(Source):
           ValueError: if the output cannot be written, or PEFT's format lacks something.
         """
         assert self.base is not None
-        name = self.named_base or (
-            self.config.init.model if self.is_checkpoint else peft.base_of(self.path)
-        )
+        name, revision = self.named_base, None
+        if not name and self.is_checkpoint:
+            name = self.config.init.model
+        elif not name:
+            name, revision = peft.base_of(self.path), peft.revision_of(self.path)
         base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
-        params = {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()}
-        tokenizer = self.own_tokenizer()
-        peft.save(output, self.model, params, base, tokenizer=tokenizer, overwrite=overwrite)
-        if self.base.is_checkpoint:
+        peft.save(
+            output,
+            self.model,
+            {p: np.asarray(x, np.float32) for p, x in self.adapter(self.model).items()},
+            base,
+            revision=revision,
+            tokenizer=self.own_tokenizer(),
+            overwrite=overwrite,
+        )
+        kinds = {
+            "a run": (self.base.is_checkpoint, ""),
+            "a compressed model": (self.base.is_quantized, " --dequantize"),
+            "a folder in a bucket": (self.base.origin is not None, ""),
+        }
+        if isinstance(self.base, AdaptedSource):
+            kinds = {"an adapter itself": (True, " --merge")}
+        for kind, (is_it, option) in kinds.items():
+            if is_it:
+                warnings.warn(
+                    f"{output} names its base {base}, {kind}, which PEFT cannot load: export that "
+                    f"(t5jax export {base} FOLDER{option}), and the adapter again with --base "
+                    "FOLDER --overwrite",
+                    stacklevel=2,
+                )
+                break
+        if rounding := self.is_checkpoint and getattr(self.config.adapter, "base", None):
             warnings.warn(
-                f"{output} names its base {base}, a run, which PEFT cannot load: export that run, "
-                "and the adapter again with --base FOLDER --overwrite",
+                f"{output} is written without the rounding of its base to {rounding} "
+                "(adapter.base), over which it was trained; --merge keeps it",
                 stacklevel=2,
             )
 
 
-def _fits(path: str, params: Mapping[str, Any]) -> bool:
+def _fits(path: str, params: Container[str]) -> bool:
     """Returns whether a network with these parameters has a place for one of an adapter."""
     return path in params or lora.kernel_of(path) in params or path == prompt.PATH
 

@@ -13,19 +13,24 @@ from t5jax.source.whole import Source
 from t5jax.t5x import files as t5x_files
 from t5jax.tokenizers import Tokenizer, load_tokenizer
 
+_OR_BASE = ", or give it with --base (in Python, base) where the adapter is MODEL"
 
-def find(name_or_path: str, vocabulary: str = "", *, base: str = "") -> Source:
+
+def find(
+    name_or_path: str, vocabulary: str = "", *, base: str = "", revision: str | None = None
+) -> Source:
     """Finds a model without reading its weights; for a run, its best checkpoint.
 
     Args:
       name_or_path: a Hub name, a Hugging Face folder, a run, or a checkpoint of a run.
       vocabulary: the tokenizer to use instead of the model's own, as for `load_tokenizer`.
       base: of an adapter: where its base is now. Empty: where the adapter says.
+      revision: of a model on the Hub: a branch, a tag or a commit. None: the newest.
     Raises:
       ValueError: if there is no such model, or its family is unknown; if a base is given, and it is
         no adapter.
     """
-    source = _find(name_or_path, vocabulary, base)
+    source = _find(name_or_path, vocabulary, base, revision)
     if base and not isinstance(source, AdaptedSource):
         raise ValueError(
             f"{source.path} is a whole model, so --base {base} (base) has no effect; leave it out"
@@ -33,7 +38,7 @@ def find(name_or_path: str, vocabulary: str = "", *, base: str = "") -> Source:
     return source
 
 
-def _find(name_or_path: str, vocabulary: str, base: str) -> Source:
+def _find(name_or_path: str, vocabulary: str, base: str, revision: str | None) -> Source:
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     path = storage.path(name_or_path, "the model")
     if checkpoint.is_run(path):
@@ -55,7 +60,7 @@ def _find(name_or_path: str, vocabulary: str, base: str) -> Source:
             f"{path} is a T5X checkpoint; make a run of it with `t5jax import {path} OUTPUT "
             "--vocabulary FILE`, and give OUTPUT here"
         )
-    path = hub.resolve(name_or_path)
+    path = hub.resolve(name_or_path, revision)
     if peft.is_adapter(path):
         return _peft_adapter(path, tokenizer, vocabulary, base)
     if tokenizer is None:
@@ -89,7 +94,7 @@ def _peft_adapter(
             f"there, as base_model_name_or_path{_OR_BASE}"
         )
     try:
-        base = find(name, vocabulary)
+        base = find(name, vocabulary, revision=None if given else peft.revision_of(path))
     except ValueError as error:
         remedy = (
             f"; write where it is into adapter_config.json, as base_model_name_or_path{_OR_BASE}"
@@ -98,14 +103,10 @@ def _peft_adapter(
     if tokenizer is None:
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
-    config = Config(model=base.model)
+    config = Config(model=peft.model_of(path, base.model))
     return AdaptedSource(
         path, config, tokenizer or base.own_tokenizer(), base=base, named_base=given
     )
-
-
-# The commands that know the option.
-_OR_BASE = ", or give it with --base (eval, export, infer, serve; base in Python)"
 
 
 def _base_of(path: Path, config: Config, given: str) -> Source:
@@ -115,7 +116,10 @@ def _base_of(path: Path, config: Config, given: str) -> Source:
         return find_base(config)
     except ValueError as error:
         told = _without_base(path, config.init.model, error)
-        remedy = f"; put it back{_OR_BASE}; a merged export (export --merge) needs none"
+        remedy = (
+            f"; put it back{_OR_BASE}; what `t5jax export {path} FOLDER --merge --base BASE` "
+            "writes needs none"
+        )
         raise ValueError(told + ("" if given else remedy)) from error
 
 

@@ -1,6 +1,8 @@
 """Several adapters over one base, each for some of the requests that are served at once."""
 
+import warnings
 from collections.abc import Mapping
+from pathlib import PurePath
 
 import numpy as np
 
@@ -52,6 +54,12 @@ def read_adapters(
             digest.check(read, saved, str(path), str(base.path))
         elif not peft.is_adapter(path := hub.resolve(given)):
             raise ValueError(f"adapter {name}: {given} is a whole model; serve it as a model")
+        elif (named := peft.base_of(path)) and not _may_be(base, named):
+            warnings.warn(
+                f"adapter {name}: {given} names {named} as its base, and is used over "
+                f"{base.place}; PEFT's format has no checksums, so only their shapes are compared",
+                stacklevel=3,
+            )
         leaves = AdaptedSource(path, config, base=base).adapter(model)
         if prompt.PATH in leaves:
             raise ValueError(
@@ -65,3 +73,10 @@ def read_adapters(
             )
         found.append(leaves)
     return lora.stack(model, found)
+
+
+def _may_be(base: Source, name: str) -> bool:
+    """Returns whether a model may be what an adapter names as its base, wherever it lies now."""
+    last = PurePath(name).name
+    # In the Hub's cache, the parent of a model's folder is models--OWNER--NAME.
+    return any(part == last or part.endswith(f"--{last}") for part in base.place.parts)

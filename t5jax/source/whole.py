@@ -49,6 +49,9 @@ class Source:
     def model(self) -> Architecture:
         return self.config.model
 
+    def check_whole(self) -> None:
+        """Raises ValueError unless the parameters of the network are the whole model."""
+
     def tokenizer(self) -> Tokenizer:
         return self.loaded_tokenizer or load_tokenizer(self.tokenizer_folder)
 

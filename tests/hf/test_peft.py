@@ -1,7 +1,9 @@
 """LoRA in PEFT's format against peft itself: what is written here and what is written there."""
 
 import dataclasses
+import fnmatch
 import json
+import shutil
 import warnings
 
 import jax
@@ -16,6 +18,7 @@ from t5jax.config import LoraConfig
 from t5jax.hf import io
 from t5jax.hf import peft as ours
 from t5jax.models import api
+from t5jax.source import find
 from t5jax.tokenizers import ByteTokenizer
 
 torch = pytest.importorskip("torch", reason="peft runs on torch")
@@ -93,6 +96,9 @@ HERE = {
     "bert_sequence_classification": LoraConfig(
         rank=2, targets=("query", "value"), train=("classifier/*", "pooler/*")
     ),
+    "bert_token_classification": LoraConfig(
+        rank=2, targets=("query",), train=("*/query/bias", "*/mlp/wo/bias", "*/mlp_norm/*")
+    ),
 }
 
 
@@ -105,7 +111,7 @@ def test_written_here_peft_computes_the_same(folders, tmp_path, case):
     whole = {
         p: x + 0.1
         for p, x in start.items()
-        if p.split("/")[0] in {pattern.split("/")[0] for pattern in config.train}
+        if any(fnmatch.fnmatch(p, pattern) for pattern in config.train)
     }
     ours.save(tmp_path / "adapter", model, leaves | whole, str(folder))
     with warnings.catch_warnings():
@@ -166,6 +172,49 @@ def test_written_there_computes_the_same_here(folders, tmp_path, case):
         np.testing.assert_allclose(our_logits(model, merged), expected, atol=3e-5)
 
 
+@pytest.mark.parametrize("head", ["TOKEN_CLS", "SEQ_CLS"])
+def test_a_classifier_that_was_trained_over_a_masked_language_model(folders, tmp_path, head):
+    _, _, folder = folders("bert_masked_lm")
+    kind = {"TOKEN_CLS": "Token", "SEQ_CLS": "Sequence"}[head]
+    kind = getattr(transformers, f"BertFor{kind}Classification")
+    torch.manual_seed(0)
+    made = kind.from_pretrained(folder, num_labels=3, attn_implementation="eager")
+    config = {"task_type": head, "target_modules": ["query"], "r": 2, "init_lora_weights": False}
+    made = peft.get_peft_model(made, peft.LoraConfig(**config)).eval()
+    made.save_pretrained(tmp_path / "adapter")
+    source = find(str(tmp_path / "adapter"), base=str(folder))
+    if head == "SEQ_CLS":  # Neither the base nor the adapter has the layer before a classifier.
+        with pytest.raises(ValueError, match="adapter needs pooler/bias, pooler/kernel, which nei"):
+            source.read()
+        return
+    assert source.model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    model, params = source.read()
+    np.testing.assert_allclose(our_logits(model, params), their_logits(made), atol=3e-5)
+    assert source.missing(model) == []
+    others = dataclasses.replace(model, labels=("a", "b"))
+    assert source.missing(others) == ["classifier/bias", "classifier/kernel"]
+    assert not {path for path in source.adapter(others) if path.startswith("classifier")}
+
+
+def test_patterns_are_of_the_names_in_the_model_that_was_adapted(folders, tmp_path):
+    model, _, folder = folders("llama_scaled")
+    bare = transformers.AutoModel.from_pretrained(folder)
+    patterns = {"^layers.0.self_attn.q_proj": 6}
+    config = {"target_modules": ["q_proj"], "r": 2, "lora_alpha": 4, "alpha_pattern": patterns}
+    peft.get_peft_model(bare, peft.LoraConfig(**config)).save_pretrained(tmp_path)
+    scales = ours.read(tmp_path, model)["decoder/layers/attention/query/lora_scale"]
+    assert scales.tolist() == [3, *[2] * (model.num_layers - 1)]
+
+
+def test_what_one_format_has_no_place_for(folders, tmp_path):
+    model, params, folder = folders("t5_1_1")
+    config = LoraConfig(rank=2, targets=("wo",), train=("*/mlp/wo/kernel",))
+    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    with pytest.raises(ValueError, match=r"wo has an adapter, and is also trained as a whole"):
+        ours.save(tmp_path / "adapter", model, start, str(folder))
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_soft_prompts_both_ways(folders, tmp_path):
     model, params, folder = folders("t5_1_1")
     torch.manual_seed(0)
@@ -214,6 +263,8 @@ def test_what_a_user_types_is_answered_as_by_peft(tmp_path):
             made.save_pretrained(tmp_path / f"{number}")
             ids = made.generate(**inputs, max_new_tokens=6, do_sample=False)
         expected = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        # Other trainers write the base's config.json beside an adapter.
+        shutil.copy(tmp_path / "base" / "config.json", tmp_path / f"{number}")
         assert t5jax.load(str(tmp_path / f"{number}")).generate(prompts, max_tokens=6) == expected
         answers.append(expected)
     assert answers[0] != answers[1]
@@ -226,6 +277,7 @@ def test_what_a_user_types_is_answered_as_by_peft(tmp_path):
         ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]"),
         ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base's weights"),
         ({"r": 5}, r"has rank 2 in the tensors, but 5 in adapter_config.json"),
+        ({"use_dora": True}, r"lora_magnitude_vector is missing, which does not go .* use_dora"),
     ],
 )
 def test_what_is_not_implemented_is_refused(folders, tmp_path, changes, message):

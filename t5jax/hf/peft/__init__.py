@@ -15,16 +15,18 @@ L layers, R rank.
 
 from pathlib import Path
 
-from t5jax.hf.files import ADAPTER, CONFIG, read_json
-from t5jax.hf.peft.reading import read
+from t5jax.hf.files import ADAPTER, CONFIG, read_json, weight_files
+from t5jax.hf.peft.reading import model_of, read
 from t5jax.hf.peft.writing import save
 
-__all__ = ["base_of", "is_adapter", "is_prompt", "read", "save"]
+__all__ = ["base_of", "is_adapter", "is_prompt", "model_of", "read", "revision_of", "save"]
 
 
 def is_adapter(folder: Path) -> bool:
-    """Returns whether a folder holds an adapter alone."""
-    return (folder / ADAPTER).is_file() and not (folder / CONFIG).is_file()
+    """Returns whether a folder holds an adapter alone, perhaps with the config.json of its base."""
+    if not (folder / ADAPTER).is_file():
+        return False
+    return not ((folder / CONFIG).is_file() and weight_files(folder))
 
 
 def is_prompt(folder: Path) -> bool:
@@ -35,3 +37,8 @@ def is_prompt(folder: Path) -> bool:
 def base_of(folder: Path) -> str:
     """Returns the name or path of an adapter's base, "" if it is not said."""
     return read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
+
+
+def revision_of(folder: Path) -> str | None:
+    """Returns which revision of its base on the Hub an adapter is of; None: the newest."""
+    return read_json(folder / ADAPTER).get("revision")

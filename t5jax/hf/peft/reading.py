@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from t5jax.adapters import lora, prompt
-from t5jax.architectures import Architecture
+from t5jax.architectures import Architecture, Head
 from t5jax.hf.files import ADAPTER, open_tensors, read_json
 from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
 from t5jax.models import api
@@ -76,7 +76,11 @@ def _check(config: Mapping[str, Any], where: str) -> None:
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
-    """Returns alpha over the rank, of a module of theirs, as PEFT finds it."""
+    """Returns alpha over the rank, of a module of theirs, as PEFT finds it.
+
+    Args:
+      module: its name in the model that was adapted, which patterns are of.
+    """
 
     def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
         for pattern, value in (patterns or {}).items():
@@ -109,22 +113,58 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     if config.get("peft_type") == "PROMPT_TUNING":
         return {prompt.PATH: _read_prompt(folder, config, model)}
     _check(config, str(folder / ADAPTER))
+    found: dict[str, np.ndarray] = {}
+    scales: dict[str, float] = {}
     with open_tensors(folder, adapter=True) as tensors:
-        found = {
-            _renamed(name, model): tensors[name][
-                tuple(slice(0, size) for size in tensors[name].shape)
-            ].astype(np.float32)
-            for name in tensors
-        }
+        for name, tensor in tensors.items():
+            new = _renamed(name, model)
+            found[new] = tensor[tuple(slice(0, size) for size in tensor.shape)].astype(np.float32)
+            if new.endswith(f".{TENSORS[0]}") and tensor.shape:
+                own, module = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
+                own = own.removeprefix(PREFIX)
+                scales[module] = _scale(config, own, tensor.shape[0], str(folder))
     known: set[str] = set()
     params: dict[str, np.ndarray] = {}
     for module in modules_of(model).values():
         for name in module.names():
             known |= {f"{name}.{suffix}" for suffix in TENSORS}
-        params |= _read_module(module, found, config, str(folder))
+        dora = bool(config.get("use_dora"))
+        params |= _read_module(module, found, scales, dora, str(folder))
     whole = {name: x for name, x in found.items() if name not in known}
     params |= _read_whole(whole, model, str(folder))
     return params
+
+
+# Of task_type, and of the classes in auto_mapping.
+_HEADS: dict[str, Head] = {
+    "SEQ_CLS": "sequence_classification",
+    "TOKEN_CLS": "token_classification",
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+}
+
+
+def model_of(folder: Path, base: Architecture) -> Architecture:
+    """Returns the network of an adapter: its base's, or with a classifier that it has trained.
+
+    Names of classes are not in PEFT's format.
+
+    Args:
+      folder: with adapter_config.json.
+      base: the description of the base.
+    """
+    config = read_json(folder / ADAPTER)
+    made_for = (config.get("auto_mapping") or {}).get("base_model_class", "")
+    of_class = [head for name, head in _HEADS.items() if made_for.endswith(name)]
+    head = _HEADS.get(config.get("task_type") or "", of_class[0] if of_class else None)
+    name = table_of(base).classifier
+    if head is None or not name:
+        return base
+    with open_tensors(folder, adapter=True) as tensors:
+        shapes = {_renamed(theirs, base): x.shape for theirs, x in tensors.items()}
+    if name not in shapes or (head, len(base.labels)) == (base.head, shapes[name][0]):
+        return base
+    return base.as_classifier(head, [f"LABEL_{i}" for i in range(shapes[name][0])])
 
 
 def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -> np.ndarray:
@@ -155,11 +195,15 @@ def _renamed(name: str, model: Architecture) -> str:
 
 
 def _read_module(
-    module: Module, found: Mapping[str, np.ndarray], config: Mapping[str, Any], where: str
+    module: Module,
+    found: Mapping[str, np.ndarray],
+    scales: Mapping[str, float],
+    dora: bool,
+    where: str,
 ) -> dict[str, np.ndarray]:
     """Returns the adapter of one matrix of ours, {} if it has none."""
     names = module.names()
-    if not any(f"{name}.{TENSORS[0]}" in found for name in names):
+    if not any(f"{name}.{suffix}" in found for name in names for suffix in TENSORS):
         return {}
     num_inputs, num_outputs = module.sizes
     place, count = module.part
@@ -167,6 +211,14 @@ def _read_module(
     magnitudes: list[np.ndarray | None] = []
     for name in names:
         a, b, magnitude = (found.get(f"{name}.{suffix}") for suffix in TENSORS)
+        expected = (True, True, dora) if f"{name}.{TENSORS[0]}" in found else (False,) * 3
+        for suffix, x, is_expected in zip(TENSORS, (a, b, magnitude), expected, strict=True):
+            if (x is not None) != is_expected:
+                raise ValueError(
+                    f"{where}: {name}.{suffix} is {'missing' if is_expected else 'there'}, which "
+                    f"does not go with its other tensors and use_dora {dora} in {ADAPTER}; save "
+                    "the adapter again"
+                )
         if a is None or b is None:
             factors.append((np.zeros((num_inputs, 0)), np.zeros((0, num_outputs)), 0.0))
             magnitudes.append(None)
@@ -178,13 +230,12 @@ def _read_module(
                     f"{where} is an adapter of another base: {name}.{suffix} is {list(x.shape)}; "
                     f"expected {shape}"
                 )
-        scale = _scale(config, name, a.shape[0], where)
         b = b[place * num_outputs : (place + 1) * num_outputs]
         if count > 1:  # What is for other parts alone.
             kept = np.any(b != 0, axis=0)
             kept |= not kept.any()
             a, b = a[kept], b[:, kept]
-        factors.append((a.T, b.T, scale))
+        factors.append((a.T, b.T, scales[name]))
         magnitudes.append(
             None if magnitude is None else magnitude.reshape(count, num_outputs)[place]
         )

@@ -28,6 +28,7 @@ def save(
     params: Mapping[str, np.ndarray],
     base: str,
     *,
+    revision: str | None = None,
     tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -38,6 +39,7 @@ def save(
       model: the base's description.
       params: float32 arrays by path: the adapter's, and those of the base that it replaces.
       base: the base's name or path, as peft is to find it.
+      revision: of the base on the Hub. None: the newest.
       tokenizer: an object with save(folder), whose files are added.
       overwrite: replace an existing one.
     Raises:
@@ -47,7 +49,7 @@ def save(
     check_destination(place, overwrite)
     if prompt.PATH in params:
         vectors = params[prompt.PATH]
-        config = _prompt_config(model, len(vectors), base)
+        config = _prompt_config(model, len(vectors), base) | {"revision": revision}
         _write(place, config, {"prompt_embeddings": vectors.astype(np.float32)}, tokenizer)
         return
     tensors: dict[str, np.ndarray] = {}
@@ -58,10 +60,23 @@ def save(
         for suffix, x in zip(TENSORS, values, strict=True):
             if x is not None:
                 tensors[f"{PREFIX}{name}.{suffix}"] = np.ascontiguousarray(x, np.float32)
-    whole = dict(_written_whole(model, params))
-    tensors |= {f"{PREFIX}{name}": x for name, x in whole.items()}
     config = _config(model, modules, base, any("magnitude" in name for name in tensors))
-    config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in whole}) or None
+    config["revision"] = revision
+    whole = dict(_written_whole(model, params))
+    replaced = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+    for name, x in whole.items():
+        module, _, leaf = name.rpartition(".")
+        if module in replaced and module in modules:
+            raise ValueError(
+                f"{module} has an adapter, and is also trained as a whole (adapter.train), of "
+                "which PEFT loads the latter alone; export with --merge"
+            )
+        # A bias alone lies in the module that PEFT wraps, as its option `bias` has it.
+        wrapped = ".base_layer" if module in modules else ""
+        tensors[f"{PREFIX}{module}{wrapped}.{leaf}"] = x
+        if module not in replaced:
+            config["bias"] = "all"
+    config["modules_to_save"] = sorted(replaced) or None
     _write(place, config, tensors, tokenizer)
 
 
