@@ -16,6 +16,7 @@ from t5jax.quantize import files as quantized_files
 from t5jax.source import AdaptedSource, Source, find
 
 _log = logging.getLogger(__name__)
+_SHARD_BYTES = 5 * 10**9
 
 
 def export_model(
@@ -23,7 +24,7 @@ def export_model(
     output: str,
     *,
     dtype: Dtype = "float32",
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = _SHARD_BYTES,
     overwrite: bool = False,
     encoder_only: bool = False,
     format: Literal["huggingface", "ctranslate2", "peft"] | None = None,
@@ -63,7 +64,13 @@ def export_model(
     if format is None:
         format = "peft" if is_adapted and not merge else "huggingface"
     if format == "peft":
-        for option, given in (("encoder_only", encoder_only), ("quantization", quantization)):
+        whole = {
+            "encoder_only": encoder_only,
+            "quantization": quantization is not None,
+            "dtype": dtype != "float32",
+            "max_shard_bytes": max_shard_bytes != _SHARD_BYTES,
+        }
+        for option, given in whole.items():
             if given:
                 raise ValueError(
                     f"{option} is of a whole model, and an adapter is written alone; set merge "
@@ -72,14 +79,14 @@ def export_model(
         assert isinstance(source, AdaptedSource)
         source.export_adapter(output, overwrite=overwrite)
         return
-    if is_adapted and isinstance(source, AdaptedSource) and source.has_prompt:
-        raise ValueError(
-            f"{source.path} has a soft prompt, which {format} has no place for; export it as peft "
-            "(--format peft), or serve it from here"
-        )
+    source.check_whole()
     if format == "ctranslate2":
         if encoder_only:
             raise ValueError("CTranslate2 has no encoder of a T5 alone; leave encoder_only out")
+        if max_shard_bytes != _SHARD_BYTES:
+            raise ValueError(
+                "CTranslate2 has one file of weights; leave max_shard_bytes (--max-shard-bytes) out"
+            )
         check_destination(folder, overwrite)
         parent = storage.cache_dir() if storage.is_remote(folder) else folder.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +143,11 @@ def stopping(generation: dict[str, Any], model: Architecture) -> dict[str, Any]:
     return generation | {"eos_token_id": list(dict.fromkeys([*ends, *model.end_token_ids]))}
 
 
-def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) -> None:
+def import_model(model: str | Source, output: str, *, mesh: MeshConfig = MeshConfig()) -> None:
     """Writes a model as a run whose step 0 has its parameters.
 
     Args:
-      model: a Hub name, a Hugging Face folder, a run or one of its checkpoints.
+      model: a Hub name, a Hugging Face folder, a run or one of its checkpoints; or a source.
       output: the run's folder.
       mesh: the devices over which the parameters are sharded meanwhile.
     Raises:
@@ -148,7 +155,8 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
     """
     if checkpoint.is_run(storage.path(output, "the run's folder")):
         raise ValueError(f"{output} holds a run already; choose another folder")
-    source = find(model)
+    source = find(model) if isinstance(model, str) else model
+    source.check_whole()
     if source.is_quantized:
         raise ValueError(
             f"{source.path} holds a compressed model, and a run has float parameters; import a "
@@ -156,10 +164,10 @@ def import_model(model: str, output: str, *, mesh: MeshConfig = MeshConfig()) ->
         )
     run_dir = checkpoint.create_run_dir(output)
     description, params = source.read(mesh=sharding.make_mesh(mesh))
-    # The parameters of a run with an average are the average.
+    # The parameters of a run with an average are the average, and an adapter is merged.
     optimizer = dataclasses.replace(source.config.optimizer, ema=None)
     config = dataclasses.replace(
-        source.config, model=description, run_dir=output, optimizer=optimizer
+        source.config, model=description, run_dir=output, optimizer=optimizer, adapter=None
     )
     with storage.staged(run_dir, folder=True, fetch=lambda _: False) as reports:
         source.tokenizer().save(reports.path / checkpoint.TOKENIZER_DIR)

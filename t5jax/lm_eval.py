@@ -54,6 +54,7 @@ class LM(TemplateLM):
         max_length: int | None = None,
         max_gen_toks: int = 256,
         dtype: Dtype | None = None,
+        base: str = "",
         **ignored: Any,
     ):
         """Loads a model.
@@ -66,6 +67,7 @@ class LM(TemplateLM):
             encoder-decoder, of a context. None: that of the model's positions, or 2048.
           max_gen_toks: the maximum number of tokens to generate for tasks that do not say.
           dtype: as for `t5jax.load`.
+          base: as for `t5jax.load`.
           **ignored: settings that the harness gives to every model.
         Raises:
           ValueError: if the model cannot be loaded or writes no text, or a setting is unknown.
@@ -75,9 +77,9 @@ class LM(TemplateLM):
         if unknown:
             raise ValueError(
                 f"model_args has {', '.join(sorted(unknown))}; expected pretrained, batch_size, "
-                "max_length, max_gen_toks or dtype"
+                "max_length, max_gen_toks, dtype or base"
             )
-        loaded = _load(pretrained, dtype)
+        loaded = _load(pretrained, dtype, base)
         if loaded.model.kind == "encoder":
             raise ValueError(
                 f"{loaded.model.family} is an encoder and writes no text, so the harness cannot "
@@ -286,11 +288,14 @@ def _options(
     )
 
 
-def _load(model: "str | pretrained.Pretrained", dtype: Dtype | None) -> "pretrained.Pretrained":
+def _load(
+    model: "str | pretrained.Pretrained", dtype: Dtype | None, base: str
+) -> "pretrained.Pretrained":
     if not isinstance(model, pretrained.Pretrained):
-        return pretrained.load(str(model), dtype=dtype)
-    if dtype is not None and dtype != model.dtype:
-        raise ValueError(f"dtype is {dtype}, but the model is loaded already; leave it out")
+        return pretrained.load(str(model), dtype=dtype, base=base)
+    if (dtype is not None and dtype != model.dtype) or base:
+        name, value = ("base", base) if base else ("dtype", dtype)
+        raise ValueError(f"{name} is {value}, but the model is loaded already; leave it out")
     return model
 
 

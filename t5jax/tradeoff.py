@@ -3,19 +3,18 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5jax import storage
 from t5jax.config import override
 from t5jax.decoding import GenerationOptions
 from t5jax.evaluation import evaluate_model
+from t5jax.hf.files import weight_files
 from t5jax.models import api
 from t5jax.pretrained import Pretrained, load
 from t5jax.quantize import files as quantized_files
-from t5jax.source import Source, find
+from t5jax.source import AdaptedSource, Source, find
 
 _PROMPTS, _NEW_TOKENS, _REPEATS = 32, 32, 3
 _NOTICEABLE = 1.1  # Times of one program differ by as much from run to run.
@@ -28,7 +27,7 @@ class Tradeoff:
     memory_bytes: tuple[int, int]
     """Of the weights; float32, where they are not quantized."""
     disk_bytes: tuple[int, int]
-    """Of the weights' files; of a run, those of its export."""
+    """Of the weights' files; of a run or an adapter, those of its merged export."""
     quality: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """What `evaluate_model` returns of the smaller model, with the other as its baseline."""
     examples_per_second: tuple[float, float] | None = None
@@ -66,6 +65,7 @@ def measure(
     after: str,
     tasks: Sequence[str] = (),
     *,
+    base: str = "",
     split: str = "test",
     task_files: Sequence[str] = (),
     **evaluation: Any,
@@ -76,27 +76,29 @@ def measure(
       before: the model as it was: a Hub name, a folder, a run or a checkpoint.
       after: the folder of the smaller one.
       tasks: tasks on which quality and speed are measured; none: bytes alone.
+      base: of an adapter before: where its base is now. Empty: where the adapter says.
       split: the split of the tasks.
       task_files: Python files that register tasks.
       **evaluation: further arguments of `evaluate_model`, such as num_examples.
     Raises:
       ValueError: if a model or a task cannot be found or read.
     """
-    sources = find(before), find(after)
+    sources = find(before, base=base), find(after)
     in_memory = _memory_bytes(sources[0]), _memory_bytes(sources[1])
-    on_disk = _disk_bytes(sources[0].path) or in_memory[0], _disk_bytes(sources[1].path)
+    on_disk = _disk_bytes(sources[0]) or in_memory[0], _disk_bytes(sources[1])
     if not tasks:
         return Tradeoff(in_memory, on_disk)
     quality = evaluate_model(
-        after,
+        sources[1],
         tasks,
         split=split,
-        baseline=(before,),
+        baseline=(sources[0],),
         task_files=task_files,
         show=False,
         **evaluation,
     )
-    speeds = _speeds(before, after, tasks, task_files, split)
+    models = load(before, base=base), load(after)
+    speeds = _speeds(models, tasks, task_files, split)
     return Tradeoff(in_memory, on_disk, quality, speeds)
 
 
@@ -106,25 +108,23 @@ def _memory_bytes(source: Source) -> int:
     return sum(4 * x.size for x in jax.tree.leaves(api.param_shapes(source.model)))
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Returns the bytes of a model's weights, without tokenizer; 0 of a run."""
-    return sum(
-        size
-        for name, (size, _) in storage.files(folder).items()
-        if name.endswith((".safetensors", ".bin"))
-    )
+def _disk_bytes(source: Source) -> int:
+    """Returns the bytes of the files of a model's weights; 0 of a run or an adapter."""
+    if source.is_checkpoint or isinstance(source, AdaptedSource):
+        return 0
+    if source.is_quantized:
+        return sum(path.stat().st_size for path in source.path.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(source.path))
 
 
 # --- Speed ----------------------------------------------------------------------------------------
 
 
 def _speeds(
-    before: str, after: str, tasks: Sequence[str], task_files: Sequence[str], split: str
+    models: Sequence[Pretrained], tasks: Sequence[str], task_files: Sequence[str], split: str
 ) -> tuple[float, float]:
     """Returns the examples per second of both; the fastest of three times, in turns, counts."""
-    calls = [
-        (model := load(name), _inputs(model, tasks, task_files, split)) for name in (before, after)
-    ]
+    calls = [(model, _inputs(model, tasks, task_files, split)) for model in models]
     times: list[list[float]] = [[], []]
     for repeat in range(_REPEATS + 1):
         for (model, inputs), own in zip(calls, times, strict=True):

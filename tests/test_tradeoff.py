@@ -1,6 +1,12 @@
 """What a smaller model gains and costs, in words."""
 
-from t5jax.tradeoff import Tradeoff
+import os
+
+from conformance.cases import random_params
+from conformance.families import T5
+from t5jax.hf import io, peft
+from t5jax.tokenizers import ByteTokenizer
+from t5jax.tradeoff import Tradeoff, measure
 
 
 def test_it_says_what_is_lost_and_that_there_is_no_gain():
@@ -15,3 +21,14 @@ def test_it_says_what_is_lost_and_that_there_is_no_gain():
     ]
     *_, speed = Tradeoff((4, 1), (4, 1), {}, (10.0, 15.0)).lines()
     assert speed.endswith("1.50 times as fast")
+
+
+def test_bytes_are_those_of_the_weights_that_are_read(tmp_path):
+    io.save_params(tmp_path / "model", T5, random_params(T5), tokenizer=ByteTokenizer())
+    size = os.path.getsize(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(bytes(99))  # As on the Hub.
+    leaf = {"soft_prompt/embedding": random_params(T5)["token_embedder"]["embedding"][:2]}
+    peft.save(tmp_path / "adapter", T5, leaf, str(tmp_path / "model"))
+    found = measure(str(tmp_path / "adapter"), str(tmp_path / "model"))
+    assert found.disk_bytes == (found.memory_bytes[0], size)
+    assert 0 < size - found.memory_bytes[1] < 20_000

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from t5jax.commands.parse import model_first, parse
+from t5jax.commands.parse import check_used, model_first, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Compress:
     MODEL."""
     output: str
     """Folder to write, which does not exist yet."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     weights: Literal["int8", "int4", "nf4", "fp8"] = "int8"
     """What matrices are rounded to: int8 and fp8 (e4m3) by output channel, int4 and nf4 by
     group."""
@@ -53,14 +55,17 @@ class Compress:
 
 def compress(args: list[str]) -> None:
     options = parse(Compress, model_first(args), prog="t5jax compress", positional=True)
+    check_used(options, "tasks", "split", "num_examples", "max_tokens")
+    check_used(options, "calibrate", "num_calibration")
     from t5jax import tradeoff
     from t5jax.compilation import keep_programs
     from t5jax.quantize.compress import compress_model
     from t5jax.quantize.matrices import Scheme
+    from t5jax.source import find
 
     keep_programs()
     compress_model(
-        options.model,
+        find(options.model, base=options.base),
         options.output,
         Scheme(options.weights, options.activations, options.group, options.keep),
         kv_cache=options.kv_cache,
@@ -73,6 +78,7 @@ def compress(args: list[str]) -> None:
         options.model,
         options.output,
         options.tasks,
+        base=options.base,
         split=options.split,
         task_files=options.task_files,
         num_examples=options.num_examples,

@@ -29,6 +29,8 @@ class Distill:
     """The teacher: Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
     task: str
     """Task, variant or mixture whose training prompts are answered."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     name: str = ""
     """Name of the new task. Empty: TASK_distilled."""
     folder: Path = Path("tasks")
@@ -101,9 +103,9 @@ def distill(args: list[str]) -> None:
     from t5jax.source import find
 
     keep_programs()
-    source = find(options.model)  # Its name, before tasks are read.
+    source = find(options.model, base=options.base)  # Its name, before tasks are read.
     load_tasks(tuple(source.config.data.task_files) + options.task_files)
-    model = load(options.model, dtype=options.dtype, mesh=options.mesh)
+    model = load(options.model, dtype=options.dtype, mesh=options.mesh, base=options.base)
     model.check_writes()
     how = model.options(
         **{n: getattr(options, n) for n in _GENERATION if getattr(options, n) is not None}
@@ -111,7 +113,8 @@ def distill(args: list[str]) -> None:
     splits = _splits(options.task)
     rows = _rows(options.task, "train", model, options.num_examples)
     path = options.folder / f"{name}.train.jsonl"
-    asked = {n: x for n, x in fields(options).items() if n not in ("batch_size", "mesh", "folder")}
+    where = ("batch_size", "mesh", "folder", "base")
+    asked = {n: x for n, x in fields(options).items() if n not in where}
     with contextlib.ExitStack() as stack:
         options.folder.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(AnswersFile(path, asked))

@@ -125,6 +125,8 @@ class Embed:
     pooler: BERT's layer over it, if its head has one."""
     max_length: int | None = None
     """Maximum length of a text in tokens; longer ones are truncated. None: no limit."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     batch_size: int = 32
     """Texts per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -150,7 +152,8 @@ def embed(args: list[str]) -> None:
     from t5jax.pretrained import load
 
     keep_programs()
-    vectors = load(options.model, dtype=options.dtype, mesh=options.mesh).embed(
+    model = load(options.model, dtype=options.dtype, mesh=options.mesh, base=options.base)
+    vectors = model.embed(
         texts,
         pooling=options.pooling,
         max_length=options.max_length,
@@ -220,6 +223,8 @@ class Import:
     "bytes", or a folder or Hub name with a tokenizer."""
     mlp_activation: Literal["relu", "gated-gelu", "gated-silu"] | None = None
     """T5X: the activation of the MLP. None: that of a published size with the same shapes."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     loss_tokens: float | None = None
     """T5X: continue with its Adafactor state, for a loss summed over this many target tokens: those
     of a batch if LOSS_NORMALIZING_FACTOR is None (BATCH_SIZE times the targets' length, if packed);
@@ -244,10 +249,18 @@ def export(args: list[str]) -> None:
 def import_(args: list[str]) -> None:
     options = parse(Import, args, prog="t5jax import", positional=True)
     from t5jax.convert import import_model
+    from t5jax.source import find
     from t5jax.t5x.importing import import_t5x, is_t5x
 
     if is_t5x(options.model):
-        for line in import_t5x(**fields(options)):
+        if options.base:
+            raise ValueError(
+                f"--base {options.base} is of an adapter, and {options.model} is a T5X "
+                "checkpoint; leave it out"
+            )
+        given = fields(options)
+        del given["base"]
+        for line in import_t5x(**given):
             print(line, file=sys.stderr)
     else:
         for name in ("vocabulary", "mlp_activation", "loss_tokens"):
@@ -256,5 +269,6 @@ def import_(args: list[str]) -> None:
                     f"--{name.replace('_', '-')} is for T5X checkpoints; {options.model} says "
                     "itself what it is"
                 )
-        import_model(options.model, options.output, mesh=options.mesh)
+        source = find(options.model, base=options.base)
+        import_model(source, options.output, mesh=options.mesh)
     print(f"wrote {options.output}", file=sys.stderr)

@@ -111,7 +111,25 @@ def check_options(options, least: int, *names: str) -> None:
     """Raises ValueError for an option, where it is given, that is below `least`."""
     for name in names:
         if getattr(options, name) is not None:
-            check_at_least(getattr(options, name), least, f"--{name.replace('_', '-')}")
+            check_at_least(getattr(options, name), least, _flag(name))
+
+
+def check_used(options, by: str, *names: str, section: str = "") -> None:
+    """Raises ValueError for an option that is set, where the one that alone uses it is not."""
+    if getattr(options, by):
+        return
+    default = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        if getattr(options, name) != default[name]:
+            raise ValueError(
+                f"{_flag(section + name)} is {getattr(options, name)}, but without "
+                f"{_flag(section + by)} it has no effect; give {_flag(section + by)}, or leave it "
+                "out"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def choose(name: str, commands: Mapping[str, Any], what: str = "command") -> Any:

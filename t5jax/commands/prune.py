@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Any, Literal
 
-from t5jax.commands.parse import check_options, fields, parse
+from t5jax.commands.parse import check_options, check_used, fields, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Prune:
     """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
     output: str
     """Folder to write."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     sparsity: float = 0.5
     """Share to remove: of the weights, heads or MLP columns."""
     pattern: Literal["unstructured", "2:4", "heads", "mlp"] = "unstructured"
@@ -67,6 +69,8 @@ class TrimVocabulary:
     """Hub name, Hugging Face folder, run (its best checkpoint), or one checkpoint."""
     output: str
     """Folder to write."""
+    base: str = ""
+    """Of an adapter: where its base is now. Empty: where the adapter says."""
     tasks: tuple[str, ...] = ()
     """Tasks, variants and mixtures, whose examples of all splits are read."""
     text: tuple[str, ...] = ()
@@ -84,9 +88,10 @@ class TrimVocabulary:
 
 def prune(args: list[str]) -> None:
     options = parse(Prune, args, prog="t5jax prune", positional=True)
+    _check_report(options)
     from t5jax.prune.prune import prune_model
 
-    given = _without_report(options)
+    given = _arguments(options)
     del given["task_files"]
     _say(prune_model(**given), options)
 
@@ -94,14 +99,23 @@ def prune(args: list[str]) -> None:
 def trim_vocabulary(args: list[str]) -> None:
     options = parse(TrimVocabulary, args, prog="t5jax trim-vocabulary", positional=True)
     check_options(options, 1, "min_count")
+    _check_report(options)
     from t5jax.prune.trim import trim_model
 
-    _say(trim_model(**_without_report(options)), options)
+    _say(trim_model(**_arguments(options)), options)
 
 
-def _without_report(options: Any) -> dict[str, Any]:
+def _check_report(options: Any) -> None:
+    unused = [field.name for field in dataclasses.fields(Report) if field.name != "tasks"]
+    check_used(options.eval, "tasks", *unused, section="eval.")
+
+
+def _arguments(options: Any) -> dict[str, Any]:
+    from t5jax.source import find
+
     given = fields(options)
     del given["eval"]
+    given["model"] = find(options.model, base=given.pop("base"))
     return given
 
 
@@ -110,7 +124,11 @@ def _say(done: str, options: Any) -> None:
 
     print(f"{options.output}: {done}")
     found = tradeoff.measure(
-        options.model, options.output, task_files=options.task_files, **fields(options.eval)
+        options.model,
+        options.output,
+        base=options.base,
+        task_files=options.task_files,
+        **fields(options.eval),
     )
     for line in found.lines():
         print(line)

@@ -48,6 +48,7 @@ def find_teacher(config: Config, mesh: jax.sharding.Mesh) -> Teacher | None:
     if not name:
         return None
     source = find(name)
+    source.check_whole()
     if source.model.kind != student.kind:
         kinds = {"encoder_decoder": "an encoder-decoder", "decoder": "a decoder"}
         raise ValueError(

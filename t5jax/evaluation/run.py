@@ -40,7 +40,7 @@ def evaluate_model(
     shots: int = 0,
     metrics: Sequence[str] = (),
     choices: Sequence[str] = (),
-    baseline: Sequence[str] = BASELINES,
+    baseline: Sequence[str | Source] = BASELINES,
     resamples: int = 1000,
     seed: int = 0,
     task_files: Sequence[str] = (),
@@ -68,8 +68,8 @@ def evaluate_model(
       metrics: names of metrics of `t5jax.metrics`, in addition to those of the tasks.
       choices: answers to rank by their probability, for all examples, in place of those of the
         tasks' templates.
-      baseline: "majority" (the most frequent target), "copy" (of the input), other models, folders
-        of earlier evaluations (`output`), or JSON files of scores (`json`).
+      baseline: "majority" (the most frequent target), "copy" (of the input), other models or
+        sources, folders of earlier evaluations (`output`), or JSON files of scores (`json`).
       resamples: the number of bootstrap resamples, for intervals and verdicts. 0: none.
       seed: the seed of the resamples.
       task_files: Python files that register tasks, in addition to ./tasks/*.py, the shipped ones
@@ -103,8 +103,9 @@ def evaluate_model(
     writes = jax.process_index() == 0
     check_at_least(resamples, 0, "--resamples")
     check_at_least(shots, 0, "--shots")
-    given = compared.check_names(list(baseline))
-    others = {b.name: find(b.name) for b in given if b.kind == "model"}
+    sources = {str(b.path): b for b in baseline if not isinstance(b, str)}
+    given = compared.check_names([b if isinstance(b, str) else str(b.path) for b in baseline])
+    others = {b.name: sources.get(b.name) or find(b.name) for b in given if b.kind == "model"}
     source = find(model) if isinstance(model, str) else model
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
     asked = _Question(
@@ -123,9 +124,9 @@ def evaluate_model(
         if where:
             place = storage.staged(where, folder=True, writes=writes)
             output = stack.enter_context(place).path
-        found = _ask(source, asked, devices, output, given)
-        eval_sets = {name: eval_set for name, (eval_set, _) in found.items()}
-        answers = {name: Answers.of(*each) for name, each in found.items()}
+        answered = _ask(source, asked, devices, output, given)
+        eval_sets = {name: eval_set for name, (eval_set, _) in answered.items()}
+        answers = {name: Answers.of(*each) for name, each in answered.items()}
         # Others are asked for the same, whatever they were trained on.
         data = _config(source, asked).data
         asked = dataclasses.replace(

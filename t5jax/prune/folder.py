@@ -14,8 +14,9 @@ from t5jax.tokenizers import Tokenizer
 
 
 def find_floats(model: str | Source) -> Source:
-    """Returns where a model is. Raises ValueError if it is quantized."""
+    """Returns where a model is. Raises ValueError if it is quantized, or has a soft prompt."""
     source = find(model) if isinstance(model, str) else model
+    source.check_whole()
     if source.is_quantized:
         raise ValueError(
             f"{source.path} is compressed already; prune or trim the model that it was made from, "

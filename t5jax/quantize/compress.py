@@ -24,7 +24,7 @@ from t5jax.quantize.matrices import (
     chosen,
     quantize,
 )
-from t5jax.source import AdaptedSource, Source, find
+from t5jax.source import Source, find
 
 _STATISTICS_BYTES = 2 * 2**30  # Of all matrices whose statistics are summed in one pass.
 
@@ -60,11 +60,7 @@ def compress_model(
             f"{source.path} is compressed already; rounding it again would add its errors; "
             "compress the model that it was made of"
         )
-    if isinstance(source, AdaptedSource) and source.has_prompt:
-        raise ValueError(
-            f"{source.path} has a soft prompt, for which the folder of a compressed model has no "
-            "place; compress the model that the prompt was trained for"
-        )
+    source.check_whole()
     folder = storage.path(output, "the folder to write")
     files.check_new(folder)
     calibration.check_method(method, scheme, calibrate)

@@ -89,11 +89,14 @@ def find_standing(config: Config, run_dir: Path) -> Standing:
         name = str(last or config.init.model)
         moved = config.init.model if last and config.adapter else ""
         source = find(name, config.data.vocabulary, base=moved)
+        if not config.adapter:
+            source.check_whole()
         model = adopt(config.model, source, name)
         if own := source.own_tokenizer():
             model = trained_with(model, own)
         config = dataclasses.replace(config, model=model)
     if base:
+        base.check_whole()
         config = _with_new_head(config, base)
     saved, epochs = checkpoint.read_config(last) if last else None, config.train.epochs
     if saved:

@@ -13,9 +13,10 @@ import pytest
 import t5jax
 from command_line import fails, run
 from t5jax import checkpoint, checksums
-from t5jax.adapters import lora
+from t5jax.adapters import lora, prompt
 from t5jax.commands.serve import _adapters
 from t5jax.config import InitConfig, LoraConfig, from_json, to_json
+from t5jax.convert import import_model
 from t5jax.hf import peft
 from t5jax.source import find
 from t5jax.train import train
@@ -119,8 +120,46 @@ def test_a_base_that_has_moved(base, adapted, tmp_path, capsys):
     assert "bfloat16 rounds merged matrices by " in told
     told = fails(capsys, "export", base, tmp_path / "no", "--base", base)
     assert "is a whole model, so --base" in told
+    # What is made of it is of all of it.
+    pruned = ("prune", copy, tmp_path / "pruned", "--pattern", "mlp", "--base", base)
+    assert "on disk: " in run(capsys, *pruned)[1]
+    compressed = ("compress", copy, tmp_path / "int8", "--base", base)
+    assert "on disk: " in run(capsys, *compressed)[1]
     # The run goes on over it.
     train(config_over(base, copy, steps=3))
+
+
+def test_imported_it_is_a_run_of_its_own(adapted, tmp_path):
+    import_model(str(adapted), str(tmp_path / "run"))
+    imported = find(str(tmp_path / "run"))
+    assert imported.config.adapter is None
+    for path, x in flat_params(find(str(adapted))).items():
+        np.testing.assert_array_equal(flat_params(imported)[path], x)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "PROMPT", "NEW"),
+        ("trim-vocabulary", "PROMPT", "NEW", "--text", "PROMPT"),
+        ("compress", "PROMPT", "NEW"),
+        ("import", "PROMPT", "NEW"),
+        ("export", "PROMPT", "NEW", "--merge"),
+        ("train", "CONFIG", "--run-dir", "NEW", "--init.model", "PROMPT"),
+        ("train", "CONFIG", "--run-dir", "NEW", "--distill.teacher", "PROMPT"),
+        ("train", "CONFIG", "--run-dir", "NEW", "--init.model", "PROMPT", "--adapter.rank", "2"),
+    ],
+)
+def test_a_soft_prompt_is_no_part_of_a_network(base, tmp_path, capsys, words):
+    model = find(str(base)).model
+    leaves = {prompt.PATH: np.zeros((2, model.d_model), np.float32)}
+    peft.save(tmp_path / "prompt", model, leaves, str(base))
+    config = tmp_path / "config.py"
+    config.write_text("from tiny import TINY\n\n\ndef get_config():\n    return TINY\n")
+    places = {"PROMPT": tmp_path / "prompt", "NEW": tmp_path / "new", "CONFIG": config}
+    told = fails(capsys, *(places.get(word, word) for word in words))
+    assert "has a soft prompt, which cannot be merged into its network" in told
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_adapter_needs_a_base(tmp_path):
@@ -150,6 +189,9 @@ def test_several_over_one_base(base, adapted, tmp_path):
     rng = np.random.default_rng(0)
     leaves = {p: np.asarray(start[p]) for p in lora.leaves(config, source.model)}
     leaves |= {p: 10 * rng.normal(size=x.shape) for p, x in leaves.items() if p.endswith("lora_b")}
+    peft.save(tmp_path / "other", source.model, leaves, "google/other")
+    with pytest.warns(UserWarning, match="names google/other as its base, and is used over"):
+        t5jax.load(str(base), adapters={"one": str(tmp_path / "other")})
     peft.save(tmp_path / "adapter", source.model, leaves, str(base))
     both = t5jax.load(str(base), adapters={"one": str(tmp_path / "adapter")})
     prompts = ["capitals: ab", "capitals: dcba"]
@@ -167,6 +209,8 @@ def test_several_over_one_base(base, adapted, tmp_path):
     edit_config(copy, '"base": null', '"base": "int8"')
     with pytest.raises(ValueError, match="was trained over its base in int8 .* would answer other"):
         t5jax.load(str(base), adapters={"it": str(copy)})
+    with pytest.warns(UserWarning, match="without the rounding of its base to int8"):
+        find(str(copy)).export_adapter(str(tmp_path / "exported"))
 
 
 def test_adapters_of_the_command_line():

@@ -222,6 +222,7 @@ def test_pruned_weights_are_zeros_in_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["prune", "--eval.split", "x"], "--eval.split is x, but without --eval.tasks it"),
         (["prune", "--sparsity", "1.5"], "--sparsity is 1.5; it must be above 0 and below 1"),
         (
             ["prune", "--pattern", "2:4", "--sparsity", "0.3"],

@@ -167,6 +167,8 @@ def test_damaged_and_foreign_folders(compressed, tmp_path, damage, message):
         (("--weights", "int4", "--activations", "int8"), "activations int8 needs weights int8"),
         (("--weights", "int4", "--group", "10"), "which groups of 10 do not divide; set group"),
         (("--weights", "int3"), "invalid choice"),
+        (("--split", "test"), "--split is test, but without --tasks it has no effect"),
+        (("--num-calibration", "8"), "but without --calibrate it has no effect"),
     ],
 )
 def test_options_that_cannot_be(folder, tmp_path, capsys, options, message):
