@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t5jax import batch as features
-from t5jax import decoding, sharding
+from t5jax import decoding, sharding, trees
 from t5jax.adapters import lora
 from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import check_at_least, check_choice, check_names
@@ -397,7 +397,7 @@ def load(
     if adapters:
         leaves = read_adapters(source, model, params, adapters)
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        params = lora.unflatten({**lora.flatten(params), **jax.device_put(leaves, replicated)})
+        params = trees.unflatten({**trees.flatten(params), **jax.device_put(leaves, replicated)})
     # Unrolled layers decode faster: a scan would copy each layer's weights at every token.
     model = dataclasses.replace(model, scan_layers=False, kv_cache=kv_cache or model.kv_cache)
     if model.kind != "encoder":

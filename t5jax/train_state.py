@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.adapters.params import init_params, param_axes, param_shapes
 from t5jax.adapters.params import shardings as param_shardings
 from t5jax.architectures import Architecture
@@ -98,9 +97,9 @@ def evaluated_params(state: TrainState) -> api.Params:
     average = averages(state.opt_state)
     if average is None:
         return state.params
-    flat = _flatten(state.params)
-    average = {path: x.astype(flat[path].dtype) for path, x in _flatten(average).items()}
-    return flax.traverse_util.unflatten_dict(flat | average, sep="/")
+    flat = trees.flatten(state.params)
+    average = {path: x.astype(flat[path].dtype) for path, x in trees.flatten(average).items()}
+    return trees.unflatten(flat | average)
 
 
 # --- Trainable and frozen -----------------------------------------------------------------------
@@ -115,7 +114,7 @@ def frozen_params(params: api.Params, patterns: Iterable[str]) -> frozenset[str]
     Raises:
       ValueError: if a pattern matches nothing, or nothing is left to train.
     """
-    paths = list(_flatten(params))
+    paths = list(trees.flatten(params))
     frozen = match_paths(patterns, paths, "optimizer.freeze")
     if len(frozen) == len(paths):
         raise ValueError(
@@ -129,9 +128,9 @@ def split(tree: api.Params, frozen: frozenset[str]) -> tuple[api.Params, api.Par
     """Returns the trainable and the frozen part of a tree like the parameters'."""
     if not frozen:
         return tree, {}
-    flat = _flatten(tree)
+    flat = trees.flatten(tree)
     parts = ({p: x for p, x in flat.items() if (p in frozen) == part} for part in (False, True))
-    trainable, kept = (flax.traverse_util.unflatten_dict(part, sep="/") for part in parts)
+    trainable, kept = (trees.unflatten(part) for part in parts)
     return trainable, kept
 
 
@@ -139,8 +138,4 @@ def merge(trainable: api.Params, frozen: api.Params) -> api.Params:
     """Returns the tree from the two parts of `split`."""
     if not frozen:
         return trainable
-    return flax.traverse_util.unflatten_dict(_flatten(trainable) | _flatten(frozen), sep="/")
-
-
-def _flatten(tree: api.Params) -> api.Params:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
+    return trees.unflatten(trees.flatten(trainable) | trees.flatten(frozen))

@@ -46,7 +46,10 @@ ORDER = [
     {"t5jax.html", "t5jax.checksums", "t5jax.run_lock"},
     {"t5jax.storage"},
     {"t5jax.buckets"},
-    {"t5jax.checks", "t5jax.host_memory", "t5jax.maintenance", "t5jax.rendezvous", "t5jax.secrets"},
+    {
+        *("t5jax.checks", "t5jax.host_memory", "t5jax.maintenance", "t5jax.rendezvous"),
+        *("t5jax.secrets", "t5jax.trees", "t5jax.bits"),
+    },
 ]
 # The rooms of t5jax.data, in the same way. The package itself imports nothing but on demand.
 DATA_ORDER = [

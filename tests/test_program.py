@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-import flax.traverse_util
 import jax
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 import tiny
 from conformance.cases import random_batch, random_params
 from conformance.families import T5_EVEN as EVEN
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, override
 from t5jax.losses import batch_loss
 from t5jax.program import program
@@ -28,10 +27,6 @@ BASE = Config(
 )
 
 
-def flatten(tree):
-    return flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-
-
 def batch_of(rows=8):
     return random_batch(EVEN, rows=rows)
 
@@ -41,10 +36,10 @@ def one_step(changes, mesh=MeshConfig(data=1, fsdp=8)):
     run = program(override(BASE, changes), sharding.make_mesh(mesh))
     with run.use():
         params = jax.device_put(random_params(EVEN), run.shardings.params)
-        before = flatten(params)
+        before = trees.flatten(params)
         state = run.begin(params)
         state, metrics = run.step(state, batch_of())
-    return before, flatten(state.params), state, metrics
+    return before, trees.flatten(state.params), state, metrics
 
 
 @functools.cache
@@ -89,7 +84,7 @@ def test_frozen_parameters_stay_and_the_others_move_as_without_them(changes):
     tokens = float(metrics["tokens"])
     squares = sum(
         float(np.sum(np.square(np.asarray(g, np.float64) / tokens)))
-        for path, g in flatten(grads).items()
+        for path, g in trees.flatten(grads).items()
         if not is_frozen(path)
     )
     assert float(metrics["grad_norm"]) == pytest.approx(math.sqrt(squares), rel=1e-4)

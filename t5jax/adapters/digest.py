@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from t5jax import bits
 
 
 def digests(params: Mapping[str, jax.Array]) -> dict[str, str]:
@@ -32,18 +33,7 @@ def check(found: Mapping[str, str], expected: Mapping[str, str], adapter: str, b
 @jax.jit
 def _sums(x: jax.Array) -> jax.Array:
     """Returns two sums of hashed values, uint32 [2]; sums, so that no order is involved."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for dim in range(x.ndim):
-        stride = int(np.prod(x.shape[dim + 1 :])) % 2**32
-        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride)
-    mixed = _scramble(_scramble(index) ^ bits)
+    halves = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    mixed = bits.scramble(bits.scramble(bits.numbers(x.shape)) ^ halves)
     total = functools.partial(jnp.sum, dtype=jnp.uint32)
-    return jnp.stack([total(mixed), total(_scramble(mixed + jnp.uint32(1)))])
-
-
-def _scramble(x: jax.Array) -> jax.Array:
-    """A bijective hash of uint32: MurmurHash3's finalizer."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    return jnp.stack([total(mixed), total(bits.scramble(mixed + jnp.uint32(1)))])

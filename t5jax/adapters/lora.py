@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5jax import trees
 from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import did_you_mean
 from t5jax.config import LoraConfig, parse_patterns
@@ -73,10 +73,10 @@ class Matrix:
 
 def matrices(model: Architecture) -> dict[str, Matrix]:
     """Returns the matrices of a network that can be adapted, by the paths of their modules."""
-    axes = flatten(api.param_axes(model))
+    axes = trees.flatten(api.param_axes(model))
     return {
         path.removesuffix("/kernel"): Matrix(x.shape, axes[path])
-        for path, x in flatten(api.param_shapes(model)).items()
+        for path, x in trees.flatten(api.param_shapes(model)).items()
         if path.endswith("/kernel")
     }
 
@@ -159,7 +159,7 @@ def init(config: LoraConfig, model: Architecture, base: api.Params, key: jax.Arr
     Args:
       key: of A.
     """
-    flat = dict(flatten(base))
+    flat = trees.flatten(base)
     for number, (path, (matrix, rank, scale)) in enumerate(targets(config, model).items()):
         shapes = {name: matrix.leaf(name, rank)[0] for name in LEAVES}
         bound = math.prod(matrix.shape[matrix.stacked :][: matrix.num_inputs]) ** -0.5
@@ -175,7 +175,7 @@ def init(config: LoraConfig, model: Architecture, base: api.Params, key: jax.Arr
         if config.dora:
             values["dora_magnitude"] = norms(flat[f"{path}/kernel"], matrix)
         flat |= {f"{path}/{name}": value for name, value in values.items()}
-    return unflatten(flat)
+    return trees.unflatten(flat)
 
 
 def norms(kernel: jax.Array, matrix: Matrix) -> jax.Array:
@@ -191,14 +191,14 @@ def merge(model: Architecture, params: api.Params) -> api.Params:
     Args:
       params: the base's with an adapter; without one, they are returned as they are.
     """
-    flat = dict(flatten(params))
+    flat = trees.flatten(params)
     for path, matrix in matrices(model).items():
         adapter = {name: flat.pop(f"{path}/{name}") for name in LEAVES if f"{path}/{name}" in flat}
         if adapter:
             kernel = flat[f"{path}/kernel"]
             merged = api.merged_kernel(kernel, adapter, matrix.num_inputs)
             flat[f"{path}/kernel"] = merged.astype(kernel.dtype)
-    return unflatten(flat)
+    return trees.unflatten(flat)
 
 
 def merge_errors(model: Architecture, params: api.Params, dtype: Dtype) -> dict[str, jax.Array]:
@@ -211,7 +211,7 @@ def merge_errors(model: Architecture, params: api.Params, dtype: Dtype) -> dict[
       For the path of each matrix, float32 [2]: the squared norm of the rounding error, and that of
       the adapter's part.
     """
-    flat, errors = flatten(params), {}
+    flat, errors = trees.flatten(params), {}
     for path, matrix in matrices(model).items():
         adapter = {name: flat[f"{path}/{name}"] for name in LEAVES if f"{path}/{name}" in flat}
         if adapter:
@@ -259,15 +259,4 @@ def kernel_of(path: str) -> str:
 
 def has_adapter(params: Mapping[str, Any]) -> bool:
     """Returns whether a tree of parameters has an adapter's."""
-    return any(path.rpartition("/")[2] in LEAVES for path in flatten(params))
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree of parameters by path."""
-    return flax.traverse_util.flatten_dict(tree, sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree of leaves by path."""
-    tree: dict[str, Any] = flax.traverse_util.unflatten_dict(dict(flat), sep="/")
-    return tree
+    return any(path.rpartition("/")[2] in LEAVES for path in trees.flatten(params))

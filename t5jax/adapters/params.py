@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import flax.traverse_util
 import jax
 from jax.sharding import Mesh
 
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.adapters import lora, prompt
 from t5jax.architectures import Architecture
 from t5jax.checks import match_paths
@@ -38,7 +37,7 @@ def rounded(model: Architecture, adapter: AdapterConfig, params: api.Params) -> 
     """
     if not isinstance(adapter, LoraConfig) or adapter.base is None:
         return params
-    base, flat = base_params(model, adapter), dict(_flatten(params))
+    base, flat = base_params(model, adapter), trees.flatten(params)
     scheme = quantize.Scheme(adapter.base)
     for matrix in quantize.matrices(model):
         if matrix.path not in base or "/layers/" not in matrix.path:
@@ -54,17 +53,15 @@ def rounded(model: Architecture, adapter: AdapterConfig, params: api.Params) -> 
                     "int8 or fp8"
                 ) from None
         flat[matrix.path] = quantize.quantize(flat[matrix.path], matrix, scheme)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def rounded_to_float(model: Architecture, adapter: AdapterConfig, params: api.Params) -> api.Params:
     """Returns the values of `rounded` in the dtypes of the parameters."""
     if not isinstance(adapter, LoraConfig) or adapter.base is None:
         return params
-    flat, found = _flatten(params), _flatten(rounded(model, adapter, params))
-    return flax.traverse_util.unflatten_dict(
-        {path: x.astype(flat[path].dtype) for path, x in found.items()}, sep="/"
-    )
+    flat, found = trees.flatten(params), trees.flatten(rounded(model, adapter, params))
+    return trees.unflatten({path: x.astype(flat[path].dtype) for path, x in found.items()})
 
 
 def check(model: Architecture, adapter: AdapterConfig) -> None:
@@ -89,36 +86,36 @@ def param_shapes(model: Architecture, adapter: AdapterConfig | None) -> api.Para
     shapes = api.param_shapes(model)
     if adapter is not None:
         shapes = jax.eval_shape(lambda params: rounded(model, adapter, params), shapes)
-    flat = dict(_flatten(shapes))
+    flat = trees.flatten(shapes)
     if adapter is not None:
         flat |= {
             path: jax.ShapeDtypeStruct(shape, "float32")
             for path, (shape, _) in leaves(model, adapter).items()
         }
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def param_axes(model: Architecture, adapter: AdapterConfig | None) -> dict[str, Any]:
     """Returns the same tree with tuples of logical axes as leaves, of rounded matrices as well."""
-    flat = _flatten(api.param_axes(model))
+    flat = trees.flatten(api.param_axes(model))
     if adapter is not None:
         flat |= {path: axes for path, (_, axes) in leaves(model, adapter).items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def begin(model: Architecture, params: api.Params, key: jax.Array) -> api.Params:
     """Returns parameters whose adapter is at its beginning over the base that they have now."""
-    flat = dict(_flatten(params))
+    flat = trees.flatten(params)
     if prompt.PATH in flat:
         config, place = PromptConfig(len(flat[prompt.PATH])), flat[prompt.PATH].sharding
         start = prompt.init(config, params, jax.random.fold_in(key, 1))
-        flat[prompt.PATH] = jax.device_put(_flatten(start)[prompt.PATH], place)
+        flat[prompt.PATH] = jax.device_put(trees.flatten(start)[prompt.PATH], place)
     for path, matrix in lora.matrices(model).items():
         if f"{path}/dora_magnitude" in flat:
             place = flat[f"{path}/dora_magnitude"].sharding
             norms = jax.jit(lora.norms, static_argnums=1, out_shardings=place)
             flat[f"{path}/dora_magnitude"] = norms(flat[f"{path}/kernel"], matrix)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def shardings(
@@ -141,7 +138,7 @@ def base_params(model: Architecture, adapter: AdapterConfig) -> frozenset[str]:
     Raises:
       ValueError: if a pattern of adapter.train matches nothing.
     """
-    paths = list(_flatten(api.param_shapes(model)))
+    paths = list(trees.flatten(api.param_shapes(model)))
     return frozenset(paths) - match_paths(getattr(adapter, "train", ()), paths, "adapter.train")
 
 
@@ -153,7 +150,3 @@ def frozen_params(model: Architecture, adapter: AdapterConfig) -> frozenset[str]
         if path.rpartition("/")[2] not in (*lora.TRAINED, prompt.LEAF)
     }
     return base_params(model, adapter) | fixed
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
+from t5jax import trees
 from t5jax.checkpoint.errors import naming_errors
 from t5jax.config import Config, from_json
 
@@ -68,21 +68,21 @@ def load_params(checkpoint: Path, shapes, shardings):
     averages: dict[str, Any] = {}
     if read_config(checkpoint).optimizer.ema is not None:
         read = _restore(checkpoint, {"opt_state": {"average": abstract}})
-        flat = flatten_dict(read["opt_state"]["average"], sep="/")
+        flat = trees.flatten(read["opt_state"]["average"])
         # What the checkpoint does not have is left as it was asked for, such as what is frozen.
         averages = {p: x for p, x in flat.items() if not isinstance(x, jax.ShapeDtypeStruct)}
-    rest = {p: x for p, x in flatten_dict(abstract, sep="/").items() if p not in averages}
+    rest = {p: x for p, x in trees.flatten(abstract).items() if p not in averages}
     params = averages
     if rest:
-        read = _restore(checkpoint, {"params": unflatten_dict(rest, sep="/")})["params"]
-        params = averages | flatten_dict(read, sep="/")
+        read = _restore(checkpoint, {"params": trees.unflatten(rest)})["params"]
+        params = averages | trees.flatten(read)
     missing = [path for path, x in params.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if missing:
         raise ValueError(
             f"checkpoint {checkpoint} has no parameters {', '.join(missing)}, which its model has; "
             "it was saved with another version of t5jax"
         )
-    return unflatten_dict(params, sep="/")
+    return trees.unflatten(params)
 
 
 def _restore(checkpoint: Path, item):

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from t5jax import batch as features
-from t5jax import sharding, storage
-from t5jax.adapters import digest, lora
+from t5jax import sharding, storage, trees
+from t5jax.adapters import digest
 from t5jax.batch import Batch
 from t5jax.config import Config
 from t5jax.data.batches.examples import BatchIterator, Taken
@@ -43,7 +43,7 @@ _ENTRY = np.dtype(
 
 def identity(config: Config, teacher: Teacher, params: Any) -> dict[str, Any]:
     """Returns what must be the same for answers to be used again, as plain values."""
-    digests = digest.digests(lora.flatten(params))
+    digests = digest.digests(trees.flatten(params))
     every = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     return {
         **_FORMAT,

@@ -10,11 +10,10 @@ The loss is `losses.distillation`.
 import dataclasses
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.architectures import Architecture
 from t5jax.batch import BatchSpec
 from t5jax.config import Config
@@ -154,8 +153,8 @@ def student_params(
     Raises:
       ValueError: if the two differ in more than the number of layers.
     """
-    shapes, theirs = _flatten(api.param_shapes(student)), _flatten(params)
-    axes, places = _flatten(api.param_axes(student)), _flatten(shardings)
+    shapes, theirs = trees.flatten(api.param_shapes(student)), trees.flatten(params)
+    axes, places = trees.flatten(api.param_axes(student)), trees.flatten(shardings)
     chosen: dict[str, jax.Array] = {}
     for path, shape in shapes.items():
         x = theirs.get(path)
@@ -182,9 +181,4 @@ def student_params(
             x = x[layers]
         # A copy, since the state is donated and the teacher is not.
         chosen[path] = jax.device_put(np.asarray(x).astype(shape.dtype), places[path])
-    return flax.traverse_util.unflatten_dict(chosen, sep="/")
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
-    return flat
+    return trees.unflatten(chosen)

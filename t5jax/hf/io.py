@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from t5jax import storage
+from t5jax import storage, trees
 from t5jax.architectures import FAMILIES, Architecture, check_dtype
 from t5jax.checks import check_at_least, reading
 from t5jax.hf.files import (
@@ -211,11 +210,11 @@ def load_shared_params(
       ValueError: as `load_params`.
     """
     table, names = _table(config), set(names)
-    leaves = _flatten(api.param_shapes(config))
+    leaves = trees.flatten(api.param_shapes(config))
     leaves = {name: leaf for name, leaf in leaves.items() if name in names}
     rows = [row for row in table.rows(config) if row.ours in leaves]
     ignored = (*table.ignored, *_patterns(table.rows(own)))
-    places = _flatten(shardings) if shardings is not None else {}
+    places = trees.flatten(shardings) if shardings is not None else {}
     with open_tensors(folder) as tensors:
         tensors = table.rename(tensors)
         check_tensors(rows, leaves, tensors, str(folder), ignored)
@@ -270,13 +269,13 @@ def read_params(
     Raises:
       ValueError: if the tensors do not match the description.
     """
-    leaves = _flatten(api.param_shapes(config))
+    leaves = trees.flatten(api.param_shapes(config))
     check_tensors(rows, leaves, tensors, where, ignored)
-    places = _flatten(shardings) if shardings is not None else {}
+    places = trees.flatten(shardings) if shardings is not None else {}
     params = {
         row.ours: read_leaf(row, leaves[row.ours], tensors, places.get(row.ours)) for row in rows
     }
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    return trees.unflatten(params)
 
 
 def read_leaf(row: Row, leaf: Any, tensors: Tensors, sharding: Any = None) -> jax.Array:
@@ -304,10 +303,6 @@ def read_leaf(row: Row, leaf: Any, tensors: Tensors, sharding: Any = None) -> ja
     # A transfer is asynchronous and keeps its source alive: wait, so that only one leaf is on the
     # host.
     return jax.block_until_ready(array)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 # --- Writing ------------------------------------------------------------------------------------
@@ -348,8 +343,8 @@ def save_params(
     check_at_least(max_shard_bytes, 1, "max_shard_bytes")
     check_destination(place, overwrite)
     table = _table(config)
-    rows, leaves = table.rows(config), _flatten(params)
-    check_leaves(rows, _flatten(api.param_shapes(config)), leaves)
+    rows, leaves = table.rows(config), trees.flatten(params)
+    check_leaves(rows, trees.flatten(api.param_shapes(config)), leaves)
     description = table.write_config(config) | {"dtype": dtype, "torch_dtype": dtype}
     generation = _generation(config, generation or {})
     tensors = write_rows(rows, lambda name: _to_host(leaves[name]), np.dtype(dtype))

@@ -5,9 +5,10 @@ A group is a part of the network, such as encoder/attention, over all of its lay
 
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
+
+from t5jax import trees
 
 
 def group_of(path: str) -> str:
@@ -26,7 +27,7 @@ def group_of(path: str) -> str:
 def norms_by_group(tree: Any) -> dict[str, jax.Array]:
     """Returns the Euclidean norm of the arrays of each group, float32 []."""
     sums: dict[str, jax.Array] = {}
-    for path, x in flax.traverse_util.flatten_dict(tree, sep="/").items():
+    for path, x in trees.flatten(tree).items():
         square = jnp.sum(jnp.square(x.astype(jnp.float32)))
         group = group_of(path)
         sums[group] = sums[group] + square if group in sums else square

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from t5jax.optimizers.masks import MaskState, by_path
+from t5jax import trees
+from t5jax.optimizers.masks import MaskState
 from t5jax.prune.masks import apply_masks
 
 
@@ -40,7 +41,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
 
         average = jax.tree.map(one, state.average, optax.apply_updates(params, updates))
         if isinstance(inner, MaskState):  # What was pruned now is still in the mean of before.
-            average = apply_masks(average, by_path(inner.masks))
+            average = apply_masks(average, trees.flatten(inner.masks))
         return updates, AverageState(count, average, inner)
 
     return optax.GradientTransformation(init, update)

@@ -2,11 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
 
+from t5jax import trees
 from t5jax.config import PruneConfig
 from t5jax.optimizers.layers import Axes
 from t5jax.prune.masks import apply_masks, magnitude_masks, prunable
@@ -43,13 +43,13 @@ def with_masks(
         return (count == first) | ((count > first) & (count < end) & is_turn) | (count == end)
 
     def init(params: Any) -> MaskState:
-        leaves = by_path(params)
+        leaves = trees.flatten(params)
         masks = {path: jnp.ones(leaves[path].shape, bool) for path in sorted(paths)}
-        masks = flax.traverse_util.unflatten_dict(masks, sep="/")
+        masks = trees.unflatten(masks)
         return MaskState(jnp.zeros([], jnp.int32), masks, tx.init(params))
 
     def update(grads: Any, state: MaskState, params: Any) -> tuple[Any, MaskState]:
-        masks = by_path(state.masks)
+        masks = trees.flatten(state.masks)
         updates, inner = tx.update(apply_masks(grads, masks), state.inner, params)
         count = optax.safe_increment(state.count)
         moved = apply_masks(optax.apply_updates(params, updates), masks)
@@ -62,18 +62,13 @@ def with_masks(
 
         masks = jax.lax.cond(is_due(count), choose, lambda: masks)
         # The sum of a parameter and this is 0 without rounding.
-        flat, leaves = by_path(updates), by_path(params)
+        flat, leaves = trees.flatten(updates), trees.flatten(params)
         flat |= {
             path: jnp.where(mask, flat[path], -leaves[path].astype(flat[path].dtype))
             for path, mask in masks.items()
         }
-        updates = flax.traverse_util.unflatten_dict(flat, sep="/")
-        masks = flax.traverse_util.unflatten_dict(masks, sep="/")
+        updates = trees.unflatten(flat)
+        masks = trees.unflatten(masks)
         return updates, MaskState(count, masks, inner)
 
     return optax.GradientTransformation(init, update)
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
-    return flat

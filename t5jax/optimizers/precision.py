@@ -1,11 +1,12 @@
 """Optimizers in float32 for parameters in bfloat16, whose updates are rounded stochastically."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from t5jax import bits
 
 
 class Float32State(NamedTuple):
@@ -37,7 +38,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         for i, p in enumerate(treedef.flatten_up_to(params)):
             if p.dtype == jnp.bfloat16:
                 p = p.astype(jnp.float32)
-                seed = _scramble(state.count.astype(jnp.uint32)) + jnp.uint32(i)
+                seed = bits.scramble(state.count.astype(jnp.uint32)) + jnp.uint32(i)
                 # The difference of two bfloat16 numbers is exact in float32, unless one is 2^16
                 # times as large as the other; then float32 rounds it.
                 leaves[i] = round_randomly(p + leaves[i], seed) - p
@@ -61,22 +62,10 @@ def round_randomly(x: jax.Array, seed: jax.Array) -> jax.Array:
     """
     # A hash of an entry's index is random enough for rounding, and fuses into the update.
     # jax.random.bits took several times as long as the whole update on CPU, and to compile.
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for dim, stride in enumerate(math.prod(x.shape[dim + 1 :]) for dim in range(x.ndim)):
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim)
-        index += iota * jnp.uint32(stride % 2**32)
-    noise = _scramble(index ^ _scramble(seed)) >> 16
+    noise = bits.scramble(bits.numbers(x.shape) ^ bits.scramble(seed)) >> 16
     # Bfloat16 is the upper half of a float32. Adding uniform noise to the lower half carries into
     # the upper one with a probability proportional to the lower half. Integer arithmetic, since
     # XLA may remove a pair of casts.
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    noisy = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    rounded = jax.lax.bitcast_convert_type(noisy & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x)
-
-
-def _scramble(x: jax.Array) -> jax.Array:
-    """A bijective hash of uint32 in which every bit depends on every bit: MurmurHash3's
-    finalizer."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

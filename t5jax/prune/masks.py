@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t5jax import trees
 from t5jax.checks import did_you_mean
 
 Pattern = Literal["unstructured", "2:4"]
@@ -37,7 +37,7 @@ def prunable(param_axes: Any, keep: Sequence[str] = ()) -> frozenset[str]:
     Raises:
       ValueError: if a pattern matches none of them, or nothing is left.
     """
-    paths = [path for path, axes in _flatten(param_axes).items() if is_layer_matrix(axes)]
+    paths = [path for path, axes in trees.flatten(param_axes).items() if is_layer_matrix(axes)]
     if not paths:
         raise ValueError(
             "there is no matrix of the layers to prune among what is trained; unfreeze some"
@@ -75,7 +75,7 @@ def check_pattern(
       param_axes: a tree of tuples of logical axes.
       paths: as `prunable` returns them.
     """
-    leaves, axes = _flatten(shapes), _flatten(param_axes)
+    leaves, axes = trees.flatten(shapes), trees.flatten(param_axes)
     if pattern == "2:4":
         wrong = {
             path: inputs
@@ -120,7 +120,7 @@ def magnitude_masks(
     Returns:
       Path to bool array of the parameter's shape, True for what stays.
     """
-    leaves, axes = _flatten(params), _flatten(param_axes)
+    leaves, axes = trees.flatten(params), trees.flatten(param_axes)
     if pattern == "2:4":
         return {path: _two_of_four(leaves[path], axes[path]) for path in sorted(paths)}
     # Magnitudes as integers, which have the order of the floats that they are the bits of.
@@ -199,11 +199,11 @@ def _two_of_four(x: jax.Array, axes: Axes) -> jax.Array:
 
 def apply_masks(params: Any, masks: Mapping[str, jax.Array]) -> Any:
     """Returns the parameters with zeros where a mask is False."""
-    flat = _flatten(params)
+    flat = trees.flatten(params)
     masked = {
         p: jnp.where(mask, flat[p], jnp.zeros((), flat[p].dtype)) for p, mask in masks.items()
     }
-    return flax.traverse_util.unflatten_dict(flat | masked, sep="/")
+    return trees.unflatten(flat | masked)
 
 
 class Sparsity(NamedTuple):
@@ -219,11 +219,6 @@ class Sparsity(NamedTuple):
 
 def sparsity_of(params: Any, paths: frozenset[str]) -> Sparsity:
     """Counts the zeros of the pruned matrices."""
-    flat = _flatten(params)
+    flat = trees.flatten(params)
     zeros = sum(int(np.sum(np.asarray(flat[path]) == 0)) for path in paths)
     return Sparsity(zeros, sum(flat[path].size for path in paths))
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
-    return flat

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import flax.traverse_util
 import numpy as np
 
+from t5jax import trees
 from t5jax.architectures import Architecture
 from t5jax.models import api
 
@@ -39,8 +39,8 @@ def narrow(
         left.
     """
     smaller = _narrow_description(model, part, sparsity)
-    shapes, axes = _flatten(api.param_shapes(smaller)), _flatten(api.param_axes(smaller))
-    leaves = {path: np.asarray(x) for path, x in _flatten(params).items()}
+    shapes, axes = trees.flatten(api.param_shapes(smaller)), trees.flatten(api.param_axes(smaller))
+    leaves = {path: np.asarray(x) for path, x in trees.flatten(params).items()}
     places = {
         path: (_module(path), [axes[path].index(a) for a in _AXES[part] if a in axes[path]])
         for path in leaves
@@ -61,7 +61,7 @@ def narrow(
             leaves[path] = _take(leaves[path], dim, chosen_LK, units, "layers" in axes[path])
     wrong = [path for path, x in leaves.items() if x.shape != shapes[path].shape]
     assert not wrong, wrong
-    return smaller, flax.traverse_util.unflatten_dict(leaves, sep="/")
+    return smaller, trees.unflatten(leaves)
 
 
 def _narrow_description(model: Architecture, part: Part, sparsity: float) -> Architecture:
@@ -127,8 +127,3 @@ def _take(x: np.ndarray, dim: int, chosen_LK: np.ndarray, units: int, stacked: b
     if not stacked:
         return np.take(x, index_LN[0], axis=dim)
     return np.stack([np.take(y, index, axis=dim - 1) for y, index in zip(x, index_LN, strict=True)])
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
-    return flat

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 
+from t5jax import trees
 from t5jax.architectures import Architecture
 from t5jax.models import api
 
@@ -31,12 +31,12 @@ def trim_vocabulary(
     if padded and model.vocab_size % _MULTIPLE == 0:
         size = -(-size // _MULTIPLE) * _MULTIPLE
     rows = np.concatenate([kept, np.full(size - len(kept), model.vocab_size - 1)])
-    axes = flax.traverse_util.flatten_dict(api.param_axes(model), sep="/")
+    axes = trees.flatten(api.param_axes(model))
     leaves = {
         path: np.take(np.asarray(x), rows, axes[path].index("vocab"))
         if "vocab" in axes[path]
         else x
-        for path, x in flax.traverse_util.flatten_dict(params, sep="/").items()
+        for path, x in trees.flatten(params).items()
     }
     new = {int(old): i for i, old in enumerate(kept)}
     changes: dict[str, Any] = {"vocab_size": size}
@@ -47,7 +47,7 @@ def trim_vocabulary(
         elif field.name.endswith("_token_ids"):
             changes[field.name] = tuple(new[i] for i in value)
     smaller = dataclasses.replace(model, **changes)
-    return smaller, flax.traverse_util.unflatten_dict(leaves, sep="/")
+    return smaller, trees.unflatten(leaves)
 
 
 def token_ids_of(model: Architecture) -> set[int]:

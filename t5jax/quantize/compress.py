@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import flax.traverse_util
 import jax
 import numpy as np
 
-from t5jax import sharding, storage
+from t5jax import sharding, storage, trees
 from t5jax.checks import check_at_least
 from t5jax.config import Config, MeshConfig, override
 from t5jax.models import api
@@ -111,7 +110,7 @@ def _quantize(
     batches: Sequence[dict[str, np.ndarray]],
 ) -> api.Params:
     """Returns parameters with quantized matrices on the host, rounded one layer at a time."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     nearest = jax.jit(quantize, static_argnums=(1, 2))
     found = dict(flat)
     parts = (
@@ -133,7 +132,7 @@ def _quantize(
                 layers.append(jax.device_get(leaf))
             stacked = jax.tree.map(lambda *each: np.stack(each), *layers)
             found[matrix.path] = stacked if matrix.stacked else layers[0]
-    return flax.traverse_util.unflatten_dict(found, sep="/")
+    return trees.unflatten(found)
 
 
 def _calibration(

@@ -26,13 +26,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from t5jax import config as configs
+from t5jax import trees
 from t5jax.config import AxisRules, Config
 from t5jax.hf import io as hf_io
 from t5jax.hf.files import read_json, write_json, write_whole
@@ -104,7 +104,7 @@ def save(
             "calibration": list(calibration),
             "matrices": {
                 path: {"scheme": x.scheme, "axis": x.axis, "activations": x.activations}
-                for path, x in _flatten(params).items()
+                for path, x in trees.flatten(params).items()
                 if isinstance(x, Quantized)
             },
             "arrays": _write_arrays(where, params),
@@ -145,7 +145,7 @@ def _file(number: int) -> str:
 
 
 def _arrays(params: api.Params) -> Iterator[tuple[str, np.ndarray]]:
-    for path, leaf in _flatten(params).items():
+    for path, leaf in trees.flatten(params).items():
         if not isinstance(leaf, Quantized):
             yield path, np.ascontiguousarray(leaf)
             continue
@@ -156,10 +156,6 @@ def _arrays(params: api.Params) -> Iterator[tuple[str, np.ndarray]]:
                     f"{path}/{part}",
                     array.view("uint8") if leaf.scheme == "fp8" and (part == "values") else array,
                 )
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -303,14 +299,14 @@ def load_params(
       mesh: the mesh.
       rules: how they are sharded over it.
     """
-    axes, shapes = _flatten(axes), _flatten(shapes)
+    axes, shapes = trees.flatten(axes), trees.flatten(shapes)
     params = {}
     for path, leaf in read_leaves(folder, shapes):
         if not isinstance(leaf, Quantized):
             leaf = leaf.astype(shapes[path].dtype)
         places = param_shardings({path: axes[path]}, {path: leaf}, mesh, rules)[path]
         params[path] = jax.tree.map(_put, leaf, places)
-    return flax.traverse_util.unflatten_dict(params, sep="/")
+    return trees.unflatten(params)
 
 
 def load_dequantized(

@@ -7,12 +7,11 @@ import dataclasses
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.architectures import Architecture
 from t5jax.checks import check_at_least, check_choice, did_you_mean
 from t5jax.config import AxisRules
@@ -98,7 +97,7 @@ class Matrix:
 
 def matrices(model: Architecture) -> list[Matrix]:
     """Returns the matrices of a network that can be quantized."""
-    axes, shapes = _flatten(api.param_axes(model)), _flatten(api.param_shapes(model))
+    axes, shapes = trees.flatten(api.param_axes(model)), trees.flatten(api.param_shapes(model))
     return [
         Matrix(path, axes[path], shapes[path].shape)
         for path in shapes
@@ -206,10 +205,10 @@ def quantize_params(model: Architecture, params: api.Params, scheme: Scheme) -> 
     Raises:
       ValueError: as `chosen`.
     """
-    flat = _flatten(params)
+    flat = trees.flatten(params)
     for matrix in chosen(model, scheme):
         flat[matrix.path] = quantize(flat[matrix.path], matrix, scheme)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def rounded_params(model: Architecture, params: api.Params, scheme: Scheme) -> api.Params:
@@ -224,13 +223,13 @@ def rounded_params(model: Architecture, params: api.Params, scheme: Scheme) -> a
     Raises:
       ValueError: as `chosen`.
     """
-    flat = _flatten(params)
+    flat = trees.flatten(params)
     for matrix in chosen(model, scheme):
         x = flat[matrix.path]
         nearest = quantize(jax.lax.stop_gradient(x), matrix, scheme).dequantized(x.dtype)
         # Exactly the rounded one: x - x is 0, with a gradient of 1.
         flat[matrix.path] = (x - jax.lax.stop_gradient(x)) + nearest
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def dequantize_params(params: api.Params, dtype: Any = jnp.float32) -> api.Params:
@@ -269,7 +268,3 @@ def param_shardings(axes: Any, params: Any, mesh: Mesh, rules: AxisRules) -> Any
         )
 
     return jax.tree.map(one, params, axes, is_leaf=lambda x: isinstance(x, Quantized))
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")

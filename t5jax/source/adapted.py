@@ -6,11 +6,10 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
-from t5jax import checkpoint
+from t5jax import checkpoint, trees
 from t5jax.adapters import digest, lora, prompt
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture, Dtype
@@ -57,19 +56,19 @@ class AdaptedSource(Source):
         """
         own = self.config.model
         other_head = api.new_params(model, own)
-        ours = {p for p in _flatten(api.param_shapes(model)) if p not in other_head}
+        ours = {p for p in trees.flatten(api.param_shapes(model)) if p not in other_head}
         if not self.is_checkpoint:
             read = peft.read(self.path, own)
             return {p: x for p, x in read.items() if _fits(p, ours)}
         config = self.config.adapter
         assert config is not None
-        shapes = _flatten(adapted.param_shapes(own, config))
+        shapes = trees.flatten(adapted.param_shapes(own, config))
         base = adapted.base_params(own, config)
         wanted = {path: x for path, x in shapes.items() if path not in base and _fits(path, ours)}
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        tree = flax.traverse_util.unflatten_dict(wanted, sep="/")
+        tree = trees.unflatten(wanted)
         places = jax.tree.map(lambda _: place, tree)
-        return jax.device_get(_flatten(checkpoint.load_params(self.path, tree, places)))
+        return jax.device_get(trees.flatten(checkpoint.load_params(self.path, tree, places)))
 
     def params(
         self, model: Architecture, shardings: Any, new: Mapping[str, jax.Array] | None = None
@@ -84,29 +83,28 @@ class AdaptedSource(Source):
                 f"{self.base.path} has; give the base that it was trained over"
             )
         params = self.base.params(model, shardings, {path: found[path] for path in lacks})
-        flat = _flatten(params)
+        flat = trees.flatten(params)
         if self.is_checkpoint:
             saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in flat}
             read = digest.digests({path: flat[path] for path in saved})
             digest.check(read, saved, str(self.path), str(self.base.path))
         if self.is_checkpoint and self.config.adapter is not None:
             # It was trained over what the base is rounded to.
-            flat = _flatten(adapted.rounded_to_float(model, self.config.adapter, params))
-        whole = flax.traverse_util.unflatten_dict({**flat, **found}, sep="/")
+            flat = trees.flatten(adapted.rounded_to_float(model, self.config.adapter, params))
+        whole = trees.unflatten({**flat, **found})
 
         merged = jax.jit(lambda whole: lora.merge(model, whole))(whole)
         # A soft prompt cannot be merged, and stays beside the base's parameters.
-        dtypes, places = {p: x.dtype for p, x in flat.items()}, _flatten(shardings)
+        dtypes, places = {p: x.dtype for p, x in flat.items()}, trees.flatten(shardings)
         mesh = next(iter(places.values())).mesh
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return flax.traverse_util.unflatten_dict(
+        return trees.unflatten(
             {
                 path: jax.device_put(
                     x.astype(dtypes.get(path, x.dtype)), places.get(path, replicated)
                 )
-                for path, x in _flatten(merged).items()
+                for path, x in trees.flatten(merged).items()
             },
-            sep="/",
         )
 
     def missing(self, model: Architecture) -> list[str]:
@@ -118,9 +116,7 @@ class AdaptedSource(Source):
         """Returns, in a sentence, what rounding merged matrices to a dtype does to them."""
         assert self.base is not None
         _, params = self.base.read(dequantize=True)
-        whole = flax.traverse_util.unflatten_dict(
-            {**_flatten(params), **self.adapter(self.model)}, sep="/"
-        )
+        whole = trees.unflatten({**trees.flatten(params), **self.adapter(self.model)})
         # Not jitted: XLA would leave out the rounding, whose result is made float32 again.
         found = lora.merge_errors(self.model, whole, dtype)
         errors = {path: np.asarray(x) for path, x in found.items()}
@@ -181,7 +177,3 @@ class AdaptedSource(Source):
 def _fits(path: str, params: Container[str]) -> bool:
     """Returns whether a network with these parameters has a place for one of an adapter."""
     return path in params or lora.kernel_of(path) in params or path == prompt.PATH
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")

@@ -6,7 +6,7 @@ from pathlib import PurePath
 
 import numpy as np
 
-from t5jax import checkpoint, storage
+from t5jax import checkpoint, storage, trees
 from t5jax.adapters import digest, lora, prompt
 from t5jax.architectures import Architecture
 from t5jax.config import Config
@@ -29,7 +29,7 @@ def read_adapters(
     Raises:
       ValueError: if one is no adapter, is of another base, or replaces parameters of the base.
     """
-    flat, found = lora.flatten(params), []
+    flat, found = trees.flatten(params), []
     for name, given in adapters.items():
         path = storage.path(given, f"adapter {name}")
         if checkpoint.is_run(path):

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 
-from t5jax import checkpoint, sharding, storage
+from t5jax import checkpoint, sharding, storage, trees
 from t5jax.architectures import Architecture, Dtype
 from t5jax.config import AxisRules, Config
 from t5jax.hf import io as hf_io
@@ -152,23 +151,23 @@ class Source:
         """
         shapes, new = api.param_shapes(model), new or {}
         if self.is_quantized:
-            own = {name: x for name, x in _flatten(shapes).items() if name not in new}
-            floats = quantized_files.load_dequantized(self.path, own, _flatten(shardings))
-            return flax.traverse_util.unflatten_dict({**floats, **new}, sep="/")
+            own = {name: x for name, x in trees.flatten(shapes).items() if name not in new}
+            floats = quantized_files.load_dequantized(self.path, own, trees.flatten(shardings))
+            return trees.unflatten({**floats, **new})
         if model.has_params_of(self.model):
             if self.is_checkpoint:
                 return checkpoint.load_params(self.path, shapes, shardings)
             return hf_io.load_params(self.path, model, shardings)
-        names = [name for name in _flatten(shapes) if name not in new]
+        names = [name for name in trees.flatten(shapes) if name not in new]
         if self.is_checkpoint:
             shared = (
-                flax.traverse_util.unflatten_dict({n: _flatten(tree)[n] for n in names}, sep="/")
+                trees.unflatten({n: trees.flatten(tree)[n] for n in names})
                 for tree in (shapes, shardings)
             )
-            read = _flatten(checkpoint.load_params(self.path, *shared))
+            read = trees.flatten(checkpoint.load_params(self.path, *shared))
         else:
             read = hf_io.load_shared_params(self.path, self.model, model, names, shardings)
-        return flax.traverse_util.unflatten_dict({**read, **new}, sep="/")
+        return trees.unflatten({**read, **new})
 
     def missing(self, model: Architecture) -> list[str]:
         """Returns the paths of a network's parameters that the source lacks, such as a new head's.
@@ -211,7 +210,3 @@ def adopt(model: Architecture, source: Source, name: str) -> Architecture:
     if wrong:
         raise ValueError(f"{'; '.join(wrong)}; leave it out, or start from another model")
     return theirs.computed_as(model)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(tree, sep="/")

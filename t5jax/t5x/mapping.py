@@ -17,10 +17,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
+from t5jax import trees
 from t5jax.architectures import SIZES, MlpActivation, T5Config
 from t5jax.hf.io import read_leaf, read_params
 from t5jax.hf.mapping import Index, Rearrange, Row, Tensor, Tensors
@@ -286,7 +286,7 @@ def load_opt_state(
       The state, and the names of T5X's parameters without usable statistics, which are reset.
     """
     table = {param.ours: param for param in _table(config, _layout(tensors))}
-    params = flax.traverse_util.flatten_dict(shapes.params, sep="/")
+    params = trees.flatten(shapes.params)
     num_updates, lost = step(tensors), []
 
     def one(path: Any, leaf: Any, sharding: Any) -> jax.Array:

@@ -3,10 +3,9 @@ parameters of a source or of a teacher's layers, over an adapter's base, or rand
 
 from pathlib import Path
 
-import flax.traverse_util
 import jax
 
-from t5jax import checkpoint
+from t5jax import checkpoint, trees
 from t5jax.adapters import digest
 from t5jax.adapters import params as adapted
 from t5jax.architectures import Architecture
@@ -93,7 +92,7 @@ def new_params(source: Source, model: Architecture, params: api.Params) -> dict[
     missing = source.missing(model)
     if missing:
         say(f"new, as the seed has them: {', '.join(missing)}")
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     return {name: flat[name] for name in missing}
 
 
@@ -112,18 +111,18 @@ def _params_over(
       own: the parameters that the base does not have, and those of it that are trained.
       begins: whether no step has been trained, so that the base's are as they were.
     """
-    own = flax.traverse_util.flatten_dict(own, sep="/")
+    own = trees.flatten(own)
     new = {path: own[path] for path in base.missing(run.model)}
     shardings = adapted.shardings(run.model, None, run.mesh, run.rules)
     params = base.params(run.model, shardings, new)
-    read = flax.traverse_util.flatten_dict(params, sep="/")
+    read = trees.flatten(params)
     digests = digest.digests({path: read[path] for path in sorted(run.base)})
     if getattr(adapter, "base", None):
         round_base = jax.jit(lambda params: adapted.rounded(run.model, adapter, params))
-        read = flax.traverse_util.flatten_dict(round_base(params), sep="/")
+        read = trees.flatten(round_base(params))
     if begins:
         own = {path: x for path, x in own.items() if path not in read}
-    params = flax.traverse_util.unflatten_dict(read | own, sep="/")
+    params = trees.unflatten(read | own)
     if getattr(adapter, "base", None):
         params = jax.device_put(params, run.shardings.params)
     return (adapted.begin(run.model, params, key) if begins else params), digests

@@ -5,14 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
-import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 
 import t5jax
 from command_line import fails, run
-from t5jax import checkpoint, checksums
+from t5jax import checkpoint, checksums, trees
 from t5jax.adapters import lora, prompt
 from t5jax.commands.serve import _adapters
 from t5jax.config import InitConfig, LoraConfig, from_json, to_json
@@ -61,7 +60,7 @@ def edit_config(run_dir: Path, old: str, new: str) -> None:
 
 def flat_params(source) -> dict[str, np.ndarray]:
     _, params = source.read()
-    return flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    return trees.flatten(jax.device_get(params))
 
 
 def test_only_the_adapter_is_saved_and_all_of_it_has_moved(base, adapted):
@@ -185,7 +184,7 @@ def test_as_json():
 def test_several_over_one_base(base, adapted, tmp_path):
     source = find(str(base))
     config = LoraConfig(rank=2, targets=("query", "value"))
-    start = lora.flatten(lora.init(config, source.model, source.read()[1], jax.random.key(0)))
+    start = trees.flatten(lora.init(config, source.model, source.read()[1], jax.random.key(0)))
     rng = np.random.default_rng(0)
     leaves = {p: np.asarray(start[p]) for p in lora.leaves(config, source.model)}
     leaves |= {p: 10 * rng.normal(size=x.shape) for p, x in leaves.items() if p.endswith("lora_b")}

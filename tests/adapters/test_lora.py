@@ -1,11 +1,11 @@
 """LoRA: which matrices are adapted, what the parameters are, and that merging changes nothing."""
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t5jax import trees
 from t5jax.adapters import lora
 from t5jax.architectures import T5Config
 from t5jax.config import LoraConfig
@@ -33,12 +33,12 @@ def base():
 
 def moved(params, by=0.3):
     """Returns parameters whose adapter is not at its start."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = trees.flatten(params)
     rng = np.random.default_rng(0)
     for path, x in flat.items():
         if path.rpartition("/")[2] in lora.TRAINED:
             flat[path] = x + by * rng.normal(size=x.shape).astype(np.float32)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_dropout_is_of_training_alone(base):
 
 def test_rows_have_adapters_of_their_own(base):
     configs = LoraConfig(rank=2, dora=True), LoraConfig(rank=2, alpha=6, dora=True)
-    trees = [moved(lora.init(c, MODEL, base, jax.random.key(n))) for n, c in enumerate(configs)]
-    flat = [flax.traverse_util.flatten_dict(tree, sep="/") for tree in trees]
+    alone = [moved(lora.init(c, MODEL, base, jax.random.key(n))) for n, c in enumerate(configs)]
+    flat = [trees.flatten(params) for params in alone]
     rows = jnp.array([1, 0])
     both = {}
     for path in flat[0]:
@@ -144,8 +144,8 @@ def test_rows_have_adapters_of_their_own(base):
         both[path] = flat[0][path] if same else jnp.stack([f[path] for f in flat], axis)
         if name == "lora_a":
             both[path.replace("lora_a", "lora_rows")] = jnp.broadcast_to(rows, (2, 2))
-    both = flax.traverse_util.unflatten_dict(both, sep="/")
+    both = trees.unflatten(both)
     found = api.logits(MODEL, both, BATCH)
     for row, n in enumerate(rows):
-        alone = api.logits(MODEL, trees[n], BATCH)
-        np.testing.assert_allclose(found[row], alone[row], atol=2e-5)
+        expected = api.logits(MODEL, alone[n], BATCH)
+        np.testing.assert_allclose(found[row], expected[row], atol=2e-5)

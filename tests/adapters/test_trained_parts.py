@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from t5jax import sharding
+from t5jax import sharding, trees
 from t5jax.adapters import lora, prompt
 from t5jax.architectures import BertConfig, T5Config
 from t5jax.commands.train import with_sections
@@ -60,12 +60,12 @@ def steps(config, number, mesh=None, params=None):
     with run.use():
         state = run.create(jax.random.key(0))
         if params:
-            whole = lora.flatten(state.params) | jax.device_put(params, run.mesh.devices.flat[0])
-            state = state.replace(params=lora.unflatten(whole))
-        params = [jax.device_get(lora.flatten(state.params))]
+            whole = trees.flatten(state.params) | jax.device_put(params, run.mesh.devices.flat[0])
+            state = state.replace(params=trees.unflatten(whole))
+        params = [jax.device_get(trees.flatten(state.params))]
         for _ in range(number):
             state, _ = run.step(state, batch)
-            params.append(jax.device_get(lora.flatten(state.params)))
+            params.append(jax.device_get(trees.flatten(state.params)))
     return params, state
 
 
@@ -169,7 +169,7 @@ def test_the_rank_may_be_sharded():
     axes = AxisRules(rank="model", mlp=None, heads=None)
     config = change(adapter=LoraConfig(rank=2, targets=("wo",)), axes=axes)
     run = program(config, sharding.make_mesh(MeshConfig(data=2, fsdp=2, model=2)))
-    specs = {path: x.spec for path, x in lora.flatten(run.shardings.params).items()}
+    specs = {path: x.spec for path, x in trees.flatten(run.shardings.params).items()}
     assert specs["encoder/layers/mlp/wo/lora_a"][-1] == "model"
     assert specs["encoder/layers/mlp/wo/lora_b"][1:] == ("model", "fsdp")
 

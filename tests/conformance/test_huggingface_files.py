@@ -12,7 +12,7 @@ import safetensors.numpy
 from conformance.cases import assert_same, every_variant, random_params
 from conformance.families import FAMILIES, FAST, VARIANTS, change, family_of
 from golden import assert_golden
-from t5jax import architectures, sharding
+from t5jax import architectures, sharding, trees
 from t5jax.architectures import SIZES
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.hf import files, io
@@ -121,7 +121,7 @@ def test_round_trip_is_exact_when_sharded_and_a_host_reads_only_its_slices(
 @pytest.mark.parametrize("size", SIZES)
 def test_every_published_size_has_a_row_for_each_leaf(size):
     model = SIZES[size]
-    shapes = io._flatten(api.param_shapes(model))
+    shapes = trees.flatten(api.param_shapes(model))
     rows = io._table(model).rows(model)
     assert sorted(row.ours for row in rows) == sorted(shapes)
     theirs = {}

@@ -13,6 +13,7 @@ import pytest
 
 import t5jax
 from conformance.families import VARIANTS
+from t5jax import trees
 from t5jax.adapters import lora, prompt
 from t5jax.config import LoraConfig
 from t5jax.hf import io
@@ -75,7 +76,7 @@ def our_logits(model, params):
 
 def adapted(params, leaves):
     return jax.tree.map(
-        jnp.asarray, lora.unflatten(lora.flatten(params) | {p: x for p, x in leaves.items()})
+        jnp.asarray, trees.unflatten(trees.flatten(params) | {p: x for p, x in leaves.items()})
     )
 
 
@@ -106,7 +107,7 @@ HERE = {
 def test_written_here_peft_computes_the_same(folders, tmp_path, case):
     config = HERE[case]
     model, params, folder = folders(case.split()[0])
-    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    start = trees.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
     leaves = moved({path: start[path] for path in lora.leaves(config, model)})
     whole = {
         p: x + 0.1
@@ -209,7 +210,7 @@ def test_patterns_are_of_the_names_in_the_model_that_was_adapted(folders, tmp_pa
 def test_what_one_format_has_no_place_for(folders, tmp_path):
     model, params, folder = folders("t5_1_1")
     config = LoraConfig(rank=2, targets=("wo",), train=("*/mlp/wo/kernel",))
-    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    start = trees.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
     with pytest.raises(ValueError, match=r"wo has an adapter, and is also trained as a whole"):
         ours.save(tmp_path / "adapter", model, start, str(folder))
     assert not (tmp_path / "adapter").exists()
@@ -283,7 +284,7 @@ def test_what_a_user_types_is_answered_as_by_peft(tmp_path):
 def test_what_is_not_implemented_is_refused(folders, tmp_path, changes, message):
     model, params, folder = folders("llama_scaled")
     config = LoraConfig(rank=2, targets=("query",))
-    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    start = trees.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
     leaves = {path: start[path] for path in lora.leaves(config, model)}
     ours.save(tmp_path / "adapter", model, leaves, str(folder))
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -295,7 +296,7 @@ def test_what_is_not_implemented_is_refused(folders, tmp_path, changes, message)
 def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
     model, params, folder = folders("llama_scaled")
     config = LoraConfig(rank=2, targets=("query",))
-    start = lora.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    start = trees.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
     leaves = {path: start[path] for path in lora.leaves(config, model)}
     ours.save(tmp_path / "adapter", model, leaves, str(folder))
     with pytest.raises(ValueError, match=r"of another base.*no place for model.*q_proj.lora_A"):

@@ -2,21 +2,17 @@
 
 import dataclasses
 
-import flax.traverse_util
 import numpy as np
 import pytest
 
 from conformance.cases import LOGITS, random_batch, random_params
 from conformance.families import FAMILIES
+from t5jax import trees
 from t5jax.architectures import BertConfig
 from t5jax.models import api
 from t5jax.prune import narrow
 
 VARIANTS = {name: v for family in FAMILIES.values() for name, v in family.variants.items()}
-
-
-def flatten(tree):
-    return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def logits(model, params):
@@ -27,8 +23,8 @@ def logits(model, params):
 def test_columns_that_write_nothing_are_those_that_go(name):
     """Of a network whose last columns are nearly 0, the rest computes the same."""
     model = VARIANTS[name]
-    flat = {path: np.array(x) for path, x in flatten(random_params(model)).items()}
-    axes = flatten(api.param_axes(model))
+    flat = {path: np.array(x) for path, x in trees.flatten(random_params(model)).items()}
+    axes = trees.flatten(api.param_axes(model))
     for path, x in flat.items():
         if "mlp" in axes[path]:
             dim = axes[path].index("mlp")
@@ -38,7 +34,7 @@ def test_columns_that_write_nothing_are_those_that_go(name):
                 index = [layer, *[slice(None)] * (x.ndim - 1)]
                 index[dim] = (np.arange(half) + layer) % x.shape[dim]
                 flat[path][tuple(index)] = 0
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    params = trees.unflatten(flat)
     smaller, fewer = narrow(model, params, "mlp", 0.5)
     assert smaller.d_ff == model.d_ff - round(0.5 * model.d_ff)
     np.testing.assert_allclose(logits(smaller, fewer), logits(model, params), rtol=1e-5, atol=1e-5)
@@ -50,8 +46,8 @@ def test_columns_that_write_nothing_are_those_that_go(name):
 )
 def test_the_heads_with_the_smallest_norm_go(name, share):
     model = VARIANTS[name]
-    flat = {path: np.array(x) for path, x in flatten(random_params(model)).items()}
-    axes = flatten(api.param_axes(model))
+    flat = {path: np.array(x) for path, x in trees.flatten(random_params(model)).items()}
+    axes = trees.flatten(api.param_axes(model))
     for path, x in flat.items():
         if not path.endswith("kernel") or not {"heads", "kv_heads"} & {*axes[path]}:
             continue
@@ -66,13 +62,14 @@ def test_the_heads_with_the_smallest_norm_go(name, share):
             index = [layer, *[slice(None)] * (x.ndim - 1)]
             index[dim] = slice(unit * size, (unit + 1) * size)
             flat[path][tuple(index)] *= 1e-9
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    params = trees.unflatten(flat)
     smaller, fewer = narrow(model, params, "heads", share)
     assert smaller.num_heads < model.num_heads
     np.testing.assert_allclose(logits(smaller, fewer), logits(model, params), rtol=1e-5, atol=1e-5)
     whole = narrow(model, params, "mlp", 0.5)[1]
     assert (
-        flatten(whole)["token_embedder/embedding"].shape == flat["token_embedder/embedding"].shape
+        trees.flatten(whole)["token_embedder/embedding"].shape
+        == flat["token_embedder/embedding"].shape
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import t5jax
 from conformance.cases import random_params
 from serving.live import SIZES, T5, pretrained, running
+from t5jax import trees
 from t5jax.adapters import lora
 from t5jax.config import LoraConfig, MeshConfig
 from t5jax.hf import io, peft
@@ -30,7 +31,7 @@ def adapters(model, params):
     """Returns the leaves of an adapter of each config, none at its start."""
     found = []
     for number, config in enumerate(CONFIGS):
-        start = lora.flatten(lora.init(config, model, params, jax.random.key(number)))
+        start = trees.flatten(lora.init(config, model, params, jax.random.key(number)))
         rng = np.random.default_rng(number)
         found.append(
             {
@@ -77,7 +78,7 @@ def assert_same(found, expected):
 def test_each_answer_is_as_if_its_adapter_were_alone_on_eight_devices(tmp_path):
     base = random_params(T5)
     leaves = adapters(T5, base)
-    flat = lora.flatten(base)
+    flat = trees.flatten(base)
     io.save_params(tmp_path / "base", T5, base, tokenizer=ByteTokenizer())
     for name, one in zip(("one", "other"), leaves, strict=True):
         peft.save(tmp_path / name, T5, one, str(tmp_path / "base"))
@@ -104,7 +105,7 @@ def test_each_answer_is_as_if_its_adapter_were_alone_on_eight_devices(tmp_path):
         assert np.abs(np.subtract(vector.embedding, other.embedding)).max() > 1e-3
     expected = model.embed(["abc"])[0]  # Without an adapter.
     np.testing.assert_allclose(vectors[0].embedding, expected, atol=1e-4)
-    merged = [base, *(lora.merge(T5, lora.unflatten(flat | one)) for one in leaves)]
+    merged = [base, *(lora.merge(T5, trees.unflatten(flat | one)) for one in leaves)]
     for answers, params in zip(found.values(), merged, strict=True):
         assert_same(answers, alone(params))
     assert len({text for answers in found.values() for text, _ in answers}) > 3, "all alike"

@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import flax.traverse_util
 import jax
 import ml_dtypes
 import numpy as np
@@ -21,7 +20,7 @@ from command_line import fails, run
 from conformance.cases import LOGITS, assert_trees_close, random_batch
 from conformance.cases import random_params as random_params_of
 from conformance.families import T5, T5_EVEN
-from t5jax import checkpoint, sharding
+from t5jax import checkpoint, sharding, trees
 from t5jax.architectures import T5Config, published
 from t5jax.config import AxisRules, Config, LossConfig, MeshConfig, OptimizerConfig
 from t5jax.convert import export_model
@@ -96,7 +95,7 @@ NAMES = {
 def to_t5x(tree, layout) -> dict[str, np.ndarray]:
     """Returns our parameters, or what is shaped like them, as T5X's: path to array."""
     theirs = {}
-    for path, x in flax.traverse_util.flatten_dict(tree, sep="/").items():
+    for path, x in trees.flatten(tree).items():
         x = np.asarray(x)
         name = path
         for ours, other in NAMES.items():
@@ -126,7 +125,7 @@ def train_state(params, states=None, step=7) -> dict:
     for name, slots in (states or {}).items():
         flat |= {f"state/param_states/{name}/{slot}": x for slot, x in slots.items()}
     flat["state/step"] = np.int32(step)
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return trees.unflatten(flat)
 
 
 def write_zarr(folder: Path, x: np.ndarray, chunks=None) -> None:
@@ -273,7 +272,7 @@ def test_a_published_size_is_found_by_its_shapes(size):
     }
     assert mapping.describe(tensors, "x") == config
     rows = {row.ours for row in (p.row() for p in mapping._table(config, mapping._layout(tensors)))}
-    assert rows == set(flax.traverse_util.flatten_dict(api.param_shapes(config), sep="/"))
+    assert rows == set(trees.flatten(api.param_shapes(config)))
 
 
 # --- Adafactor ------------------------------------------------------------------------------------
@@ -842,7 +841,7 @@ def test_a_real_checkpoint_keeps_every_bit(tmp_path):
     raw = serialization.msgpack_restore(REAL.read_bytes())["optimizer"]["target"]
     assert_same(
         {k: np.asarray(x) for k, x in to_t5x(find(out).read()[1], FIRST).items()},
-        flax.traverse_util.flatten_dict(raw, sep="/"),
+        trees.flatten(raw),
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5jax.adapters import lora, prompt
+from t5jax import trees
+from t5jax.adapters import prompt
 from t5jax.architectures import Architecture, Head
 from t5jax.hf.files import ADAPTER, open_tensors, read_json
 from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
@@ -260,7 +261,7 @@ def _read_whole(
     found: Mapping[str, np.ndarray], model: Architecture, where: str
 ) -> dict[str, np.ndarray]:
     """Returns the parameters of the base that an adapter's folder has as a whole."""
-    shapes = lora.flatten(api.param_shapes(model))
+    shapes = trees.flatten(api.param_shapes(model))
     params: dict[str, np.ndarray] = {}
     used: set[str] = set()
     for row in table_of(model).rows(model):
