@@ -119,6 +119,7 @@ def distill(args: list[str]) -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(AnswersFile(path, asked))
         number = done = file.num_prompts
+        num_cut = 0
         rows = itertools.islice(rows, done, None)
         bar = stack.enter_context(counting("prompts", options.num_examples, done))
         while window := list(itertools.islice(rows, _BATCHES * options.batch_size)):
@@ -129,6 +130,7 @@ def distill(args: list[str]) -> None:
                 for prompt, own in zip(prompts, answers, strict=True)
             ]
             file.write(lines, len(lines))
+            num_cut += sum(own[0].finish == "length" for own in answers)
             number += len(lines)
             bar(number)
     for split in splits[1:]:
@@ -139,6 +141,12 @@ def distill(args: list[str]) -> None:
     storage.write_file(options.folder / f"{name}.py", text.encode())
     again = f", {done} of them before" if done else ""
     print(f"wrote {options.folder / name}.py: {number} answers{again}", file=sys.stderr)
+    if num_cut:
+        print(
+            f"warning: {num_cut} of {number - done} answers did not end in the tokens that they "
+            "may have, and a student learns to end there; raise --max-tokens",
+            file=sys.stderr,
+        )
     print(name)
 
 

@@ -4,6 +4,7 @@ Norms, biases and tables of relative positions stay as they are.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -127,13 +128,17 @@ def chosen(model: Architecture, scheme: Scheme) -> list[Matrix]:
         )
     if scheme.weights in PACKED:
         for matrix in rest:
-            group_size(matrix, scheme)
+            group_size(matrix, scheme, rest)
     return rest
 
 
-def group_size(matrix: Matrix, scheme: Scheme) -> int:
+def group_size(matrix: Matrix, scheme: Scheme, others: Sequence[Matrix] = ()) -> int:
     """Returns the inputs per scale of a matrix: all where it has fewer than a group.
 
+    Args:
+      matrix: the matrix.
+      scheme: what it is rounded to.
+      others: what is rounded with it, which a group that a message recommends divides, too.
     Raises:
       ValueError: if groups, or pairs, do not divide them.
     """
@@ -146,7 +151,8 @@ def group_size(matrix: Matrix, scheme: Scheme) -> int:
             "choose int8"
         )
     if size % group:
-        below = next(g for g in range(group, 0, -1) if size % g == 0)
+        sizes = {size, *(m.shape[m.axis] for m in others)}
+        below = next(g for g in range(group, 0, -1) if all(n % min(g, n) == 0 for n in sizes))
         raise ValueError(
             f"{matrix.path} has {size} inputs at {matrix.axes[matrix.axis]}, which groups of "
             f"{group} do not divide; set group to {below} (--group {below}), or keep the matrix "

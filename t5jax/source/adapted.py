@@ -84,10 +84,7 @@ class AdaptedSource(Source):
             )
         params = self.base.params(model, shardings, {path: found[path] for path in lacks})
         flat = trees.flatten(params)
-        if self.is_checkpoint:
-            saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in flat}
-            read = digest.digests({path: flat[path] for path in saved})
-            digest.check(read, saved, str(self.path), str(self.base.path))
+        self._check_base(flat)
         if self.is_checkpoint and self.config.adapter is not None:
             # It was trained over what the base is rounded to.
             flat = trees.flatten(adapted.rounded_to_float(model, self.config.adapter, params))
@@ -106,6 +103,14 @@ class AdaptedSource(Source):
                 for path, x in trees.flatten(merged).items()
             },
         )
+
+    def _check_base(self, params: Mapping[str, Any]) -> None:
+        """Raises ValueError if parameters of the base are not those that a run was trained over."""
+        assert self.base is not None
+        if self.is_checkpoint:
+            saved = {p: d for p, d in checkpoint.read_base(self.path).items() if p in params}
+            read = digest.digests({path: params[path] for path in saved})
+            digest.check(read, saved, str(self.path), str(self.base.path))
 
     def missing(self, model: Architecture) -> list[str]:
         assert self.base is not None
@@ -141,6 +146,8 @@ class AdaptedSource(Source):
         elif not name:
             name, revision = peft.base_of(self.path), peft.revision_of(self.path)
         base = str(Path(name).expanduser().absolute()) if Path(name).exists() else name
+        if self.named_base:  # Nothing else compares it.
+            self._check_base(trees.flatten(self.base.read(dequantize=True)[1]))
         peft.save(
             output,
             self.model,

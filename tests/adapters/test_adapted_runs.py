@@ -100,6 +100,8 @@ def test_a_changed_base_is_refused_by_name(base, adapted, tmp_path):
         find(str(copy)).read()
     with pytest.raises(ValueError, match="trained over another base"):
         train(config_over(other, copy, steps=3))
+    with pytest.raises(ValueError, match="trained over another base"):
+        find(str(adapted), base=str(other)).export_adapter(str(tmp_path / "exported"))
 
 
 def test_a_base_that_has_moved(base, adapted, tmp_path, capsys):

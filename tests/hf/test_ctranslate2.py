@@ -14,6 +14,7 @@ from t5jax import decoding
 from t5jax.hf import ctranslate2 as ct2
 from t5jax.hf import io
 from t5jax.models import api
+from t5jax.quantize.matrices import Scheme, dequantize_params, quantize_params
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="what reads the exports")
 transformers = pytest.importorskip("transformers", reason="what it converts with")
@@ -45,7 +46,7 @@ def token(i: int) -> str:
     return f"t{i}"
 
 
-def convert(folder, config, params):
+def convert(folder, config, params, quantization=None):
     """Exports a model with a tokenizer whose tokens are t0, t1, ..., and converts it."""
     io.save_params(folder / "hf", config, params)
     tokenizers = pytest.importorskip("tokenizers")
@@ -58,14 +59,15 @@ def convert(folder, config, params):
         eos_token=token(config.eos_token_id),
         bos_token=token(config.decoder_start_token_id),
     ).save_pretrained(folder / "hf")
-    ct2.convert(folder / "hf", folder / "ct2")
+    ct2.convert(folder / "hf", folder / "ct2", quantization)
     return str(folder / "ct2")
 
 
-def expect(config, logits, tokens, results):
+def expect(config, logits, tokens, results, atol=1e-3):
     """Compares greedy tokens, and the mean of their log-probabilities.
 
     Args:
+      atol: of the mean.
       logits: [B, T, V], those from which the tokens were taken.
       tokens: [B, T], with what ends a text, and padding behind.
       results: for each row, the tokens without what ends it, and the score.
@@ -78,14 +80,20 @@ def expect(config, logits, tokens, results):
         assert got == [token(i) for i in tokens[row, :length]]
         places = np.arange(min(length + 1, tokens.shape[1]))
         expected = log_probs[row, places, tokens[row, places]].mean()
-        np.testing.assert_allclose(score, expected, atol=1e-3)
+        np.testing.assert_allclose(score, expected, atol=atol)
 
 
-@pytest.mark.parametrize("variant", T5)
+@pytest.mark.parametrize("variant", [*T5, "int8"])
 def test_t5(variant, tmp_path):
-    config = T5[variant]
-    params = random_params(config, seed=1)
-    translator = ctranslate2.Translator(convert(tmp_path, config, params), device="cpu")
+    """Also what `t5jax compress --weights int8 --activations int8` makes of one, exported in floats
+    and rounded to int8 again."""
+    config, is_int8 = T5.get(variant, SMALL), variant == "int8"
+    params = exported = random_params(config, seed=1)
+    if is_int8:
+        params = quantize_params(config, params, Scheme("int8", activations="int8"))
+        exported = dequantize_params(params)
+    folder = convert(tmp_path, config, exported, "int8" if is_int8 else None)
+    translator = ctranslate2.Translator(folder, device="cpu")
 
     rng = np.random.default_rng(0)
     sources = [rng.integers(2, config.vocab_size, n).tolist() for n in (9, 5, 7)]
@@ -101,7 +109,7 @@ def test_t5(variant, tmp_path):
         return_scores=True,
     )
     found = [(result.hypotheses[0], result.scores[0]) for result in results]
-    expect(config, LOGITS(config, params, batch), tokens, found)
+    expect(config, LOGITS(config, params, batch), tokens, found, 0.02 if is_int8 else 1e-3)
 
 
 @pytest.mark.parametrize("variant", GPT)

@@ -39,6 +39,13 @@ def matrix_of(model, path):
     return next(m for m in matrices(model) if m.path == path)
 
 
+def test_the_group_that_a_message_recommends_divides_all_matrices():
+    model = dataclasses.replace(even("t5_1_1"), d_model=24, d_ff=40, d_kv=8)
+    with pytest.raises(ValueError, match=r"inputs at embed, which groups of 16 .* \(--group 8\)"):
+        chosen(model, Scheme("int4", group=16))
+    assert chosen(model, Scheme("int4", group=8))
+
+
 def test_normal_floats_are_quantiles_of_a_normal_distribution():
     """As QLoRA's appendix E and bitsandbytes' create_normal_map have them."""
     offset = 0.9677083

@@ -1,6 +1,6 @@
 """LoRA and soft prompts in the format of the PEFT library: `reading.py` and `writing.py`.
 
-A folder has adapter_config.json and adapter_model.safetensors.
+A folder has adapter_config.json (`config.py`) and adapter_model.safetensors.
 
 Tensors lie beside their modules, in torch's layout: `lora_A.weight` [R, in], `lora_B.weight`
 [out, R], `lora_magnitude_vector` [out], for matrices [out, in] and for GPT-2's [in, out] alike.
@@ -15,7 +15,8 @@ L layers, R rank.
 
 from pathlib import Path
 
-from t5jax.hf.files import ADAPTER, CONFIG, read_json, weight_files
+from t5jax.hf.files import ADAPTER, CONFIG, weight_files
+from t5jax.hf.peft.config import read_config
 from t5jax.hf.peft.reading import model_of, read
 from t5jax.hf.peft.writing import save
 
@@ -31,14 +32,14 @@ def is_adapter(folder: Path) -> bool:
 
 def is_prompt(folder: Path) -> bool:
     """Returns whether the adapter in a folder is a soft prompt."""
-    return read_json(folder / ADAPTER).get("peft_type") == "PROMPT_TUNING"
+    return read_config(folder).get("peft_type") == "PROMPT_TUNING"
 
 
 def base_of(folder: Path) -> str:
     """Returns the name or path of an adapter's base, "" if it is not said."""
-    return read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
+    return read_config(folder).get("base_model_name_or_path") or ""
 
 
 def revision_of(folder: Path) -> str | None:
     """Returns which revision of its base on the Hub an adapter is of; None: the newest."""
-    return read_json(folder / ADAPTER).get("revision")
+    return read_config(folder).get("revision")

@@ -4,7 +4,6 @@ L layers, R rank.
 """
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,88 +13,11 @@ import numpy as np
 
 from t5jax import trees
 from t5jax.adapters import prompt
-from t5jax.architectures import Architecture, Head
-from t5jax.hf.files import ADAPTER, open_tensors, read_json
+from t5jax.architectures import Architecture
+from t5jax.hf.files import ADAPTER, open_tensors
+from t5jax.hf.peft.config import check_lora, head_of, read_config, scale
 from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
 from t5jax.models import api
-
-# Keys that say how an adapter was made or will be trained, or which modules it has, which its
-# tensors say themselves.
-_HARMLESS = re.findall(
-    r"\w+",
-    """
-    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
-    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora
-    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
-    megatron_core loftq_config eva_config corda_config lora_ga_config use_dora qalora_group_size
-    runtime_config ensure_weight_tying eva_state_dict
-    """,
-)
-# Keys that change what is computed: not implemented here.
-_REFUSED = (
-    "megatron_config",
-    "trainable_token_indices",
-    "velora_config",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "monteclora_config",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-)
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-
-def _check(config: Mapping[str, Any], where: str) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(
-            f"{where}: peft_type is {kind!r}, which is not implemented; expected LORA or "
-            "PROMPT_TUNING"
-        )
-    for key in _REFUSED:
-        if config.get(key):
-            raise ValueError(
-                f"{where}: {key} is {config[key]!r}, which is not implemented; merge the adapter "
-                "with peft (merge_and_unload, then save_pretrained), and take that model"
-            )
-    if config.get("init_lora_weights", True) not in _INITS:
-        raise ValueError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which also changes "
-            "the base's weights; save the adapter with peft's "
-            "path_initial_model_for_weight_conversion, which makes a plain one of it"
-        )
-    if unknown := sorted(set(config) - {*_HARMLESS, *_REFUSED}):
-        warnings.warn(
-            f"{where} has keys that are not known here and change nothing: "
-            f"{', '.join(f'{key}={config[key]!r}' for key in unknown)}",
-            stacklevel=4,
-        )
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int, where: str) -> float:
-    """Returns alpha over the rank, of a module of theirs, as PEFT finds it.
-
-    Args:
-      module: its name in the model that was adapted, which patterns are of.
-    """
-
-    def of(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
-
-    expected = of(config.get("rank_pattern"), config.get("r", 8))
-    if rank != expected:
-        raise ValueError(
-            f"{where}: {module} has rank {rank} in the tensors, but {expected} in {ADAPTER}"
-        )
-    alpha = of(config.get("alpha_pattern"), config.get("lora_alpha", 8))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
@@ -110,10 +32,10 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
       ValueError: if it needs something that is not implemented, or does not fit the base, naming
         the tensor.
     """
-    config = read_json(folder / ADAPTER)
+    config = read_config(folder)
     if config.get("peft_type") == "PROMPT_TUNING":
         return {prompt.PATH: _read_prompt(folder, config, model)}
-    _check(config, str(folder / ADAPTER))
+    check_lora(config, str(folder / ADAPTER))
     found: dict[str, np.ndarray] = {}
     scales: dict[str, float] = {}
     with open_tensors(folder, adapter=True) as tensors:
@@ -123,7 +45,7 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
             if new.endswith(f".{TENSORS[0]}") and tensor.shape:
                 own, module = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
                 own = own.removeprefix(PREFIX)
-                scales[module] = _scale(config, own, tensor.shape[0], str(folder))
+                scales[module] = scale(config, own, tensor.shape[0], str(folder))
     known: set[str] = set()
     params: dict[str, np.ndarray] = {}
     for module in modules_of(model).values():
@@ -136,15 +58,6 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     return params
 
 
-# Of task_type, and of the classes in auto_mapping.
-_HEADS: dict[str, Head] = {
-    "SEQ_CLS": "sequence_classification",
-    "TOKEN_CLS": "token_classification",
-    "ForSequenceClassification": "sequence_classification",
-    "ForTokenClassification": "token_classification",
-}
-
-
 def model_of(folder: Path, base: Architecture) -> Architecture:
     """Returns the network of an adapter: its base's, or with a classifier that it has trained.
 
@@ -154,16 +67,12 @@ def model_of(folder: Path, base: Architecture) -> Architecture:
       folder: with adapter_config.json.
       base: the description of the base.
     """
-    config = read_json(folder / ADAPTER)
-    made_for = (config.get("auto_mapping") or {}).get("base_model_class", "")
-    of_class = [head for name, head in _HEADS.items() if made_for.endswith(name)]
-    head = _HEADS.get(config.get("task_type") or "", of_class[0] if of_class else None)
-    name = table_of(base).classifier
+    head, name = head_of(read_config(folder)), table_of(base).classifier
     if head is None or not name:
         return base
     with open_tensors(folder, adapter=True) as tensors:
         shapes = {_renamed(theirs, base): x.shape for theirs, x in tensors.items()}
-    if name not in shapes or (head, len(base.labels)) == (base.head, shapes[name][0]):
+    if not shapes.get(name) or (head, len(base.labels)) == (base.head, shapes[name][0]):
         return base
     return base.as_classifier(head, [f"LABEL_{i}" for i in range(shapes[name][0])])
 
