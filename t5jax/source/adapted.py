@@ -101,7 +101,7 @@ class AdaptedSource(Source):
                     x.astype(dtypes.get(path, x.dtype)), places.get(path, replicated)
                 )
                 for path, x in trees.flatten(merged).items()
-            },
+            }
         )
 
     def _check_base(self, params: Mapping[str, Any]) -> None:
@@ -157,28 +157,31 @@ class AdaptedSource(Source):
             tokenizer=self.own_tokenizer(),
             overwrite=overwrite,
         )
-        kinds = {
-            "a run": (self.base.is_checkpoint, ""),
-            "a compressed model": (self.base.is_quantized, " --dequantize"),
-            "a folder in a bucket": (self.base.origin is not None, ""),
-        }
-        if isinstance(self.base, AdaptedSource):
-            kinds = {"an adapter itself": (True, " --merge")}
-        for kind, (is_it, option) in kinds.items():
-            if is_it:
-                warnings.warn(
-                    f"{output} names its base {base}, {kind}, which PEFT cannot load: export that "
-                    f"(t5jax export {base} FOLDER{option}), and the adapter again with --base "
-                    "FOLDER --overwrite",
-                    stacklevel=2,
-                )
-                break
+        if what := _not_for_peft(self.base):
+            kind, option = what
+            warnings.warn(
+                f"{output} names its base {base}, {kind}, which PEFT cannot load: export that "
+                f"(t5jax export {base} FOLDER{option}), and the adapter again with --base FOLDER "
+                "--overwrite",
+                stacklevel=2,
+            )
         if rounding := self.is_checkpoint and getattr(self.config.adapter, "base", None):
             warnings.warn(
                 f"{output} is written without the rounding of its base to {rounding} "
                 "(adapter.base), over which it was trained; --merge keeps it",
                 stacklevel=2,
             )
+
+
+def _not_for_peft(base: Source) -> tuple[str, str] | None:
+    """Returns what a base is, and an option of its export, if PEFT cannot load it."""
+    if isinstance(base, AdaptedSource):
+        return "an adapter itself", " --merge"
+    if base.is_checkpoint:
+        return "a run", ""
+    if base.is_quantized:
+        return "a compressed model", " --dequantize"
+    return ("a folder in a bucket", "") if base.origin else None
 
 
 def _fits(path: str, params: Container[str]) -> bool:
