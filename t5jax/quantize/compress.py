@@ -154,9 +154,16 @@ def _calibration(
 
 
 def _data_of(config: Config, task: str, rows: int) -> Config:
-    """Returns a config whose batches have rows of one task."""
-    data = config.data
-    same = data.inputs_length == data.targets_length
+    """Returns a config whose batches have rows of one task, as long as the network reads."""
+    data, model = config.data, config.model
+    inputs, targets, most = data.inputs_length, data.targets_length, model.longest_row
+    if most is not None and model.kind == "encoder":
+        inputs = min(inputs, most)
+    elif most is not None:
+        targets = min(targets, most // 2)
+        inputs = min(inputs, most - targets)
+    elif model.kind == "encoder_decoder" and inputs == targets:
+        targets += 1  # Statistics tell the encoder's rows from the decoder's by their length.
     return override(
         config,
         {
@@ -164,7 +171,7 @@ def _data_of(config: Config, task: str, rows: int) -> Config:
             "data.mixture_changes": (),
             "data.cache": None,
             "data.batch_size": rows,
-            # Statistics tell the encoder's rows from the decoder's by their length.
-            "data.targets_length": data.targets_length + int(same),
+            "data.inputs_length": inputs,
+            "data.targets_length": targets,
         },
     )

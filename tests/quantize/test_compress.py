@@ -15,10 +15,11 @@ from conformance.cases import LOGITS, pack, random_examples, random_params
 from conformance.families import VARIANTS, family_of
 from t5jax import batch as features
 from t5jax import convert, sharding
-from t5jax.config import AxisRules, MeshConfig
+from t5jax.config import AxisRules, Config, DataConfig, MeshConfig
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.quantize import calibrate, files
+from t5jax.quantize.compress import _data_of
 from t5jax.quantize.matrices import Matrix, Scheme, dequantize_params, matrices, quantize
 from t5jax.source import find
 from t5jax.tokenizers import ByteTokenizer
@@ -242,6 +243,25 @@ def test_statistics_are_of_the_inputs_of_each_layer_without_padding():
     np.testing.assert_allclose(found["awq"].of(path, 0), np.abs(x_ND).mean(0), rtol=1e-4)
     np.testing.assert_allclose(found["gptq"].of(path, 0), 2 * x_ND.T @ x_ND, rtol=1e-3, atol=1e-3)
     assert not np.allclose(found["awq"].of(path, 0), found["awq"].of(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("variant", "given", "expected"),
+    [
+        ("t5_1_1", (8, 8), (8, 9)),
+        ("gpt2", (8, 8), (8, 8)),  # Of 16 positions.
+        ("gpt2", (512, 128), (8, 8)),
+        ("gpt2", (512, 4), (12, 4)),
+        ("bert_masked_lm", (512, 128), (16, 128)),
+    ],
+)
+def test_rows_of_calibration_are_as_long_as_the_network_reads(variant, given, expected):
+    model = VARIANTS[variant]
+    if model.longest_row:
+        model = dataclasses.replace(model, max_positions=16)
+    data = DataConfig(inputs_length=given[0], targets_length=given[1])
+    found = _data_of(Config(model=model, data=data), "task", 4).data
+    assert (found.inputs_length, found.targets_length) == expected
 
 
 def test_statistics_fit_into_memory_part_by_part():
