@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import t5jax
 from conformance.families import VARIANTS
@@ -211,8 +212,9 @@ def test_what_one_format_has_no_place_for(folders, tmp_path):
     model, params, folder = folders("t5_1_1")
     config = LoraConfig(rank=2, targets=("wo",), train=("*/mlp/wo/kernel",))
     start = trees.flatten(jax.device_get(lora.init(config, model, params, jax.random.key(1))))
+    leaves = {p: x for p, x in start.items() if "lora" in p or p.endswith("mlp/wo/kernel")}
     with pytest.raises(ValueError, match=r"wo has an adapter, and is also trained as a whole"):
-        ours.save(tmp_path / "adapter", model, start, str(folder))
+        ours.save(tmp_path / "adapter", model, leaves, str(folder))
     assert not (tmp_path / "adapter").exists()
 
 
@@ -291,6 +293,26 @@ def test_what_is_not_implemented_is_refused(folders, tmp_path, changes, message)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
         ours.read(tmp_path / "adapter", model)
+
+
+def test_what_the_network_has_not_of_a_model_of_images_too_is_left_out(folders, tmp_path):
+    model, params, folder = folders("gemma3")
+    config = LoraConfig(rank=2, targets=("query",))
+    start = lora.init(config, model, params, jax.random.key(1))
+    leaves = {p: x for p, x in jax.device_get(trees.flatten(start)).items() if "lora" in p}
+    ours.save(tmp_path, model, leaves, str(folder))
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {  # As PEFT names them in a Gemma3ForConditionalGeneration.
+        name.replace("model.model.", "model.model.language_model."): x
+        for name, x in safetensors.numpy.load_file(path).items()
+    }
+    tower = "base_model.model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    tensors[f"{tower}.lora_A.weight"] = np.ones((2, 4), np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    read = ours.read(tmp_path, model)
+    assert set(read) == set(leaves)
+    for name, x in leaves.items():
+        np.testing.assert_allclose(read[name], x, err_msg=name)
 
 
 def test_an_adapter_of_another_base_is_refused(folders, tmp_path):

@@ -199,7 +199,8 @@ def _read_whole(
         leaf = jax.ShapeDtypeStruct(shape, np.float32)
         tensors: Any = found
         params[row.ours] = row.read(leaf, (slice(None),) * len(shape), tensors)
-    if rest := sorted(set(found) - used):
+    ignored = re.compile("|".join(table_of(model).ignored) or r"(?!)")  # As in the base's files.
+    if rest := sorted(name for name in set(found) - used if not ignored.fullmatch(name)):
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         raise ValueError(
             f"{where} is an adapter of another base, or of a module that cannot be adapted here: "
