@@ -7,7 +7,15 @@ Plain Python without jax, so that configs load and print quickly. The networks t
 import dataclasses
 from typing import Any
 
-from t5jax.architectures.base import Architecture, Dtype, Head, Kind, RematPolicy, check_dtype
+from t5jax.architectures.base import (
+    Architecture,
+    Classifier,
+    Dtype,
+    Head,
+    Kind,
+    RematPolicy,
+    check_dtype,
+)
 from t5jax.architectures.bert import BertActivation, BertConfig, BertHead
 from t5jax.architectures.families import FAMILIES, load_sizes
 from t5jax.architectures.gpt import GPTActivation, GPTConfig, GPTFamily, RopeScaling
@@ -24,6 +32,7 @@ __all__ = [
     "BertActivation",
     "BertConfig",
     "BertHead",
+    "Classifier",
     "Dtype",
     "GPTActivation",
     "GPTConfig",

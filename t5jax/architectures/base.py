@@ -30,6 +30,9 @@ Head = Literal[
 """What a network predicts: targets from inputs, the next token, masked tokens, the class of a text,
 the class of each word; or nothing."""
 
+Classifier = Literal["sequence_classification", "token_classification"]
+"""The heads that have classes."""
+
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -187,7 +190,7 @@ class Architecture(abc.ABC):
         """Returns this network with the head that another description has."""
         return self
 
-    def as_classifier(self, head: Head, labels: Sequence[str]) -> Self:
+    def as_classifier(self, head: Classifier, labels: Sequence[str]) -> Self:
         """Returns this network with a classifier as its head; itself if it can have none."""
         return self
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from t5jax.architectures.base import Architecture, Head, Kind, description
+from t5jax.architectures.base import Architecture, Classifier, Kind, description
 
 BertActivation = Literal["gelu-exact", "gelu", "relu"]
 BertHead = Literal["masked_lm", "sequence_classification", "token_classification", "pooler", "none"]
@@ -151,7 +151,7 @@ class BertConfig(Architecture):
         tied = other.tie_word_embeddings
         return dataclasses.replace(self, head=head, labels=labels, tie_word_embeddings=tied)
 
-    def as_classifier(self, head: Head, labels: Sequence[str]) -> Self:
+    def as_classifier(self, head: Classifier, labels: Sequence[str]) -> Self:
         return dataclasses.replace(self, head=head, labels=tuple(labels), tie_word_embeddings=True)
 
 

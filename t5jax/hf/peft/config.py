@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from t5jax.architectures import Head
+from t5jax.architectures import Classifier
 from t5jax.hf.files import ADAPTER, read_json
 
 # The types of what is read; all but the first two may be null.
@@ -54,7 +54,7 @@ _REFUSED = (
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 # What an adapter is for, by its task_type or the class of its base.
-_HEADS: dict[str, Head] = {
+_HEADS: dict[str, Classifier] = {
     "SEQ_CLS": "sequence_classification",
     "TOKEN_CLS": "token_classification",
     "ForSequenceClassification": "sequence_classification",
@@ -80,7 +80,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def head_of(config: Mapping[str, Any]) -> Head | None:
+def head_of(config: Mapping[str, Any]) -> Classifier | None:
     """Returns the head of a classifier that an adapter is for, None for others."""
     base = str((config.get("auto_mapping") or {}).get("base_model_class"))
     names = (config.get("task_type"), base)

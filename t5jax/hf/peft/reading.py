@@ -43,9 +43,9 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
             new = _renamed(name, model)
             found[new] = tensor[tuple(slice(0, size) for size in tensor.shape)].astype(np.float32)
             if new.endswith(f".{TENSORS[0]}") and tensor.shape:
-                own, module = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
+                own, table = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
                 own = own.removeprefix(PREFIX)
-                scales[module] = scale(config, own, tensor.shape[0], str(folder))
+                scales[table] = scale(config, own, tensor.shape[0], str(folder))
     known: set[str] = set()
     params: dict[str, np.ndarray] = {}
     for module in modules_of(model).values():

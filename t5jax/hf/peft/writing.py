@@ -77,6 +77,14 @@ def save(
         if module not in replaced:
             config["bias"] = "all"
     config["modules_to_save"] = sorted(replaced) or None
+    classifier = table_of(model).classifier
+    if getattr(model, "labels", ()) and classifier not in whole:
+        # By its task_type, PEFT would ask for the classifier, too.
+        kind = table_of(model).write_config(model)["architectures"][0]
+        config |= {
+            "task_type": None,
+            "auto_mapping": {"base_model_class": kind, "parent_library": "transformers"},
+        }
     _write(place, config, tensors, tokenizer)
 
 
