@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,11 +32,15 @@ def write_best(study: Any, folder: Path, config: Config, space: Space) -> None:
 
     Trained again, it gives the same score: all that a run depends on is in its config.
     """
+    written = set()
     for number, trial in enumerate(best_trials(study), 1):
         name = "best" if number == 1 else f"best-{number}"
         values = values_of(trial, space)
         best = dataclasses.replace(override(config, values), run_dir=str(folder / name))
-        storage.write_file(folder / f"{name}.json", to_json(best).encode())
+        written.add(storage.write_file(folder / f"{name}.json", to_json(best).encode()))
+    for path in folder.glob("best-*.json"):  # Of trials that another one beats by now.
+        if re.fullmatch(r"best-\d+\.json", path.name) and path not in written:
+            path.unlink()
 
 
 def values_of(trial: Any, space: Space) -> dict[str, Any]:
@@ -62,7 +67,9 @@ def trials_table(study: Any, objectives: Sequence[Objective], most: int = 20) ->
     from rich.table import Table
     from rich.text import Text
 
-    trials = [t for t in study.trials if not _was_taken_up(study, t)]
+    trials = study.get_trials(deepcopy=False)
+    again = taken_up(trials)
+    trials = [trial for trial in trials if trial.number not in again]
     sign = [1 if objective.direction == "minimize" else -1 for objective in objectives]
     trials.sort(
         key=lambda t: [s * v for s, v in zip(sign, t.values or [], strict=False)] or [math.inf]
@@ -86,9 +93,9 @@ def trials_table(study: Any, objectives: Sequence[Objective], most: int = 20) ->
     return table
 
 
-def _was_taken_up(study: Any, trial: Any) -> bool:
-    """Returns whether another trial has taken up this one."""
-    return any(trial.number in t.system_attrs.get("retry_history", ()) for t in study.trials)
+def taken_up(trials: Sequence[Any]) -> set[int]:
+    """Returns the numbers of the trials that other ones have taken up."""
+    return {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
 
 
 def _cell(value: Any) -> str:

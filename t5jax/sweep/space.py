@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5jax.checks import did_you_mean
+from t5jax.checks import did_you_mean, users_error
 from t5jax.config import Config, override
 
 FORMS = "log(LOW, HIGH), uniform(LOW, HIGH), int(LOW, HIGH[, STEP]), choice(A, B, ...)"
@@ -65,7 +65,10 @@ class Space:
         """Returns the value of each field in a trial."""
         if self.function is None:
             return {name: values.suggest(trial, name) for name, values in self.fields}
-        found = self.function(trial)
+        try:
+            found = self.function(trial)
+        except Exception as error:  # A user's own code.
+            raise ValueError(f"--space {self.name} fails: {users_error(error)}") from error
         if not isinstance(found, dict):
             raise ValueError(
                 f"{self.name} returned a {type(found).__name__}; expected a dict of fields and "
@@ -196,9 +199,7 @@ def _function(text: str) -> Space:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # A user's own code.
-        raise ValueError(
-            f"--space {text}: {path} fails: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"--space {text} fails: {users_error(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"--space {text}: {path} has no function {name}")

@@ -23,12 +23,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from t5jax import distributed, storage
 from t5jax.checks import check_at_least, check_choice, first_line
 from t5jax.config import Config, override, to_json
 from t5jax.monitor.progress import say
 from t5jax.sweep.objectives import Objective, parse_objective, values_in
-from t5jax.sweep.results import quiet, write_best
+from t5jax.sweep.results import quiet, taken_up, write_best
 from t5jax.sweep.space import Space
 
 Sampler = Literal["tpe", "random", "grid"]
@@ -91,7 +93,7 @@ def sweep(
       The optuna.Study.
     Raises:
       ValueError: if the sweep there is another one, or a trial fails for another reason than a loss
-        that is not finite.
+        that is not finite; the next start tries it once more.
     """
     if not config.eval.every:
         raise ValueError("a sweep compares evaluations, but eval.every is 0; set it")
@@ -105,10 +107,15 @@ def sweep(
         )
     with quiet(), _lock(folder, wait=True):  # One process makes it, and the others find it.
         study = _study(folder, config, space, options)
-    _take_up_dead(study, folder)
+        _take_up_failed(study)
+        _take_up_dead(study, folder)
     with quiet():
         while trial := _next(study, options, folder):
             _run(study, trial, config, space, options, folder, train)
+            with _lock(folder, wait=True):
+                write_best(study, folder, config, space)
+        # Also of what other processes have found, whatever this one has trained.
+        with _lock(folder, wait=True):
             write_best(study, folder, config, space)
     return study
 
@@ -123,22 +130,16 @@ def _study(folder: Path, config: Config, space: Space, options: SweepOptions) ->
     optuna.logging.set_verbosity(logging.WARNING)
     what, written = _what(config, space, options), folder / SWEEP_FILE
     if written.exists():
-        _check_same(json.loads(written.read_text()), what, str(folder))
+        _check_same(_read_what(written), what, str(folder))
     else:
         storage.write_file(written, (storage.to_json(what, indent=2) + "\n").encode())
     database = _database(options.storage or f"sqlite:///{folder.absolute() / 'study.db'}")
-    sampler: Any = optuna.samplers.TPESampler(
-        seed=options.seed, constant_liar=True, multivariate=True
-    )
-    if options.sampler != "tpe":
-        # The cells of a grid are all enqueued, so that nothing is left to draw.
-        sampler = optuna.samplers.RandomSampler(seed=options.seed)
     pruner = optuna.pruners.MedianPruner() if options.prune else optuna.pruners.NopPruner()
-    about = {"storage": database, "sampler": sampler, "pruner": pruner, "study_name": folder.name}
+    about = {"storage": database, "pruner": pruner, "study_name": folder.name}
     directions = [objective.direction for objective in options.sought]
     study = optuna.create_study(directions=directions, load_if_exists=True, **about)
     # A database may have a sweep of another folder of that name.
-    _check_same(study.user_attrs.get("sweep", what), what, options.storage)
+    _check_same(study.user_attrs.get("sweep", what), what, options.storage or str(folder))
     study.set_user_attr("sweep", what)
     if options.sampler == "grid":
         # Those that are missing: the first process may have died on the way.
@@ -157,6 +158,34 @@ def _what(config: Config, space: Space, options: SweepOptions) -> dict[str, Any]
         "sampler": options.sampler,
         "config": json.loads(to_json(config)),
     }
+
+
+def _read_what(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{file} is damaged; remove it, and the same command writes it anew, or give another "
+            "--run-dir"
+        )
+    return found
+
+
+def _sampler(options: SweepOptions, number: int) -> Any:
+    """Returns what draws the values of a trial.
+
+    Those of each trial are drawn by its number, so that a process that is started again, or stands
+    beside others, does not draw what has been drawn.
+    """
+    import optuna
+
+    seed = int(np.random.SeedSequence([options.seed, number]).generate_state(1)[0])
+    if options.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, constant_liar=True, multivariate=True)
+    # The cells of a grid are all enqueued, so that nothing is left to draw.
+    return optuna.samplers.RandomSampler(seed=seed)
 
 
 def _database(url: str) -> Any:
@@ -219,6 +248,29 @@ def _take_up_dead(study: Any, folder: Path) -> None:
                 _retry(study, study.trials[trial.number])
 
 
+def _take_up_failed(study: Any) -> None:
+    """Enqueues again the trials of this machine that failed for another reason than their loss.
+
+    Such as a full disk, which has room by now; not one that has failed so before. Also those whose
+    process died while it took them up.
+    """
+    import optuna
+
+    trials = study.get_trials()
+    again = taken_up(trials)
+    for trial in trials:
+        about, history = trial.user_attrs, trial.system_attrs.get("retry_history", ())
+        before = [trials[number].user_attrs.get("failed") for number in history]
+        if (
+            trial.state == optuna.trial.TrialState.FAIL
+            and trial.number not in again
+            and about.get("host") == socket.gethostname()
+            and "error" not in about
+            and (about.get("failed") is None or about["failed"] not in before)
+        ):
+            _retry(study, trial)
+
+
 def _next(study: Any, options: SweepOptions, folder: Path) -> Any:
     """Returns the next trial, or None if there are enough."""
     import optuna
@@ -233,10 +285,18 @@ def _next(study: Any, options: SweepOptions, folder: Path) -> Any:
             if trial.state == state.WAITING and database.set_trial_state_values(
                 trial._trial_id, state=state.RUNNING
             ):
-                return optuna.trial.Trial(study, trial._trial_id)
+                return _begun(study, options, trial)
         begun = sum("failed_trial" not in trial.system_attrs for trial in trials)
         enough = options.sampler == "grid" or begun >= options.trials
-        return None if enough else study.ask()
+        return None if enough else _begun(study, options, study.ask())
+
+
+def _begun(study: Any, options: SweepOptions, trial: Any) -> Any:
+    """Returns a trial of the study, whose values are drawn by its number."""
+    import optuna
+
+    study.sampler = _sampler(options, trial.number)
+    return optuna.trial.Trial(study, trial._trial_id)
 
 
 # --- A trial -------------------------------------------------------------------------------------
@@ -306,11 +366,17 @@ def _run(
             study.tell(trial, state=state.FAIL)
             return
         except Exception as error:
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            trial.set_user_attr("failed", f"{type(error).__name__}: {error}")
             study.tell(trial, state=state.FAIL)
-            raise ValueError(f"trial {trial.number} ({_say(values)}) failed: {error}") from error
+            raise ValueError(
+                f"trial {trial.number} ({_say(values)}) failed: {error}. The same command tries it "
+                "once more; if it fails so again, the command after that goes on without it"
+            ) from error
+        about: dict[str, Any] = {"state": state.PRUNED} if pruned else {"values": found}
+        if not pruned and any(map(math.isnan, found)):
+            trial.set_user_attr("error", f"{', '.join(options.objectives)} is {found}")
+            about = {"state": state.FAIL}
         # One that was taken for dead has been finished by who took it up.
-        about = {"state": state.PRUNED} if pruned else {"values": found}
         study.tell(trial, skip_if_finished=True, **about)
 
 

@@ -82,6 +82,36 @@ def test_the_same_seed_draws_the_same_values(tmp_path: Path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_killed_sweep_draws_what_a_whole_one_does(tmp_path: Path, sampler: str):
+    """Nothing twice, though its sampler begins anew."""
+    found = []
+    for name, parts in (("whole", [4]), ("parts", [1, 2, 4])):
+        config = config_in(tmp_path / name)
+        for trials in parts:
+            options = SweepOptions(trials, sampler=sampler)
+            study = sweep(config, parse_space(RATES, config), options, train=Training())
+        found.append([trial.params["optimizer.learning_rate"] for trial in study.trials])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 4
+
+
+def test_a_trial_that_failed_otherwise_is_tried_once_more(tmp_path: Path):
+    """Such as one that had no room on the disk; the same error twice is the trial's own."""
+    for name, errors in (("s", ["disk full"]), ("t", ["too large", "too large"])):
+        config = config_in(tmp_path / name)
+        space = parse_space(["train.steps=choice(1)"], config)
+        options = SweepOptions(1, sampler="grid")
+        for error in errors:
+            message = rf"trial \d .*steps 1\) failed: {error}.* once more"
+            with pytest.raises(ValueError, match=message):
+                sweep(config, space, options, train=Training(fails=error))
+        last = Training()
+        study = sweep(config, space, options, train=last)
+        assert [began for began, _ in last.began] == (["trial-0000"] if name == "s" else [])
+        assert table_cells(study, "state") == ["complete" if name == "s" else "fail"]
+
+
 def test_a_killed_sweep_goes_on_in_the_trial_s_own_run(tmp_path: Path):
     config = config_in(tmp_path / "s")
     space, first = parse_space(RATES, config), Training(die_at=(2, 3))
@@ -289,6 +319,27 @@ def test_a_function_as_the_space(tmp_path: Path):
     best = from_json((tmp_path / "s/best.json").read_text())
     assert best.optimizer.learning_rate == study.best_params["rate"]
     assert best.train.steps == 2
+
+
+def test_an_error_of_the_function_names_its_line(tmp_path: Path):
+    (tmp_path / "space.py").write_text("def space(trial):\n    return {}['rate']\n")
+    config = config_in(tmp_path / "s")
+    space = parse_space([f"{tmp_path / 'space.py'}:space"], config)
+    with pytest.raises(ValueError, match=r"space\.py:space fails: KeyError: 'rate' .*, line 2\)"):
+        sweep(config, space, SweepOptions(1), train=Training())
+
+
+def test_configs_of_trials_that_are_no_longer_the_best_are_removed(tmp_path: Path):
+    config = config_in(tmp_path / "s")
+    space = parse_space(RATES, config)
+    study = sweep(config, space, SweepOptions(1), train=Training())
+    for name in ("best-2.json", "best-mine.json", "best.json"):
+        (tmp_path / "s" / name).write_text("old")
+    sweep(config, space, SweepOptions(1), train=Training())  # Nothing is left to train.
+    assert not (tmp_path / "s/best-2.json").exists()
+    assert (tmp_path / "s/best-mine.json").read_text() == "old"
+    best = from_json((tmp_path / "s/best.json").read_text())
+    assert best.optimizer.learning_rate == study.best_params["optimizer.learning_rate"]
 
 
 @pytest.mark.parametrize(
