@@ -130,8 +130,10 @@ def _main(args: list[str]) -> int:
 
     warnings.formatwarning = _format_warning
     sys.unraisablehook = _report_unraisable
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(Formatter())
+    if (handler := logging.lastResort) is not None:
+        handler.setFormatter(Formatter("t5jax: %(levelname)s: %(message)s"))
+        if not logging.root.handlers:  # absl would set one of its own, which hides no secrets.
+            logging.root.addHandler(handler)
     try:
         module, function = choose(args[0], COMMANDS).split(".")
     except ValueError as error:

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import pytest
@@ -53,6 +56,21 @@ def test_a_secret_is_hidden(text, shown):
 )
 def test_other_text_is_left_as_it_is(text):
     assert redact(text) == text
+
+
+def test_what_is_logged_hides_it_though_a_library_logs_first():
+    """absl, which Orbax imports, sets up logging in a form of its own where nobody has."""
+    code = f"""
+        import logging
+        from absl import logging as absl
+        from t5jax.cli import main
+        main(["nothing"])
+        absl.info("first")
+        logging.getLogger("t5jax.x").warning("postgresql://me:{SECRET}@host")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    assert lines[1:] == ["t5jax: WARNING: postgresql://me:***@host"]
 
 
 def test_values_of_variables_that_are_secrets(monkeypatch, tmp_path):

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import logging
 import math
 import socket
 import sys
@@ -112,7 +111,6 @@ def serve(args: list[str]) -> None:
     from t5jax.serving.served import ServedModel
     from t5jax.serving.sizes import EngineOptions
 
-    logging.basicConfig(format="t5jax: %(levelname)s: %(message)s", level=logging.WARNING)
     keep_programs()
     sizes = EngineOptions(
         slots=options.slots,

@@ -180,7 +180,9 @@ class GrowingText:
 
 
 def _last_of(before: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """Returns the last tokens of a text, none if they end within a character."""
+    """Returns the last tokens of a text, none if what follows may change their own text."""
+    if tokenizer.cleans_up:  # Across the place where they end, too.
+        return []
     last = list(before[-_CONTEXT:])
     if tokenizer.eos_id in last:  # At which decoding ends.
         last = last[len(last) - last[::-1].index(tokenizer.eos_id) :]
