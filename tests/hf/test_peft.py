@@ -315,6 +315,23 @@ def test_what_the_network_has_not_of_a_model_of_images_too_is_left_out(folders, 
         np.testing.assert_allclose(read[name], x, err_msg=name)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (0, 12), (4,)])
+def test_an_adapter_that_was_saved_without_gathering_is_refused(folders, tmp_path, shape):
+    """As DeepSpeed's ZeRO-3 leaves it, of which peft warns as it writes."""
+    model, _, folder = folders("t5_1_1")
+    path = "decoder/layers/mlp/wo"
+    leaves = {f"{path}/lora_a": np.ones((2, 20, 2), np.float32)}
+    leaves |= {f"{path}/lora_b": np.ones((2, 2, 12), np.float32)}
+    leaves |= {f"{path}/lora_scale": np.ones(2, np.float32)}
+    ours.save(tmp_path, model, leaves, str(folder))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors[next(name for name in tensors if "lora_B" in name)] = np.zeros(shape, np.float32)
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"is not whole: .*lora_B.weight is \["):
+        ours.read(tmp_path, model)
+
+
 def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
     model, params, folder = folders("llama_scaled")
     config = LoraConfig(rank=2, targets=("query",))

@@ -15,6 +15,7 @@ from t5jax import trees
 from t5jax.adapters import prompt
 from t5jax.architectures import Architecture
 from t5jax.hf.files import ADAPTER, open_tensors
+from t5jax.hf.mapping import Tensor
 from t5jax.hf.peft.config import check_lora, head_of, read_config, scale
 from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
 from t5jax.models import api
@@ -41,8 +42,8 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     with open_tensors(folder, adapter=True) as tensors:
         for name, tensor in tensors.items():
             new = _renamed(name, model)
-            found[new] = tensor[tuple(slice(0, size) for size in tensor.shape)].astype(np.float32)
-            if new.endswith(f".{TENSORS[0]}") and tensor.shape:
+            found[new] = _whole(name, tensor, str(folder))
+            if new.endswith(f".{TENSORS[0]}"):
                 own, table = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
                 own = own.removeprefix(PREFIX)
                 scales[table] = scale(config, own, tensor.shape[0], str(folder))
@@ -85,14 +86,26 @@ def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -
         name = "prompt_embeddings"
         if list(tensors) != [name]:
             raise ValueError(f"{folder} has tensors {', '.join(tensors)}; expected {name} alone")
-        whole = tensors[name][tuple(slice(0, size) for size in tensors[name].shape)]
+        whole = _whole(name, tensors[name], str(folder))
     length = config.get("num_virtual_tokens") or len(whole)
     if whole.shape[1] != model.d_model or len(whole) < length:
         raise ValueError(
             f"{folder} is an adapter of another base: {name} is {list(whole.shape)}; expected "
             f"[{length}, {model.d_model}]"
         )
-    return whole[:length].astype(np.float32)
+    return whole[:length]
+
+
+def _whole(name: str, tensor: Tensor, where: str) -> np.ndarray:
+    """Returns a tensor in float32."""
+    is_matrix = name.endswith((*TENSORS[:2], "prompt_embeddings"))
+    if 0 in tensor.shape or (is_matrix and len(tensor.shape) != 2):
+        raise ValueError(
+            f"{where} is not whole: {name} is {list(tensor.shape)}, as of an adapter that was "
+            "saved under DeepSpeed or FSDP without gathering its parameters; save it again"
+        )
+    whole: np.ndarray = tensor[tuple(slice(0, size) for size in tensor.shape)]
+    return whole.astype(np.float32)
 
 
 def _renamed(name: str, model: Architecture) -> str:
