@@ -339,6 +339,7 @@ def test_answers_become_a_task(tmp_path, capsys, monkeypatch):
     words = ("distill", trained_run(), "capitals", "--task-files", TASK_FILE, "--max-tokens", 4)
     status, out, err = run(capsys, *words)
     assert (status, out) == (0, "capitals_distilled\n"), err
+    assert re.search(r"warning: \d+ of 40 answers did not end in the tokens", err)
     lines = (tmp_path / "tasks/capitals_distilled.train.jsonl").read_text().splitlines()
     assert len(lines) == 40
     first = json.loads(lines[0])
