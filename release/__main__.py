@@ -6,6 +6,7 @@ Nothing is uploaded: at the end, the commands that do so are printed.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,10 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
     """Runs a command and returns its output; what it reports is seen."""
     print("+", *command, file=sys.stderr, flush=True)
     words = list(map(str, command))
-    return subprocess.run(words, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
+    # Packages of the caller's are not those of the release.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout
 
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:

@@ -86,7 +86,7 @@ def test_the_source_archive_holds_what_is_tracked(built):
         pytest.skip("this is no repository")
     tracked = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
     left_out = {name for name in tracked - names if not name.startswith((".ci/", ".github/"))}
-    assert left_out == {".dockerignore", ".pre-commit-config.yaml"}
+    assert left_out == {".pre-commit-config.yaml"}
     assert {"tests/tiny.py", "docs/start.md", "Makefile", "constraints/py311.txt"} <= names
     junk = re.compile(r"__pycache__|\.pyc$|^(runs|build|dist|shared)/")
     assert [name for name in names if junk.search(name)] == []
