@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from t5jax.architectures import Architecture
 from t5jax.config import override
 from t5jax.decoding import GenerationOptions
 from t5jax.evaluation import evaluate_model
@@ -31,7 +32,8 @@ class Tradeoff:
     quality: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """What `evaluate_model` returns of the smaller model, with the other as its baseline."""
     examples_per_second: tuple[float, float] | None = None
-    """Of 32 greedy tokens each, or of an encoder's vectors; None: not measured."""
+    """Of 32 greedy tokens each, fewer where a network has few positions, or of an encoder's
+    vectors; None: not measured."""
 
     def lines(self) -> Iterator[str]:
         """Yields what there is to say, as lines of text."""
@@ -146,7 +148,17 @@ def _inputs(
     config = override(model.source.config, {"eval.num_examples": _PROMPTS})
     registry.load_tasks((*config.data.task_files, *task_files))
     sets = pipeline.eval_sets(config, split, model.tokenizer, registry.match(tasks, split))
-    return [example.input_ids for each in sets for example in each.examples][:_PROMPTS]
+    most, _ = _room(model.model)
+    ids = [example.input_ids for each in sets for example in each.examples][:_PROMPTS]
+    return ids if most is None else [each[-most:] for each in ids]
+
+
+def _room(model: Architecture) -> tuple[int | None, int]:
+    """Returns the most tokens of a prompt, None for no limit, and those that are written."""
+    positions = model.longest_row
+    if positions is None or model.kind == "encoder":
+        return positions, _NEW_TOKENS
+    return positions // 2, min(_NEW_TOKENS, positions // 2)
 
 
 def _run(model: Pretrained, inputs: list[list[int]]) -> None:
@@ -154,6 +166,7 @@ def _run(model: Pretrained, inputs: list[list[int]]) -> None:
         model.embed_ids(inputs)
         return
     # All of them as long, whatever a model would end with.
-    options = GenerationOptions(max_tokens=_NEW_TOKENS, min_tokens=_NEW_TOKENS)
+    _, new = _room(model.model)
+    options = GenerationOptions(max_tokens=new, min_tokens=new)
     generator = model._generator(False)
     generator.answers(model.params, inputs, options, batch_size=len(inputs))

@@ -5,10 +5,10 @@ import os
 import numpy as np
 
 from conformance.cases import random_params
-from conformance.families import T5
+from conformance.families import GPT2, T5, VARIANTS
 from t5jax.hf import io, peft
 from t5jax.tokenizers import ByteTokenizer
-from t5jax.tradeoff import Tradeoff, measure
+from t5jax.tradeoff import Tradeoff, _room, measure
 
 
 def test_it_says_what_is_lost_and_that_there_is_no_gain():
@@ -23,6 +23,12 @@ def test_it_says_what_is_lost_and_that_there_is_no_gain():
     ]
     *_, speed = Tradeoff((4, 1), (4, 1), {}, (10.0, 15.0)).lines()
     assert speed.endswith("1.50 times as fast")
+
+
+def test_prompts_and_answers_fit_the_positions():
+    assert _room(T5) == (None, 32)
+    assert _room(GPT2) == (GPT2.max_positions // 2, min(32, GPT2.max_positions // 2))
+    assert _room(VARIANTS["bert_masked_lm"])[0] == VARIANTS["bert_masked_lm"].max_positions
 
 
 def test_bytes_are_those_of_the_weights_that_are_read(tmp_path):
