@@ -124,4 +124,4 @@ def _base_of(path: Path, config: Config, given: str) -> Source:
 
 
 def _without_base(path: Path, name: str, error: ValueError) -> str:
-    return f"{path} holds an adapter alone; its base {name} is not found: {error}"
+    return f"{path} holds an adapter alone; its base {name} cannot be read: {error}"

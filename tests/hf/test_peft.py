@@ -208,6 +208,24 @@ def test_patterns_are_of_the_names_in_the_model_that_was_adapted(folders, tmp_pa
     assert scales.tolist() == [3, *[2] * (model.num_layers - 1)]
 
 
+@pytest.mark.parametrize(
+    ("variant", "name", "more", "message"),
+    [
+        ("t5_tied", "lm_head", 0, r"replaces lm_head.weight, which is also shared.weight and enc"),
+        ("t5_1_1", "lm_head", 2, r"lm_head.weight is \[63, 12\].*added to its vocabulary, merge"),
+    ],
+)
+def test_matrices_of_tokens_that_cannot_be_replaced(
+    folders, tmp_path, variant, name, more, message
+):
+    model, _, folder = folders(variant)
+    file = save_ones(tmp_path, model, folder)
+    whole = {f"base_model.model.{name}.weight": np.ones((61 + more, 12), np.float32)}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | whole, file)
+    with pytest.raises(ValueError, match=message):
+        ours.read(tmp_path, model)
+
+
 def test_what_one_format_has_no_place_for(folders, tmp_path):
     model, params, folder = folders("t5_1_1")
     config = LoraConfig(rank=2, targets=("wo",), train=("*/mlp/wo/kernel",))
@@ -216,6 +234,14 @@ def test_what_one_format_has_no_place_for(folders, tmp_path):
     with pytest.raises(ValueError, match=r"wo has an adapter, and is also trained as a whole"):
         ours.save(tmp_path / "adapter", model, leaves, str(folder))
     assert not (tmp_path / "adapter").exists()
+
+
+def save_ones(place, model, folder):
+    """Writes an adapter of a T5's wo; returns the file of its tensors."""
+    path, shapes = "decoder/layers/mlp/wo", {"lora_a": (20, 2), "lora_b": (2, 12), "lora_scale": ()}
+    leaves = {f"{path}/{name}": np.ones((2, *shape)) for name, shape in shapes.items()}
+    ours.save(place, model, leaves, str(folder))
+    return place / "adapter_model.safetensors"
 
 
 def test_soft_prompts_both_ways(folders, tmp_path):
@@ -319,12 +345,7 @@ def test_what_the_network_has_not_of_a_model_of_images_too_is_left_out(folders, 
 def test_an_adapter_that_was_saved_without_gathering_is_refused(folders, tmp_path, shape):
     """As DeepSpeed's ZeRO-3 leaves it, of which peft warns as it writes."""
     model, _, folder = folders("t5_1_1")
-    path = "decoder/layers/mlp/wo"
-    leaves = {f"{path}/lora_a": np.ones((2, 20, 2), np.float32)}
-    leaves |= {f"{path}/lora_b": np.ones((2, 2, 12), np.float32)}
-    leaves |= {f"{path}/lora_scale": np.ones(2, np.float32)}
-    ours.save(tmp_path, model, leaves, str(folder))
-    file = tmp_path / "adapter_model.safetensors"
+    file = save_ones(tmp_path, model, folder)
     tensors = safetensors.numpy.load_file(file)
     tensors[next(name for name in tensors if "lora_B" in name)] = np.zeros(shape, np.float32)
     safetensors.numpy.save_file(tensors, file)

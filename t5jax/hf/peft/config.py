@@ -9,6 +9,9 @@ from typing import Any
 from t5jax.architectures import Classifier
 from t5jax.hf.files import ADAPTER, read_json
 
+MERGE_THERE = "merge it with peft (merge_and_unload, then save_pretrained), and take that model"
+"""What to do about an adapter that cannot be read here."""
+
 # The types of what is read; all but the first two may be null.
 _KINDS: dict[str, tuple[type, ...]] = {
     "r": (int,),
@@ -104,8 +107,7 @@ def check_lora(config: Mapping[str, Any], where: str) -> None:
     for key in _REFUSED:
         if config.get(key):
             raise ValueError(
-                f"{where}: {key} is {config[key]!r}, which is not implemented; merge the adapter "
-                "with peft (merge_and_unload, then save_pretrained), and take that model"
+                f"{where}: {key} is {config[key]!r}, which is not implemented; {MERGE_THERE}"
             )
     if config.get("init_lora_weights", True) not in _INITS:
         raise ValueError(

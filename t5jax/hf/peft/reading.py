@@ -16,7 +16,7 @@ from t5jax.adapters import prompt
 from t5jax.architectures import Architecture
 from t5jax.hf.files import ADAPTER, open_tensors
 from t5jax.hf.mapping import Tensor
-from t5jax.hf.peft.config import check_lora, head_of, read_config, scale
+from t5jax.hf.peft.config import MERGE_THERE, check_lora, head_of, read_config, scale
 from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
 from t5jax.models import api
 
@@ -189,24 +189,28 @@ def _read_whole(
     for row in table_of(model).rows(model):
         shape = shapes[row.ours].shape
         expected = row.their_shapes(shape)
-        there = [name for name in expected if name in found]
+        there = [name for name in (*expected, *row.aliases) if name in found]
         if not there:
             continue
         if row.aliases or len(there) < len(expected):
+            others = [name for name in (row.theirs, *row.aliases) if name != there[0]]
             what = (
-                f"{there[0]}, which is also {' and '.join(row.aliases)} in its base"
+                f"{there[0]}, which is also {' and '.join(others)} in its base"
                 if row.aliases
                 else f"{there[0]} in {len(there)} of {len(expected)} layers"
             )
-            raise ValueError(
-                f"{where} replaces {what}: that is not implemented; merge it with peft "
-                "(merge_and_unload, then save_pretrained), and take that model"
-            )
+            raise ValueError(f"{where} replaces {what}: that is not implemented; {MERGE_THERE}")
         for name in there:
+            is_longer = found[name].shape[1:] == tuple(expected[name][1:])
             if found[name].shape != tuple(expected[name]):
                 raise ValueError(
                     f"{where} is an adapter of another base: {name} is {list(found[name].shape)}; "
                     f"expected {list(expected[name])}"
+                    + (
+                        f". If tokens were added to its vocabulary, {MERGE_THERE}"
+                        if is_longer
+                        else ""
+                    )
                 )
         used |= set(there)
         leaf = jax.ShapeDtypeStruct(shape, np.float32)
