@@ -3,12 +3,15 @@
 A grammar says before each token which ids may be written.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 
+from t5jax.checks import first_line
 from t5jax.decoding.options import GenerationOptions
 from t5jax.decoding.rows import pack_bits
 from t5jax.tokenizers import HuggingFaceTokenizer, Tokenizer
@@ -32,14 +35,15 @@ class Constraint:
         import llguidance
 
         self._vocabulary = _vocabulary(cast(Any, tokenizer))
-        grammar = _grammar(options, self._vocabulary.strips_space)
-        problem = llguidance.LLMatcher.validate_grammar(grammar, self._vocabulary.tokenizer)
-        if problem and not problem.startswith("WARNING"):
-            what = "regex" if options.regex is not None else "json_schema"
-            given = options.regex if options.regex is not None else options.json_schema
-            raise ValueError(f"{what} {given!r:.200} is invalid: {_reason(problem)}")
-        self._matcher = llguidance.LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0)
-        self._ends = ends
+        self._ends, self._problem = ends, ""
+        what = "regex" if options.regex is not None else "json_schema"
+        given = options.regex if options.regex is not None else options.json_schema
+        with _panics(f"{what} {given!r:.200} is invalid"):
+            grammar = _grammar(options, self._vocabulary.strips_space)
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self._vocabulary.tokenizer)
+            if problem and not problem.startswith("WARNING"):
+                raise ValueError(f"{what} {given!r:.200} is invalid: {_reason(problem)}")
+            self._matcher = llguidance.LLMatcher(self._vocabulary.tokenizer, grammar, log_level=0)
 
     def fill(self, words: np.ndarray) -> None:
         """Sets which ids may come next.
@@ -49,6 +53,12 @@ class Constraint:
         Raises:
           ValueError: if the vocabulary has no token for what must come next.
         """
+        if self._problem:
+            raise ValueError(self._problem)
+        with _panics("the json_schema or regex fails"):
+            self._fill(words)
+
+    def _fill(self, words: np.ndarray) -> None:
         from llguidance.numpy import fill_next_token_bitmask
 
         words[:] = 0
@@ -74,9 +84,24 @@ class Constraint:
             )
 
     def read(self, token: int) -> None:
-        """Takes note of the token that was written."""
-        if token not in self._ends:
-            self._matcher.consume_token(token)
+        """Takes note of the token that was written; `fill` says what is wrong with it."""
+        try:
+            with _panics("the json_schema or regex fails"):
+                if token not in self._ends:
+                    self._matcher.consume_token(token)
+        except ValueError as error:
+            self._problem = str(error)
+
+
+@contextlib.contextmanager
+def _panics(what: str) -> Iterator[None]:
+    """Raises ValueError where llguidance panics, whose exception is not an `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {first_line(error)}") from None
 
 
 class _Vocabulary:

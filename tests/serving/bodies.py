@@ -31,7 +31,8 @@ SEEDS = [
 ]
 """Sound bodies, with the path that takes them."""
 
-BEAMS = ("/v1/completions", {"model": "t5", **_TEXT, "num_beams": 2, "length_penalty": 0.5})
+_TWO = {"num_beams": 2, "length_penalty": 0.5, "n": 2}
+BEAMS = ("/v1/completions", {"model": "t5", "prompt": ["abc", "d"], "max_tokens": 4, **_TWO})
 """One for which programs are compiled."""
 
 

@@ -661,6 +661,7 @@ def test_an_answer_is_json_of_a_schema_beside_others_that_are_free(client, name,
     [
         {"type": "json_schema"},
         {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}},
+        {"type": "json_schema", "json_schema": {"schema": {"required": "é" * 50}}},
         {"type": "json_object", "json_schema": {"schema": {}}},
         {"type": "xml"},
     ],
