@@ -90,8 +90,8 @@ def evaluate_model(
       html: a file for the page, in addition to the table.
       show: print the table on standard output.
     Returns:
-      For each task "num_examples", the scores of the "model", its "intervals", the scores of the
-      "baselines" by name, and the "comparisons" with them.
+      For each task "num_examples", which scores are "lower_is_better", the scores of the "model",
+      its "intervals", the scores of the "baselines" by name, and the "comparisons" with them.
     Raises:
       ValueError: if the model, a task, a metric or a baseline cannot be found or read, or the
         task's postprocessing or metrics fail.
@@ -458,13 +458,13 @@ def _result(
     earlier = {b.name: compared.earlier_scores(b, eval_set) for b in files}
     intervals: dict[str, compare.Interval] = {}
     comparisons: dict[str, dict[str, compare.Comparison]] = {}
+    lower, number = compare.lower_is_better(eval_set, model), len(eval_set.examples)
     if resamples:
         intervals, comparisons = compare.bootstrap(
             eval_set, model, dict(systems), resamples=resamples, seed=seed
         )
         for name, found in comparisons.items():
             comparisons[name] = {k: one for k, one in found.items() if k in others[name]}
-        lower, number = compare.lower_is_better(eval_set, model), len(eval_set.examples)
         for name, row in earlier.items():
             comparisons[name] = {
                 metric: compare.against_score(intervals[metric], value, number, metric in lower)
@@ -472,7 +472,8 @@ def _result(
                 if metric in intervals
             }
     return {
-        "num_examples": len(eval_set.examples),
+        "num_examples": number,
+        "lower_is_better": sorted(lower & scores.keys()),
         "model": scores,
         "intervals": {name: [i.low, i.high] for name, i in intervals.items()},
         "baselines": others | earlier,

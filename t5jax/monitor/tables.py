@@ -49,7 +49,8 @@ def _beaten(scores: Mapping[str, Any], metric: str) -> bool:
             found = scores.get("comparisons", {}).get(name, {}).get(metric)
             if found and found["verdict"] != "better":
                 return True
-            if not found and not scores["model"][metric] > row[metric]:
+            sign = -1 if metric in scores.get("lower_is_better", ()) else 1
+            if not found and not sign * scores["model"][metric] > sign * row[metric]:
                 return True
     return False
 

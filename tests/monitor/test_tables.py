@@ -51,6 +51,12 @@ def test_results_table_marks_a_model_that_a_baseline_beats():
         row = {"num_examples": 1, "model": {"em": model}, "baselines": {"copy": {"em": 5.0}}}
         (cell,) = tables.results_table({"t": row}).columns[2].cells
         assert cell.style == style
+        row |= {"lower_is_better": ["em"]}
+        (cell,) = tables.results_table({"t": row}).columns[2].cells
+        assert cell.style == "yellow"  # Neither is lower.
+    row |= {"model": {"em": 4.0}}
+    (cell,) = tables.results_table({"t": row}).columns[2].cells
+    assert cell.style == "bold"
 
 
 def test_results_table_of_tasks_with_other_baselines_and_long_names(monkeypatch):
