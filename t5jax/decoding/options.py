@@ -215,6 +215,7 @@ _OTHER_NAME = {
 }
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _BEAMS = ("length_penalty", "early_stopping")
+_FRACTIONS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
 # What transformers does without being asked, where tokens are drawn.
 _TOP_K = 50
 # What else changes answers, with the values that do not.
@@ -258,6 +259,7 @@ def options_of(
     for name in (*_SAME_NAME, *_OTHER_NAME):
         if name in theirs:
             file[_OTHER_NAME.get(name, name)] = _value(name, theirs[name])
+    named = set(file)
     if "forced_tokens" in file and not file["forced_tokens"]:
         del file["forced_tokens"]
     # A user who asks for beams, or for the most probable token, does not want what is for drawing.
@@ -288,10 +290,14 @@ def options_of(
     said = [
         f"{name} {value if not isinstance(value, tuple) else ' '.join(map(str, value))}"
         for name, value in taken.items()
-        if value != getattr(default, name)
+        if name in named and value != getattr(default, name)
     ]
     if said:
         _say("generation_config.json: %s, as transformers takes it", ", ".join(said))
+    if "top_k" in taken and "top_k" not in named:
+        _say(
+            "one of the %s most probable tokens is drawn, as in transformers; top_k 0: any", _TOP_K
+        )
     ignored = [
         f"{name} {theirs[name]}"
         for name, neutral in _NOT_IMPLEMENTED.items()
@@ -306,14 +312,27 @@ def options_of(
 
 
 @functools.lru_cache(maxsize=64)
-def _say(message: str, *args: str) -> None:
+def _say(message: str, *args: object) -> None:
     """Logs once, and not for every call of `generate`."""
     _log.warning(message, *args)
 
 
 def _value(name: str, value: Any) -> Any:
-    if name == "early_stopping":
-        return value if isinstance(value, str) else json.dumps(bool(value))
-    if name == "forced_bos_token_id":
-        return (value,) if isinstance(value, int) else tuple(value)
-    return tuple(value) if isinstance(value, list) else value
+    """Returns a value of generation_config.json as that of an option.
+
+    Raises:
+      ValueError: if it is of another type than transformers writes.
+    """
+    ids = value if isinstance(value, list) else [value]
+    if name in ("forced_bos_token_id", "suppress_tokens") and all(type(i) is int for i in ids):
+        return tuple(ids)
+    if name == "early_stopping" and isinstance(value, (bool, str)):
+        return value if isinstance(value, str) else json.dumps(value)
+    if name in _FRACTIONS and type(value) in (int, float):
+        return float(value)
+    if name not in (*_FRACTIONS, "early_stopping") and type(value) is int:
+        return value
+    raise ValueError(
+        f"generation_config.json: {name} is {value!r:.60}, a {type(value).__name__}, which "
+        "transformers does not write; correct it there"
+    )

@@ -1,10 +1,12 @@
 """What may be asked of decoding, and what generation_config.json asks."""
 
 import logging
+import re
 
 import pytest
 
 from t5jax.decoding import GenerationOptions, Parts, options_of
+from t5jax.decoding.options import _say
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,25 @@ def test_generation_config_asks_as_of_transformers_and_the_user_wins(generation,
     assert options_of(generation, given) == GenerationOptions(**expected)
 
 
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"temperature": "0.7"},
+        {"top_k": 5.5},
+        {"num_beams": True},
+        {"suppress_tokens": ["a"]},
+        {"forced_bos_token_id": {}},
+        {"early_stopping": 1},
+        {"max_length": [3]},
+    ],
+)
+def test_a_generation_config_of_other_types_is_one_message(generation):
+    ((name, value),) = generation.items()
+    message = f"generation_config.json: {name} is {value!r}, a {type(value).__name__}, which"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        options_of(generation)
+
+
 def test_the_log_says_what_was_taken_and_what_is_ignored(caplog):
     with caplog.at_level(logging.WARNING):
         options_of(
@@ -87,6 +108,12 @@ def test_the_log_says_what_was_taken_and_what_is_ignored(caplog):
     assert "generation_config.json: repetition_penalty 1.3" in caplog.text
     assert "max_length" not in caplog.text
     assert "typical_p 0.3, which is not implemented" in caplog.text
+    caplog.clear()
+    _say.cache_clear()
+    options_of({"min_p": 0.25}, {"temperature": 0.5})
+    first, second = caplog.messages
+    assert first == "generation_config.json: min_p 0.25, as transformers takes it"
+    assert second.startswith("one of the 50 most probable tokens is drawn, as in transformers")
 
 
 def test_room_for_an_answer():
