@@ -58,6 +58,17 @@ def faults(folder: Path, below: str = "") -> list[str] | None:
     return wrong
 
 
+def others(folder: Path) -> list[str]:
+    """Returns the files below a folder that `write` has not seen; none without checksums."""
+    try:
+        expected = _listing((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return []
+    return (
+        [] if expected is None else [n for n in _found(folder) if n != FILE and n not in expected]
+    )
+
+
 def crc32c(file: Path) -> str:
     """Returns the CRC-32C of a file, in base64, as `gcloud storage hash` prints it."""
     checksum = 0

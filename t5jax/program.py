@@ -61,8 +61,6 @@ class Program:
     """One training step, (state, batch) -> (state, metrics), jitted; the state that goes in is
     donated. With a teacher, its parameters are a third argument; with `watch.on_nonfinite` or
     `on_spike` skip, a fourth one is the loss above which the state stays as it is, float32 []."""
-    measured_step: jax.stages.Wrapped
-    """The same step, which also returns norms by group."""
     attention: str
     """`train.attention`."""
     base: frozenset[str] = frozenset()
@@ -170,8 +168,7 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     shardings = train_state_shardings(model, tx, mesh, rules, frozen, adapter)
     seen = _rounding(config)
     teacher = find_teacher(config, mesh)
-    make_step = functools.partial(
-        make_train_step,
+    step = make_train_step(
         model,
         tx,
         config.loss,
@@ -181,13 +178,8 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
         seen=seen,
         point=functools.partial(gradient_point, config.optimizer),
         teacher=None if teacher is None else (teacher.model, config.distill),
+        norms=config.watch.norms,
         skips=config.watch.skips,
-    )
-    jit_step = functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     return Program(
         model,
@@ -205,8 +197,12 @@ def program(config: Config, mesh: jax.sharding.Mesh) -> Program:
             donate_argnums=0,
             out_shardings=shardings,
         ),
-        step=jit_step(make_step()),
-        measured_step=jit_step(make_step(norms=True)),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+            compiler_options=compiler_options(mesh.devices.flat[0].platform),
+        ),
         attention=config.train.attention,
         base=base,
         frozen=frozen,

@@ -368,6 +368,7 @@ def new_folder(folder: Path, last: str = "") -> Iterator[Path]:
             yield partial
             buckets.upload_folder(partial, str(folder), last)
         return
+    _remove_of_dead(folder)
     partial, replaced = _beside(folder), _beside(folder)
     partial.mkdir(parents=True)
     try:
@@ -421,8 +422,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _remove_of_dead(folder: Path) -> None:
+    """Removes what processes of this machine that were killed left of `new_folder`."""
+    for left in folder.parent.glob(f"{glob.escape(_prefix(folder) + _process_ids())}*"):
+        writer = re.fullmatch(r"(\d+)-[0-9a-f]{8}", left.name.rpartition("_")[2])
+        if writer and not Path("/proc", writer[1]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{_prefix(path)}{uuid.uuid4().hex[:8]}")
+    name = f"{_prefix(path)}{_process_ids()}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(name)
+
+
+def _process_ids() -> str:
+    """Returns what names the processes among which an id is one of a kind."""
+    try:
+        return f"{os.stat('/proc/self/ns/pid').st_ino}_"
+    except OSError:
+        return f"{uuid.uuid4().hex[:8]}_"
 
 
 def _prefix(path: Path) -> str:

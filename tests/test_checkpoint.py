@@ -454,6 +454,19 @@ def steps_and_others(run_dir):
     return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 
 
+def test_files_of_others_keep_a_checkpoint(two, tmp_path):
+    """Nothing is deleted that no run has written."""
+    run_dir = shutil.copytree(two, tmp_path / "run")
+    (run_dir / "checkpoints/1/notes").mkdir()
+    (run_dir / "checkpoints/1/notes/mine.txt").write_text("mine")
+    with pytest.warns(UserWarning, match=r"checkpoints/1 is kept, since it .*: notes/mine\.txt;"):
+        save(run_dir, {3: 0.1, 4: None}, keep=1)
+    assert steps(run_dir) == [1, 3, 4]
+    shutil.rmtree(run_dir / "checkpoints/1/notes")  # As it says.
+    save(run_dir, {5: None}, keep=1)
+    assert steps(run_dir) == [3, 5]
+
+
 def test_damage_of_an_earlier_checkpoint_does_not_stop_a_run(two, tmp_path):
     run_dir = shutil.copytree(two, tmp_path / "run")
     damage(run_dir / "checkpoints/1/metrics/metrics", "flipped")

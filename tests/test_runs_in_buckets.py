@@ -81,7 +81,8 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_on_disk(server, tmp_pa
 
 
 def test_a_checkpoint_that_was_not_finished_does_not_count(server, objects, capsys, tmp_path):
-    del objects["run/checkpoints/4/commit_success.txt"]
+    for name in ("commit_success.txt", "checksums.json"):
+        del objects[f"run/checkpoints/4/{name}"]
     config = tmp_path / "config.json"
     config.write_text(to_json(make_config("gs://bucket/run", **SECTIONS)))
     status, _, err = run(capsys, "train", config)
@@ -94,6 +95,18 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(server, objects, caps
     # Once more: there is nothing to do.
     status, _, err = run(capsys, "train", config)
     assert (status, "nothing to do in gs://bucket/run" in err) == (0, True)
+
+
+def test_a_run_copied_from_a_disk_is_gone_on_with(server, objects, capsys, tmp_path):
+    """Orbax writes no commit_success.txt there."""
+    for step in (2, 4):
+        del objects[f"run/checkpoints/{step}/commit_success.txt"]
+    assert run(capsys, "export", "gs://bucket/run", tmp_path / "out")[0] == 0
+    config = tmp_path / "config.json"
+    config.write_text(to_json(make_config("gs://bucket/run", **SECTIONS)))
+    status, _, err = run(capsys, "train", config)
+    assert (status, "nothing to do in gs://bucket/run" in err) == (0, True)
+    assert {f"run/checkpoints/{step}/commit_success.txt" for step in (2, 4)} <= {*objects}
 
 
 def test_a_damaged_checkpoint_is_named_and_set_aside(server, objects, capsys, tmp_path):

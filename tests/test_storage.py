@@ -92,6 +92,16 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     assert names(tmp_path) == sorted(left[1:])
 
 
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    folder, here = tmp_path / "folder", storage._beside(tmp_path / "folder").name
+    dead = here.replace(f"_{os.getpid()}-", f"_{2**22 + 1}-")  # Above all ids of Linux.
+    for name in (here, dead, f".folder.elsewhere.{2**22 + 1}-00000000"):
+        (tmp_path / name).mkdir()
+    with storage.new_folder(folder) as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == sorted([here, ".folder.elsewhere.4194305-00000000", "folder"])
+
+
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("T5JAX_CACHE", str(tmp_path))
     assert storage.cache_dir() == tmp_path

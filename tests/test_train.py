@@ -140,6 +140,21 @@ def test_how_often_and_how_much_is_measured(tmp_path):
         assert re.fullmatch(r".?|<extra_id_\d+>", text)
 
 
+def test_what_is_reported_does_not_change_the_run(tmp_path):
+    for every in (1, 2):
+        changes = {"train": {"steps": 3, "log_every": every}, "watch": {"norms": True}}
+        train(make_config(tmp_path / str(every), eval=NO_EVAL, **changes))
+    ours, theirs = (read_state(tmp_path / name, 3) for name in "12")
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    often, seldom = (
+        {line["step"]: line for line in log.read_metrics(tmp_path / name)} for name in "12"
+    )
+    norms = [name for name in seldom[2] if "norm/" in name or "ratio/" in name]
+    assert len(norms) == 3 * 11
+    assert [often[2][name] for name in norms] == [seldom[2][name] for name in norms]
+
+
 # --- Pieces of the loop ---------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ TINY = Config(
     train=TrainConfig(steps=10, log_every=2),
     eval=EvalConfig(every=5, batch_size=8, num_samples=1),
     checkpoint=CheckpointConfig(every=5),
-    # The steps with norms would be compiled besides.
+    # Less to compile.
     watch=WatchConfig(norms=False),
 )
 NO_EVAL = {"every": 0}
@@ -118,7 +118,9 @@ def _program_of(config: Config, mesh):
         "init": InitConfig(),
         "eval": EvalConfig(),
         "checkpoint": CheckpointConfig(),
-        "watch": WatchConfig(on_nonfinite="skip" if config.watch.skips else "stop"),
+        "watch": WatchConfig(
+            norms=config.watch.norms, on_nonfinite="skip" if config.watch.skips else "stop"
+        ),
     }
     train = dataclasses.replace(config.train, log_every=1, epochs=None, profile=0)
     if config.optimizer.schedule == "constant" and not config.optimizer.warmup_steps:

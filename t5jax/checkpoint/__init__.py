@@ -11,7 +11,13 @@ Every file is compared with its checksum before a checkpoint is read.
 import logging
 
 from t5jax.checkpoint.damage import check, newest_sound
-from t5jax.checkpoint.finding import best_checkpoint, best_loss, is_checkpoint, latest_checkpoint
+from t5jax.checkpoint.finding import (
+    best_checkpoint,
+    best_loss,
+    is_checkpoint,
+    latest_checkpoint,
+    validation_loss,
+)
 from t5jax.checkpoint.reading import is_imported, load_params, read_base, read_config, read_loop
 from t5jax.checkpoint.run_dir import (
     CHECKPOINTS_DIR,
@@ -47,6 +53,7 @@ __all__ = [
     "read_config",
     "read_loop",
     "read_run_config",
+    "validation_loss",
     "write_config",
 ]
 

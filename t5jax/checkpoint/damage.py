@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t5jax import checksums, distributed, storage
 from t5jax.checkpoint.errors import first_line
-from t5jax.checkpoint.finding import checkpoints_of, validation_loss
+from t5jax.checkpoint.finding import COMMITTED, checkpoints_of, validation_loss
 from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR
 
 _SET_ASIDE = ".damaged"
@@ -73,14 +73,17 @@ def _newest_sound(run_dir: Path) -> tuple[str, list[str]]:
     found, damaged = checkpoints_of(run_dir), {}
     last = None
     for path in reversed(found):
-        if last is None:
+        copied = storage.is_remote(path) and not (path / COMMITTED).is_file()
+        if last is None or copied:
             wrong = _faults(path)
         else:
             wrong = _faults_of_loss(path)
         if wrong:
             damaged[path] = _damage(path, wrong)
-        elif last is None:
-            last = path
+        else:
+            last = last or path
+            if copied:  # From a disk: Orbax asks for this file.
+                storage.write_file(path / COMMITTED, b"Copied, and compared with its checksums\n")
     if found and last is None:
         raise ValueError(
             f"no checkpoint of {run_dir} is whole: {damaged[found[-1]]}; or begin anew in another "

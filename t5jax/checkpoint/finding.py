@@ -9,15 +9,18 @@ from t5jax import checksums, storage
 from t5jax.checkpoint.errors import first_line
 from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR
 
-_COMMITTED = "commit_success.txt"  # As Orbax names these.
+COMMITTED = "commit_success.txt"  # As Orbax names these.
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def is_checkpoint(path: Path) -> bool:
     if path.parent.name != CHECKPOINTS_DIR or not path.name.isdigit():
         return False
-    # In a bucket nothing is renamed: it has its name from the start, and this file at the end.
-    return (path / _COMMITTED).is_file() if storage.is_remote(path) else path.is_dir()
+    if not storage.is_remote(path):
+        return path.is_dir()
+    # In a bucket nothing is renamed: it has its name from the start, and these files at the end.
+    # One that was copied there from a disk has the second alone.
+    return any((path / name).is_file() for name in (COMMITTED, checksums.FILE))
 
 
 def checkpoints_of(run_dir: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ class Checkpoints:
         best = policies.BestN(
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
+        recent = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             # best_fn makes Orbax write the loss down; the policy decides what stays.
             best_fn=_loss,
             best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=_KeepsOthers(recent, path),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         self._manager = ocp.CheckpointManager(path, options=options)
@@ -179,6 +181,35 @@ class Checkpoints:
                 f"checkpoint {place} cannot be written: {reason}; the run ends, since what follows "
                 f"would be lost. {remedy}, and the same command goes on from the checkpoint before"
             ) from error
+
+
+class _KeepsOthers(policies.PreservationPolicy):
+    """Keeps what another policy does, and checkpoints with files that no run has written."""
+
+    def __init__(self, policy: policies.PreservationPolicy, folder: Path):
+        self._policy, self._folder, self._said = policy, folder, set[int]()
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        kept = list(self._policy.should_preserve(checkpoints, context=context))
+        for number, found in enumerate(checkpoints):
+            path = self._folder / str(found.step)
+            if kept[number] or not (others := [n for n in checksums.others(path) if _is_own(n)]):
+                continue
+            kept[number] = True
+            if found.step not in self._said and distributed.is_main():
+                self._said.add(found.step)
+                warnings.warn(
+                    f"checkpoint {path} is kept, since it holds files that no run has written: "
+                    f"{', '.join(others[:3])}; move them elsewhere, and it is removed",
+                    stacklevel=2,
+                )
+        return kept
+
+
+def _is_own(name: str) -> bool:
+    """Returns whether a user may have put a file there: not Orbax, a copy or the system."""
+    last = name.rpartition("/")[2]
+    return name not in _LATER and not last.startswith(".") and not last.endswith(".gstmp")
 
 
 def _loss(metrics: dict[str, Any]) -> float:

@@ -50,10 +50,11 @@ def runs(args: list[str]) -> None:
     from t5jax.monitor.tables import print_table
     from t5jax.report import find_runs, read_run, runs_table
 
-    readable = []
+    readable, damaged = [], []
     for path in find_runs(storage.path(options.folder)):
         try:
             readable.append(read_run(path))
         except ValueError as error:  # The others are listed.
+            damaged.append(path)
             warnings.warn(str(error), stacklevel=1)
-    print_table(runs_table(readable), sys.stdout)
+    print_table(runs_table(readable, damaged=damaged), sys.stdout)

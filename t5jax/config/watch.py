@@ -18,8 +18,8 @@ class WatchConfig:
 
     norms: bool = True
     """Report the norms of gradients, parameters and updates by group, such as encoder/attention,
-    every train.log_every steps. These steps are a program of their own, which is compiled at the
-    first of them; all others cost nothing."""
+    every train.log_every steps. Each step computes them, so that a run does not depend on how often
+    it reports."""
     on_nonfinite: OnNonFinite = "stop"
     """Where the loss or the gradient is NaN or infinite. stop: end with an error; the last
     checkpoint stands. skip: pass over the batch, as if it had not been in the data. rewind: go back

@@ -12,7 +12,7 @@ _AFTER = 3
 
 
 class Trace:
-    """Traces steps of a run, on the first process."""
+    """Traces steps of a run, on the first process; a context manager, which ends what is traced."""
 
     def __init__(
         self, run_dir: Path, num_steps: int, start: int, total: int, shown: Path | None = None
@@ -33,6 +33,13 @@ class Trace:
         self._last = self._first + num_steps - 1
         if jax.process_index() != 0:
             self._last = self._first - 1
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._active:
+            jax.profiler.stop_trace()
 
     def before(self, step: int, wait: Callable[[], None]) -> None:
         """Begins, where the step is the first; `wait` returns when those before it are done."""

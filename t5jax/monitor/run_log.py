@@ -1,13 +1,14 @@
 """What a run says, as a file: `run_dir/log.txt`, which each start of the run adds to.
 
-It has what is printed on stderr, warnings of this package, and the error that ended a start, each
-with its time (UTC).
+It has what is printed on stderr, warnings of Python, this package and TensorFlow, and the error
+that ended a start, each with its time (UTC).
 """
 
 import contextlib
 import datetime
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from t5jax.secrets import redact
 
 LOG_FILE = "log.txt"
+_LOGGERS = ("t5jax", "tensorflow")
 
 _logs: list["RunLog"] = []
 
@@ -35,6 +37,9 @@ class RunLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.add(f"{record.levelname.lower()}: {record.getMessage()}")
+        # Python prints what has no handler, and with this one it would not.
+        if logging.lastResort and not _is_handled(record.name, self):
+            logging.lastResort.handle(record)
 
     def add(self, text: str) -> None:
         """Adds a text, which may have several lines."""
@@ -54,17 +59,37 @@ class RunLog(logging.Handler):
 @contextlib.contextmanager
 def kept() -> Iterator[RunLog]:
     """Yields the log of what is said inside; nothing is written until it begins."""
-    log, package = RunLog(), logging.getLogger("t5jax")
+    log, show = RunLog(), warnings.showwarning
+
+    def show_and_keep(message: Any, *about: Any, **more: Any) -> None:
+        log.add(f"warning: {message}")
+        show(message, *about, **more)
+
     _logs.append(log)
-    package.addHandler(log)
+    for name in _LOGGERS:
+        logging.getLogger(name).addHandler(log)
+    warnings.showwarning = show_and_keep
     try:
         yield log
     except BaseException as error:
         log.add(f"ended by {type(error).__name__}: {error}".rstrip(": "))
         raise
     finally:
-        package.removeHandler(log)
+        if warnings.showwarning is show_and_keep:
+            warnings.showwarning = show
+        for name in _LOGGERS:
+            logging.getLogger(name).removeHandler(log)
         _logs.remove(log)
+
+
+def _is_handled(name: str, besides: logging.Handler) -> bool:
+    """Returns whether another handler gets what a logger is told."""
+    logger: logging.Logger | None = logging.getLogger(name)
+    while logger:
+        if any(handler is not besides for handler in logger.handlers):
+            return True
+        logger = logger.parent if logger.propagate else None
+    return False
 
 
 def write(item: Any) -> None:

@@ -92,7 +92,7 @@ def load(path: str, run: Program, config: Config, spec: BatchSpec) -> Program:
         )
     except (jax.errors.JaxRuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"--compiled {path} cannot be loaded: {error}") from error
-    return dataclasses.replace(run, step=step, measured_step=step)
+    return dataclasses.replace(run, step=step)
 
 
 def _header(config: Config, spec: BatchSpec, devices: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _header(config: Config, spec: BatchSpec, devices: Any) -> dict[str, Any]:
         "topology": _shape(devices),
         "batch": {name: [*shape, str(dtype)] for name, (shape, dtype) in spec.features().items()},
         "config": _relevant(dataclasses.asdict(config))
-        | ({"watch": "skip"} if config.watch.skips else {}),
+        | {"watch": {"norms": config.watch.norms, "skips": config.watch.skips}},
     }
 
 

@@ -5,10 +5,12 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from t5jax import checkpoint, storage
+from t5jax.checks import reading
 from t5jax.config import Config
 from t5jax.monitor import data_counts, environment, log
 
@@ -95,13 +97,18 @@ def read_run(path: Path) -> Run:
     Raises:
       ValueError: if the folder holds no run, or a file in it is damaged.
     """
-    from t5jax.train import LoopState, bad_batches
-
     if not (path / checkpoint.CONFIG_FILE).exists():
         raise ValueError(
             f"{path} holds no run: it has no {checkpoint.CONFIG_FILE}; give the folder that "
             "`t5jax train` wrote (its run_dir)"
         )
+    with reading(path, "restore its files, or move it away"):
+        return _read_run(path)
+
+
+def _read_run(path: Path) -> Run:
+    from t5jax.train import LoopState, bad_batches
+
     config = checkpoint.read_run_config(path)
     records = log.read_metrics(path)
     last = checkpoint.latest_checkpoint(path)
@@ -141,11 +148,13 @@ def _read_bad_batches(folder: Path, most: int = 4) -> list[list[dict[str, Any]]]
     return found
 
 
-def runs_table(runs: list[Run], now: float | None = None) -> Any:
+def runs_table(runs: list[Run], now: float | None = None, damaged: Sequence[Path] = ()) -> Any:
     """Returns a rich.table.Table with a row for each run.
 
     Args:
+      runs: those that could be read.
       now: seconds since the epoch. None: the time of the call.
+      damaged: folders of those that could not.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -163,6 +172,8 @@ def runs_table(runs: list[Run], now: float | None = None) -> Any:
         ago = "–" if run.last_active is None else _ago(now - run.last_active)
         step = f"{run.step:,} of {run.config.train.steps:,}"
         table.add_row(Text(run.name), run.state, step, *best, ago)
+    for path in damaged:
+        table.add_row(Text(path.name), "damaged", *["–"] * 4)
     return table
 
 

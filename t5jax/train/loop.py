@@ -144,9 +144,6 @@ def _run(
             positions=progress.count_positions(batch_shapes),
             peak_share=peak_share(run.model, batch_shapes, run.mesh.devices.flat),
         )
-        trace = profile.Trace(
-            reports.path, config.train.profile, start, config.train.steps, run_dir
-        )
         bar = progress.ProgressBar(config.train.steps, start, quiet=not distributed.is_main())
 
         def keep(batch: Fetched, about: dict[str, Any]) -> Path:
@@ -154,6 +151,9 @@ def _run(
 
         with (
             bar,
+            profile.Trace(
+                reports.path, config.train.profile, start, config.train.steps, run_dir
+            ) as trace,
             contextlib.closing(said) if said else contextlib.nullcontext(),
             contextlib.closing(
                 log.make_writer(
@@ -172,14 +172,10 @@ def _run(
                 batch = next(batches)
                 trace.before(turn, steps.flush)
                 limit = steps.limit(batch)
-                # Chosen by the batch, so that a run that goes on computes as it would have.
-                measures = config.watch.norms and batch.number % config.train.log_every == 0
                 arguments = (batch.arrays, *taught, *_limits(run, config, limit, taught))
                 # Implicit transfers from the devices are errors here.
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
-                    state, metrics = (run.measured_step if measures else run.step)(
-                        state, *arguments
-                    )
+                    state, metrics = run.step(state, *arguments)
                     counted.result = metrics
                 asked, ends = request.reached(turn), steps.step + 1 == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
@@ -220,7 +216,7 @@ def _run(
                                 step, run.saved(state), plain, config, found.loss, digests
                             )
                             saved = step
-                            if done or stops:
+                            if done or stops or failure:
                                 checkpoints.wait()
                         seconds = goodput.seconds()
                         writer.write_scalars(step, {f"time/{p}": s for p, s in seconds.items()})
@@ -289,9 +285,9 @@ def _describe_mesh(mesh: jax.sharding.Mesh) -> str:
 
 
 def _finish(run_dir: Path, reports: storage.Staged, standing: Standing) -> None:
-    if standing.loop.best_step:
-        # The checkpoint that export and init.model take.
-        loss, best = checkpoint.best_loss(run_dir), checkpoint.best_checkpoint(run_dir)
+    # The checkpoint that export and init.model take; that with the loss may be gone, or damaged.
+    best = checkpoint.best_checkpoint(run_dir)
+    if (loss := checkpoint.validation_loss(best)) < math.inf:
         say(f"best {standing.config.eval.split} loss {loss:.4f} at step {best.name}")
     if distributed.is_main():
         plot.plot_losses(reports.path, reports.path / "loss.png")

@@ -50,7 +50,6 @@ class Reports:
         self._guard = Guard(config.watch, loop.guard)
         self._loop, self._read = loop, start
         self._sums = loop.sums
-        self._norms: dict[str, float] = {}
         self._pending: deque[_Pending] = deque()
         self._begins = {first for first, _ in config.data.mixtures[1:]}
 
@@ -107,14 +106,11 @@ class Reports:
             return
         self._read += 1
         self._add(metrics)
-        if norms:
-            norms = jax.tree.map(float, norms)
-            self._norms = as_scalars(norms)
         step = self._read
         if step % self._config.train.log_every and step != self._config.train.steps:
             self._bar.update(step)
         else:
-            self._write(step)
+            self._write(step, as_scalars(jax.tree.map(float, norms)) if norms else {})
 
     def _pass_over(self, bad: Bad, pending: _Pending, loss: float, grad_norm: float) -> None:
         step, batch = self._read + 1, pending.batch
@@ -145,8 +141,8 @@ class Reports:
         total, tokens = self._loop.since_evaluation
         self._loop.since_evaluation = [total + metrics["loss"], tokens + metrics["tokens"]]
 
-    def _write(self, step: int) -> None:
-        """Writes a line for the steps since the last one."""
+    def _write(self, step: int, norms: dict[str, float]) -> None:
+        """Writes a line for the steps since the last one, with norms of the last one."""
         sums, self._sums = self._sums, {}
         tokens = max(sums["tokens"], 1)
         rates = self._throughput.read()
@@ -162,8 +158,7 @@ class Reports:
             scalars["train/distillation"] = sums["distillation"] / tokens
         if self._guard.passed_over:
             scalars["train/passed_over"] = self._guard.passed_over
-        scalars |= self._norms
-        self._norms = {}
+        scalars |= norms
         self._writer.write_scalars(step, scalars)
         self._bar.update(
             step,

@@ -83,11 +83,15 @@ def test_the_table_has_every_run(tmp_path: Path, capsys):
 def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys):
     write_run(tmp_path / "good")
     (write_run(tmp_path / "bad") / "t5jax_config.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"bad.* is damaged"):
+    (write_run(tmp_path / "odd") / "checkpoints/20/loop/metadata").write_text('{"no": "field"}')
+    with (
+        pytest.warns(UserWarning, match=r"bad.* is damaged"),
+        pytest.warns(UserWarning, match=r"odd is not of the form"),
+    ):
         assert main(["runs", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "good" in shown
-    assert "bad" not in shown
+    assert re.search(r"good +finished", shown)
+    assert re.search(r"bad +damaged .*\n.*odd +damaged", shown)
 
 
 @pytest.mark.parametrize(
