@@ -28,6 +28,21 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).split("\n")[0][:200]
 
 
+def check_characters(text: str) -> None:
+    """Raises ValueError for a text that no tokenizer can read: with half of a surrogate pair.
+
+    JSON may hold one, of an emoji that was cut; bytes of a command line that are not UTF-8 become
+    some.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"character {error.start + 1} of the text is {text[error.start]!r}, half of a "
+            "surrogate pair, which is no character; take it out, or write the text in UTF-8"
+        ) from None
+
+
 def check_choice(value: Any, allowed: Iterable[Any], name: str) -> None:
     """Raises ValueError if `value` is not one of `allowed`, suggesting the most similar one."""
     allowed = tuple(allowed)

@@ -24,7 +24,7 @@ from t5jax import batch as features
 from t5jax import decoding, sharding, trees
 from t5jax.adapters import lora
 from t5jax.architectures import Architecture, Dtype
-from t5jax.checks import check_at_least, check_choice, check_names
+from t5jax.checks import check_at_least, check_characters, check_choice, check_names
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.convert import export_model
 from t5jax.evaluation import evaluate_model
@@ -161,6 +161,7 @@ class Pretrained:
 
     def prompt(self, text: str) -> list[int]:
         """Returns the ids that the model reads of a text, with those that begin and end it."""
+        check_characters(text)
         ids = [*self.tokenizer.encode(text), self.tokenizer.eos_id]
         return [int(i) for i in example_format(self.model, self.tokenizer).prompt(ids)]
 

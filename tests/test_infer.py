@@ -139,6 +139,11 @@ def test_json_lines_have_fields_templates_and_scores(model, tmp_path, capsys):
     assert "in.jsonl, line 1: there is no field 'promt'; did you mean prompt?" in message
     write(prompts, ['{"prompt": "a"}', "{"])
     assert "in.jsonl, line 2, is not JSON" in fails(capsys, "infer", "m", "--input", prompts)
+    write(prompts, ['{"prompt": "a"}', r'{"prompt": "cut: \ud83d"}'])
+    message = fails(capsys, "infer", "m", "--input", prompts)
+    assert "in.jsonl, line 2: character 6 of the text is '\\ud83d', half of a surrogate" in message
+    message = fails(capsys, "infer", "m", "--prompt", "caf\udce9")
+    assert "--prompt, line 1: character 4 of the text is '\\udce9'" in message
     (tmp_path / "latin.txt").write_bytes(b"a\nb\xe9\n")
     assert "line 2, is not UTF-8" in fails(capsys, "infer", "m", "--input", tmp_path / "latin.txt")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from t5jax.checks import did_you_mean
+from t5jax.checks import check_characters, did_you_mean
 
 Render = Callable[[Any], str]
 """From the value of a JSON line to a prompt."""
@@ -44,23 +44,25 @@ def read_prompts(
       start: the number of the first prompt; what comes before is passed over unread.
       stop: the number of the first prompt that does not count any more. None: all do.
     Raises:
-      ValueError: for a line that is not JSON, or of which `render` can make no prompt.
+      ValueError: for a line that is not JSON, of which `render` can make no prompt, or that has
+        what is no character.
     """
     numbered = enumerate(lines, 1)
     if render is not None:
         numbered = ((number, line) for number, line in numbered if line.strip())
     for number, line in itertools.islice(numbered, start, stop):
-        if render is None:
-            yield line, line
-            continue
+        row: Any = line
+        if render is not None:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name}, line {number}, is not JSON: {error}") from None
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number}, is not JSON: {error}") from None
-        try:
-            yield row, render(row)
+            prompt = row if render is None else render(row)
+            check_characters(prompt)
         except ValueError as error:
             raise ValueError(f"{name}, line {number}: {error}") from None
+        yield row, prompt
 
 
 def field_of(field: str) -> Render:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from t5jax import decoding
+from t5jax.checks import check_characters
 from t5jax.decoding import Constraint, GenerationOptions
 from t5jax.serving.engine import Engine
 from t5jax.serving.errors import ApiError
@@ -171,7 +172,7 @@ class ServedModel:
         if not isinstance(given, str):
             check_prompts(self.model, self.tokenizer, [given])
             return list(given)
-        _check_text(given)
+        check_characters(given)
         return self.pretrained.prompt(given)
 
     def text(self, ids: Sequence[int]) -> str:
@@ -210,7 +211,7 @@ class ServedModel:
           ValueError: if the model has no chat template and there are other messages.
         """
         for message in messages:
-            _check_text(message.text)
+            check_characters(f"{message.text}{message.name or ''}")
         if self.tokenizer.chat_template:
             rows = [{"role": m.role, "content": m.text, "name": m.name} for m in messages]
             today = datetime.datetime.now().strftime  # As in transformers.
@@ -443,12 +444,3 @@ def encoded(vector: np.ndarray, encoding_format: str) -> str | list[float]:
     if encoding_format == "base64":
         return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
     return [float(x) for x in vector]
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            "a text has half of a surrogate pair, which is no character; send valid Unicode"
-        ) from None

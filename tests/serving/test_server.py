@@ -403,6 +403,8 @@ def test_a_chat_template_sees_names(models, monkeypatch):
         text = served.tokenizer.decode(served.chat_prompt(names))
         assert text == "Ada: hi\nnobody: hi\n"  # And no eos: the template writes none.
         assert served.chat_prompt(names)[-1] != served.tokenizer.eos_id
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            served.chat_prompt([Message(role="user", content="hi", name="\ud800")])
     finally:
         served.__dict__.pop("_template", None)
 
