@@ -64,6 +64,14 @@ def test_the_base_of_an_adapter_is_of_the_revision_that_it_names(tmp_path, monke
     assert peft.revision_of(tmp_path / "again") == "v2"
 
 
+def test_an_adapter_over_itself(tmp_path):
+    leaves = {"soft_prompt/embedding": np.zeros((2, SMALL.d_model), np.float32)}
+    for name, base in (("one", "other"), ("other", "one")):
+        peft.save(tmp_path / name, SMALL, leaves, str(tmp_path / base))
+    with pytest.raises(ValueError, match=r"one is an adapter over itself; write where it is"):
+        find(str(tmp_path / "one"))
+
+
 # --- On a mesh ------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ def find(
       ValueError: if there is no such model, or its family is unknown; if a base is given, and it is
         no adapter.
     """
-    source = _find(name_or_path, vocabulary, base, revision)
+    source = _find(name_or_path, vocabulary, base, revision, ())
     if base and not isinstance(source, AdaptedSource):
         raise ValueError(
             f"{source.path} is a whole model, so --base {base} (base) has no effect; leave it out"
@@ -38,7 +38,10 @@ def find(
     return source
 
 
-def _find(name_or_path: str, vocabulary: str, base: str, revision: str | None) -> Source:
+def _find(
+    name_or_path: str, vocabulary: str, base: str, revision: str | None, over: tuple[Path, ...]
+) -> Source:
+    """Returns the model; `over` are the adapters whose base it is."""
     tokenizer = load_tokenizer(vocabulary) if vocabulary else None
     path = storage.path(name_or_path, "the model")
     if checkpoint.is_run(path):
@@ -49,7 +52,7 @@ def _find(name_or_path: str, vocabulary: str, base: str, revision: str | None) -
         if config.adapter is None:
             return Source(path, config, tokenizer)
         return AdaptedSource(
-            path, config, tokenizer, base=_base_of(path, config, base), named_base=base
+            path, config, tokenizer, base=_base_of(path, config, base, over), named_base=base
         )
     origin = path if storage.is_remote(path) else None
     if quantized_files.is_quantized(path):
@@ -62,7 +65,7 @@ def _find(name_or_path: str, vocabulary: str, base: str, revision: str | None) -
         )
     path = hub.resolve(name_or_path, revision)
     if peft.is_adapter(path):
-        return _peft_adapter(path, tokenizer, vocabulary, base)
+        return _peft_adapter(path, tokenizer, vocabulary, base, over)
     if tokenizer is None:
         # If there is none, or it is damaged, `Source.tokenizer` will say so.
         with contextlib.suppress(ValueError):
@@ -70,9 +73,12 @@ def _find(name_or_path: str, vocabulary: str, base: str, revision: str | None) -
     return Source(path, Config(model=hf_io.read_config(path, tokenizer)), tokenizer, origin)
 
 
-def find_base(config: Config) -> Source:
+def find_base(config: Config, over: tuple[Path, ...] = ()) -> Source:
     """Returns the base of an adapter's run: init.model.
 
+    Args:
+      config: of the run.
+      over: the adapters that are over it already, of which it must be none.
     Raises:
       ValueError: if the config names none, or it cannot be found.
     """
@@ -81,11 +87,15 @@ def find_base(config: Config) -> Source:
             "adapter is set, but init.model is empty: an adapter is trained over a model; set "
             "init.model, or leave the adapter out"
         )
-    return find(config.init.model, config.data.vocabulary)
+    return _find(config.init.model, config.data.vocabulary, "", None, over)
 
 
 def _peft_adapter(
-    path: Path, tokenizer: Tokenizer | None, vocabulary: str, given: str
+    path: Path,
+    tokenizer: Tokenizer | None,
+    vocabulary: str,
+    given: str,
+    over: tuple[Path, ...],
 ) -> AdaptedSource:
     name = given or peft.base_of(path)
     if not name:
@@ -93,8 +103,9 @@ def _peft_adapter(
             f"{path} holds an adapter alone, and its adapter_config.json names no base; write it "
             f"there, as base_model_name_or_path{_OR_BASE}"
         )
+    revision = None if given else peft.revision_of(path)
     try:
-        base = find(name, vocabulary, revision=None if given else peft.revision_of(path))
+        base = _find(name, vocabulary, "", revision, _over(path, over))
     except ValueError as error:
         remedy = (
             f"; write where it is into adapter_config.json, as base_model_name_or_path{_OR_BASE}"
@@ -109,11 +120,11 @@ def _peft_adapter(
     )
 
 
-def _base_of(path: Path, config: Config, given: str) -> Source:
+def _base_of(path: Path, config: Config, given: str, over: tuple[Path, ...]) -> Source:
     if given:
         config = override(config, {"init.model": given})
     try:
-        return find_base(config)
+        return find_base(config, _over(path, over))
     except ValueError as error:
         told = _without_base(path, config.init.model, error)
         remedy = (
@@ -121,6 +132,14 @@ def _base_of(path: Path, config: Config, given: str) -> Source:
             "writes needs none"
         )
         raise ValueError(told + ("" if given else remedy)) from error
+
+
+def _over(path: Path, over: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Returns the adapters over the base of one. Raises ValueError if it is its own base."""
+    path = path.absolute()
+    if path in over:
+        raise ValueError(f"{path} is an adapter over itself")
+    return (*over, path)
 
 
 def _without_base(path: Path, name: str, error: ValueError) -> str:
