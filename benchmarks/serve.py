@@ -135,9 +135,15 @@ def serve(name: str, folder: str, port: int) -> None:
         serve_ctranslate2(folder, port, name.removeprefix("CTranslate2, "))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Returns the time that a process has had on a processor (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
 def server(name: str, folder: Path):
-    """Runs a server; yields its URL once it answers."""
+    """Runs a server; yields its URL once it answers, and has compiled all that it will."""
     import httpx
 
     with socket.socket() as free:
@@ -154,6 +160,10 @@ def server(name: str, folder: Path):
                 if httpx.get(f"{url}/ready").status_code == 200:
                     break
             time.sleep(0.2)
+        before = -float("inf")
+        while (now := cpu_seconds(process.pid)) - before > 1:
+            before = now
+            time.sleep(5)
         yield url
     finally:
         process.terminate()

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ class Programs:
         )
         self._compiled: dict[Any, Any] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(
-            min(4, os.cpu_count() or 1), "t5jax-compile"
+            min(4, os.cpu_count() or 1), "t5jax-compile", _give_way
         )
         self.is_complete = threading.Event()
         """Set when everything is compiled."""
@@ -279,6 +280,12 @@ class Programs:
             ),
             np.array([request.adapter for request in asked], np.int32),
         )
+
+
+def _give_way() -> None:
+    """Lets this thread compile while no other has work: answers are written meanwhile."""
+    if sys.platform == "linux":  # Elsewhere, priorities are those of processes.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def lower_decode(

@@ -82,7 +82,12 @@ def elements(dataset: tf.data.Dataset) -> Iterator[Any]:
     Exceptions of a generator of `from_generator`, or of a function of `remembering_errors`, are
     raised unchanged, not wrapped by TensorFlow.
     """
-    opened, of_tensorflow = [dataset.as_numpy_iterator()], tf.errors.OpError
+    # Whoever closes an iterator that is tuned waits until its tuner wakes up, which after some
+    # minutes is once in 20 to 60 seconds.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    opened = [dataset.with_options(options).as_numpy_iterator()]
+    of_tensorflow = tf.errors.OpError
     # At the latest when Python exits: it would wait forever for threads that read on.
     close = weakref.finalize(dataset, opened.clear)
     try:
