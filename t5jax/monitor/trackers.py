@@ -16,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from t5jax import storage
+from t5jax.checks import first_line
 from t5jax.config import Config, to_json
 from t5jax.secrets import redact
 
 PROJECT = "t5jax"
 NAME_FILE = "tracker_run.txt"
+_PLACES = {
+    "trackio": "TRACKIO_DIR",
+    "wandb": "WANDB_API_KEY, or WANDB_MODE=offline without a network",
+}
 
 
 def check_installed(trackers: tuple[str, ...]) -> None:
@@ -47,7 +52,16 @@ def make_trackers(folder: Path, config: Config) -> list[Any]:
         storage.write_file(path, f"{label}-{uuid.uuid4().hex[:8]}\n".encode())
     name, kinds = path.read_text(encoding="utf-8").strip(), {"trackio": _Trackio, "wandb": _Wandb}
     project, shown = config.watch.project or PROJECT, _redacted(json.loads(to_json(config)))
-    return [kinds[tracker](project, name, folder, shown) for tracker in config.watch.trackers]
+    found = []
+    for tracker in config.watch.trackers:
+        try:
+            found.append(kinds[tracker](project, name, folder, shown))
+        except Exception as error:  # Each has classes of its own: no key, no network.
+            raise ValueError(
+                f"watch.trackers: {tracker} does not begin ({first_line(error)}); set its key or "
+                f"place ({_PLACES[tracker]}), or leave it out"
+            ) from error
+    return found
 
 
 def _redacted(value: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 from t5jax import storage
 from t5jax.architectures import Dtype
 from t5jax.hf.files import check_destination
+from t5jax.monitor.progress import track
 from t5jax.prune.folder import find_floats, sizes, write
 from t5jax.prune.vocabulary import (
     renumber_generation,
@@ -67,7 +68,7 @@ def trim_model(
         )
     counts: Counter[int] = Counter()
     texts: dict[str, None] = {}
-    for one, ids in _read(tokenizer, tasks, text, task_files):
+    for one, ids in track(_read(tokenizer, tasks, text, task_files), "texts"):
         counts.update(ids)
         if len(texts) < _MOST_CHECKED:
             texts[one] = None

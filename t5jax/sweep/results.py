@@ -131,6 +131,8 @@ def plots(study: Any, folder: Path, objectives: Sequence[Objective]) -> list[Pat
             with quiet():
                 axes = plot(study, **about)
             figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+            if kind == "slices":  # With room for the names of choices.
+                figure.set_size_inches(max(8, 4 * len(complete[0].params)), 4.8)
             figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
             plt.close(figure)
             written.append(folder / f"{name}.png")

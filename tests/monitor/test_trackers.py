@@ -88,3 +88,12 @@ def test_without_its_package_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"names wandb, which is missing; pip install 't5jax\[wan"):
         trackers.check_installed(("wandb",))
+
+
+def test_one_that_cannot_begin_is_named(tmp_path: Path, monkeypatch):
+    def refuse(*about):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(trackers._Wandb, "__init__", refuse)
+    with pytest.raises(ValueError, match=r"wandb does not begin \(api_key not .* WANDB_MODE=off"):
+        start(tmp_path, "wandb")
