@@ -6,6 +6,7 @@ python tests/faults/long.py kills damage readers bodies soak
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -151,6 +152,7 @@ def damage(folder: Path, options: argparse.Namespace) -> None:
 
 def hostile_input(folder: Path, options: argparse.Namespace) -> None:
     """Gives every reader mutated inputs, in memory."""
+    logging.disable(logging.WARNING)  # Of what is odd, by the ten thousand.
     rows = []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
         place = Path(made) / "inputs"
