@@ -208,6 +208,8 @@ class Pretrained:
                 f"prompts and answers are {len(prompts)} and {len(answers)}; expected two lists of "
                 "the same length"
             )
+        for text in (*prompts, *answers):
+            check_characters(text)
         encode, eos = self.tokenizer.encode, self.tokenizer.eos_id
         return self._generator(special_tokens=True).score(
             self._own_params,

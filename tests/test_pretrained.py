@@ -113,6 +113,17 @@ def test_prompts_and_answers_that_do_not_match(folder):
         model.score(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="expected two lists"):
         model.score("a", "b")
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        model.score(["a"], ["\ud83d"])
+    with pytest.raises(ValueError, match="expected a list of texts, or of lists of token ids"):
+        model.generate("a")
+    with pytest.raises(ValueError, match="expected a list of texts, or of lists of token ids"):
+        model.generate([100, 1])
+    with pytest.raises(ValueError, match="prompt 0 has no ids"):
+        model.generate([[]])
+    with pytest.raises(ValueError, match="expected a list of texts"):
+        model.embed("a")
+    assert model.generate([[100, 1]], max_tokens=3) == model.generate(["a"], max_tokens=3)
 
 
 def test_dtype_of_a_loaded_model():

@@ -14,8 +14,10 @@ from folders import FOLDERS, LINES, edit, write_folder
 from t5jax.batch import BatchSpec
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet
+from t5jax.data.prompts.chat import ChatTemplate
 from t5jax.decoding import GenerationOptions
 from t5jax.evaluation import Evaluator
+from t5jax.pretrained import Pretrained
 from t5jax.sharding import use_mesh
 from t5jax.source import find
 from t5jax.special_tokens import example_format, trained_with
@@ -99,25 +101,19 @@ def test_a_start_that_is_written_in_the_prompt_is_not_repeated(made, capsys):
 
 
 @pytest.mark.parametrize("name", ["t5", "gemma2"])
-def test_a_conversation_is_read_as_by_transformers(name, changed, capsys):
+def test_a_conversation_is_read_as_by_transformers(name, changed):
     """The tokenizer ends a text with eos, or begins it with bos; this template does neither."""
     folder = changed(name)
     template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
-    model, tokenizer = their_model(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "user", "content": PROMPTS[0]}]
-    batch = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    ids = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=12,
-        do_sample=False,
-    )[0]
-    ids = ids[1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
-    out, _ = our_answers(capsys, folder, PROMPTS[:1], 12, "--chat")
-    assert out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-    plain, _ = our_answers(capsys, folder, [f"{PROMPTS[0]} "], 12)
-    assert out != plain, "what the tokenizer adds must matter"
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    source = find(str(folder))
+    model = Pretrained(source.model, {}, source.tokenizer(), mesh=None)
+    text = ChatTemplate().bind(model.tokenizer).prompt({"messages": messages})
+    assert model.chat_prompt(text) == expected
+    assert model.prompt(text) != expected, "what the tokenizer adds must matter"
 
 
 # --- What ends a text -----------------------------------------------------------------------------
