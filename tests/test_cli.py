@@ -16,6 +16,7 @@ import tiny
 from command_line import fails, run
 from processes import Process, said_by_imports
 from t5jax.cli import COMMANDS, main
+from t5jax.commands.parse import parse
 from t5jax.config import Config, LoraConfig, MeshConfig, from_json, to_json
 from t5jax.decoding import Answer, GenerationOptions
 from tiny import TASK_FILE, TINY, one_device, trained_run  # noqa: F401
@@ -232,7 +233,8 @@ def test_options_of_embed_reach_the_model(fake, tmp_path, capsys):
     assert (status, err) == (0, "")
     assert out == "[0.1, 0.0]\n[0.1, 1.0]\n"  # As few digits as tell a float32.
     expected = {"pooling": "max", "max_length": 7, "batch_size": 2}
-    assert fake.asked == [("m", {"dtype": None, "mesh": MeshConfig()}), (["a", "b"], expected)]
+    how = {"dtype": None, "mesh": MeshConfig(), "base": ""}
+    assert fake.asked == [("m", how), (["a", "b"], expected)]
     path = tmp_path / "vectors.npy"
     status, out, err = run(capsys, *command, "--output", path)
     assert (status, out, err) == (0, "", f"wrote {path}: 2 x 2\n")
@@ -352,6 +354,35 @@ def test_mistakes_in_a_command(args, message, config, tmp_path, capsys):
     for name, place in places.items():
         args = [place + arg.removeprefix(name) if arg.startswith(name) else arg for arg in args]
     assert message in fails(capsys, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Options, two of which are lists."""
+
+    space: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = None
+    num: int = 0
+    mesh: MeshConfig = MeshConfig()
+
+
+@pytest.mark.parametrize(
+    ("args", "space", "stop"),
+    [
+        (["--space", "a", "--space", "b", "c", "--num", "1"], ("a", "b", "c"), None),
+        (["--space", "a", "--num", "1", "--stop", "x", "--space=b"], ("a", "b"), ("x",)),
+        (["--space", "a", "b", "--stop=--x", "--num", "1"], ("a", "b"), ("--x",)),
+    ],
+)
+def test_a_list_that_is_given_in_several_options_is_whole(args, space, stop):
+    found = parse(Lists, args, prog="lists")
+    assert (found.space, found.stop, found.num) == (space, stop, 1)
+
+
+def test_lists_of_a_config_are_whole_too():
+    args = ["--data.mixture-changes", "1:a", "--train.steps=2", "--data.mixture_changes", "2:b"]
+    config = parse(Config, args, prog="train", default=Config())
+    assert config.data.mixture_changes == ("1:a", "2:b")
 
 
 def test_no_prompts(exported, capsys, monkeypatch):

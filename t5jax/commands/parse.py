@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from t5jax.checks import check_at_least, did_you_mean
@@ -38,13 +38,52 @@ def parse(
     more: dict[str, Any] = {"return_unknown_args": True} if return_unknown else {}
     return tyro.cli(
         kind,
-        args=args,
+        args=_join_repeated(args, set(_lists(kind if default is None else default))),
         prog=prog,
         description=description or inspect.cleandoc(kind.__doc__),
         default=tyro.MISSING_NONPROP if default is None else default,
         config=markers,
         **more,
     )
+
+
+def _lists(kind: Any, prefix: str = "--") -> Iterator[str]:
+    """Yields the options of a dataclass, or of an instance, that take several values."""
+    for field in dataclasses.fields(kind):
+        value = getattr(kind, field.name, None)
+        name = f"{prefix}{field.name}".replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            yield from _lists(value, f"{name}.")
+        elif isinstance(value, tuple) or "tuple[" in str(field.type):
+            yield name
+
+
+def _join_repeated(args: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Returns the arguments with all values of a list behind its first option.
+
+    Where an option is given twice, argparse would take the last one alone, without a word.
+    """
+    given = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    lists = {name for name in lists if given.count(name) > 1}
+    parts: list[list[str]] = [[]]
+    for word in args:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--"):
+            parts[-1].append(word)
+        elif equals and name.replace("_", "-") in lists:
+            parts.append([name, value])
+        else:
+            parts.append([word])
+    joined, first = [], {}
+    for part in parts:
+        name = part[0].replace("_", "-") if part else ""
+        if name in first:
+            first[name].extend(part[1:])
+            continue
+        joined.append(part)
+        if name in lists:
+            first[name] = part
+    return [word for part in joined for word in part]
 
 
 def take_models(args: Sequence[str]) -> tuple[list[str], list[str]]:
