@@ -393,6 +393,7 @@ def load(
         embedding; if an adapter is of another base.
     """
     source, mesh = find(name_or_path, base=base), sharding.make_mesh(mesh)
+    source.warn_if_unrounded()
     rules = source.rules(mesh, rules)
     tokenizer = source.tokenizer()
     check_vocabulary(source.model, tokenizer)

@@ -107,6 +107,7 @@ def evaluate_model(
     given = compared.check_names([b if isinstance(b, str) else str(b.path) for b in baseline])
     others = {b.name: sources.get(b.name) or find(b.name) for b in given if b.kind == "model"}
     source = find(model) if isinstance(model, str) else model
+    source.warn_if_unrounded()
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
     asked = _Question(
         tasks=(tasks,) if isinstance(tasks, str) and tasks else tuple(tasks),

@@ -2,6 +2,7 @@
 with one."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ class Source:
     @property
     def model(self) -> Architecture:
         return self.config.model
+
+    def warn_if_unrounded(self) -> None:
+        """Warns if the loss of the run saw rounded matrices, since these are the floats."""
+        weights = self.config.quantize.weights
+        if weights is not None and self.is_checkpoint:
+            warnings.warn(
+                f"{self.path} was trained to be rounded to {weights}, and is read in floats here; "
+                f"`t5jax compress {self.path} FOLDER --weights {weights}` makes the rounded model",
+                stacklevel=3,
+            )
 
     def check_whole(self) -> None:
         """Raises ValueError unless the parameters of the network are the whole model."""

@@ -60,6 +60,13 @@ def test_a_step_trains_the_floats_on_the_loss_of_the_rounded():
     assert all(jax.tree.leaves(moved))
 
 
+def test_whoever_reads_the_floats_of_such_a_run_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(Source, "is_checkpoint", True)
+    Source(tmp_path, Config(model=MODEL)).warn_if_unrounded()
+    with pytest.warns(UserWarning, match=f"t5jax compress {tmp_path} FOLDER --weights int4"):
+        Source(tmp_path, Config(model=MODEL, quantize=QuantizeConfig("int4"))).warn_if_unrounded()
+
+
 def test_configs_that_cannot_be():
     with pytest.raises(ValueError, match="quantize.group is 8, but quantize.weights is None"):
         QuantizeConfig(group=8)
