@@ -128,8 +128,8 @@ def damage(folder: Path, options: argparse.Namespace) -> None:
             spoil(again / file, how)
             ended = killing.run(["train", _config(again, "again", folder, **keep)])
             below = file.relative_to("checkpoints/6").as_posix()
-            if "warning: checkpoint" in ended.err:
-                assert f"damaged: {below}" in ended.err, ended.err
+            if "is damaged" in ended.err:
+                assert f"is damaged: {below}" in ended.err, ended.err
                 assert "going on from step 4" in ended.err
                 named += 1
             else:
