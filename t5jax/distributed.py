@@ -336,7 +336,9 @@ class StopRequest:
 
 def _send_sigterm(notice: str) -> None:
     print(f"t5jax: this machine is about to be taken ({notice})", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    # To the thread that handles it. Sent to the process, another might take it, and this one would
+    # not hear of it before what it waits for has come.
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 def leave() -> None:

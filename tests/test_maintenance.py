@@ -24,7 +24,7 @@ def metadata(monkeypatch):
                 return
             with changed:
                 if query["last_etag"] != "0":
-                    changed.wait_for(lambda: values[name] != query["last_etag"], timeout=5)
+                    changed.wait_for(lambda: values[name] != query["last_etag"], timeout=60)
             self.send_response(200)
             self.send_header("ETag", values[name])
             self.end_headers()
@@ -63,7 +63,7 @@ def test_a_run_is_asked_to_stop_before_its_machine_is_taken(name, value, metadat
         assert not asked.wait(0.1)
         assert not request.reached(1)
         metadata(name, value)
-        assert asked.wait(5)
+        assert asked.wait(60)
         assert request.reached(2)
     assert f"this machine is about to be taken ({name})" in capsys.readouterr().err
 
