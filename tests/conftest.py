@@ -43,8 +43,18 @@ import pytest
 
 import forks
 
+_MEMORY_OF_A_PROCESS = 6 * 2**30
+"""Bytes, with those of the programs that its tests start."""
+
 forks.make_folder()
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One process more than there are cores, since many tests wait for processes of their own."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min((os.cpu_count() or 1) + 1, memory // _MEMORY_OF_A_PROCESS))
 
 
 @pytest.fixture(autouse=True, scope="module")
