@@ -77,6 +77,21 @@ def test_the_wheel_holds_code_tasks_and_configs_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
+def test_a_package_index_shows_the_readme_without_links_that_lead_nowhere(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+        shown = opened.read(name).decode().partition("\n\n")[2]
+    readme = (ROOT / "README.md").read_text()
+    assert re.search(r"\]\((?!https?:)", readme)
+    assert re.search(r"\]\((?!https?:)", shown) is None
+    # Only links differ.
+    assert shown.splitlines()[0] == "# t5jax"
+    assert "imported (docs/t5x.md)" in shown
+    blocks = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+    assert blocks.findall(shown) == blocks.findall(readme)
+
+
+@pytest.mark.slow
 def test_the_source_archive_holds_what_is_tracked(built):
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
