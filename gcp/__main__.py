@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from gcp import backends, prices, project, settings, slices, workers
+from gcp import backends, billable, prices, project, settings, slices, workers
 from gcp.backends import State
 from gcp.settings import Settings
 from gcp.steps import CommandFailed, Commands, Machine, ThisMachine
@@ -186,15 +186,15 @@ def _status(commands: Commands, s: Settings) -> None:
 
 def _list(commands: Commands, s: Settings, table: prices.Prices, all_zones: bool = False) -> None:
     if commands.dry_run:
-        for question in backends.billable_questions(s).values():
+        for question in billable.questions(s).values():
             commands.say(shlex.join(question))
         return
-    found = backends.billable(commands, s)
+    found = billable.resources(commands, s)
     if all_zones:
-        zones = [zone for zone in backends.tpu_zones(commands, s) if zone != s.zone]
+        zones = [zone for zone in billable.tpu_zones(commands, s) if zone != s.zone]
         elsewhere = [dataclasses.replace(s, zone=zone) for zone in zones]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for more in pool.map(lambda other: backends.billable_tpus(commands, other), elsewhere):
+            for more in pool.map(lambda other: billable.tpus(commands, other), elsewhere):
                 found += more
     for resource in found:
         commands.say(
@@ -210,7 +210,7 @@ def _list(commands: Commands, s: Settings, table: prices.Prices, all_zones: bool
     )
 
 
-def _price(resource: backends.Resource, table: prices.Prices) -> str:
+def _price(resource: billable.Resource, table: prices.Prices) -> str:
     if resource.detail in ("PREEMPTED", "STOPPED", "SUSPENDED", "TERMINATED"):
         return ""  # Its disk alone costs something.
     try:
