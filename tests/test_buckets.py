@@ -202,7 +202,7 @@ def test_a_folder_is_complete_with_its_last_file(bucket):
 
 
 def test_what_grows_is_joined_to_what_is_there(bucket, monkeypatch):
-    monkeypatch.setattr(buckets, "_APPENDS_ABOVE", 4)
+    monkeypatch.setattr("t5jax.buckets.growing._APPENDS_ABOVE", 4)
     objects(bucket)["out.jsonl"] = b"first\n"
     with storage.staged(place("out.jsonl"), beside=[".run.json"], every=1000) as staged:
         assert staged.path.read_bytes() == b"first\n"
@@ -224,7 +224,7 @@ def test_what_grows_is_joined_to_what_is_there(bucket, monkeypatch):
 
 
 def test_what_another_process_has_written_is_not_joined_to(bucket, monkeypatch):
-    monkeypatch.setattr(buckets, "_APPENDS_ABOVE", 4)
+    monkeypatch.setattr("t5jax.buckets.growing._APPENDS_ABOVE", 4)
     objects(bucket)["log"] = b"first\n"
 
     def write_beside_another():
