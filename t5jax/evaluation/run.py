@@ -2,32 +2,25 @@
 
 import contextlib
 import dataclasses
-import functools
-import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from t5jax import metrics, sharding, storage
+from t5jax import sharding, storage
 from t5jax.architectures import Dtype
-from t5jax.checks import check_at_least, did_you_mean
-from t5jax.config import AxisRules, Config, MeshConfig, override
-from t5jax.data.batches.examples import EvalSet
+from t5jax.checks import check_at_least
+from t5jax.config import AxisRules, MeshConfig
 from t5jax.evaluation import baselines as compared
-from t5jax.evaluation import compare, page, predictions
-from t5jax.evaluation.baselines import Baseline
-from t5jax.evaluation.evaluator import Evaluator
-from t5jax.evaluation.scores import LOSSES, Answer, Answers, ranks, score, scores_of_examples
-from t5jax.monitor import progress, tables
+from t5jax.evaluation import page
+from t5jax.evaluation.asking import Devices, Question, ask, ask_other, config_of, names_of_run
+from t5jax.evaluation.results import result_of
+from t5jax.evaluation.scores import Answers
+from t5jax.monitor import tables
 from t5jax.source import Source, find
-from t5jax.special_tokens import check_vocabulary
 from t5jax.storage import to_json
-from t5jax.tokenizers import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 BASELINES = (compared.MAJORITY, compared.COPY)
 
@@ -109,7 +102,7 @@ def evaluate_model(
     source = find(model) if isinstance(model, str) else model
     source.warn_if_unrounded()
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, MeshConfig) else mesh
-    asked = _Question(
+    asked = Question(
         tasks=(tasks,) if isinstance(tasks, str) and tasks else tuple(tasks),
         split=split,
         shots=shots,
@@ -120,26 +113,26 @@ def evaluate_model(
         inputs_length=inputs_length,
         max_tokens=max_tokens,
     )
-    devices = _Devices(mesh, rules, batch_size, dtype)
+    devices = Devices(mesh, rules, batch_size, dtype)
     with contextlib.ExitStack() as stack:
         if where:
             place = storage.staged(where, folder=True, writes=writes)
             output = stack.enter_context(place).path
-        answered = _ask(source, asked, devices, output, given)
+        answered = ask(source, asked, devices, output, given)
         eval_sets = {name: eval_set for name, (eval_set, _) in answered.items()}
         answers = {name: Answers.of(*each) for name, each in answered.items()}
         # Others are asked for the same, whatever they were trained on.
-        data = _config(source, asked).data
+        data = config_of(source, asked).data
         asked = dataclasses.replace(
             asked,
-            tasks=asked.tasks or tuple(_names_of_run(source)),
+            tasks=asked.tasks or tuple(names_of_run(source)),
             inputs_length=data.inputs_length,
             max_tokens=data.targets_length,
         )
         of_models = {}
         for name, other in others.items():
             folder = output / "baselines" / name.strip("/").replace("/", "_") if output else None
-            of_models[name] = _answers_of_other(name, other, asked, devices, folder, eval_sets)
+            of_models[name] = ask_other(name, other, asked, devices, folder, eval_sets)
         results, columns = {}, {}
         for task, eval_set in eval_sets.items():
             systems: dict[str, Answers | None] = {}
@@ -152,7 +145,7 @@ def evaluate_model(
                     systems[b.name] = compared.trivial_answers(b.kind, eval_set, answers[task])
             there = {name: each for name, each in systems.items() if each is not None}
             files = [b for b in given if b.kind == "scores"]
-            results[task] = _result(eval_set, answers[task], there, files, resamples, seed)
+            results[task] = result_of(eval_set, answers[task], there, files, resamples, seed)
             columns[task] = there
             if num_samples and writes and (texts := answers[task].texts):
                 samples = eval_set.samples(texts, num_samples)
@@ -186,307 +179,3 @@ def _place(file: Path, name: str) -> Path:
     if not storage.is_remote(file) and not file.parent.is_dir():
         raise ValueError(f"{name} {file}: there is no folder {file.parent}; make it first")
     return file
-
-
-# --- One model ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Question:
-    """What is asked of each model."""
-
-    tasks: tuple[str, ...]
-    split: str
-    shots: int
-    metrics: tuple[str, ...]
-    choices: tuple[str, ...]
-    task_files: tuple[str, ...]
-    num_examples: int | None
-    inputs_length: int | None
-    max_tokens: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Devices:
-    """Where and how it is computed, on which the answers do not depend, but for the dtype."""
-
-    mesh: jax.sharding.Mesh
-    rules: AxisRules | None
-    batch_size: int
-    dtype: Dtype | None
-
-
-def _ask(
-    source: Source,
-    asked: _Question,
-    devices: _Devices,
-    output: Path | None,
-    given: Sequence[Baseline] = (),
-) -> dict[str, tuple[EvalSet, list[Answer]]]:
-    """Returns what a model says of each task, by the task's name.
-
-    Args:
-      source: the model.
-      asked: what it is asked.
-      devices: where it is computed.
-      output: the folder of its answers, if they are kept.
-      given: baselines, of which earlier ones are checked before the model is asked for hours.
-    """
-    mesh, rules = devices.mesh, source.rules(devices.mesh, devices.rules)
-    sharding.check_batch_size(devices.batch_size, mesh, rules, "batch_size")
-    config, tokenizer = _config(source, asked), source.tokenizer()
-    check_vocabulary(source.model, tokenizer)
-    eval_sets = _eval_sets(source, config, asked, tokenizer)
-    for eval_set in eval_sets:
-        for baseline in given:
-            compared.check(baseline, eval_set)
-    description, params = source.read(devices.dtype, mesh, rules)
-    with contextlib.ExitStack() as stack, sharding.use_mesh(mesh, rules):
-        evaluator = Evaluator(
-            description,
-            tokenizer,
-            mesh,
-            rules,
-            batch_size=devices.batch_size,
-            max_tokens=config.data.targets_length,
-            prefix_lm=config.data.prefix_lm,
-        )
-        for eval_set in eval_sets:
-            evaluator.check(eval_set)
-        folder = None
-        if output is not None:
-            about = _about(source, config, asked, devices, eval_sets, output)
-            folder = stack.enter_context(predictions.Folder(output, about))
-        found = {}
-        for eval_set in progress.track(
-            eval_sets, f"evaluating {source.path.name} on {asked.split}"
-        ):
-            found[eval_set.task] = eval_set, _answers(evaluator, params, eval_set, folder)
-    return found
-
-
-def _answers(
-    evaluator: Evaluator, params: Any, eval_set: EvalSet, folder: predictions.Folder | None
-) -> list[Answer]:
-    """Returns what a model says of a task; what is in the folder already is not asked again."""
-    if folder is None:
-        (answers,) = evaluator.answers(params, eval_set)
-    else:
-        answers = folder.read(eval_set)
-        for more in evaluator.answers(params, eval_set, start=len(answers), most=_STRETCH):
-            folder.append(eval_set, len(answers), more)
-            answers += more
-        given = Answers.of(eval_set, answers)
-        folder.finish(eval_set, answers, scores_of_examples(eval_set, given))
-    return answers
-
-
-_STRETCH = 256  # Examples between two writes: a run that is killed asks for at most so many again.
-
-
-def _config(source: Source, asked: _Question) -> Config:
-    """Returns the run's config with the lengths and the split that are asked for."""
-    data = source.config.data
-    inputs, targets = asked.inputs_length, asked.max_tokens
-    return override(
-        source.config,
-        {
-            "data.inputs_length": data.inputs_length if inputs is None else inputs,
-            "data.targets_length": data.targets_length if targets is None else targets,
-            "eval.split": asked.split,
-            "eval.num_examples": asked.num_examples,
-        },
-    )
-
-
-def _names_of_run(source: Source) -> list[str]:
-    names = [name for _, name in source.config.data.mixtures if name]
-    if not names:
-        raise ValueError(f"{source.path} does not say what it was trained on; give --tasks NAME")
-    return names
-
-
-def _eval_sets(
-    source: Source, config: Config, asked: _Question, tokenizer: Tokenizer
-) -> list[EvalSet]:
-    from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
-
-    for name in asked.metrics:
-        _check_metric(name)
-    names = asked.tasks or _names_of_run(source)
-    registry.load_tasks(asked.task_files)
-    names = registry.match(names, asked.split)
-    if asked.shots:
-        names = registry.with_shots(names, asked.shots)
-    eval_sets = pipeline.eval_sets(config, tokenizer=tokenizer, mixtures=names)
-    return [_with_metrics(eval_set, asked) for eval_set in eval_sets]
-
-
-def _check_metric(name: str) -> None:
-    always = [fn.__name__ for fn in LOSSES]
-    known = [*always, *metrics.BY_NAME, *metrics.OF_SCORES]
-    if name not in known:
-        raise ValueError(
-            f"there is no metric {name!r}; {did_you_mean(name, known)}known are {', '.join(known)}"
-        )
-
-
-def _with_metrics(eval_set: EvalSet, asked: _Question) -> EvalSet:
-    """Returns a task with the metrics and choices that are asked for beside its own."""
-    names = [*asked.metrics, *(["rank_accuracy"] if asked.choices else [])]
-    has = [
-        getattr(fn, "func", fn) if isinstance(fn, functools.partial) else fn
-        for fn in (*eval_set.metric_fns, *eval_set.score_fns)
-    ]
-    more = {
-        kind: [fn for name, fn in kinds.items() if name in names and fn not in has]
-        for kind, kinds in (("metric_fns", metrics.BY_NAME), ("score_fns", metrics.OF_SCORES))
-    }
-    examples = eval_set.examples
-    if asked.choices:
-        examples = [dataclasses.replace(e, choices=asked.choices) for e in examples]
-    return dataclasses.replace(
-        eval_set,
-        examples=examples,
-        metric_fns=[*eval_set.metric_fns, *more["metric_fns"]],
-        score_fns=[*eval_set.score_fns, *more["score_fns"]],
-    )
-
-
-def _about(
-    source: Source,
-    config: Config,
-    asked: _Question,
-    devices: _Devices,
-    eval_sets: Sequence[EvalSet],
-    output: Path,
-) -> dict[str, Any]:
-    """Returns what the answers depend on, as JSON values."""
-    # The evaluation may be written beside the weights.
-    folder, own = source.place.absolute(), f"{output.absolute()}/"
-    files = storage.files(folder)
-    files = {name: file for name, file in files.items() if not f"{folder}/{name}".startswith(own)}
-    return {
-        "model": {
-            "model": str(folder),
-            "model's files": [
-                len(files),
-                sum(size for size, _ in files.values()),
-                max((version for _, version in files.values()), default=0),
-            ],
-        },
-        "options": {
-            "split": asked.split,
-            "inputs_length": config.data.inputs_length,
-            "max_tokens": config.data.targets_length,
-            "num_examples": asked.num_examples,
-            "dtype": devices.dtype,
-            "what is asked": {
-                e.task: ["answers" if e.metric_fns else "no answers"]
-                + (["choices"] if ranks(e) else [])
-                for e in eval_sets
-            },
-        },
-        "tasks": {e.task: f"{len(e.examples)} examples {predictions.digest(e)}" for e in eval_sets},
-    }
-
-
-# --- Beside others --------------------------------------------------------------------------------
-
-
-def _answers_of_other(
-    name: str,
-    source: Source,
-    asked: _Question,
-    devices: _Devices,
-    output: Path | None,
-    eval_sets: Mapping[str, EvalSet],
-) -> dict[str, Answers]:
-    """Returns what another model says of the same tasks.
-
-    Raises:
-      ValueError: if its examples are not the same.
-    """
-    found = _ask(source, asked, devices, output)
-    for task, eval_set in eval_sets.items():
-        theirs = [e.targets for e in found[task][0].examples]
-        if theirs != [e.targets for e in eval_set.examples]:
-            raise ValueError(
-                f"--baseline {name}: its targets of the task {task} are not those of the model, "
-                "since it reads them with a tokenizer or labels of its own; they cannot be compared"
-            )
-    return {task: Answers.of(*each) for task, each in found.items()}
-
-
-def _comparable(eval_set: EvalSet, model: Answers, other: Answers, name: str) -> dict[str, float]:
-    """Returns the scores of a baseline, without losses per token if its tokens are others.
-
-    Neither may those per word or byte be compared if targets are cut elsewhere.
-    """
-    scores = score(eval_set, other)
-    if model.log_probs is None or other.log_probs is None:
-        return scores
-    details = [
-        (a.details, b.details) for a, b in zip(model.log_probs, other.log_probs, strict=True)
-    ]
-    same_tokens = all(a.num_tokens == b.num_tokens for a, b in details)
-    same_texts = all(a.num_bytes == b.num_bytes for a, b in details)
-    left_out = [] if same_tokens else [fn.__name__ for fn in LOSSES]
-    if not same_texts:
-        left_out += [fn for fn in metrics.OF_SCORES if fn != "rank_accuracy"]
-    left_out = [name for name in left_out if name in scores]
-    if left_out:
-        _log.warning(
-            "task %s: %s of %s are left out, since its vocabulary reads the targets as other "
-            "tokens%s",
-            *(eval_set.task, ", ".join(left_out), name),
-            "" if "bits_per_byte" in left_out else "; --metrics bits_per_byte can be compared",
-        )
-    return {name: value for name, value in scores.items() if name not in left_out}
-
-
-def _result(
-    eval_set: EvalSet,
-    model: Answers,
-    systems: Mapping[str, Answers],
-    files: Sequence[Baseline],
-    resamples: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Returns the scores of a model and its baselines on a task, and how they compare."""
-    scores = score(eval_set, model)
-    others = {name: _comparable(eval_set, model, each, name) for name, each in systems.items()}
-    earlier = {b.name: compared.earlier_scores(b, eval_set) for b in files}
-    intervals: dict[str, compare.Interval] = {}
-    comparisons: dict[str, dict[str, compare.Comparison]] = {}
-    lower, number = compare.lower_is_better(eval_set, model), len(eval_set.examples)
-    if resamples:
-        intervals, comparisons = compare.bootstrap(
-            eval_set, model, dict(systems), resamples=resamples, seed=seed
-        )
-        for name, found in comparisons.items():
-            comparisons[name] = {k: one for k, one in found.items() if k in others[name]}
-        for name, row in earlier.items():
-            comparisons[name] = {
-                metric: compare.against_score(intervals[metric], value, number, metric in lower)
-                for metric, value in row.items()
-                if metric in intervals
-            }
-    return {
-        "num_examples": number,
-        "lower_is_better": sorted(lower & scores.keys()),
-        "model": scores,
-        "intervals": {name: [i.low, i.high] for name, i in intervals.items()},
-        "baselines": others | earlier,
-        "comparisons": {
-            name: {
-                metric: {
-                    "difference": c.difference.value,
-                    "interval": [c.difference.low, c.difference.high],
-                    "verdict": c.verdict,
-                }
-                for metric, c in row.items()
-            }
-            for name, row in comparisons.items()
-        },
-    }

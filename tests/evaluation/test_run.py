@@ -11,7 +11,7 @@ from t5jax.convert import export_model
 from t5jax.data.batches.examples import EvalExample, EvalSet
 from t5jax.evaluation import Evaluator, evaluate_model
 from t5jax.evaluation.predictions import Folder
-from t5jax.evaluation.run import _result
+from t5jax.evaluation.results import result_of
 from t5jax.evaluation.scores import Answers
 from t5jax.metrics import bits_per_byte, rank_accuracy
 from t5jax.metrics.likelihood import Choice, Details, LogProb
@@ -201,7 +201,7 @@ def test_losses_of_other_tokens_are_not_compared(caplog):
         (says(3, 4), ["bits_per_byte"]),
         (says(3, 3), []),
     ):
-        result = _result(asked, says(2, 4), {"other": other}, [], 10, 0)
+        result = result_of(asked, says(2, 4), {"other": other}, [], 10, 0)
         names = [*expected, "rank_accuracy", "rank_accuracy_norm"]
         assert list(result["baselines"]["other"]) == names
         assert list(result["comparisons"]["other"]) == names
