@@ -48,10 +48,10 @@ def main(args: Sequence[str] | None = None, machine: Machine | None = None) -> i
     except ValueError as error:
         return _fail(str(error), 2)
     except (CommandFailed, GivenUp) as error:
-        _list_after(commands, s, table)
+        _list_after(commands, s, table, options.file)
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        _list_after(commands, s, table)
+        _list_after(commands, s, table, options.file)
         return _fail("interrupted", 130)
 
 
@@ -188,6 +188,9 @@ def _list(commands: Commands, s: Settings, table: prices.Prices, all_zones: bool
     if commands.dry_run:
         for question in billable.questions(s).values():
             commands.say(shlex.join(question))
+        if all_zones:
+            commands.say("# the first two in each of these zones as well:")
+            commands.say(shlex.join(billable.zones_question(s)))
         return
     found = billable.resources(commands, s)
     if all_zones:
@@ -223,13 +226,14 @@ def _price(resource: billable.Resource, table: prices.Prices) -> str:
     return f", {'at most ' if resource.provisioning == 'spot' else ''}${price:,.2f} an hour"
 
 
-def _list_after(commands: Commands, s: Settings, table: prices.Prices) -> None:
+def _list_after(commands: Commands, s: Settings, table: prices.Prices, file: Path) -> None:
     """Shows what costs money after something went wrong."""
     commands.say("what costs money now:")
     try:
         _list(commands, s, table)
     except (CommandFailed, KeyboardInterrupt) as error:
-        commands.say(f"that could not be asked ({error}); look again: python -m gcp list")
+        again = shlex.join(["python", "-m", "gcp", "list", str(file)])
+        commands.say(f"that could not be asked ({error}); look again: {again}")
 
 
 def _agree(commands: Commands, cost: str, options: argparse.Namespace) -> None:

@@ -26,8 +26,12 @@ class Resource:
 
 def tpu_zones(commands: Commands, s: Settings) -> list[str]:
     """Returns all zones that have TPUs."""
-    found = commands.ask(gcloud(s, "compute", "tpus", "locations", "list", "--format=json"))
-    return sorted(location["locationId"] for location in found)
+    return sorted(location["locationId"] for location in commands.ask(zones_question(s)))
+
+
+def zones_question(s: Settings) -> tuple[str, ...]:
+    """Returns what lists all zones that have TPUs."""
+    return gcloud(s, "compute", "tpus", "locations", "list", "--format=json")
 
 
 def questions(s: Settings) -> Mapping[str, tuple[str, ...]]:

@@ -201,7 +201,9 @@ def test_what_cannot_be_taken_back_is_listed(place, capsys):
     assert listed(capsys.readouterr().out) == cloud.costs == ["run"]
     cloud.fail_at = set(range(len(cloud.calls), len(cloud.calls) + 100))
     assert gcp(cloud, "queued", "delete") == 1
-    assert "that could not be asked" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "that could not be asked" in said
+    assert "look again: python -m gcp list run.toml" in said
 
 
 @both
@@ -459,6 +461,8 @@ def test_tpus_of_other_zones_are_listed(place, capsys):
     assert "(TPUs in all zones" in shown
     asked = [call for call in cloud.calls if "tpu-vm" in call and "--zone=europe-west4-a" in call]
     assert len(asked) == 1
+    assert gcp(cloud, "queued", "list", "--all-zones", "--dry-run") == 0
+    assert "gcloud compute tpus locations list --format=json" in capsys.readouterr().out
 
 
 def test_from_a_shell(place, monkeypatch, capsys):
