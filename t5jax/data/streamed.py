@@ -67,7 +67,8 @@ class StreamedExamples:
             epochs[i] = epoch
             if len(window) == most or (is_new and (len(self._tasks) == 1 or is_long)):
                 yield window
-                window = []
+                # As where a run that is resumed begins, which knows no epochs from before.
+                window, epochs = [], {i: epoch}
             window.append(example)
         raise ValueError(f"{self._mixture.name} has no examples in its split {TRAIN_SPLIT!r}")
 

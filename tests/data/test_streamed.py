@@ -192,6 +192,21 @@ def test_in_a_mixture_windows_end_with_the_epochs_of_large_tasks():
         assert windows("both", 3, start=end) == found[number + 1 : number + 4]
 
 
+def test_a_window_does_not_depend_on_those_before():
+    """As where a task's epoch ends with one window, and its next one begins within the next."""
+    sizes = {"a": 40, "b": 33, "c": 37}
+    for name, size in sizes.items():
+        rows = [{"q": f"{name} {i}", "a": "x"} for i in range(size)]
+        source = Source({"train": lambda rows=rows: rows})
+        prompted_task(name, source, [("{q}", "{a}")], metrics=[])
+    mixture("three", dict.fromkeys(sizes, 1))
+    found = windows("three", 12, most=11)
+    ends = list(itertools.accumulate(map(len, found)))
+    for number in (6, 7, 8):
+        resumed = windows("three", 2, start=ends[number], most=11)
+        assert resumed == found[number + 1 : number + 3]
+
+
 def test_files_that_were_replaced_are_named_on_resume(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text('{"q": "1", "a": "2"}\n')
