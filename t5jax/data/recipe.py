@@ -72,7 +72,7 @@ class Encoder:
 
     features: tuple[str, ...]
     eos_ids: Mapping[str, int | None]
-    """The id appended to each feature's tokens; None for none."""
+    """The id that ends each feature's tokens, also where they are cut; None for none."""
     tokenizer: Tokenizer
     labels: LabelTokenizer | None = None
     """The labels, if the run's model is a classifier."""
@@ -103,12 +103,13 @@ class Encoder:
         else:
             rows = [[self._tokens(example, f) for f in self.features] for example in chunk]
         lengths = np.array([[len(x) for x in row] for row in rows], np.int32)
-        largest = max((int(x.max()) for row in rows for x in row if len(x)), default=0)
-        if largest >= self._num_ids:
-            raise ValueError(
-                f"an example has the id {largest}, but the vocabulary {self.tokenizer} has "
-                f"{self.tokenizer.vocab_size}; use the vocabulary of its task"
-            )
+        ids = [x for row in rows for x in row if len(x)]
+        for extreme in (min(map(np.min, ids), default=0), max(map(np.max, ids), default=0)):
+            if not 0 <= extreme < self._num_ids:
+                raise ValueError(
+                    f"an example has the id {extreme}, but those of the vocabulary "
+                    f"{self.tokenizer} are 0 to {self._num_ids - 1}; use the vocabulary of its task"
+                )
         records = [np.concatenate(row).astype(self.dtype).tobytes() for row in rows]
         return lengths.reshape(len(rows), len(self.features)), records
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -92,11 +92,15 @@ class ForeignTask(Kind):
         SeqIO reads it with all cores, so more processes would not help.
         """
         task, (tokenizer, _, lengths) = self.task, run
-        before, appends = self._steps()
+        before, last = self._steps()
         features = tuple(name for name in ("inputs", "targets") if name in task.output_features)
-        eos_ids = {
-            f: tokenizer.eos_id if task.output_features[f].add_eos else None for f in features
+        appended = {
+            f: tokenizer.eos_id if last and task.output_features[f].add_eos else None
+            for f in features
         }
+        # SeqIO cuts what is too long at the end of a task, whether eos is there or not.
+        is_kept = last is seqio.preprocessors.append_eos_after_trim
+        kept = appended if is_kept else dict.fromkeys(features)
 
         def rows(seed):
             dataset = task.source.get_dataset(split=split, shuffle=False)
@@ -106,9 +110,7 @@ class ForeignTask(Kind):
                     dataset = seqio.utils.add_kwargs_to_transform(step, **arguments)(dataset)
             for chunk in in_chunks(elements(dataset), CHUNK):
                 try:
-                    yield [
-                        {f: _with_eos(row, f, eos_ids, appends) for f in features} for row in chunk
-                    ]
+                    yield [{f: _with_eos(row, f, appended[f]) for f in features} for row in chunk]
                 except ValueError as error:
                     raise ValueError(f"task {task.name}: {error}") from None
 
@@ -128,15 +130,15 @@ class ForeignTask(Kind):
         content = {
             "the code of its source": describe(task.source),
             "its preprocessors": describe(before),
-            "its features": [list(eos_ids.items()), appends],
+            "its features": [list(appended.items()), list(kept.items())],
         }
         if any("sequence_length" in inspect.signature(step).parameters for step in before):
             content |= {f"data.{name}_length": length for name, length in lengths.items()}
-        encoder = Encoder(features, eos_ids, tokenizer, tokenized=True)
+        encoder = Encoder(features, kept, tokenizer, tokenized=True)
         return Recipe(task.name, split, run, chunks, encoder, content, self.files(split))
 
-    def _steps(self) -> tuple[list, bool]:
-        """Returns the steps before what is cached, and whether eos is appended after them."""
+    def _steps(self) -> tuple[list, Callable | None]:
+        """Returns the steps before what is cached, and the one after them that appends eos."""
         before, after = list(self.task.preprocessors), []
         places = [isinstance(step, seqio.CacheDatasetPlaceholder) for step in before]
         if any(places):
@@ -152,7 +154,7 @@ class ForeignTask(Kind):
                     "objective, move the step before CacheDatasetPlaceholder, or leave data.cache "
                     "out"
                 )
-        return before, bool(after)
+        return before, after[-1] if after else None
 
     def _before_tokens(self, split: str) -> tf.data.Dataset:
         """Returns the last dataset in the pipeline in which the output features are texts."""
@@ -178,7 +180,7 @@ class ForeignTask(Kind):
         return last
 
 
-def _with_eos(row: Mapping, feature: str, eos_ids: Mapping, appends: bool) -> np.ndarray:
+def _with_eos(row: Mapping, feature: str, eos_id: int | None) -> np.ndarray:
     if feature not in row:
         raise ValueError(f"an example has no {feature!r}; it has {', '.join(sorted(row))}")
     tokens = np.asarray(row[feature])
@@ -187,4 +189,4 @@ def _with_eos(row: Mapping, feature: str, eos_ids: Mapping, appends: bool) -> np
             f"feature {feature!r} of an example is {tokens.dtype}{list(tokens.shape)}; expected "
             "tokens, int32 [n] (does the task lack seqio.preprocessors.tokenize?)"
         )
-    return np.append(tokens, eos_ids[feature]) if appends and eos_ids[feature] else tokens
+    return tokens if eos_id is None else np.append(tokens, eos_id)

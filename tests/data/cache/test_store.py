@@ -140,6 +140,9 @@ def test_tasks_of_seqios_own(tmp_path):
     for name, preprocessors in {
         "asked": steps,
         "asked_placeholder": [steps[0], seqio.CacheDatasetPlaceholder(), steps[1]],
+        # What is too long loses its eos, or its end if there is none.
+        "asked_before_the_cut": [steps[0], seqio.preprocessors.append_eos],
+        "asked_without": steps[:1],
     }.items():
         task = seqio.TaskRegistry.add(
             name,
