@@ -4,7 +4,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from t5jax.tokenizers.common import SENTINEL, clean_ids, json_bytes, write_files
+from t5jax.tokenizers.common import (
+    SENTINEL,
+    clean_ids,
+    cleaned_up,
+    json_bytes,
+    read_chat_template,
+    write_files,
+)
 
 _FIRST_BYTE, _NUM_BYTES = 3, 256
 _LAST_BYTE = _FIRST_BYTE + _NUM_BYTES - 1
@@ -25,8 +32,6 @@ class ByteTokenizer:
     pad_id, eos_id, unk_id = 0, 1, 2
     bos_id: int | None = None
     mask_id: int | None = None
-    chat_template: str | None = None
-    cleans_up = False
     # Most of them are bytes of ordinary text as well: a text must not lose them.
     sentinel_ids = tuple(range(_LAST_BYTE, _LAST_BYTE - _NUM_SENTINELS, -1))
     prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None = ((), (1,))
@@ -34,17 +39,25 @@ class ByteTokenizer:
         {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     )
 
-    def __init__(self, extra_ids: int = 125, *, files: Mapping[str, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        extra_ids: int = 125,
+        *,
+        files: Mapping[str, bytes] | None = None,
+        cleans_up: bool = False,
+    ) -> None:
         """Creates the tokenizer.
 
         Args:
           extra_ids: the number of unused ids at the end; ByT5's models have 384 ids in all.
           files: Hugging Face files that `save` writes unchanged.
+          cleans_up: see `Tokenizer`.
         """
         self.vocab_size: int = _LAST_BYTE + 1 + extra_ids
         free = range(_LAST_BYTE + 1 - _NUM_FREE, self.vocab_size)
         self.special_ids = frozenset((self.pad_id, self.eos_id, self.unk_id, *free))
-        self._files = dict(files) if files else None
+        self._files, self.cleans_up = dict(files) if files else None, cleans_up
+        self.chat_template = read_chat_template(files or {}, "the folder")
 
     def __repr__(self) -> str:
         return f"ByteTokenizer({self.vocab_size} ids)"
@@ -72,7 +85,8 @@ class ByteTokenizer:
                 data += f"<extra_id_{_LAST_BYTE - i}>".encode()
             elif _FIRST_BYTE <= i <= _LAST_BYTE:
                 data.append(i - _FIRST_BYTE)
-        return data.decode(errors="ignore")
+        text = data.decode(errors="ignore")
+        return cleaned_up(text) if self.cleans_up else text
 
     def token_bytes(self) -> list[bytes]:
         """Returns the bytes of each id; none for what is no text."""

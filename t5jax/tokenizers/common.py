@@ -83,6 +83,14 @@ def first_sentinels(sentinels: Mapping[int, int]) -> tuple[int, ...]:
     return tuple(sentinels[number] for number in numbers)
 
 
+def cleaned_up(text: str) -> str:
+    """Returns a text without the spaces before punctuation that transformers removes."""
+    from transformers import PreTrainedTokenizerBase
+
+    cleaned: str = PreTrainedTokenizerBase.clean_up_tokenization(None, text)
+    return cleaned
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 

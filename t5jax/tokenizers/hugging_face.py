@@ -17,6 +17,7 @@ from t5jax.tokenizers.as_transformers import Built, read_tokenizer
 from t5jax.tokenizers.common import (
     SENTINEL,
     clean_ids,
+    cleaned_up,
     first_sentinels,
     json_bytes,
     of_libraries,
@@ -136,11 +137,7 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
         kept = clean_ids(self, ids, special_tokens)
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
-        if self.cleans_up:
-            from transformers import PreTrainedTokenizerBase
-
-            text = PreTrainedTokenizerBase.clean_up_tokenization(self, text)
-        return text
+        return cleaned_up(text) if self.cleans_up else text
 
     @functools.cached_property
     def is_byte_level(self) -> bool:

@@ -129,6 +129,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         return _load_folder(folder / "tokenizer")
     name = str(folder)
     config, added = read_json(files, CONFIG, name), _added_tokens(files, name)
+    options: Any = {"files": files, "cleans_up": bool(config.get("clean_up_tokenization_spaces"))}
     if config.get("tokenizer_class") == "ByT5Tokenizer":
         if added := [token for token in added if not re.fullmatch(r"<unused_\d+>", token)]:
             raise ValueError(
@@ -136,7 +137,7 @@ def _load_folder(folder: Path) -> Tokenizer:
                 "supported; leave them out of its files"
             )
         last = max(map(int, config.get("added_tokens_decoder") or {}), default=0)
-        return ByteTokenizer(max(_extra_ids(config, 125), last - 258), files=files)
+        return ByteTokenizer(max(_extra_ids(config, 125), last - 258), **options)
     # Others have such a file as well, which is not read as T5's (ALBERT).
     kind = (config.get("tokenizer_class") or "T5Tokenizer").removesuffix("Fast")
     is_t5s = "spiece.model" in files and ("T5" in kind or kind in _GENERIC_CLASSES)
@@ -144,7 +145,7 @@ def _load_folder(folder: Path) -> Tokenizer:
         own = user_defined(read_model(files["spiece.model"], f"spiece.model in {name}"))
         added = [token for token in added if token not in own]
     if is_t5s and not added:
-        return SentencePieceTokenizer(files["spiece.model"], _extra_ids(config, 100), files=files)
+        return SentencePieceTokenizer(files["spiece.model"], _extra_ids(config, 100), **options)
     if is_t5s and "tokenizer.json" not in files:
         raise ValueError(
             f"{name} adds tokens to its spiece.model ({', '.join(added[:3])}) but has no "

@@ -14,6 +14,7 @@ from t5jax.tokenizers.common import (
     SENTINEL,
     Tokenizer,
     clean_ids,
+    cleaned_up,
     first_sentinels,
     json_bytes,
     of_libraries,
@@ -32,7 +33,6 @@ class SentencePieceTokenizer:
 
     bos_id: int | None = None
     mask_id: int | None = None
-    cleans_up = False
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class SentencePieceTokenizer:
         extra_ids: int = 100,
         *,
         files: Mapping[str, bytes] | None = None,
+        cleans_up: bool = False,
     ) -> None:
         """Reads a model.
 
@@ -48,6 +49,7 @@ class SentencePieceTokenizer:
           extra_ids: the number of sentinels to add, the last of which is "<extra_id_0>"; none are
             added to a model that already has some (as mT5's has).
           files: the Hugging Face files for `save` to write; made from the model by default.
+          cleans_up: see `Tokenizer`.
         Raises:
           ValueError: if the file is missing or damaged, or the model has no pad, eos or unk.
         """
@@ -80,6 +82,7 @@ class SentencePieceTokenizer:
         own = (self.pad_id, self.eos_id, self.unk_id)
         self.special_ids = frozenset((*own, *found.values()))
         self.prompt_affixes: tuple[tuple[int, ...], tuple[int, ...]] | None = ((), (self.eos_id,))
+        self.cleans_up = cleans_up
         self._files = dict(files) if files else self._hugging_face_files(model, extra_ids)
         self.chat_template = read_chat_template(self._files, name)
         self.special_tokens: Mapping[str, str] = {
@@ -101,7 +104,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
         text: str = self._processor.decode(clean_ids(self, ids, special_tokens))
-        return text
+        return cleaned_up(text) if self.cleans_up else text
 
     def token_bytes(self) -> list[bytes]:
         """Returns the bytes of each id, with a space where a word begins; none for what is no
@@ -128,7 +131,8 @@ class SentencePieceTokenizer:
         if num_sentinels:  # They are added again.
             del model.pieces[-num_sentinels:]
             model.trainer_spec.vocab_size = len(model.pieces)
-        trimmed = SentencePieceTokenizer(model.SerializeToString(), num_sentinels)
+        serialized = model.SerializeToString()
+        trimmed = SentencePieceTokenizer(serialized, num_sentinels, cleans_up=self.cleans_up)
         trimmed._files |= {name: x for name, x in self._files.items() if name.endswith(".jinja")}
         trimmed.chat_template = self.chat_template
         return trimmed, kept
@@ -141,7 +145,7 @@ class SentencePieceTokenizer:
             "unk_token": self._processor.id_to_piece(self.unk_id),
             "extra_ids": extra_ids,
             "additional_special_tokens": [f"<extra_id_{i}>" for i in range(extra_ids)],
-            "clean_up_tokenization_spaces": False,
+            "clean_up_tokenization_spaces": self.cleans_up,
         }
         return {_FILE: model, "tokenizer_config.json": json_bytes(config)}
 

@@ -276,6 +276,28 @@ def test_added_tokens_and_settings_of_a_tokenizer_model_count(tmp_path):
     assert saved.encode("the") == theirs.encode("the")
 
 
+@pytest.mark.parametrize("kind", ["T5Tokenizer", "ByT5Tokenizer"])
+@pytest.mark.parametrize("cleans", [True, False])
+def test_spaces_before_punctuation_are_cleaned_up_as_the_folder_says(kind, cleans, tmp_path):
+    if kind == "T5Tokenizer":
+        model = train_model(vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+        (tmp_path / "spiece.model").write_bytes(model)
+    config = {"tokenizer_class": kind, "clean_up_tokenization_spaces": cleans}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    ids = ours.encode("two cats , it is here .")
+    assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.decode(ids) == ("two cats, it is here." if cleans else "two cats , it is here .")
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").decode(ids) == ours.decode(ids)
+    if kind == "T5Tokenizer":
+        trimmed, kept = ours.trimmed(set(ids))
+        assert kept[trimmed.encode("two cats .")].tolist() == ours.encode("two cats .")
+        trimmed.save(tmp_path / "trimmed")
+        again = load_tokenizer(tmp_path / "trimmed")
+        assert again.decode(trimmed.encode("cats .")) == ours.decode(ours.encode("cats ."))
+
+
 # --- Bytes, and UMT5 ----------------------------------------------------------------------------
 
 
