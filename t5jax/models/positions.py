@@ -68,12 +68,9 @@ def rotate(x_BTHK, table) -> jax.Array:
 
 
 def relative_position_bucket(
-    distance: np.ndarray, *, num_buckets: int, max_distance: int, bidirectional: bool
-) -> np.ndarray:
+    distance, *, num_buckets: int, max_distance: int, bidirectional: bool
+) -> jax.Array:
     """Returns the bucket of each distance: single tokens nearby, logarithmic ranges further away.
-
-    On the host, as in T5X: a device's logarithm may be off by a bit, and a distance that begins a
-    range exactly, as 32 does in T5's encoders, would fall into the one before.
 
     Args:
       distance: int32 [...], key position minus query position, in tokens.
@@ -85,26 +82,25 @@ def relative_position_bucket(
     Source: Raffel et al. 2020 (arXiv:1910.10683), section 2.1; the formula is that of their code,
       on which every published checkpoint depends.
     """
-    offset = np.zeros_like(distance)
+    offset = jnp.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
-        offset = (distance > 0).astype(np.int32) * num_buckets
-        distance = np.abs(distance)
+        offset = (distance > 0).astype(jnp.int32) * num_buckets
+        distance = jnp.abs(distance)
     else:
-        distance = np.maximum(-distance, 0)
+        distance = jnp.maximum(-distance, 0)
     exact = num_buckets // 2
     # Float32 and this order of operations, as in the original code: at a boundary another order
     # could round to a different bucket.
-    ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
-    log_ratio = np.log(ratio, dtype=np.float64).astype(np.float32)
-    log_range = np.float32(math.log(max_distance / exact))
-    far = exact + (log_ratio / log_range * np.float32(num_buckets - exact)).astype(np.int32)
-    far = np.minimum(far, num_buckets - 1)
-    return offset + np.where(distance < exact, distance, far)
+    log_ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    log_range = math.log(max_distance / exact)
+    far = exact + (log_ratio / log_range * (num_buckets - exact)).astype(jnp.int32)
+    far = jnp.minimum(far, num_buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
 
 
 def relative_position_bias(
-    table_HN, distance_R: np.ndarray, *, max_distance: int, bidirectional: bool
+    table_HN, distance_R, *, max_distance: int, bidirectional: bool
 ) -> jax.Array:
     """Returns the bias of each distance, float32 [H, R].
 

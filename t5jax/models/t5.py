@@ -11,7 +11,6 @@ L layers.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t5jax import batch as features
 from t5jax.architectures import T5Config
@@ -70,7 +69,7 @@ class RelativeBias(nn.Module):
 
     def within(self, length: int):
         """Returns the bias of self-attention, for one layer or all: see `shared_bias`."""
-        return shared_bias(self(np.arange(1 - length, length, dtype=np.int32)), length)
+        return shared_bias(self(jnp.arange(1 - length, length)), length)
 
     def rows(self, positions_N, length: int):
         """Returns float32 [N, H, 1, S], for one query per row and keys from the start of its row.
@@ -79,7 +78,7 @@ class RelativeBias(nn.Module):
           positions_N: int32, the query's position in its row.
           length: S.
         """
-        bias_HR = self(np.arange(1 - length, length, dtype=np.int32))
+        bias_HR = self(jnp.arange(1 - length, length))
 
         def one(position):
             shape = (len(bias_HR), length)
