@@ -15,7 +15,6 @@ import itertools
 import json
 import sys
 import threading
-import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,8 +38,8 @@ class Fault:
     """An error to answer with. 0: none."""
     cut: bool = False
     """The body of the answer ends in its middle."""
-    seconds: float = 0
-    """How long the answer takes."""
+    is_slow: bool = False
+    """The answer comes when the fault is over."""
     times: int = 10**9
     method: str = ""
     """Only requests of this method. "": of any."""
@@ -48,6 +47,7 @@ class Fault:
     """Only requests whose URL or body's head has this."""
     seen: int = 0
     """How often it happened."""
+    over: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 class Bucket:
@@ -95,6 +95,7 @@ class Bucket:
         try:
             yield fault
         finally:
+            fault.over.set()
             self.faults.remove(fault)
 
     def close(self) -> None:
@@ -194,8 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read_body()
         self.bucket.requests.append(f"{self.command} {self.path}")
         fault = self._fault(body)
-        if fault and fault.seconds:
-            time.sleep(fault.seconds)
+        if fault and fault.is_slow:
+            fault.over.wait()
         try:
             if fault and fault.status:
                 raise _Refused(fault.status, f"made to fail with {fault.status}")
@@ -380,6 +381,8 @@ def _server() -> Bucket:
 
 def served(monkeypatch, cache):
     """Yields the server, which every client takes for Google's, with an empty gs://bucket."""
+    from t5jax.data.sources import files
+
     server = _server()
     server.buckets.clear()
     server.buckets["bucket"] = {}
@@ -388,6 +391,7 @@ def served(monkeypatch, cache):
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("T5JAX_CACHE", str(cache))
+    monkeypatch.setattr(files, "ANSWER_WITHIN", 600.0)  # Of a machine that has much else to do.
     buckets.check_bucket.cache_clear()
     yield server
     buckets.check_bucket.cache_clear()

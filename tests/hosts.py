@@ -1,5 +1,6 @@
 """Hosts of a run, as processes on this machine."""
 
+import random
 import socket
 
 from processes import Ended, Process
@@ -16,14 +17,18 @@ def run_hosts(args: list[str], envs: list[dict[str, str]]) -> list[Ended]:
 
 
 def free_port() -> int:
-    """Returns a port that is free, and so is the next one."""
+    """Returns a port that is free, and so is the next one.
+
+    It lies below those that the system gives out by itself: one of them might be another process's
+    before it is used.
+    """
     while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as one, socket.socket() as other:
-            one.bind(("", 0))
-            port = one.getsockname()[1]
             try:
+                one.bind(("", port))
                 other.bind(("", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
 

@@ -537,6 +537,6 @@ def test_a_process_ends_though_something_waits_for_ever_in_its_clean_up(args, st
         from t5jax.cli import main
         sys.exit(main())
     """
-    ended = Process("-c", textwrap.dedent(code), args).wait(60)
+    ended = Process("-c", textwrap.dedent(code), args).wait()
     assert ended.status == status
     assert (ended.out + ended.err).strip()

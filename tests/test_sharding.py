@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import socket
 import textwrap
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from conformance.cases import assert_trees_close, random_batch
 from conformance.families import T5_EVEN as EVEN
 from conformance.families import VARIANTS
+from hosts import free_port
 from processes import Process, environment
 from t5jax import sharding
 from t5jax.architectures import published
@@ -461,15 +461,13 @@ def test_two_processes_put_their_own_rows_together():
         ("shared", [list(range(16))] * 2),
         ("split", [[i for i in range(16) if i // 2 % 2 == process] for process in range(2)]),
     ]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         words = ["-c", textwrap.dedent(program)]
         runs = [
             Process(*words, process, port, layout, env=environment(devices=4))
             for process in range(2)
         ]
         for run, expected_rows in zip(runs, rows, strict=True):
-            ended = run.wait(timeout=120)
+            ended = run.wait()
             last = ended.out.splitlines()[-1:]
             assert last == [f"{expected_rows} {expected} (16, 3)"], ended.err

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import os
 import re
 import shutil
 import signal
@@ -465,7 +464,7 @@ def test_asked_to_stop_it_saves_the_step_and_goes_on(tmp_path, capsys):
     config = make_config(tmp_path / "stopped", **sections)
 
     def ask(step, scalars):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return ""
 
     with pytest.raises(distributed.Preempted, match="step 3 is saved"):

@@ -138,9 +138,10 @@ class ServedModel:
     def _compile(self) -> None:
         if self.engine is not None:
             # Whoever wants to write comes first.
-            while not self.engine.programs.is_complete.wait(0.5):
-                if not self.engine.is_alive:
-                    return
+            while self.engine.is_alive and not self.engine.programs.is_complete.wait(0.5):
+                pass
+            if not self.engine.is_alive:
+                return
         if self.model.kind != "decoder":
             for length in self._lengths:
                 for rows in (1, _EMBEDDING_ROWS):

@@ -199,11 +199,14 @@ def _database(url: str) -> Any:
     kind, _, rest = url.partition(":")
     if kind in ("postgres", "postgresql"):  # Of SQLAlchemy's drivers, the one that we declare.
         kind = "postgresql+psycopg"
+    # A connection that the server has closed meanwhile is opened again.
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if kind == "sqlite":  # Seconds in which others write; 5 by default.
+        options["connect_args"] = {"timeout": 60}
     try:
         return optuna.storages.RDBStorage(
             f"{kind}:{rest}",
-            # A connection that the server has closed meanwhile is opened again.
-            engine_kwargs={"pool_pre_ping": True},
+            engine_kwargs=options,
             heartbeat_interval=HEARTBEAT,
             grace_period=GRACE,
             heartbeat_stale_trial_callback=_retry,

@@ -77,7 +77,7 @@ def test_a_save_that_fails_in_the_background_is_told_at_the_next_step(tmp_path, 
     saved.save(1, TrainState(jnp.int32(1), {"w": jnp.ones(3)}, {}), {"at": 1}, Config())
 
     def step_by_step():
-        for _ in range(1000):
+        for _ in range(6000):
             saved.check()
             time.sleep(0.01)
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import socket
 import sys
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from conformance.cases import assert_same
+from hosts import free_port
 from processes import Process, environment
 from t5jax.architectures import T5Config
 from t5jax.config import to_json
@@ -134,15 +134,13 @@ assert io.read_config(out) == config
 
 @pytest.mark.slow
 def test_two_processes_write_one_folder(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     arguments = (address, str(folder), str(tmp_path / "out"), to_json(SMALL))
     processes = [
         Process("-c", TWO_PROCESSES, rank, *arguments, env=environment(devices=2))
         for rank in (0, 1)
     ]
-    ended = [process.wait(timeout=120) for process in processes]
+    ended = [process.wait() for process in processes]
     assert [e.status for e in ended] == [0, 0], ended
     assert_same(io.load_params(tmp_path / "out", SMALL), random_params(SMALL))
 

@@ -22,7 +22,7 @@ class Result:
         self.event = threading.Event()
 
     def block_until_ready(self):
-        self.event.wait(10)
+        self.event.wait(60)
         return self
 
 
@@ -49,7 +49,7 @@ def dispatch(goodput, clock, seconds=0.0, compiling=0.0):
 
 def finish(goodput, result):
     result.event.set()
-    goodput._pending[-1][-1].result(10)  # Its time is taken.
+    goodput._pending[-1][-1].result(60)  # Its time is taken.
 
 
 def fetch(goodput, clock, seconds):
@@ -107,7 +107,7 @@ def test_steps_in_flight_together_count_once(goodput, clock):
     two = dispatch(goodput, clock)
     clock.now += 1
     one.event.set()
-    goodput._pending[0][-1].result(10)
+    goodput._pending[0][-1].result(60)
     clock.now += 2
     finish(goodput, two)
     assert goodput.seconds()["steps"] == 4

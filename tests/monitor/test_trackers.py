@@ -47,6 +47,7 @@ def records_of(path: Path) -> list:
 def test_weights_and_biases_goes_on_with_its_run(tmp_path: Path, monkeypatch, capfd):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     start(tmp_path, "wandb", 1, 2)
     time.sleep(1.1)  # Its folders are named by the second.

@@ -171,7 +171,7 @@ def test_the_page_draws_itself_in_a_browser(tmp_path: Path):
     page.write_text(render([read_run(write_run(tmp_path / "a"))]))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     drawn = subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     assert drawn.count("<polyline") >= 2
     assert "validation 1" in drawn

@@ -67,7 +67,8 @@ def engine_of(model, mesh=None, **sizes) -> Iterator[Engine]:
     engine.start()
     wait_for(lambda: engine.programs.is_complete.is_set() or engine.failure, _COMPILING)
     yield engine
-    assert engine.stop(30), "it did not stop"
+    assert engine.stop(60), "it did not stop"
+    engine.programs._pool.shutdown()
     assert engine.failure is None
     assert engine.num_running == engine.num_waiting == 0
 
@@ -117,5 +118,10 @@ def running(*models: ServedModel, **options) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
+        for model in models:
+            # What was being compiled would count as what the next test compiles.
+            model._worker.shutdown()
+            if model.engine is not None:
+                model.engine.programs._pool.shutdown()

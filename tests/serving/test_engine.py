@@ -1,6 +1,7 @@
 """Continuous batching: an answer does not depend on those beside it, and no slot is lost."""
 
 import dataclasses
+import threading
 import time
 
 import jax
@@ -50,7 +51,7 @@ def test_alone_in_company_and_joining_give_the_same(engine):
         for other in others:
             assert (one[0], one[2:]) == (other[0], other[2:])
             np.testing.assert_allclose(one[1], other[1], atol=2e-5)
-    assert engine.num_running == engine.num_waiting == 0
+    wait_for(lambda: not engine.num_running + engine.num_waiting)
 
 
 def test_greedy_tokens_and_log_probabilities_are_those_of_the_whole_sequence(engine):
@@ -104,7 +105,8 @@ def test_nothing_is_compiled_after_the_start(engine):
     compiled = []
 
     def listen(name, *_, **__):
-        if name == "/jax/core/compile/backend_compile_duration":
+        is_its = threading.current_thread() is engine._thread
+        if is_its and name == "/jax/core/compile/backend_compile_duration":
             compiled.append(name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -179,7 +181,7 @@ def test_who_gives_up_frees_the_slot_and_disturbs_nobody(engine):
     results = [listener.result() for listener in listeners]
     assert all(result[0] == expected[0] for result in results[1::2])
     assert {result[3] for result in results[::2]} <= {"cancelled", "length"}
-    assert engine.num_running == 0
+    wait_for(lambda: not engine.num_running)
 
 
 def test_a_deadline_ends_an_answer(engine):
@@ -194,13 +196,14 @@ def test_too_many_are_refused_all_or_none(engine):
     with pytest.raises(ValueError, match="fewer at a time"):
         engine.submit([request] * (room + 1), [print] * (room + 1))
     assert engine.counters.requests == before
-    listeners, refused = [], 0
-    for _ in range(3 * room):
-        try:
+    listeners = []
+
+    def ask_often():
+        for _ in range(10_000):  # Meanwhile it answers some.
             listeners.append(Listener(engine, request))
-        except QueueFull:
-            refused += 1
-    assert refused
+
+    with pytest.raises(QueueFull):
+        ask_often()
     assert engine.counters.requests == before + len(listeners)
     for listener in listeners:
         listener.result()
@@ -212,7 +215,7 @@ def test_too_many_are_refused_all_or_none(engine):
 def test_stopping_finishes_what_has_begun():
     with engine_of(GPT) as engine:
         listeners = [Listener(engine, Request((8, 9), 15)) for _ in range(8)]
-        assert engine.stop(30)
+        assert engine.stop(60)
         assert all(listener.result()[3] in ("length", "stop") for listener in listeners)
         with pytest.raises(Stopping):
             Listener(engine, Request((8, 9), 15))

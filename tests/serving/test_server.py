@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import logging
 import socket
@@ -24,6 +25,8 @@ from t5jax.serving.writing import plan
 
 KEY = "a-key-of-many-letters"
 MESSAGES = [{"role": "user", "content": "abc"}]
+# httpx itself waits for 5 s, which may be too few on a machine that has much else to do.
+get, post = (functools.partial(method, timeout=60) for method in (httpx.get, httpx.post))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def client(url):
 
 
 def ask(url, path="/v1/completions", **body):
-    return httpx.post(url + path, json=body, timeout=60)
+    return post(url + path, json=body)
 
 
 # --- OpenAI's client ----------------------------------------------------------------------------
@@ -265,7 +268,7 @@ def test_the_tokenizer_over_http(url):
     bare = ask(url, "/tokenize", prompt="ab", add_special_tokens=False).json()
     assert (bare["tokens"], bare["count"]) == ([100, 101], 2)
     assert ask(url, "/detokenize", tokens=[100, 101, 1]).json() == {"prompt": "ab</s>"}
-    info = httpx.get(f"{url}/tokenizer_info").json()
+    info = get(f"{url}/tokenizer_info").json()
     assert (info["eos_token"], info["chat_template"]) == ("</s>", None)
 
 
@@ -313,7 +316,7 @@ WRONG = {
 def test_a_wrong_body_is_answered_with_what_is_wrong(url, change):
     body = {"model": "t5", "prompt": "abc", "max_tokens": 4} | change
     body = {name: value for name, value in body.items() if value is not ...}
-    answer = httpx.post(f"{url}/v1/completions", content=json.dumps(body), headers=JSON)
+    answer = post(f"{url}/v1/completions", content=json.dumps(body), headers=JSON)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -370,7 +373,7 @@ JSON = {"Content-Type": "application/json"}
     ],
 )
 def test_errors_have_openais_form(url, path, content, headers, status):
-    answer = httpx.post(url + path, content=content, headers=headers)
+    answer = post(url + path, content=content, headers=headers)
     assert answer.status_code == status
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
@@ -414,7 +417,9 @@ def test_parts_of_a_body_that_never_ends_are_not_kept(url):
         while True:
             yield b" " * 1000
 
-    with httpx.stream("POST", f"{url}/v1/completions", content=parts(), headers=JSON) as answer:
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", content=parts(), headers=JSON, timeout=60
+    ) as answer:
         assert answer.status_code == 413
 
 
@@ -437,20 +442,22 @@ def slow_request(url, path="/v1/completions", **changes):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slots(url, models, stream, monkeypatch):
-    engine = models[0].engine
+    engine, gone = models[0].engine, threading.Event()
     before = engine.counters.finished["cancelled"]
     decode = type(engine.programs).decode
 
-    def slowly(*args, **options):
-        time.sleep(0.05)
+    def decode_when_given_up(*args, **options):
+        running = [answer for answer in engine._in_slots if answer]
+        wait_for(lambda: gone.is_set() and all(answer.gave_up for answer in running))
         return decode(*args, **options)
 
-    monkeypatch.setattr(type(engine.programs), "decode", slowly)
+    monkeypatch.setattr(type(engine.programs), "decode", decode_when_given_up)
     connection = slow_request(url, stream=stream)
     wait_for(lambda: engine.num_running == 4)
     connection.close()
+    gone.set()
     wait_for(lambda: not engine.num_running + engine.num_waiting)
-    assert engine.counters.finished["cancelled"] > before
+    wait_for(lambda: engine.counters.finished["cancelled"] > before)
 
 
 def test_what_a_client_that_went_away_asked_for_leaves_the_queue(url, models):
@@ -496,10 +503,11 @@ def test_what_takes_too_long_is_given_up(models, url, monkeypatch):
 # --- Operation ------------------------------------------------------------------------------------
 
 
-def test_health_readiness_and_figures(url):
-    assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
+def test_health_readiness_and_figures(url, models):
+    assert get(f"{url}/health").status_code == get(f"{url}/ready").status_code == 200
     ask(url, model="t5", prompt="abc", max_tokens=2)
-    text = httpx.get(f"{url}/metrics").text
+    wait_for(lambda: not models[0].engine.num_running)
+    text = get(f"{url}/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
     assert float(figures['t5jax_slots{model="t5"}']) == 4
     assert float(figures['t5jax_running{model="t5"}']) == 0
@@ -509,7 +517,7 @@ def test_health_readiness_and_figures(url):
 
 
 def test_the_interface_describes_itself(url):
-    description = httpx.get(f"{url}/openapi.json").json()
+    description = get(f"{url}/openapi.json").json()
     paths = {"/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/models"}
     assert paths <= set(description["paths"])
     body = description["components"]["schemas"]["CompletionBody"]
@@ -518,12 +526,12 @@ def test_the_interface_describes_itself(url):
 
 @pytest.mark.parametrize("name", ["", "page/page.js", "page/page.css"])
 def test_the_page_loads_nothing_from_elsewhere(url, name):
-    answer = httpx.get(f"{url}/{name}")
+    answer = get(f"{url}/{name}")
     assert answer.status_code == 200
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert "http://" not in answer.text.replace("http://www.w3.org", "")
     assert "https://" not in answer.text
-    assert httpx.get(f"{url}/page/../server.py").status_code == 404
+    assert get(f"{url}/page/../server.py").status_code == 404
 
 
 @pytest.mark.skipif(browser.find_browser() is None, reason="there is no Chromium")
@@ -590,12 +598,12 @@ def test_a_key_is_needed_where_there_are_keys(models, url, caplog):
 
 @pytest.mark.parametrize("host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "[::1]"])
 def test_this_machine_needs_no_key(url, host):
-    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
+    assert get(f"{url}/v1/models", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example:8000", "10.0.0.1"])
 def test_a_site_whose_name_leads_here_is_refused(url, host):
-    assert httpx.get(f"{url}/v1/models", headers={"Host": host}).status_code == 403
+    assert get(f"{url}/v1/models", headers={"Host": host}).status_code == 403
 
 
 def test_while_it_stops_new_requests_are_refused(models, url):

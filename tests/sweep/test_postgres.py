@@ -18,7 +18,7 @@ from t5jax.config import Config, EvalConfig, TrainConfig
 from t5jax.monitor import log
 from t5jax.sweep import SweepOptions, parse_space, sweep
 
-pytest.importorskip("psycopg")
+psycopg = pytest.importorskip("psycopg")
 pytest.importorskip("optuna")
 
 SPACE = ["train.seed=int(1, 6)", "optimizer.learning_rate=choice(1e-4, 1e-3)"]
@@ -35,8 +35,10 @@ sys.path[:0] = [{folder!r}, {folder!r} + "/.."]
 from test_postgres import asked
 
 module = sys.modules["t5jax.sweep.sweep"]  # The package has a function of that name.
-module.HEARTBEAT, module.GRACE = 1, 3
-_, run_dir, url, dies = sys.argv
+module.HEARTBEAT, module.GRACE = 1, 600
+_, run_dir, url, how = sys.argv
+if how == "elsewhere":  # Where it cannot be seen which processes are gone.
+    module.socket.gethostname = lambda: "another machine"
 trained = 0
 
 
@@ -51,7 +53,7 @@ def train(config, *, watch):
         with open(path / log.METRICS_FILE, "a") as file:
             file.write(json.dumps({{"step": step, "time": 0.0, **scalars}}) + chr(10))
         watch(step, scalars)
-        if dies == "dies" and trained == 2 and step == 2:
+        if how == "dies" and trained == 2 and step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
     return path
 
@@ -94,7 +96,7 @@ def postgres(tmp_path):
     serve = [bin_ / "postgres", "-D", folder / "data", "-p", str(port), "-h", "127.0.0.1", *options]
     server = subprocess.Popen(serve, stderr=subprocess.DEVNULL, **quiet)
     ready = [bin_ / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while subprocess.run(ready, **quiet).returncode:
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -109,10 +111,12 @@ def test_four_workers_on_one_study_lose_no_trial_and_do_none_twice(postgres, tmp
     code = WORKER.format(folder=str(Path(__file__).parent), steps=STEPS)
     dies = ["dies", "", "", ""]
     workers = [Process("-c", code, folder, postgres, how) for how in dies]
-    ended = [worker.wait(60) for worker in workers]
+    ended = [worker.wait() for worker in workers]
     assert [e.status for e in ended] == [-9, 0, 0, 0], [e.err for e in ended]
-    # The same command: it goes on with what nobody has taken up meanwhile.
-    last = Process("-c", code, folder, postgres, "").wait()
+    # Later, on another machine: it goes on with what gives no sign of life any more.
+    with psycopg.connect(postgres) as connection:
+        connection.execute("update trial_heartbeats set heartbeat = heartbeat - interval '1 day'")
+    last = Process("-c", code, folder, postgres, "elsewhere").wait()
     assert last.status == 0, last.err
 
     study = sweep(*asked(str(folder), postgres), train=None)

@@ -85,6 +85,6 @@ few = fewshot.FewShot(chat.INSTRUCTION, [(0, row)], 1, form="{inputs}={targets};
 print(few.render(row | {"input": "c"}, 0, "test").inputs.replace("\\n", ""))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout == "Saya=b;Sayc\n"

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -260,15 +260,13 @@ def test_files_behind_urls_are_read_like_others():
         read(jsonl({"train": "memory://bucket/c-*"}))
 
 
-def test_a_store_that_does_not_answer_is_named_within_seconds(monkeypatch, bucket):
+def test_a_store_that_does_not_answer_is_named(monkeypatch, bucket):
     monkeypatch.setattr(files, "ANSWER_WITHIN", 0.2)
-    start = time.monotonic()
     with (
-        bucket.fault(seconds=2),
+        bucket.fault(is_slow=True),
         pytest.raises(ValueError, match=r"cannot read gs://bucket/x-\*\.jsonl: no answer within 0"),
     ):
         read(jsonl({"train": "gs://bucket/x-*.jsonl"}))
-    assert time.monotonic() - start < 15  # Importing gcsfs takes most of it.
 
 
 def test_rows_of_a_bucket_of_every_kind_of_file(bucket, tmp_path):
@@ -305,7 +303,7 @@ def test_what_cannot_be_asked_says_why(monkeypatch):
         read(jsonl({"train": "nope://x"}))
     monkeypatch.setattr(files, "ANSWER_WITHIN", 0.05)
     with pytest.raises(ValueError, match=r"cannot read it: no answer within 0.05 s; check the net"):
-        files.answer(lambda: time.sleep(1), "it")
+        files.answer(threading.Event().wait, "it")
 
 
 @pytest.mark.parametrize(
@@ -702,7 +700,7 @@ def test_a_hugging_face_data_set_that_is_not_there_is_named(hf_folder, monkeypat
 
 
 def test_a_hub_that_does_not_answer_is_named_within_seconds(monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
