@@ -313,7 +313,13 @@ class Pretrained:
 
     def _generator(self, special_tokens: bool) -> decoding.Generator:
         return decoding.Generator(
-            self.model, self.tokenizer, self.mesh, self.rules, self.prefix_lm, special_tokens
+            self.model,
+            self.tokenizer,
+            self.mesh,
+            self.rules,
+            self.prefix_lm,
+            special_tokens,
+            past_eos=True,
         )
 
     def _found(self) -> Source:

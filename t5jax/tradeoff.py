@@ -1,6 +1,7 @@
 """What a smaller model gains and costs: bytes, its speed here, and its quality on tasks."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 from t5jax.architectures import Architecture
 from t5jax.config import override
 from t5jax.decoding import GenerationOptions
-from t5jax.evaluation import evaluate_model
+from t5jax.evaluation import check_evaluation, evaluate_model
 from t5jax.hf.files import weight_files
 from t5jax.models import api
 from t5jax.pretrained import Pretrained, load
@@ -46,9 +47,12 @@ class Tradeoff:
             for comparisons in found["comparisons"].values():
                 for metric, each in comparisons.items():
                     low, high = each["interval"]
+                    interval = f"[{low:+.4g}, {high:+.4g}]"
+                    if math.isnan(low):
+                        interval = "(too few examples for an interval)"
                     yield (
                         f"{task} {metric}: {found['model'][metric]:.4g}, against the model before "
-                        f"{each['difference']:+.4g} [{low:+.4g}, {high:+.4g}], {each['verdict']}"
+                        f"{each['difference']:+.4g} {interval}, {each['verdict']}"
                     )
         if self.examples_per_second is not None:
             slow, fast = self.examples_per_second
@@ -60,6 +64,18 @@ class Tradeoff:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.2f} MB"
+
+
+def check(before: Source, tasks: Sequence[str] = (), **evaluation: Any) -> None:
+    """Raises ValueError if `measure` would, of the tasks: before there is a smaller model.
+
+    Args:
+      before: the model as it is.
+      tasks: as for `measure`.
+      **evaluation: as for `check_evaluation`.
+    """
+    if tasks:
+        check_evaluation(before, tasks, **evaluation)
 
 
 def measure(
@@ -100,7 +116,8 @@ def measure(
         **evaluation,
     )
     models = load(before, base=base), load(after)
-    speeds = _speeds(models, tasks, task_files, split)
+    length = evaluation.get("inputs_length")
+    speeds = _speeds(models, tasks, task_files, split, length)
     return Tradeoff(in_memory, on_disk, quality, speeds)
 
 
@@ -123,10 +140,14 @@ def _disk_bytes(source: Source) -> int:
 
 
 def _speeds(
-    models: Sequence[Pretrained], tasks: Sequence[str], task_files: Sequence[str], split: str
+    models: Sequence[Pretrained],
+    tasks: Sequence[str],
+    task_files: Sequence[str],
+    split: str,
+    length: int | None,
 ) -> tuple[float, float]:
     """Returns the examples per second of both; the fastest of three times, in turns, counts."""
-    calls = [(model, _inputs(model, tasks, task_files, split)) for model in models]
+    calls = [(model, _inputs(model, tasks, task_files, split, length)) for model in models]
     times: list[list[float]] = [[], []]
     for repeat in range(_REPEATS + 1):
         for (model, inputs), own in zip(calls, times, strict=True):
@@ -139,13 +160,19 @@ def _speeds(
 
 
 def _inputs(
-    model: Pretrained, tasks: Sequence[str], task_files: Sequence[str], split: str
+    model: Pretrained,
+    tasks: Sequence[str],
+    task_files: Sequence[str],
+    split: str,
+    length: int | None,
 ) -> list[list[int]]:
     """Returns the ids of some of the tasks' prompts."""
     from t5jax.data import pipeline, registry
 
     assert model.source is not None
-    config = override(model.source.config, {"eval.num_examples": _PROMPTS})
+    length = length or model.source.config.data.inputs_length
+    changes = {"eval.num_examples": _PROMPTS, "data.inputs_length": length}
+    config = override(model.source.config, changes)
     registry.load_tasks((*config.data.task_files, *task_files))
     sets = pipeline.eval_sets(config, split, model.tokenizer, registry.match(tasks, split))
     most, _ = _room(model.model)

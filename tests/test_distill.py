@@ -26,7 +26,7 @@ from t5jax.config import (
     OptimizerConfig,
     override,
 )
-from t5jax.distill.cache import ANSWERS, IDENTITY, INDEX, Answers, TaughtBatches
+from t5jax.distill.cache import ANSWERS, IDENTITY, INDEX, Answers, TaughtBatches, identity
 from t5jax.distill.teacher import Teacher, check_teacher, student_params
 from t5jax.losses import distillation, distillation_of_top, top_log_probs
 from t5jax.models import api
@@ -269,6 +269,26 @@ def test_a_folder_of_answers(tmp_path):
         Answers(tmp_path / "new", who, 2)
 
 
+def test_answers_are_of_one_teacher_which_is_more_than_its_parameters(tmp_path):
+    config, params = Config(model=SMALL, distill=HOW), random_params(SMALL)
+
+    def who(params=params, **changes):
+        teacher = Teacher(None, dataclasses.replace(SMALL, **changes), None, None)
+        return identity(config, teacher, params)
+
+    Answers(tmp_path / "answers", who(), 384).close()
+    Answers(tmp_path / "answers", who(scan_layers=True, remat="full"), 384).close()
+    nearly = jax.tree.map(lambda x: x * (1 + 2**-20), params)  # The same in bfloat16.
+    for other, what in (
+        (who(layer_norm_epsilon=1e-5), "the teacher's layer_norm_epsilon is 1e-06, now 1e-05"),
+        (who(mlp_activation="gated-silu"), "the teacher's mlp_activation is 'gated-gelu', now"),
+        (who(dtype="bfloat16"), "dtype is 'float32', now 'bfloat16'"),
+        (who(nearly), "teacher is '[0-9a-f]{32}', now "),
+    ):
+        with pytest.raises(ValueError, match=f"of another teacher, or asked otherwise: {what}"):
+            Answers(tmp_path / "answers", other, 384)
+
+
 def test_a_student_begins_with_layers_of_its_teacher():
     wide = dataclasses.replace(EVEN, num_encoder_layers=4, num_decoder_layers=2)
     less = dataclasses.replace(EVEN, num_encoder_layers=2, num_decoder_layers=1)
@@ -357,4 +377,16 @@ def test_answers_become_a_task(tmp_path, capsys, monkeypatch):
     assert run(capsys, *words)[0] == 0
     assert len((tmp_path / "tasks/capitals_distilled.train.jsonl").read_text().splitlines()) == 40
     assert "was begun otherwise" in fails(capsys, *words[:-1], 5)
+    # Of a teacher that was trained on, or a task whose prompts are others now, none is kept.
+    file = tmp_path / "tasks/capitals_distilled.train.jsonl"
+    asked = file.with_name(f"{file.name}.run.json")
+    for place, old, new, message in (
+        (file, "capitals: ", "Capitals: ", "other prompts: line 1 has 'Capitals: "),
+        (asked, '"model_files": [', '"model_files": [0, ', "begun otherwise: model_files was"),
+    ):
+        content = place.read_text()
+        assert old in content
+        place.write_text(content.replace(old, new, 1))
+        assert message in fails(capsys, *words)
+        place.write_text(content)
     assert "no task file registers" in fails(capsys, "distill", trained_run(), "capital")

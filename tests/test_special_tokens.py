@@ -194,8 +194,11 @@ def test_no_eos_stays_at_the_end_of_a_prompt(changed, capsys):
     model.save_pretrained(folder)
     their_model.cache_clear()
     expected = their_answers(folder, PROMPTS, 12)
-    assert their_answers(folder, PROMPTS, 12, skip_special_tokens=False) != expected
-    assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
+    shown = their_answers(folder, PROMPTS, 12, skip_special_tokens=False)
+    assert shown != expected
+    for option, texts in (((), expected), (("--special-tokens",), shown)):
+        out, _ = our_answers(capsys, folder, PROMPTS, 12, *option)
+        assert out == "".join(f"{x}\n" for x in texts)
 
 
 def test_what_generation_config_leaves_out(changed, capsys):

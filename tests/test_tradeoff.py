@@ -1,5 +1,6 @@
 """What a smaller model gains and costs, in words."""
 
+import math
 import os
 
 import numpy as np
@@ -21,6 +22,9 @@ def test_it_says_what_is_lost_and_that_there_is_no_gain():
         "t em: 90, against the model before -1.5 [-2, -0.5], worse",
         "speed here: 10.0 examples/s before, 9.0 after: no gain (0.90 times)",
     ]
+    comparison |= {"interval": [math.nan, math.nan], "verdict": "not distinguishable"}
+    (*_, quality, _) = found.lines()
+    assert quality.endswith("-1.5 (too few examples for an interval), not distinguishable")
     *_, speed = Tradeoff((4, 1), (4, 1), {}, (10.0, 15.0)).lines()
     assert speed.endswith("1.50 times as fast")
 

@@ -1,4 +1,4 @@
-"""Digests of parameters, by which an adapter knows the base that it was trained over."""
+"""Digests of parameters, by which an adapter knows its base, and answers their teacher."""
 
 import functools
 from collections.abc import Mapping
@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from t5jax import bits
 
 
-def digests(params: Mapping[str, jax.Array]) -> dict[str, str]:
-    """Returns 16 hexadecimal digits for each array, by path.
+def digests(params: Mapping[str, jax.Array], *, exact: bool = False) -> dict[str, str]:
+    """Returns 16 hexadecimal digits for each array, by path, however it is sharded.
 
-    They are of the values in bfloat16, so that a base in float32 and the same one in bfloat16 have
-    the same, and do not depend on how arrays are sharded.
+    Args:
+      params: arrays of bfloat16 or float32.
+      exact: of all bits. Otherwise of the values in bfloat16, so that a base in float32 and the
+        same one in bfloat16 have the same.
     """
-    sums = jax.device_get({path: _sums(x) for path, x in params.items()})
+    sums = jax.device_get({path: _sums(x, exact) for path, x in params.items()})
     return {path: "".join(f"{int(x):08x}" for x in pair) for path, pair in sums.items()}
 
 
@@ -30,10 +32,11 @@ def check(found: Mapping[str, str], expected: Mapping[str, str], adapter: str, b
         )
 
 
-@jax.jit
-def _sums(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="exact")
+def _sums(x: jax.Array, exact: bool) -> jax.Array:
     """Returns two sums of hashed values, uint32 [2]; sums, so that no order is involved."""
-    halves = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    mixed = bits.scramble(bits.scramble(bits.numbers(x.shape)) ^ halves)
+    x = x if exact else x.astype(jnp.bfloat16)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    mixed = bits.scramble(bits.scramble(bits.numbers(x.shape)) ^ words)
     total = functools.partial(jnp.sum, dtype=jnp.uint32)
     return jnp.stack([total(mixed), total(bits.scramble(mixed + jnp.uint32(1)))])

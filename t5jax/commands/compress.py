@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from typing import Literal
 
-from t5jax.commands.parse import check_used, model_first, parse
+from t5jax.commands.parse import check_options, check_used, model_first, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,23 @@ class Compress:
     run's."""
     num_examples: int | None = None
     """Maximum number of examples of each task, drawn from all of them. None: all."""
+    inputs_length: int | None = None
+    """Maximum length of inputs in tokens, of --tasks and --calibrate; longer ones are truncated.
+    None: as in the run, or 512."""
     max_tokens: int | None = None
-    """Maximum length of answers in tokens. None: as in the run, or 128."""
+    """Maximum length of targets and answers in tokens, likewise. None: as in the run, or 128."""
+
+
+_REPORT = ("tasks", "split", "task_files", "num_examples", "inputs_length", "max_tokens")
 
 
 def compress(args: list[str]) -> None:
     options = parse(Compress, model_first(args), prog="t5jax compress", positional=True)
-    check_used(options, "tasks", "split", "num_examples", "max_tokens")
+    check_used(options, "tasks", "split", "num_examples")
     check_used(options, "calibrate", "num_calibration")
+    if not options.calibrate:
+        check_used(options, "tasks", "inputs_length", "max_tokens")
+    check_options(options, 1, "num_calibration", "num_examples", "inputs_length", "max_tokens")
     from t5jax import tradeoff
     from t5jax.compilation import keep_programs
     from t5jax.quantize.compress import compress_model
@@ -64,26 +73,22 @@ def compress(args: list[str]) -> None:
     from t5jax.source import find
 
     keep_programs()
+    source = find(options.model, base=options.base)
+    report = {n: getattr(options, n) for n in _REPORT}
+    tradeoff.check(source, **report)
     compress_model(
-        find(options.model, base=options.base),
+        source,
         options.output,
         Scheme(options.weights, options.activations, options.group, options.keep),
         kv_cache=options.kv_cache,
         method=options.method,
         calibrate=options.calibrate,
         num_calibration=options.num_calibration,
+        inputs_length=options.inputs_length,
+        targets_length=options.max_tokens,
         task_files=options.task_files,
     )
-    found = tradeoff.measure(
-        options.model,
-        options.output,
-        options.tasks,
-        base=options.base,
-        split=options.split,
-        task_files=options.task_files,
-        num_examples=options.num_examples,
-        max_tokens=options.max_tokens,
-    )
+    found = tradeoff.measure(options.model, options.output, base=options.base, **report)
     for line in found.lines():
         print(line)
     print(f"wrote {options.output}", file=sys.stderr)

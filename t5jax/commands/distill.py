@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import re
 import sys
 from collections import Counter
@@ -115,12 +116,13 @@ def distill(args: list[str]) -> None:
     path = options.folder / f"{name}.train.jsonl"
     where = ("batch_size", "mesh", "folder", "base")
     asked = {n: x for n, x in fields(options).items() if n not in where}
+    asked["model_files"] = [list(storage.files(place).items()) for place in source.places]
     with contextlib.ExitStack() as stack:
         options.folder.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(AnswersFile(path, asked))
         number = done = file.num_prompts
         num_cut = 0
-        rows = itertools.islice(rows, done, None)
+        _check_answered(path, done, rows)
         bar = stack.enter_context(counting("prompts", options.num_examples, done))
         while window := list(itertools.islice(rows, _BATCHES * options.batch_size)):
             prompts = [row["inputs"] for row in window]
@@ -148,6 +150,18 @@ def distill(args: list[str]) -> None:
             file=sys.stderr,
         )
     print(name)
+
+
+def _check_answered(path: Path, done: int, rows: Iterator[dict[str, str]]) -> None:
+    """Reads the rows that are answered. Raises ValueError if a file has answers to others."""
+    with path.open(encoding="utf-8", errors="surrogatepass", newline="\n") as lines:
+        for number, line in enumerate(itertools.islice(lines, done), 1):
+            was, now = json.loads(line)["inputs"], next(rows, {"inputs": None})["inputs"]
+            if was != now:
+                raise ValueError(
+                    f"{path} was begun with other prompts: line {number} has {was!r:.80}, and the "
+                    f"task has {now!r:.80} now; remove it, or give another --name"
+                )
 
 
 def _splits(task: str) -> list[str]:

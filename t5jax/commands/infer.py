@@ -456,16 +456,17 @@ def _run(options: Infer, output: Path, shard: tuple[int, int | None] | None) -> 
       output: the file of answers.
       shard: the first prompt and the one behind the last, if they are a share.
     """
+    from t5jax.source import find
+
     run = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name not in _NO_EFFECT
     }
     run |= _generation(options)
-    path = storage.path(options.model, "--model")
-    if path.is_dir():
-        files = storage.files(path)
-        run["model_files"] = [[name, size, version] for name, (size, version) in files.items()]
+    if storage.path(options.model, "--model").is_dir():
+        source = find(options.model, base=options.base)
+        run["model_files"] = [list(storage.files(place).items()) for place in source.places]
     if options.input is not None and str(options.input) != "-":
         size = (read_run(output).get("input") or {}).get("bytes")
         run["input"] = sample_of(options.input, size)

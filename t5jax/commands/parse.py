@@ -146,11 +146,11 @@ def fields(options) -> dict:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 
-def check_options(options, least: int, *names: str) -> None:
+def check_options(options, least: int, *names: str, section: str = "") -> None:
     """Raises ValueError for an option, where it is given, that is below `least`."""
     for name in names:
         if getattr(options, name) is not None:
-            check_at_least(getattr(options, name), least, _flag(name))
+            check_at_least(getattr(options, name), least, _flag(section + name))
 
 
 def check_used(options, by: str, *names: str, section: str = "") -> None:

@@ -19,8 +19,11 @@ class Report:
     """Maximum number of examples of each task. None: all."""
     batch_size: int = 64
     """Rows per batch."""
+    inputs_length: int | None = None
+    """Maximum length of inputs in tokens; longer ones are truncated. None: as in the run, or
+    512."""
     max_tokens: int | None = None
-    """Maximum length of answers in tokens. None: 128."""
+    """Maximum length of targets and answers in tokens. None: as in the run, or 128."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +91,9 @@ class TrimVocabulary:
 
 def prune(args: list[str]) -> None:
     options = parse(Prune, args, prog="t5jax prune", positional=True)
-    _check_report(options)
+    given = _arguments(options)
     from t5jax.prune.prune import prune_model
 
-    given = _arguments(options)
     del given["task_files"]
     _say(prune_model(**given), options)
 
@@ -99,23 +101,24 @@ def prune(args: list[str]) -> None:
 def trim_vocabulary(args: list[str]) -> None:
     options = parse(TrimVocabulary, args, prog="t5jax trim-vocabulary", positional=True)
     check_options(options, 1, "min_count")
-    _check_report(options)
+    given = _arguments(options)
     from t5jax.prune.trim import trim_model
 
-    _say(trim_model(**_arguments(options)), options)
-
-
-def _check_report(options: Any) -> None:
-    unused = [field.name for field in dataclasses.fields(Report) if field.name != "tasks"]
-    check_used(options.eval, "tasks", *unused, section="eval.")
+    _say(trim_model(**given), options)
 
 
 def _arguments(options: Any) -> dict[str, Any]:
+    """Returns the arguments of what makes the model, once it is known that it can be reported."""
+    numbers = ("num_examples", "batch_size", "inputs_length", "max_tokens")
+    check_used(options.eval, "tasks", "split", *numbers, section="eval.")
+    check_options(options.eval, 1, *numbers, section="eval.")
+    from t5jax import tradeoff
     from t5jax.source import find
 
     given = fields(options)
     del given["eval"]
     given["model"] = find(options.model, base=given.pop("base"))
+    tradeoff.check(given["model"], task_files=options.task_files, **fields(options.eval))
     return given
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from t5jax.checks import first_line
+from t5jax.decoding.endless import check_ends
 from t5jax.decoding.options import GenerationOptions
 from t5jax.decoding.rows import pack_bits
 from t5jax.tokenizers import HuggingFaceTokenizer, Tokenizer
@@ -98,6 +99,8 @@ def _panics(what: str) -> Iterator[None]:
     """Raises ValueError where llguidance panics, whose exception is not an `Exception`."""
     try:
         yield
+    except RecursionError:
+        raise ValueError(f"{what}: it is nested too deeply") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
@@ -176,6 +179,7 @@ def _grammar(options: GenerationOptions, strips_space: bool) -> str:
         raise ValueError(f"json_schema {options.json_schema!r:.80} is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise ValueError(f"json_schema {options.json_schema!r:.80} is no JSON object")
+    check_ends(schema)
     # Otherwise a model may write spaces without end.
     schema = {"x-guidance": {"whitespace_pattern": _WHITESPACE}} | (schema or {"type": "object"})
     space = '" "? ' if strips_space else ""
@@ -184,6 +188,8 @@ def _grammar(options: GenerationOptions, strips_space: bool) -> str:
 
 def _reason(problem: str) -> str:
     """Returns a message of llguidance in one line, without the grammar that we wrote."""
+    if problem.startswith("NoExtensionBias"):
+        return "nothing that could come next leads to a text that it allows; loosen it"
     lines = [line.strip() for line in problem.split("<state>")[0].split("\n")]
     kept = [line for line in lines if line and "|" not in line and set(line) != {"^"}]
     text = " ".join(kept)

@@ -38,6 +38,9 @@ class Generator:
     """Use bidirectional attention in a decoder's prompt, as with data.prefix_lm."""
     special_tokens: bool = True
     """Keep special tokens, such as sentinels, in the texts."""
+    past_eos: bool = False
+    """A tokenizer's eos that does not end an answer does not end its text either, as transformers
+    has it. Otherwise it does, as in SeqIO's metrics."""
 
     @property
     def kind(self) -> features.Kind:
@@ -359,9 +362,8 @@ class Generator:
         end = tokens[len(answer) : len(answer) + 1]
         words = [i for i in end if i not in self.tokenizer.special_ids]
         shown = self.special_tokens if special_tokens is None else special_tokens
-        if not shown:  # The tokenizer's eos need not be one that ends an answer.
-            answer = [i for i in answer if i != self.tokenizer.eos_id]
-        return self.tokenizer.decode([*answer, *words], special_tokens=shown)
+        past_eos = self.past_eos or not shown
+        return self.tokenizer.decode([*answer, *words], special_tokens=shown, past_eos=past_eos)
 
     def _whole_text(self, tokens: Sequence[int]) -> str:
         """Returns the text in which stop strings are looked for, with special tokens."""

@@ -12,6 +12,7 @@ rest; the loss is `losses.distillation_of_top`.
 B batch, T target length, k kept ids.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -35,24 +36,32 @@ from t5jax.losses import top_log_probs
 from t5jax.program import Program
 
 IDENTITY, ANSWERS, INDEX = "teacher.json", "answers.bin", "index.bin"
-_FORMAT = {"format": "t5jax-teacher", "version": 1}
+_FORMAT = {"format": "t5jax-teacher", "version": 2}
 _ENTRY = np.dtype(
     [("row", "V16"), ("offset", "<u8"), ("targets", "<u4"), ("crc32", "<u4")], align=False
 )
 
 
 def identity(config: Config, teacher: Teacher, params: Any) -> dict[str, Any]:
-    """Returns what must be the same for answers to be used again, as plain values."""
-    digests = digest.digests(trees.flatten(params))
+    """Returns what must be the same for answers to be used again, as JSON has it.
+
+    Rows are known by their ids, and the teacher has the student's vocabulary (`check_teacher`).
+    """
+    digests = digest.digests(trees.flatten(params), exact=True)
     every = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    return {
+    # What a network computes is not in its parameters alone: the epsilon of its norms, for one.
+    described = dataclasses.asdict(teacher.model)
+    described = {n: x for n, x in described.items() if n not in teacher.model.COMPUTE_FIELDS}
+    who: dict[str, Any] = {
         **_FORMAT,
         "teacher": every[:32],
         "temperature": config.distill.temperature,
         "top_k": num_kept(config, teacher),
         "ids": num_ids(config, teacher),
         "dtype": str(teacher.model.dtype),
+        **{f"the teacher's {name}": value for name, value in described.items()},
     }
+    return dict(json.loads(storage.to_json(who)))
 
 
 class Answers:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from t5jax import metrics, sharding, storage
-from t5jax.architectures import Dtype
+from t5jax.architectures import Architecture, Dtype
 from t5jax.checks import did_you_mean
 from t5jax.config import AxisRules, Config, override
 from t5jax.data.batches.examples import EvalSet
@@ -69,26 +69,10 @@ def ask(
       given: baselines, of which earlier ones are checked before the model is asked for hours.
     """
     mesh, rules = devices.mesh, source.rules(devices.mesh, devices.rules)
-    sharding.check_batch_size(devices.batch_size, mesh, rules, "batch_size")
-    config, tokenizer = config_of(source, asked), source.tokenizer()
-    check_vocabulary(source.model, tokenizer)
-    eval_sets = _eval_sets(source, config, asked, tokenizer)
-    for eval_set in eval_sets:
-        for baseline in given:
-            compared.check(baseline, eval_set)
+    config, eval_sets = check(source, asked, devices, given)
     description, params = source.read(devices.dtype, mesh, rules)
     with contextlib.ExitStack() as stack, sharding.use_mesh(mesh, rules):
-        evaluator = Evaluator(
-            description,
-            tokenizer,
-            mesh,
-            rules,
-            batch_size=devices.batch_size,
-            max_tokens=config.data.targets_length,
-            prefix_lm=config.data.prefix_lm,
-        )
-        for eval_set in eval_sets:
-            evaluator.check(eval_set)
+        evaluator = _evaluator(source, description, config, devices)
         folder = None
         if output is not None:
             about = _about(source, config, asked, devices, eval_sets, output)
@@ -99,6 +83,39 @@ def ask(
         ):
             found[eval_set.task] = eval_set, _answers(evaluator, params, eval_set, folder)
     return found
+
+
+def check(
+    source: Source, asked: Question, devices: Devices, given: Sequence[Baseline] = ()
+) -> tuple[Config, list[EvalSet]]:
+    """Returns the config and the tasks, before the model's weights are read.
+
+    Raises:
+      ValueError: if they do not fit the model, the devices or the baselines.
+    """
+    config, tokenizer = config_of(source, asked), source.tokenizer()
+    rules = source.rules(devices.mesh, devices.rules)
+    sharding.check_batch_size(devices.batch_size, devices.mesh, rules, "batch_size")
+    check_vocabulary(source.model, tokenizer)
+    eval_sets = _eval_sets(source, config, asked, tokenizer)
+    evaluator = _evaluator(source, source.model, config, devices)
+    for eval_set in eval_sets:
+        for baseline in given:
+            compared.check(baseline, eval_set)
+        evaluator.check(eval_set)
+    return config, eval_sets
+
+
+def _evaluator(source: Source, model: Architecture, config: Config, devices: Devices) -> Evaluator:
+    return Evaluator(
+        model,
+        source.tokenizer(),
+        devices.mesh,
+        source.rules(devices.mesh, devices.rules),
+        batch_size=devices.batch_size,
+        max_tokens=config.data.targets_length,
+        prefix_lm=config.data.prefix_lm,
+    )
 
 
 def _answers(
@@ -196,16 +213,20 @@ def _about(
 ) -> dict[str, Any]:
     """Returns what the answers depend on, as JSON values."""
     # The evaluation may be written beside the weights.
-    folder, own = source.place.absolute(), f"{output.absolute()}/"
-    files = storage.files(folder)
-    files = {name: file for name, file in files.items() if not f"{folder}/{name}".startswith(own)}
+    own = f"{output.absolute()}/"
+    files = [
+        file
+        for folder in source.places
+        for name, file in storage.files(folder.absolute()).items()
+        if not f"{folder.absolute()}/{name}".startswith(own)
+    ]
     return {
         "model": {
-            "model": str(folder),
+            "model": str(source.place.absolute()),
             "model's files": [
                 len(files),
-                sum(size for size, _ in files.values()),
-                max((version for _, version in files.values()), default=0),
+                sum(size for size, _ in files),
+                max((version for _, version in files), default=0),
             ],
         },
         "options": {

@@ -21,8 +21,8 @@ from t5jax.monitor import progress
 
 CONFIDENCE = 0.95
 FEWEST = 6
-"""With fewer examples nothing is distinguishable: all of 5 would be in favour of the better of two
-equal models once in 16 times, counting either."""
+"""With fewer examples there are no intervals: all of 5 would be in favour of one of two equal
+models once in 16 times."""
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
@@ -80,11 +80,13 @@ def bootstrap(
       resamples: the number of resamples.
       seed: of the resamples.
     Returns:
-      {metric: interval} and {baseline: {metric: comparison}}, for scores that are finite.
+      {metric: interval} and {baseline: {metric: comparison}}, for scores that are finite. Intervals
+      are NaN, and nothing is distinguishable, with fewer than `FEWEST` examples.
     """
     systems = {"": model, **baselines}
     found = {name: list(statistics(eval_set, answers)) for name, answers in systems.items()}
     number = len(eval_set.examples)
+    resamples = resamples if number >= FEWEST else 0
     draws = {name: [_scores(fns, None)] for name, fns in found.items()}
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
@@ -109,7 +111,6 @@ def bootstrap(
                         for ours, theirs in zip(draws[""], draws[name], strict=True)
                     ]
                 ),
-                number,
                 metric in lower,
             )
             for metric in shared
@@ -117,22 +118,25 @@ def bootstrap(
     return intervals, comparisons
 
 
-def compare(difference: Interval, num_examples: int, lower: bool = False) -> Comparison:
-    """Returns the verdict on a difference of scores; `lower`: whether less is better."""
-    sign = 0
-    if num_examples >= FEWEST:
-        sign = (difference.low > 0) - (difference.high < 0)
+def compare(difference: Interval, lower: bool = False) -> Comparison:
+    """Returns the verdict on a difference of scores, which is that of its interval alone.
+
+    Args:
+      difference: the model's score minus the baseline's.
+      lower: whether less is better.
+    """
+    sign = (difference.low > 0) - (difference.high < 0)
     verdicts: dict[int, Verdict] = {1: "better", -1: "worse", 0: "not distinguishable"}
     return Comparison(difference, verdicts[-sign if lower else sign])
 
 
-def against_score(interval: Interval, score: float, num_examples: int, lower: bool) -> Comparison:
+def against_score(interval: Interval, score: float, lower: bool) -> Comparison:
     """Returns how a score compares with one of which nothing else is known.
 
     Only the model's own interval counts then, so that verdicts are less certain than paired ones.
     """
     difference = Interval(*(x - score for x in dataclasses.astuple(interval)))
-    return compare(difference, num_examples, lower)
+    return compare(difference, lower)
 
 
 def _scores(fns: Sequence[Statistic], sample: np.ndarray | None) -> dict[str, Any]:

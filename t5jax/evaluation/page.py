@@ -5,7 +5,7 @@ markup. Those on which the model and its baselines disagree most come first.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def render(
         examples=examples,
         data=as_script({"model": model, "tasks": examples}),
         number=_number,
+        between=_between,
     )
 
 
@@ -109,3 +110,8 @@ def _number(metric: str, value: Any) -> str:
         return "–"
     text = f"{value:.{4 if metric.endswith('loss') or metric == 'bits_per_byte' else 2}f}"
     return text.replace("-", "\u2212")
+
+
+def _between(metric: str, interval: Sequence[Any] | None) -> str:
+    low, high = (_number(metric, x) for x in interval or (None, None))
+    return low if low == "–" else f"{low} to {high}"

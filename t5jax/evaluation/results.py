@@ -64,7 +64,7 @@ def result_of(
             comparisons[name] = {k: one for k, one in found.items() if k in others[name]}
         for name, row in earlier.items():
             comparisons[name] = {
-                metric: compare.against_score(intervals[metric], value, number, metric in lower)
+                metric: compare.against_score(intervals[metric], value, metric in lower)
                 for metric, value in row.items()
                 if metric in intervals
             }

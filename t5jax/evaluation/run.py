@@ -15,7 +15,15 @@ from t5jax.checks import check_at_least
 from t5jax.config import AxisRules, MeshConfig
 from t5jax.evaluation import baselines as compared
 from t5jax.evaluation import page
-from t5jax.evaluation.asking import Devices, Question, ask, ask_other, config_of, names_of_run
+from t5jax.evaluation.asking import (
+    Devices,
+    Question,
+    ask,
+    ask_other,
+    check,
+    config_of,
+    names_of_run,
+)
 from t5jax.evaluation.results import result_of
 from t5jax.evaluation.scores import Answers
 from t5jax.monitor import tables
@@ -171,6 +179,38 @@ def evaluate_model(
                 (output / "scores.json").write_text(text, encoding="utf-8")
                 (output / "report.html").write_text(shown, encoding="utf-8")
     return results
+
+
+def check_evaluation(
+    model: Source,
+    tasks: Sequence[str],
+    *,
+    split: str = "test",
+    task_files: Sequence[str] = (),
+    batch_size: int = 64,
+    num_examples: int | None = None,
+    inputs_length: int | None = None,
+    max_tokens: int | None = None,
+) -> None:
+    """Raises the ValueError with which `evaluate_model` would end before it reads the weights.
+
+    Args:
+      model: the model.
+      tasks: names of tasks.
+      split: as for `evaluate_model`, and so are the others.
+    """
+    asked = Question(
+        tasks=tuple(tasks),
+        split=split,
+        shots=0,
+        metrics=(),
+        choices=(),
+        task_files=(*model.config.data.task_files, *task_files),
+        num_examples=num_examples,
+        inputs_length=inputs_length,
+        max_tokens=max_tokens,
+    )
+    check(model, asked, Devices(sharding.make_mesh(MeshConfig()), None, batch_size, None))
 
 
 def _place(file: Path, name: str) -> Path:

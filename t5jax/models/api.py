@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 
 from t5jax import batch as features
+from t5jax import trees
 from t5jax.architectures import FAMILIES, Architecture
 from t5jax.models import cache as caches
 from t5jax.models.adapted import column_norms, merged_kernel
@@ -168,19 +169,20 @@ def visit_product_inputs(
 
 
 def new_params(model: Architecture, source: Architecture) -> list[str]:
-    """Returns the paths of the parameters that `source` lacks: those of another head.
+    """Returns the paths of the parameters that `source` lacks: those of another head, or of other
+    tokens.
 
-    Both have the same architecture except for the head.
+    Both have the same architecture except for these.
     """
-    if not hasattr(_module(model), "head_params"):
-        return []
-    ours, theirs = (_module(m).head_params(m) for m in (model, source))
-    new = {name for name, meaning in ours.items() if theirs.get(name) != meaning}
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(param_shapes(model))]
+    new = set()
+    if hasattr(_module(model), "head_params"):
+        ours, theirs = (_module(m).head_params(m) for m in (model, source))
+        new = {name for name, meaning in ours.items() if theirs.get(name) != meaning}
+    shapes, own = (trees.flatten(param_shapes(m)) for m in (model, source))
     return [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path in paths
-        if path[0].key in new
+        path
+        for path, x in shapes.items()
+        if path.split("/")[0] in new or path not in own or own[path].shape != x.shape
     ]
 
 

@@ -37,6 +37,8 @@ def compress_model(
     method: Method = "rtn",
     calibrate: Sequence[str] = (),
     num_calibration: int = 128,
+    inputs_length: int | None = None,
+    targets_length: int | None = None,
     task_files: Sequence[str] = (),
 ) -> None:
     """Writes a model with quantized matrices; see `t5jax.tradeoff` for what that costs and gains.
@@ -49,6 +51,9 @@ def compress_model(
       method: "rtn" rounds to the nearest; "awq" and "gptq" read the inputs of a task.
       calibrate: tasks or mixtures whose training examples are read for that.
       num_calibration: the number of those examples.
+      inputs_length: the maximum length of their inputs in tokens. None: as in the run, or 512, and
+        at most what the network has positions for.
+      targets_length: that of their targets. None: as in the run, or 128.
       task_files: Python files that register tasks, in addition to the shipped ones and the run's.
     Raises:
       ValueError: if the model cannot be read or quantized so, or the output cannot be written.
@@ -68,7 +73,10 @@ def compress_model(
     matrices = chosen(source.model, scheme)
     check_installed()
     _check_training(source, scheme)
-    batches = _calibration(source, calibrate, num_calibration, task_files) if calibrate else []
+    batches: list[dict[str, np.ndarray]] = []
+    if calibrate:
+        config = _config(source.config, inputs_length, targets_length)
+        batches = _calibration(source, config, calibrate, num_calibration, task_files)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     description, floats = source.read("float32", mesh)
     params = _quantize(description, floats, matrices, scheme, method, batches)
@@ -136,7 +144,11 @@ def _quantize(
 
 
 def _calibration(
-    source: Source, tasks: Sequence[str], num_examples: int, task_files: Sequence[str]
+    source: Source,
+    config: Config,
+    tasks: Sequence[str],
+    num_examples: int,
+    task_files: Sequence[str],
 ) -> list[dict[str, np.ndarray]]:
     """Returns batches of training examples of tasks, the same number of each."""
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
@@ -147,31 +159,42 @@ def _calibration(
     batches: list[dict[str, np.ndarray]] = []
     per_task = -(-num_examples // (rows * len(tasks)))
     for task in tasks:
-        config = _data_of(source.config, task, rows)
-        iterator = pipeline.train_iterator(config, tokenizer)
+        changes = {"data.mixture": task, "data.batch_size": rows}
+        iterator = pipeline.train_iterator(override(config, changes), tokenizer)
         batches += [next(iterator) for _ in range(per_task)]
     return batches
 
 
-def _data_of(config: Config, task: str, rows: int) -> Config:
-    """Returns a config whose batches have rows of one task, as long as the network reads."""
+def _config(config: Config, inputs: int | None, targets: int | None) -> Config:
+    """Returns a config whose batches have one row for each example, as long as the network reads.
+
+    Raises:
+      ValueError: if the lengths that are asked for exceed the network's positions.
+    """
     data, model = config.data, config.model
-    inputs, targets, most = data.inputs_length, data.targets_length, model.longest_row
-    if most is not None and model.kind == "encoder":
-        inputs = min(inputs, most)
-    elif most is not None:
-        targets = min(targets, most // 2)
-        inputs = min(inputs, most - targets)
-    elif model.kind == "encoder_decoder" and inputs == targets:
-        targets += 1  # Statistics tell the encoder's rows from the decoder's by their length.
+    most, encodes = model.longest_row, model.kind == "encoder"
+    length = {"inputs": inputs or data.inputs_length, "targets": targets or data.targets_length}
+    if most is not None:
+        if targets is None and not encodes:
+            room = most // 2 if inputs is None else most - inputs
+            length["targets"] = min(length["targets"], max(room, 1))
+        if inputs is None:
+            room = most if encodes else most - length["targets"]
+            length["inputs"] = min(length["inputs"], max(room, 1))
+        row = length["inputs"] if encodes else sum(length.values())
+        if row > most:
+            raise ValueError(
+                f"--inputs-length {length['inputs']} and --max-tokens {length['targets']} are more "
+                f"than the {most} positions that this {model.family} has; lower them"
+            )
+    elif model.kind == "encoder_decoder" and length["inputs"] == length["targets"]:
+        length["targets"] += 1  # Statistics tell the encoder's rows from the decoder's by them.
     return override(
         config,
         {
-            "data.mixture": task,
             "data.mixture_changes": (),
             "data.cache": None,
-            "data.batch_size": rows,
-            "data.inputs_length": inputs,
-            "data.targets_length": targets,
+            "data.inputs_length": length["inputs"],
+            "data.targets_length": length["targets"],
         },
     )

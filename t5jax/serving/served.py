@@ -178,28 +178,15 @@ class ServedModel:
 
     def text(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, with special tokens, and with what follows an eos."""
-        parts: list[str] = []
-        part: list[int] = []
-        eos, end = self.tokenizer.eos_id, self.tokenizer.special_tokens.get("eos_token", "")
-        for i in ids:
-            if i == eos:
-                parts += [self.tokenizer.decode(part), end]
-                part = []
-            else:
-                part.append(i)
-        return "".join([*parts, self.tokenizer.decode(part)])
+        return self.tokenizer.decode(ids, past_eos=True)
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """Returns for each id how long `text` is of those before it."""
         found: list[int] = []
-        before, part = 0, GrowingText(self.tokenizer)
-        end = len(self.tokenizer.special_tokens.get("eos_token", ""))
+        text = GrowingText(self.tokenizer)
         for i in ids:
-            found.append(before + len(part.text))
-            if i == self.tokenizer.eos_id:
-                before, part = found[-1] + end, GrowingText(self.tokenizer)
-            else:
-                part.ids.append(i)
+            found.append(len(text.text))
+            text.ids.append(i)
         return found
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -404,6 +391,7 @@ class ServedModel:
             *(self.model, self.tokenizer, pretrained.mesh, pretrained.rules),
             prefix_lm=pretrained.prefix_lm,
             special_tokens=special_tokens,
+            past_eos=True,
         )
         room = decoding.power_of_two(options.max_tokens, least=16)
         if self.model.kind == "decoder" and self.model.longest_row:

@@ -57,12 +57,10 @@ class TextStream:
     def push(self, token: int) -> None:
         """Adds a token."""
         assert not self.stopped
-        if self._hides:
-            if token == self._tokenizer.eos_id:
-                return  # It does not end this answer, but would end a text.
-            if self._stop and self._is_one and token in self._tokenizer.special_ids:
-                ids, before = self._shown.ids, self._before_it
-                self._searched = GrowingText(self._tokenizer, True, ids, before)
+        is_hidden = self._hides and token in self._tokenizer.special_ids
+        if is_hidden and self._stop and self._is_one:
+            ids, before = self._shown.ids, self._before_it
+            self._searched = GrowingText(self._tokenizer, True, ids, before)
         self._shown.ids.append(token)
         if not self._is_one:
             self._searched.ids.append(token)
@@ -176,7 +174,7 @@ class GrowingText:
         )
 
     def _decode_all(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, special_tokens=self._special_tokens)
+        return self._tokenizer.decode(ids, special_tokens=self._special_tokens, past_eos=True)
 
 
 def _last_of(before: Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -202,10 +200,8 @@ class TokenTexts:
         """Returns the token's text; "token_id:7" if it is a part of a character, or no text."""
         text = self._texts.get(token)
         if text is None:
-            text = self._tokenizer.decode([self._anchor, token])
+            text = self._tokenizer.decode([self._anchor, token], past_eos=True)
             text = text.removeprefix(self._anchor_text)
-            if token == self._tokenizer.eos_id:  # Where a text ends in decoding.
-                text = self._tokenizer.special_tokens.get("eos_token", "")
             if not text or "\ufffd" in text:
                 text = f"token_id:{token}"
             self._texts[token] = text

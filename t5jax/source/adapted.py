@@ -28,6 +28,11 @@ class AdaptedSource(Source):
     named_base: str = ""
     """What it was asked for by, in place of the name that the adapter has for it."""
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        assert self.base is not None
+        return (*super().places, *self.base.places)
+
     def check_whole(self) -> None:
         """Raises ValueError if the adapter is a soft prompt, or the base has one."""
         assert self.base is not None
@@ -92,7 +97,8 @@ class AdaptedSource(Source):
 
         merged = jax.jit(lambda whole: lora.merge(model, whole))(whole)
         # A soft prompt cannot be merged, and stays beside the base's parameters.
-        dtypes, places = {p: x.dtype for p, x in flat.items()}, trees.flatten(shardings)
+        dtypes = {p: x.dtype for p, x in trees.flatten(api.param_shapes(model)).items()}
+        places = trees.flatten(shardings)
         mesh = next(iter(places.values())).mesh
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         return trees.unflatten(

@@ -60,6 +60,11 @@ def read_adapters(
                 f"{base.place}; PEFT's format has no checksums, so only their shapes are compared",
                 stacklevel=3,
             )
+        if not checkpoint.is_checkpoint(path) and peft.model_of(path, base.model) != base.model:
+            raise ValueError(
+                f"adapter {name}: {given} also replaces its base's tables of tokens or its head, "
+                f"which cannot be shared; serve it as a model of its own: t5jax serve {given}"
+            )
         leaves = AdaptedSource(path, config, base=base).adapter(model)
         if prompt.PATH in leaves:
             raise ValueError(

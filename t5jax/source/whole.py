@@ -37,6 +37,12 @@ class Source:
         return self.origin or self.path
 
     @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders whose files decide what it answers."""
+        own = self.tokenizer_folder
+        return (self.place, own) if self.is_checkpoint and own.is_dir() else (self.place,)
+
+    @property
     def is_checkpoint(self) -> bool:
         return checkpoint.is_checkpoint(self.path)
 

@@ -77,11 +77,16 @@ class ByteTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
-        """Returns the text, without unknown tokens and bytes that are not valid UTF-8."""
-        data = bytearray()
-        for i in clean_ids(self, ids, special_tokens):
-            if _LAST_BYTE - _NUM_FREE < i <= _LAST_BYTE:
+    def decode(
+        self, ids: Iterable[int], *, special_tokens: bool = True, past_eos: bool = False
+    ) -> str:
+        """Returns the text, without bytes that are not valid UTF-8, and without unknown tokens, but
+        with past_eos."""
+        data, names = bytearray(), tuple(self.special_tokens.values())
+        for i in clean_ids(self, ids, special_tokens, past_eos):
+            if past_eos and i < _FIRST_BYTE:
+                data += names[i].encode()
+            elif _LAST_BYTE - _NUM_FREE < i <= _LAST_BYTE:
                 data += f"<extra_id_{_LAST_BYTE - i}>".encode()
             elif _FIRST_BYTE <= i <= _LAST_BYTE:
                 data.append(i - _FIRST_BYTE)

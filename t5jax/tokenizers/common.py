@@ -45,13 +45,17 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Returns the ids of several texts, using all cores if the library has threads."""
 
-    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
+    def decode(
+        self, ids: Iterable[int], *, special_tokens: bool = True, past_eos: bool = False
+    ) -> str:
         """Returns the text of the ids before the first eos. Padding is skipped, and ids beyond the
         vocabulary are unknown tokens.
 
         Args:
           ids: token ids.
           special_tokens: keep other special tokens, such as sentinels, as text.
+          past_eos: of all ids, as transformers decodes them: eos and padding are special tokens
+            like others, and ids beyond the vocabulary nothing.
         """
 
     def save(self, folder: str | Path) -> None:
@@ -62,17 +66,23 @@ class Tokenizer(Protocol):
 # --- Ids ----------------------------------------------------------------------------------------
 
 
-def clean_ids(tokenizer: Tokenizer, ids: Iterable[int], special_tokens: bool = True) -> list[int]:
+def clean_ids(
+    tokenizer: Tokenizer, ids: Iterable[int], special_tokens: bool = True, past_eos: bool = False
+) -> list[int]:
     """Returns the ids before the first eos, without padding; ids beyond the vocabulary become unk.
 
-    Without special_tokens, these and all other special ids are left out.
+    Without special_tokens, these and all other special ids are left out. With past_eos, all ids are
+    returned that the vocabulary has.
     """
     clean = []
     for i in ids:
-        if i == tokenizer.eos_id:
+        if past_eos and i >= tokenizer.vocab_size:
+            continue
+        if not past_eos and i == tokenizer.eos_id:
             break
         known = int(i) if i < tokenizer.vocab_size else tokenizer.unk_id
-        if i != tokenizer.pad_id and (special_tokens or known not in tokenizer.special_ids):
+        is_kept = special_tokens or known not in tokenizer.special_ids
+        if is_kept and (past_eos or i != tokenizer.pad_id):
             clean.append(known)
     return clean
 

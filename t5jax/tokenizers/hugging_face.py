@@ -134,8 +134,10 @@ class HuggingFaceTokenizer:
             found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [x.ids for x in found]
 
-    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
-        kept = clean_ids(self, ids, special_tokens)
+    def decode(
+        self, ids: Iterable[int], *, special_tokens: bool = True, past_eos: bool = False
+    ) -> str:
+        kept = clean_ids(self, ids, special_tokens, past_eos)
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
         return cleaned_up(text) if self.cleans_up else text
 

@@ -1,5 +1,6 @@
 """SentencePiece models with sentinels."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -102,9 +103,21 @@ class SentencePieceTokenizer:
         ids: list[list[int]] = self._processor.encode([_spaced(text) for text in texts])
         return ids
 
-    def decode(self, ids: Iterable[int], *, special_tokens: bool = True) -> str:
-        text: str = self._processor.decode(clean_ids(self, ids, special_tokens))
+    def decode(
+        self, ids: Iterable[int], *, special_tokens: bool = True, past_eos: bool = False
+    ) -> str:
+        processor = self._with_names if past_eos and special_tokens else self._processor
+        text: str = processor.decode(clean_ids(self, ids, special_tokens, past_eos))
         return cleaned_up(text) if self.cleans_up else text
+
+    @functools.cached_property
+    def _with_names(self) -> sentencepiece.SentencePieceProcessor:
+        """The model with text for eos, padding and unknown tokens."""
+        proto = read_model(self.model_bytes, "the SentencePiece model")
+        for i in (self.pad_id, self.eos_id):
+            proto.pieces[i].type = proto.SentencePiece.USER_DEFINED
+        proto.trainer_spec.unk_surface = proto.pieces[self.unk_id].piece
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
     def token_bytes(self) -> list[bytes]:
         """Returns the bytes of each id, with a space where a word begins; none for what is no

@@ -98,6 +98,8 @@ def test_answers_match_a_schema_and_an_expression():
         ({"regex": "a("}, r"regex 'a\(' is invalid: .*unclosed group"),
         ({"json_schema": '{"type": "foo"}'}, "is invalid: .*Invalid type: foo"),
         ({"json_schema": "{"}, "is not JSON"),
+        ({"json_schema": "[" * 9999 + "]" * 9999}, "is nested too deeply"),
+        ({"regex": r"a[^\s\S]"}, "nothing that could come next .* loosen it"),
     ):
         with pytest.raises(ValueError, match=message):
             answers(GenerationOptions(**changes), INPUTS[:1])

@@ -162,8 +162,13 @@ def test_few_examples_show_nothing():
     for number, verdict in ((5, "not distinguishable"), (6, "better")):
         asked = task(["yes"] * number, metrics.exact_match)
         answers = [says([text] * number) for text in ("yes", "no")]
-        _, found = compare.bootstrap(asked, answers[0], {"b": answers[1]}, resamples=20)
-        assert found["b"]["exact_match"].verdict == verdict
+        intervals, found = compare.bootstrap(asked, answers[0], {"b": answers[1]}, resamples=20)
+        against = found["b"]["exact_match"]
+        assert against.verdict == verdict
+        # An interval that excludes 0 would say something else.
+        of_all = [intervals["exact_match"].low, against.difference.low, against.difference.high]
+        np.testing.assert_array_equal(of_all, [np.nan if number < 6 else 100.0] * 3)
+        assert compare.against_score(intervals["exact_match"], 0.0, False).verdict == verdict
 
 
 def test_a_metric_that_cannot_score_a_resample():
@@ -183,11 +188,11 @@ def test_a_metric_that_cannot_score_a_resample():
 def test_against_an_earlier_score():
     interval = compare.Interval(60.0, 55.0, 65.0)
     verdicts = {
-        score: compare.against_score(interval, score, 100, lower=False).verdict
+        score: compare.against_score(interval, score, lower=False).verdict
         for score in (50.0, 55.0, 70.0)
     }
     assert verdicts == {50.0: "better", 55.0: "not distinguishable", 70.0: "worse"}
-    assert compare.against_score(interval, 50.0, 100, lower=True).verdict == "worse"
+    assert compare.against_score(interval, 50.0, lower=True).verdict == "worse"
 
 
 def test_perplexities_per_token_word_and_byte():

@@ -95,7 +95,7 @@ def test_scores_and_verdicts_are_in_the_table():
         *("echo<1>", "exact_match", "75.00", "25.00 to 100.00"),
         "50.00 not distinguishable \u221225.00 (\u221250.00 to 0.00)",
     ]
-    assert cells[11:14] == ["loss", "0.5000", "– to –"]
+    assert cells[11:14] == ["loss", "0.5000", "–"]
 
 
 def test_controls_have_names_and_the_page_a_language():

@@ -20,7 +20,7 @@ from t5jax.config import LoraConfig
 from t5jax.hf import io
 from t5jax.hf import peft as ours
 from t5jax.models import api
-from t5jax.source import find
+from t5jax.source import find, read_adapters
 from t5jax.tokenizers import ByteTokenizer
 
 torch = pytest.importorskip("torch", reason="peft runs on torch")
@@ -208,22 +208,76 @@ def test_patterns_are_of_the_names_in_the_model_that_was_adapted(folders, tmp_pa
     assert scales.tolist() == [3, *[2] * (model.num_layers - 1)]
 
 
+TOKENS = [
+    # The base, its tokens now, modules_to_save, and whether input and output are still one table.
+    ("llama_scaled", 64, None, True),
+    ("llama_scaled", 64, ["embed_tokens", "lm_head"], False),
+    ("gpt2", None, ["lm_head"], False),
+    ("bert_masked_lm", 58, None, True),
+]
+
+
+@pytest.mark.parametrize(("variant", "size", "saved", "tied"), TOKENS)
+def test_tokens_that_were_added_or_trained(folders, tmp_path, variant, size, saved, tied):
+    _, _, folder = folders(variant)
+    torch.manual_seed(0)
+    base = there(folder)
+    if size:
+        base.resize_token_embeddings(size)
+    query = {"llama_scaled": "q_proj", "gpt2": "c_attn", "bert_masked_lm": "query"}[variant]
+    config = {"r": 2, "target_modules": [query], "modules_to_save": saved}
+    made = peft.get_peft_model(base, peft.LoraConfig(**config, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        for name, x in made.named_parameters():
+            if "modules_to_save" in name:
+                x += 0.1 * torch.randn(x.shape)
+    made.save_pretrained(tmp_path)
+    source = find(str(tmp_path), base=str(folder))
+    model, params = source.read()
+    expected = their_logits(made)
+    np.testing.assert_allclose(our_logits(model, params), expected, rtol=1e-5, atol=3e-5)
+    assert model.tie_word_embeddings == tied
+    if variant == "gpt2":  # Over one base with others, it would be another network.
+        with pytest.raises(ValueError, match=r"a: .* tables of tokens .* a model of its own"):
+            read_adapters(find(str(folder)), *folders(variant)[:2], {"a": str(tmp_path)})
+
+
 @pytest.mark.parametrize(
-    ("variant", "name", "more", "message"),
+    ("variant", "sizes", "saved", "message"),
     [
-        ("t5_tied", "lm_head", 0, r"replaces lm_head.weight, which is also shared.weight and enc"),
-        ("t5_1_1", "lm_head", 2, r"lm_head.weight is \[63, 12\].*added to its vocabulary, merge"),
+        ("t5_1_1", {"lm_head": 63}, None, "63 tokens, its base has 61, and .* to shared.weight"),
+        (
+            "t5_1_1",
+            {"lm_head": 63, "shared": 62},
+            None,
+            r"weight \(62\), lm_head.weight \(63",
+        ),
+        (
+            "t5_1_1",
+            {"shared": 61},
+            ["shared"],
+            "one table in its base with encoder.embed",
+        ),
+        (
+            "t5_tied",
+            {"shared": 61},
+            ["shared"],
+            "one table in its base with encoder.embed",
+        ),
+        ("t5_1_1", {"lm_head": 0}, None, "is not whole: lm_head.weight is .*without gathering"),
     ],
 )
-def test_matrices_of_tokens_that_cannot_be_replaced(
-    folders, tmp_path, variant, name, more, message
+def test_tables_of_tokens_of_which_a_part_is_missing(
+    folders, tmp_path, variant, sizes, saved, message
 ):
     model, _, folder = folders(variant)
     file = save_ones(tmp_path, model, folder)
-    whole = {f"base_model.model.{name}.weight": np.ones((61 + more, 12), np.float32)}
+    whole = {f"base_model.model.{n}.weight": np.ones((k, 12), np.float32) for n, k in sizes.items()}
     safetensors.numpy.save_file(safetensors.numpy.load_file(file) | whole, file)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": saved}))
     with pytest.raises(ValueError, match=message):
-        ours.read(tmp_path, model)
+        find(str(tmp_path))
 
 
 def test_what_one_format_has_no_place_for(folders, tmp_path):

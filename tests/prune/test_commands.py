@@ -223,6 +223,8 @@ def test_pruned_weights_are_zeros_in_the_folder(tmp_path):
     ("words", "message"),
     [
         (["prune", "--eval.split", "x"], "--eval.split is x, but without --eval.tasks it"),
+        (["prune", "--eval.inputs-length", "9"], "inputs-length is 9, but without --eval.tasks"),
+        (["prune", "--eval.tasks", "x"], "--tasks is 'x', which no task file registers"),
         (["prune", "--sparsity", "1.5"], "--sparsity is 1.5; it must be above 0 and below 1"),
         (
             ["prune", "--pattern", "2:4", "--sparsity", "0.3"],

@@ -19,7 +19,7 @@ from t5jax.config import AxisRules, Config, DataConfig, MeshConfig
 from t5jax.hf import io as hf_io
 from t5jax.models import api
 from t5jax.quantize import calibrate, files
-from t5jax.quantize.compress import _data_of
+from t5jax.quantize.compress import _config
 from t5jax.quantize.matrices import Matrix, Scheme, dequantize_params, matrices, quantize
 from t5jax.source import find
 from t5jax.tokenizers import ByteTokenizer
@@ -170,6 +170,9 @@ def test_damaged_and_foreign_folders(compressed, tmp_path, damage, message):
         (("--weights", "int3"), "invalid choice"),
         (("--split", "test"), "--split is test, but without --tasks it has no effect"),
         (("--num-calibration", "8"), "but without --calibrate it has no effect"),
+        (("--inputs-length", "8"), "--inputs-length is 8, but without --tasks it has no effect"),
+        (("--tasks", "nowhere"), "--tasks is 'nowhere', which no task file registers"),
+        (("--tasks", "x", "--num-examples", "0"), "--num-examples is 0; it must be at least 1"),
     ],
 )
 def test_options_that_cannot_be(folder, tmp_path, capsys, options, message):
@@ -246,22 +249,28 @@ def test_statistics_are_of_the_inputs_of_each_layer_without_padding():
 
 
 @pytest.mark.parametrize(
-    ("variant", "given", "expected"),
+    ("variant", "given", "asked", "expected"),
     [
-        ("t5_1_1", (8, 8), (8, 9)),
-        ("gpt2", (8, 8), (8, 8)),  # Of 16 positions.
-        ("gpt2", (512, 128), (8, 8)),
-        ("gpt2", (512, 4), (12, 4)),
-        ("bert_masked_lm", (512, 128), (16, 128)),
+        ("t5_1_1", (8, 8), (None, None), (8, 9)),
+        ("t5_1_1", (8, 8), (5, 3), (5, 3)),
+        ("gpt2", (8, 8), (None, None), (8, 8)),  # Of 16 positions.
+        ("gpt2", (512, 128), (None, None), (8, 8)),
+        ("gpt2", (512, 4), (None, None), (12, 4)),
+        ("gpt2", (512, 128), (None, 2), (14, 2)),
+        ("gpt2", (512, 128), (12, None), (12, 4)),
+        ("bert_masked_lm", (512, 128), (None, None), (16, 128)),
     ],
 )
-def test_rows_of_calibration_are_as_long_as_the_network_reads(variant, given, expected):
+def test_rows_of_calibration_are_as_long_as_the_network_reads(variant, given, asked, expected):
     model = VARIANTS[variant]
     if model.longest_row:
         model = dataclasses.replace(model, max_positions=16)
     data = DataConfig(inputs_length=given[0], targets_length=given[1])
-    found = _data_of(Config(model=model, data=data), "task", 4).data
+    found = _config(Config(model=model, data=data), *asked).data
     assert (found.inputs_length, found.targets_length) == expected
+    if model.longest_row:
+        with pytest.raises(ValueError, match=r"--inputs-length 17 .* than the 16 positions"):
+            _config(Config(model=model, data=data), 17, None)
 
 
 def test_statistics_fit_into_memory_part_by_part():

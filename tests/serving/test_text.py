@@ -38,12 +38,11 @@ NAMES = ("t5", "gpt2", "llama2", "unigram", "bytes")
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_pieces_are_the_text_of_all_tokens(tokenizers, name, special_tokens):
     tokenizer, rng = tokenizers[name], np.random.default_rng(0)
-    ids = rng.integers(0, tokenizer.vocab_size, 400)
-    ids = [int(i) for i in ids if i != tokenizer.eos_id]
+    ids = rng.integers(0, tokenizer.vocab_size, 400).tolist()
     ids += tokenizer.encode(" the quick brown fox, äöü € 你好 🙂 again" * 5)
     stream = TextStream(tokenizer, special_tokens=special_tokens)
     pieces = [*_pieces(stream, ids), stream.finish()]
-    expected = tokenizer.decode(ids, special_tokens=special_tokens)
+    expected = tokenizer.decode(ids, special_tokens=special_tokens, past_eos=True)
     assert "".join(pieces) == stream.text == expected
     assert sum(map(bool, pieces)) > 20
 
@@ -129,8 +128,9 @@ def test_spaces_that_a_tokenizer_cleans_up_are_not_sent(tmp_path):
 def test_an_eos_that_ends_no_answer_hides_nothing(tokenizers):
     tokenizer = tokenizers["gpt2"]
     ids = [*tokenizer.encode("one"), tokenizer.eos_id, *tokenizer.encode(" two")]
-    stream = TextStream(tokenizer)
-    assert "".join(_pieces(stream, ids)) + stream.finish() == "one two"
+    for special_tokens, expected in ((False, "one two"), (True, "one<|endoftext|> two")):
+        stream = TextStream(tokenizer, special_tokens=special_tokens)
+        assert "".join(_pieces(stream, ids)) + stream.finish() == expected
 
 
 @pytest.mark.parametrize("name", NAMES)

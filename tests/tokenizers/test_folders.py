@@ -7,6 +7,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+import folders
 from t5jax.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from t5jax.tokenizers.as_transformers import write_tokenizer_json
 
@@ -331,3 +332,30 @@ def test_transformers_reads_what_is_exported_with_a_umt5(kind, tmp_path):
     for text in ("two  spaces <extra_id_0> here<extra_id_1>", "café 中文", ""):
         assert theirs(text).input_ids == [*ours.encode(text), 1], text
     assert repr(load_tokenizer(tmp_path)) == repr(ours)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "llama2", "bytes"])
+def test_what_comes_behind_an_eos_is_decoded_as_there(tmp_path, kind):
+    """Of an answer that another id ends."""
+    if kind == "t5":
+        folders.write_spiece(tmp_path)
+    elif kind == "gpt2":
+        tokenizer = folders.byte_level(["<|endoftext|>", "<|pad|>"])
+        names = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+        folders.write_tokenizer(tmp_path, tokenizer, **names)
+    elif kind == "llama2":
+        tokenizer = folders.sentence_piece_like(["<unk>", "<s>", "</s>"], "<s>", True)
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        folders.write_tokenizer(tmp_path, tokenizer, **names)
+    else:
+        ByteTokenizer().save(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    begin, end = ours.encode("the sea shells"), ours.encode("she sells")
+    special = [ours.eos_id, ours.pad_id, ours.unk_id]
+    for between in ([i] for i in special):
+        ids = [*begin, *between, *end, ours.eos_id]
+        for shown in (True, False):
+            expected = theirs.decode(ids, skip_special_tokens=not shown)
+            found = ours.decode(ids, special_tokens=shown, past_eos=True)
+            assert found == expected, (between, shown)
+    assert ours.decode([*begin, ours.eos_id, *end]) == ours.decode(begin)

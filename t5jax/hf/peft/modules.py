@@ -6,7 +6,7 @@ import numpy as np
 
 from t5jax.adapters import lora
 from t5jax.architectures import FAMILIES, Architecture
-from t5jax.hf.mapping import Part, Rearrange, Row, Table
+from t5jax.hf.mapping import Part, Rearrange, Row, Table, Tensor
 
 PREFIX = "base_model.model."
 TENSORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -76,6 +76,16 @@ def modules_of(model: Architecture) -> dict[str, Module]:
         for row in table_of(model).rows(model)
         if (path := row.ours.removesuffix("/kernel")) in known and row.ours.endswith("/kernel")
     }
+
+
+def check_gathered(name: str, tensor: Tensor, where: str) -> None:
+    """Raises ValueError for a tensor of which only a part may have been saved."""
+    is_matrix = name.endswith((*TENSORS[:2], "prompt_embeddings"))
+    if not tensor.shape or 0 in tensor.shape or (is_matrix and len(tensor.shape) != 2):
+        raise ValueError(
+            f"{where} is not whole: {name} is {list(tensor.shape)}, as of an adapter that was "
+            "saved under DeepSpeed or FSDP without gathering its parameters; save it again"
+        )
 
 
 def table_of(model: Architecture) -> Table:

@@ -4,7 +4,7 @@ L layers, R rank.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ from t5jax.architectures import Architecture
 from t5jax.hf.files import ADAPTER, open_tensors
 from t5jax.hf.mapping import Tensor
 from t5jax.hf.peft.config import MERGE_THERE, check_lora, head_of, read_config, scale
-from t5jax.hf.peft.modules import PREFIX, TENSORS, Module, modules_of, table_of
+from t5jax.hf.peft.modules import (
+    PREFIX,
+    TENSORS,
+    Module,
+    check_gathered,
+    modules_of,
+    table_of,
+)
+from t5jax.hf.peft.tokens import with_tokens
 from t5jax.models import api
 
 
@@ -28,7 +36,7 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
 
     Args:
       folder: with adapter_config.json.
-      model: the base.
+      model: the base, or what `model_of` makes of it.
     Raises:
       ValueError: if it needs something that is not implemented, or does not fit the base, naming
         the tensor.
@@ -40,13 +48,12 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     scales: dict[str, float] = {}
     with open_tensors(folder, adapter=True) as tensors:
-        for name, tensor in tensors.items():
-            new = _renamed(name, model)
-            found[new] = _whole(name, tensor, str(folder))
+        for new, name in _renamed(tensors, model).items():
+            found[new] = _whole(name, tensors[name], str(folder))
             if new.endswith(f".{TENSORS[0]}"):
                 own, table = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
                 own = own.removeprefix(PREFIX)
-                scales[table] = scale(config, own, tensor.shape[0], str(folder))
+                scales[table] = scale(config, own, tensors[name].shape[0], str(folder))
     known: set[str] = set()
     params: dict[str, np.ndarray] = {}
     for module in modules_of(model).values():
@@ -60,22 +67,26 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
 
 
 def model_of(folder: Path, base: Architecture) -> Architecture:
-    """Returns the network of an adapter: its base's, or with a classifier that it has trained.
+    """Returns the network of an adapter: its base's, or with what it has trained in place of that.
 
-    Names of classes are not in PEFT's format.
+    This may be a classifier, whose names of classes are not in PEFT's format, or tables of tokens.
 
     Args:
       folder: with adapter_config.json.
       base: the description of the base.
+    Raises:
+      ValueError: if its tensors cannot be read, or there is no such network.
     """
-    head, name = head_of(read_config(folder)), table_of(base).classifier
-    if head is None or not name:
+    config = read_config(folder)
+    if config.get("peft_type") != "LORA":
         return base
+    head, classifier = head_of(config), table_of(base).classifier
     with open_tensors(folder, adapter=True) as tensors:
-        shapes = {_renamed(theirs, base): x.shape for theirs, x in tensors.items()}
-    if not shapes.get(name) or (head, len(base.labels)) == (base.head, shapes[name][0]):
-        return base
-    return base.as_classifier(head, [f"LABEL_{i}" for i in range(shapes[name][0])])
+        found = {new: tensors[name] for new, name in _renamed(tensors, base).items()}
+        shape = found[classifier].shape if classifier in found else ()
+        if head and shape and (head, len(base.labels)) != (base.head, shape[0]):
+            base = base.as_classifier(head, [f"LABEL_{i}" for i in range(shape[0])])
+        return with_tokens(base, config, found, str(folder))
 
 
 def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -> np.ndarray:
@@ -98,23 +109,24 @@ def _read_prompt(folder: Path, config: Mapping[str, Any], model: Architecture) -
 
 def _whole(name: str, tensor: Tensor, where: str) -> np.ndarray:
     """Returns a tensor in float32."""
-    is_matrix = name.endswith((*TENSORS[:2], "prompt_embeddings"))
-    if 0 in tensor.shape or (is_matrix and len(tensor.shape) != 2):
-        raise ValueError(
-            f"{where} is not whole: {name} is {list(tensor.shape)}, as of an adapter that was "
-            "saved under DeepSpeed or FSDP without gathering its parameters; save it again"
-        )
+    check_gathered(name, tensor, where)
     whole: np.ndarray = tensor[tuple(slice(0, size) for size in tensor.shape)]
     return whole.astype(np.float32)
 
 
-def _renamed(name: str, model: Architecture) -> str:
-    """Returns the name of a tensor under the prefix that the table has."""
-    # A bias that is trained lies in the module that PEFT wraps.
-    name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    for pattern, replacement in table_of(model).renames:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _renamed(names: Iterable[str], model: Architecture) -> dict[str, str]:
+    """Returns names of tensors by those that the family's table has for them."""
+    renamed: dict[str, str] = {}
+    for name in names:
+        # Of a module of modules_to_save, PEFT may add what it was, and the same again.
+        if ".original_module." in name or ".modules_to_save." in name:
+            continue
+        # A bias that is trained lies in the module that PEFT wraps.
+        new = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        for pattern, replacement in table_of(model).renames:
+            new = re.sub(pattern, replacement, new)
+        renamed[new] = name
+    return renamed
 
 
 def _read_module(
@@ -192,25 +204,17 @@ def _read_whole(
         there = [name for name in (*expected, *row.aliases) if name in found]
         if not there:
             continue
-        if row.aliases or len(there) < len(expected):
-            others = [name for name in (row.theirs, *row.aliases) if name != there[0]]
-            what = (
-                f"{there[0]}, which is also {' and '.join(others)} in its base"
-                if row.aliases
-                else f"{there[0]} in {len(there)} of {len(expected)} layers"
+        if row.stacked and len(there) < len(expected):
+            raise ValueError(
+                f"{where} replaces {there[0]} in {len(there)} of {len(expected)} layers: that is "
+                f"not implemented; {MERGE_THERE}"
             )
-            raise ValueError(f"{where} replaces {what}: that is not implemented; {MERGE_THERE}")
         for name in there:
-            is_longer = found[name].shape[1:] == tuple(expected[name][1:])
-            if found[name].shape != tuple(expected[name]):
+            size = tuple(expected.get(name, expected.get(row.theirs, ())))
+            if found[name].shape != size:
                 raise ValueError(
                     f"{where} is an adapter of another base: {name} is {list(found[name].shape)}; "
-                    f"expected {list(expected[name])}"
-                    + (
-                        f". If tokens were added to its vocabulary, {MERGE_THERE}"
-                        if is_longer
-                        else ""
-                    )
+                    f"expected {list(size)}"
                 )
         used |= set(there)
         leaf = jax.ShapeDtypeStruct(shape, np.float32)
