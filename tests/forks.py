@@ -219,6 +219,7 @@ def _import() -> None:
     import fastapi  # noqa: F401
 
     import hashed  # noqa: F401
+    import quick  # noqa: F401
     import t5jax.commands.infer
     import t5jax.data.pipeline
     import t5jax.train  # noqa: F401
@@ -240,6 +241,10 @@ def _become(order: dict) -> None:
     hashed = sys.modules["hashed"]
     if hashed.ASKED in os.environ:
         sys.modules["jax"].random.key = hashed.key
+    quick = sys.modules["quick"]
+    if quick.ASKED in os.environ:
+        for owner, name, value in quick.replacements():
+            setattr(owner, name, value)
     if kind == "-c":
         sys.argv = ["-c", *words[1:]]
         main = sys.modules["__main__"] = types.ModuleType("__main__")

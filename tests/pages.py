@@ -23,7 +23,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 import forks
+import quick
 from processes import Process, environment
 from t5jax.cli import main
 
@@ -47,6 +50,12 @@ INSTEAD = [
         "--model.num-encoder-layers 1 --model.num-decoder-layers 1 --model.d-model 16 "
         "--model.d-kv 4 --model.d-ff 32",
         "tests/test_train.py, and make quickstart",
+    ),
+    (
+        r"(t5jax train finetune (?!.*--(?:data.batch-size|data.inputs|print-config)).*)",
+        "{0} --train.steps 2 --optimizer.warmup-steps 1 --eval.num-examples 4 --data.batch-size 8 "
+        "--data.inputs-length 32 --data.targets-length 16",
+        "tests/test_train.py",
     ),
     (
         r"(t5jax train (?!.*(?:--help|--print-config)).*)",
@@ -143,7 +152,7 @@ def run_page(text: str, folder: Path) -> int:
     for name, arguments in (("python", ""), ("t5jax", " -m t5jax.cli")):
         (commands / name).write_text(f'#!/bin/sh\n{start}{arguments} "$@"\n')
         (commands / name).chmod(0o755)
-    env = environment()  # One device, as readers have, not the tests' eight.
+    env = environment() | {quick.ASKED: "1"}  # One device, as readers have, not the tests' eight.
     env["PATH"] = f"{commands}{os.pathsep}{env['PATH']}"
     num_run = 0
     for block in read_blocks(text):
@@ -192,7 +201,7 @@ def run_notebook(text: str, folder: Path) -> int:
                 status, printed = _run_here(arguments, folder)
                 assert status == 0, f"{code}\n{printed}"
         else:
-            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), _quick():
                 exec(compile(code, cell["id"], "exec"), names)
         num_run += 1
     return num_run
@@ -242,6 +251,14 @@ def _run_here(arguments: list[str], folder: Path) -> tuple[int, str]:
     return status, output
 
 
+@contextlib.contextmanager
+def _quick():
+    with pytest.MonkeyPatch.context() as patch:
+        for replacement in quick.replacements():
+            patch.setattr(*replacement)
+        yield
+
+
 def _run_main(arguments: list[str], folder: Path) -> tuple[int, str]:
     output = io.StringIO(f"+ t5jax {shlex.join(arguments)}\n")
     output.seek(0, io.SEEK_END)
@@ -249,6 +266,7 @@ def _run_main(arguments: list[str], folder: Path) -> tuple[int, str]:
         contextlib.chdir(folder),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
+        _quick(),
     ):
         try:
             status = main(arguments)

@@ -127,8 +127,8 @@ def test_a_block_that_would_be_missed_is_refused(page, message):
         ("make quickstart && ls", "make quickstart && ls"),
         ('pip install -e ".[dev]"', "true"),
         (
-            "t5jax train finetune --init.model runs/a",
-            "t5jax train finetune --init.model runs/a --train.steps 2 --optimizer.warmup-steps 1 "
+            "t5jax train mine --init.model runs/a",
+            "t5jax train mine --init.model runs/a --train.steps 2 --optimizer.warmup-steps 1 "
             "--eval.num-examples 4",
         ),
         ("t5jax train quickstart --print-config", "t5jax train quickstart --print-config"),
