@@ -186,7 +186,7 @@ def check_mixture(name: str, what: str = "data.mixture") -> seqio.Task | seqio.M
         hint = did_you_mean(name, names, most=3) or f"known are {', '.join(names) or 'none'}"
         broken = "".join(f"; {error}" for error in _broken.values())
         raise ValueError(
-            f"{what} is {name!r}, which no task file registers; {hint.strip()}{broken}"
+            f"{what} is {name!r}, which no task file registers{broken}; {hint.strip()}"
         )
     found = seqio.get_mixture_or_task(name)
     if set(found.output_features) not in ({"inputs", "targets"}, {"targets"}):

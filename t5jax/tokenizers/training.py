@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,9 +67,24 @@ def train_sentencepiece(
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"cannot train a SentencePiece vocabulary of {vocab_size} pieces on {len(lines)} "
-            f"lines: {error}"
+            f"lines: {_reason(str(error))}"
         ) from None
     return write_file(Path(path), model.getvalue())
+
+
+def _reason(error: str) -> str:
+    """Returns what SentencePiece says, where it is a common case, without its own options."""
+    if most := re.search(r"too high .* <= (\d+)", error):
+        return (
+            f"they have no more than {most[1]}; set that size or a smaller one, or give more text"
+        )
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return (
+            f"their characters and the special pieces are {least[1]} already; set a size from there"
+        )
+    if "sentences_.empty()" in error or "all_chars_count" in error:
+        return "there is no text in them"
+    return error
 
 
 def sample(items: Iterable[T], size: int) -> list[T]:

@@ -174,8 +174,8 @@ class ChatTemplate(PromptTemplate):
         if not tokenizer.chat_template:
             raise ValueError(
                 f"template {self} takes the tokenizer's chat template, but {tokenizer} has none; "
-                "set data.vocabulary to a folder whose tokenizer_config.json has one, or give "
-                "ChatTemplate(text)"
+                "take a vocabulary (--vocabulary, of a run data.vocabulary) whose "
+                "tokenizer_config.json has one, or give ChatTemplate(text)"
             )
         special_tokens = tuple(sorted(tokenizer.special_tokens.items()))
         return dataclasses.replace(
