@@ -24,7 +24,22 @@ def write(folder: Path, *, leave: frozenset[str] = frozenset()) -> None:
       leave: names of files that change later, which get none.
     """
     found = {name: about for name, about in _found(folder).items() if name not in {FILE, *leave}}
-    files = {name: [size, crc or crc32c(folder / name)] for name, (size, crc) in found.items()}
+    _write(
+        folder, {name: (size, crc or crc32c(folder / name)) for name, (size, crc) in found.items()}
+    )
+
+
+def add(folder: Path, name: str, content: bytes) -> None:
+    """Adds a file to the checksums of a folder, before it is written there, if they are whole."""
+    try:
+        files = _listing((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return
+    if files is not None:
+        _write(folder, files | {name: (len(content), _encode(google_crc32c.value(content)))})
+
+
+def _write(folder: Path, files: dict[str, tuple[int, str]]) -> None:
     content = {"files": files, "crc32c": _of_listing(files)}
     storage.write_file(folder / FILE, (json.dumps(content, indent=0) + "\n").encode())
 

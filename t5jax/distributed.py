@@ -5,6 +5,7 @@
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -256,6 +257,14 @@ def from_first_process(function: Callable[[], Any]) -> Any:
     return found["value"]
 
 
+def wait_for_all(what: str) -> None:
+    """Returns when all processes have come here; `what` names the place."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
 def check_shared(folder: Path) -> None:
     """Raises ValueError, in every process, if a folder is not the same one for all of them."""
     if jax.process_count() == 1:
@@ -267,7 +276,7 @@ def check_shared(folder: Path) -> None:
     probe = folder / f".shared-{token.tobytes().hex()}"
     if is_main():
         storage.write_file(probe, b"")
-    multihost_utils.sync_global_devices("the probe is written")
+    wait_for_all("the probe is written")
     seen = np.asarray(multihost_utils.process_allgather(np.array(probe.exists())))
     if is_main():
         storage.remove(probe)
@@ -286,7 +295,11 @@ def _host(index: int) -> str:
 
 
 class Preempted(Exception):
-    """The run was asked to stop, and has saved its step; the same command goes on from it."""
+    """The run was asked to stop; the same command goes on from the step that is saved."""
+
+
+# Of this process, in all of its runs: JAX wants numbers that rise by one at each call.
+_calls = itertools.count(1)
 
 
 class StopRequest:
@@ -298,7 +311,9 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
+        """Whether `reached` has said so."""
+        self._signalled = False
         self._previous: Any = None
         self._notice: maintenance.Notice | None = None
 
@@ -319,19 +334,26 @@ class StopRequest:
             self._previous = None
 
     def _ask(self, *about: object) -> None:
-        self._asked = True
+        self._signalled = True
 
-    def reached(self, step: int) -> bool:
-        """Returns whether to stop after this step; call it in each step.
+    def reached(self) -> bool:
+        """Returns whether to stop now; call it in each step, and between the batches of what lasts.
 
-        Of several processes it is the same step for all, the next one that none has begun when one
-        of them was asked.
+        Of several processes each has to call it equally often. All are told so at the same call,
+        the next one that none has made when one of them was asked.
         """
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._asked
+            self.asked |= bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
+        else:
+            self.asked = self._signalled
+        return self.asked
+
+    def check(self) -> None:
+        """Raises Preempted if `reached`."""
+        if self.reached():
+            raise Preempted("asked to stop (SIGTERM)")
 
 
 def _send_sigterm(notice: str) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from t5jax import checkpoint, checksums
 from t5jax.architectures import T5Config
@@ -144,6 +145,35 @@ def test_last_and_best_stay(tmp_path):
     save(tmp_path, {11: 0.5, 12: None, 13: None}, keep=1)
     assert steps(tmp_path) == [11, 13]
     assert best_checkpoint(tmp_path).name == "11"
+
+
+@pytest.mark.parametrize(("loss", "left"), [(0.5, [2]), (3.0, [1, 2]), (math.nan, [1, 2])])
+def test_a_loss_is_added_later(loss, left, tmp_path):
+    """As if it had been saved with the checkpoint; the best one and the last stay."""
+    save(tmp_path, {1: 1.0, 2: None}, keep=1)
+    last = tmp_path / "checkpoints/2"
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.add_loss(2, loss)
+    assert steps(tmp_path) == left
+    assert checkpoint.is_evaluated(last)
+    assert checkpoint.validation_loss(last) == (loss if loss < math.inf else math.inf)
+    assert best_checkpoint(tmp_path).name == str(left[0])
+    assert checksums.faults(last) == []
+    assert sorted(checksums.others(last)) == ["_CHECKPOINT_METADATA", "commit_success.txt"]
+    damage(last / "metrics/metrics", "flipped")
+    with pytest.raises(ValueError, match=r"checkpoints/2/metrics/metrics (holds|is damaged)"):
+        best_checkpoint(tmp_path)
+
+
+def test_orbax_does_not_ask_whether_the_run_is_to_stop(tmp_path, monkeypatch):
+    """Its numbers are not those of `distributed.StopRequest`."""
+
+    def ask(number):
+        raise AssertionError
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+    save(tmp_path, {1: None, 2: None}, keep=1)
+    assert steps(tmp_path) == [2]
 
 
 @pytest.mark.parametrize(
@@ -505,6 +535,8 @@ def test_a_copy_is_read_with_what_copying_leaves_beside_it(two, tmp_path):
     shutil.copytree(two, run_dir, copy_function=shutil.copyfile)
     (run_dir / "checkpoints/2/state/d/x_.gstmp").write_bytes(b"half")
     (run_dir / "checkpoints/2/.DS_Store").write_bytes(b"")
+    (run_dir / "checkpoints/2/.metrics.host.1_2-12345678").mkdir()  # Of a killed `add_loss`.
+    (run_dir / "checkpoints/2/.metrics.host.1_2-12345678/metrics").write_bytes(b"half")
     others = {"3_.gstmp": b"", ".DS_Store": b"", "notes.txt": b"mine"}
     for name, content in others.items():
         (run_dir / "checkpoints" / name).write_bytes(content)

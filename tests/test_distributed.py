@@ -1,6 +1,7 @@
 """Several processes are one run: they start, write, resume, evaluate and end together."""
 
 import json
+import math
 import re
 import signal
 import socket
@@ -10,12 +11,14 @@ import types
 
 import jax
 import pytest
+from jax.experimental import multihost_utils
 
 import tiny
 from hosts import by_address, free_port, run_hosts, start_host
 from t5jax import checkpoint, distributed, rendezvous, sharding
 from t5jax.cli import START_AGAIN, main
 from t5jax.config import to_json
+from t5jax.evaluation import Evaluator
 from t5jax.rendezvous import Rendezvous
 from t5jax.train import train
 from tiny import assert_same_bits, make_config, read_metrics
@@ -56,13 +59,27 @@ def slurm(count):
     ]
 
 
+def while_asked_to_stop(function):
+    def call(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return function(*args)
+
+    return call
+
+
 @pytest.mark.slow(seconds=40)
 @pytest.mark.usefixtures("two_devices")
-def test_two_processes_go_on_with_the_bits_of_one_and_four_answer(tmp_path, bucket):
-    """Into a bucket, of which each writes its own part of a checkpoint."""
+def test_two_processes_go_on_with_the_bits_of_one_and_four_answer(tmp_path, bucket, monkeypatch):
+    """Into a bucket, of which each writes its own part of a checkpoint.
+
+    The one was stopped in an evaluation, which the two make.
+    """
     several, one = tmp_path / "several", tmp_path / "one"
     service = {**bucket.environment(), "T5JAX_CACHE": str(tmp_path / "cache")}
-    train(config_of("gs://bucket/run", 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "evaluate", while_asked_to_stop(Evaluator.evaluate))
+        with pytest.raises(distributed.Preempted):
+            train(config_of("gs://bucket/run", 2))
     config = tmp_path / "config.json"
     config.write_text(to_json(config_of("gs://bucket/run", 4)))
     first, second = run_hosts(["train", str(config)], [e | service for e in slurm(2)])
@@ -79,6 +96,8 @@ def test_two_processes_go_on_with_the_bits_of_one_and_four_answer(tmp_path, buck
     train(config_of(one, 4))
     assert_same_bits(several, one, 4)
     assert read_metrics(several) == read_metrics(one)
+    losses = [checkpoint.validation_loss(run / "checkpoints/2") for run in (several, one)]
+    assert losses[0] == losses[1] < math.inf
 
     # Four answer together; one writes.
     words = "".join(f"capitals: {word}\n" for word in ("a", "ab", "abc", "d", "dc"))
@@ -123,6 +142,24 @@ def test_when_one_is_asked_to_stop_or_killed_the_others_stop_too(tmp_path):
     assert ended.status == 1
     message = f"t5jax: error: process 1 on {socket.gethostname()} has stopped; the same command on"
     assert message in ended.err
+
+
+def test_the_number_of_a_call_rises_by_one(monkeypatch):
+    """So that of several processes all hear at the same call that one was asked to stop."""
+    numbers = []
+
+    def reached(number):
+        numbers.append(number)
+        return len(numbers) == 4
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    first, second = distributed.StopRequest(), distributed.StopRequest()
+    assert [request.reached() for request in (first, first, second)] == [False] * 3
+    with pytest.raises(distributed.Preempted):
+        second.check()
+    assert second.reached()  # Once asked it stays asked.
+    assert numbers == list(range(numbers[0], numbers[0] + 5))
 
 
 # --- Meeting --------------------------------------------------------------------------------------

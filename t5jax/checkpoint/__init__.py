@@ -15,6 +15,7 @@ from t5jax.checkpoint.finding import (
     best_checkpoint,
     best_loss,
     is_checkpoint,
+    is_evaluated,
     latest_checkpoint,
     validation_loss,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "check_writable_name",
     "create_run_dir",
     "is_checkpoint",
+    "is_evaluated",
     "is_imported",
     "is_run",
     "latest_checkpoint",

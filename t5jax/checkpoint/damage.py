@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t5jax import checksums, distributed, storage
 from t5jax.checkpoint.errors import first_line
-from t5jax.checkpoint.finding import COMMITTED, checkpoints_of, validation_loss
+from t5jax.checkpoint.finding import COMMITTED, checkpoints_of, is_evaluated, validation_loss
 from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR
 
 _SET_ASIDE = ".damaged"
@@ -32,7 +32,7 @@ def _faults(checkpoint: Path) -> list[str]:
         wrong = checksums.faults(checkpoint)
     except OSError as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {first_line(error)}") from None
-    if not (checkpoint / "metrics").is_dir():  # Deleted, as the message about it says.
+    if not is_evaluated(checkpoint):  # Deleted, as the message about it says.
         wrong = wrong and [what for what in wrong if not what.startswith("metrics/")]
     if wrong is None:
         wrong = [f"{name} is missing" for name in _PARTS if name not in files]

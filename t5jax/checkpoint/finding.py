@@ -10,6 +10,7 @@ from t5jax.checkpoint.errors import first_line
 from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR
 
 COMMITTED = "commit_success.txt"  # As Orbax names these.
+LOSS_FOLDER = "metrics"
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -79,15 +80,33 @@ def best_loss(run_dir: str | Path) -> float:
     return loss
 
 
+def add_loss(checkpoint: Path, loss: float) -> None:
+    """Writes the validation loss of a checkpoint that was saved without one.
+
+    A kill leaves the checkpoint whole, with its loss or without it. One that is not finite counts
+    as none, and as evaluated.
+    """
+    content = json.dumps({"loss": loss if math.isfinite(loss) else math.inf}).encode()
+    # First, since a loss that is missing is no damage, and a file without a checksum is a user's.
+    checksums.add(checkpoint, f"{LOSS_FOLDER}/metrics", content)
+    with storage.new_folder(checkpoint / LOSS_FOLDER, last="metrics") as folder:
+        storage.write_file(folder / "metrics", content)
+
+
+def is_evaluated(checkpoint: Path) -> bool:
+    """Returns whether a checkpoint has a validation loss."""
+    return (checkpoint / LOSS_FOLDER).is_dir()
+
+
 def validation_loss(checkpoint: Path) -> float:
-    """Returns the loss that a checkpoint was saved with; infinity where it has none.
+    """Returns the validation loss of a checkpoint; infinity where it has none.
 
     Raises:
       ValueError: if the file that holds it is damaged.
     """
-    metrics = checkpoint / "metrics" / "metrics"
-    if not metrics.parent.is_dir():
+    if not is_evaluated(checkpoint):
         return math.inf
+    metrics = checkpoint / LOSS_FOLDER / "metrics"
     try:
         content = metrics.read_bytes() if metrics.is_file() else b""
         loss = float(json.loads(content)["loss"])
@@ -96,7 +115,7 @@ def validation_loss(checkpoint: Path) -> float:
     except (ValueError, KeyError, TypeError):
         what = f"holds {content[:40]!r}" if content else "is empty"
     else:
-        if not (wrong := checksums.faults(checkpoint, below="metrics/")):
+        if not (wrong := checksums.faults(checkpoint, below=f"{LOSS_FOLDER}/")):
             return loss
         what = f"is damaged ({wrong[0]})"
     raise ValueError(

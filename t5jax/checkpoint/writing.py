@@ -12,14 +12,20 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from t5jax import checksums, distributed, storage
 from t5jax.checkpoint.errors import first_cause, first_line, naming_errors
-from t5jax.checkpoint.finding import UNFINISHED, checkpoints_of, remove_unfinished, validation_loss
+from t5jax.checkpoint.finding import (
+    UNFINISHED,
+    add_loss,
+    checkpoints_of,
+    remove_unfinished,
+    validation_loss,
+)
 from t5jax.checkpoint.reading import abstract_like
 from t5jax.checkpoint.run_dir import CHECKPOINTS_DIR, check_writable_name
 from t5jax.config import Config, to_json
@@ -59,14 +65,15 @@ class Checkpoints:
             get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         recent = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        self._policy = _KeepsOthers(recent, path)
         options = ocp.CheckpointManagerOptions(
             # best_fn makes Orbax write the loss down; the policy decides what stays.
             best_fn=_loss,
             best_mode="min",
-            preservation_policy=_KeepsOthers(recent, path),
+            preservation_policy=self._policy,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._manager = _Manager(path, options=options)
         self._path, self._before_save = path, before_save
         # The step of the last save, and whether it is known how it has ended.
         self._saving, self._is_known = 0, True
@@ -99,6 +106,24 @@ class Checkpoints:
           base: with an adapter, the digests of the base's parameters.
         """
         self._save(step, _as_dict(state), loop, config, loss, base)
+
+    def add_loss(self, step: int, loss: float) -> None:
+        """Adds the validation loss to the last checkpoint, which was saved without it.
+
+        Those that would have been removed if it had been saved with it are removed.
+        """
+        self._before_save()
+        self._saving = step
+        with self._writing():
+            if distributed.is_main():
+                add_loss(self._path / str(step), loss)
+            distributed.wait_for_all("the loss is added")
+            self._manager.reload()
+            found = [_Saved(n, self._manager.metrics(n)) for n in self._manager.all_steps()]
+            kept = self._policy.should_preserve(found, context=policies.PreservationContext())
+            for saved, is_kept in zip(found, kept, strict=True):
+                if not is_kept:
+                    self._manager.delete(saved.step)
 
     def save_params(self, params, config: Config) -> None:
         """Saves only parameters, as step 0, for other runs to start from."""
@@ -183,6 +208,23 @@ class Checkpoints:
             ) from error
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's notice of preemption alone, which `distributed.StopRequest` asks for.
+
+    Orbax asks by the step and from threads, where JAX wants a number that rises at each call.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class _Saved(NamedTuple):
+    """A checkpoint, as Orbax's policies want it."""
+
+    step: int
+    metrics: dict[str, Any] | None
+
+
 class _KeepsOthers(policies.PreservationPolicy):
     """Keeps what another policy does, and checkpoints with files that no run has written."""
 
@@ -208,8 +250,8 @@ class _KeepsOthers(policies.PreservationPolicy):
 
 def _is_own(name: str) -> bool:
     """Returns whether a user may have put a file there: not Orbax, a copy or the system."""
-    last = name.rpartition("/")[2]
-    return name not in _LATER and not last.startswith(".") and not last.endswith(".gstmp")
+    hidden = any(part.startswith(".") for part in name.split("/"))
+    return name not in _LATER and not hidden and not name.endswith(".gstmp")
 
 
 def _loss(metrics: dict[str, Any]) -> float:

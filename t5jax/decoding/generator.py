@@ -1,7 +1,7 @@
 """From prompts to answers: padded batches of token ids, decoding, and detokenization."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,8 @@ class Generator:
     past_eos: bool = False
     """A tokenizer's eos that does not end an answer does not end its text either, as transformers
     has it. Otherwise it does, as in SeqIO's metrics."""
+    between_batches: Callable[[], None] = lambda: None
+    """Is called before each batch; what it raises ends a call."""
 
     @property
     def kind(self) -> features.Kind:
@@ -124,6 +126,7 @@ class Generator:
         rows = num_rows(max(rows or 0, len(asked)), batch_size, parts)
         found: dict[tuple[int, int], list[Answer]] = {}
         for begin in range(0, len(asked), batch_size):
+            self.between_batches()
             chunk = asked[begin : begin + batch_size]
             batch = _Batch(
                 prompts=[prompts[i] for i, _ in chunk],
@@ -188,6 +191,7 @@ class Generator:
             rules=self.rules,
             batch_size=batch_size,
             num_top=num_top,
+            between_batches=self.between_batches,
         )
 
     def prompts(self, inputs: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ B batch, T length of the decoder's rows, D model, V vocab, K alternatives.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ def score(
     rules: AxisRules,
     batch_size: int,
     num_top: int = 0,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> list[Score]:
     """Returns the score of each answer after its prompt, in their order.
 
@@ -72,6 +73,7 @@ def score(
       rules: how arrays are sharded over them.
       batch_size: the maximum number of rows per batch.
       num_top: the number of alternatives at each place, K.
+      between_batches: is called before each batch.
     Raises:
       ValueError: if a row is longer than the positions of the model.
     """
@@ -89,6 +91,7 @@ def score(
     rows = num_rows(len(asked), batch_size, sharding.batch_parts(mesh, rules))
     scores = [Score([], np.zeros(0, np.float32), np.zeros(0, bool)) for _ in answers]
     for start in range(0, len(asked), batch_size):
+        between_batches()
         chunk = asked[start : start + batch_size]
         spec = _spec(model, kind, [(len(prompts[i]), len(answers[i])) for i in chunk], rows)
         examples = [

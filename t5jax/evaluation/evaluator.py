@@ -64,6 +64,7 @@ class Evaluator:
         generate: bool = True,
         prefix_lm: bool = False,
         predict: Predict | None = None,
+        between_batches: Callable[[], None] = lambda: None,
     ):
         """Compiles nothing yet.
 
@@ -78,6 +79,8 @@ class Evaluator:
           prefix_lm: use bidirectional attention among a decoder's inputs, as with data.prefix_lm.
           predict: generates the texts. None: greedy decoding. The labels of a classifier are always
             those with the largest logits.
+          between_batches: is called before each batch, and before texts are scored; what it raises
+            ends an evaluation.
         Raises:
           ValueError: if the mesh does not divide the batch evenly.
         """
@@ -85,7 +88,10 @@ class Evaluator:
         self._model, self._mesh, self._rules = model, mesh, rules
         self._format = example_format(model, tokenizer)
         self._batch_size, self._generate = batch_size, generate
-        generator = decoding.Generator(model, tokenizer, mesh, rules, prefix_lm)
+        self._between_batches = between_batches
+        generator = decoding.Generator(
+            model, tokenizer, mesh, rules, prefix_lm, between_batches=between_batches
+        )
         self._kind, self._tokenizer = generator.kind, tokenizer
         self._predict = predict or functools.partial(
             generator, max_tokens=max_tokens, batch_size=batch_size
@@ -103,6 +109,7 @@ class Evaluator:
     def evaluate(self, params: api.Params, eval_set: EvalSet) -> Result:
         """Evaluates one task; an error of the task's own code is part of the result."""
         (answers,) = self.answers(params, eval_set)
+        self._between_batches()
         try:
             return Result(score(eval_set, Answers.of(eval_set, answers)), answers)
         except ValueError as error:
@@ -317,6 +324,7 @@ class Evaluator:
         return texts
 
     def _shard(self, batch: features.Batch) -> dict[str, jax.Array]:
+        self._between_batches()
         batch = features.pad_rows(batch, self._batch_size)
         return sharding.shard_batch(batch, self._mesh, self._rules)
 

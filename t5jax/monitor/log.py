@@ -11,6 +11,7 @@ from t5jax import storage
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+OVERFITS_SINCE = "train/overfits_since"
 
 
 def make_writer(
@@ -107,19 +108,36 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     ]
 
 
-def truncate_metrics(run_dir: str | Path, step: int | float) -> None:
+def truncate_metrics(
+    run_dir: str | Path, step: int | float, *, evaluates_again: bool = False
+) -> None:
     """Removes the lines after `step` from metrics.jsonl, and an incomplete last one.
 
     A run that resumes from `step` then has each step once. The file is replaced atomically, so that
     a crash leaves either the old or the new one.
+
+    Args:
+      run_dir: the run's folder.
+      step: the last one to keep.
+      evaluates_again: whether those of an evaluation of `step` are removed, too.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         return
-    kept = "".join(line + "\n" for line, record in _read_lines(path) if record["step"] <= step)
+    kept = "".join(
+        line + "\n"
+        for line, record in _read_lines(path)
+        if record["step"] <= step
+        and not (evaluates_again and record["step"] == step and _is_of_evaluation(record))
+    )
     if kept.encode() == path.read_bytes():
         return
     storage.write_file(path, kept.encode())
+
+
+def _is_of_evaluation(record: dict[str, Any]) -> bool:
+    of_steps = any(name.startswith(("train/", "time/")) for name in record)
+    return not of_steps or OVERFITS_SINCE in record
 
 
 def _read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -114,7 +114,7 @@ def _read_run(path: Path) -> Run:
     last = checkpoint.latest_checkpoint(path)
     imported = last is not None and checkpoint.is_imported(last)
     trained = last is not None and not imported
-    loop = LoopState(**checkpoint.read_loop(last)) if trained else LoopState()
+    loop = LoopState.of(last) if trained else LoopState()
     step = int(last.name) if last else 0
     reason = loop.is_over(step, config) if trained else ""
     state = "finished" if reason else "unfinished"

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from t5jax import distributed
 from t5jax.config import Config
 from t5jax.data.batches.examples import EvalSet
 from t5jax.evaluation import Evaluator, Result, mean_loss
 from t5jax.models import api
-from t5jax.monitor import tables
+from t5jax.monitor import log, tables
 from t5jax.monitor.goodput import Goodput
 from t5jax.monitor.progress import ProgressBar
 from t5jax.train.prefetch import raise_among_several
@@ -26,6 +27,7 @@ class Evaluated(NamedTuple):
     """What came out of an evaluation."""
 
     loss: float | None = None
+    """None: the evaluation was broken off, since the run is asked to stop, or has failed."""
     failure: Exception | None = None
     """What is to be raised when the step is saved."""
     ends: bool = False
@@ -43,27 +45,34 @@ def evaluate(
     bar: ProgressBar,
     watch: Watch | None,
 ) -> Evaluated:
-    """Evaluates the parameters of a step, reports the scores, and records the loss in `loop`."""
+    """Evaluates the parameters of a step, reports the scores, and records the loss in `loop`.
+
+    Nothing is reported or recorded of an evaluation that is not finished.
+    """
     assert ready.evaluator is not None
     try:
         with goodput.spend("evaluation"):
             seen = ready.run.seen(evaluated_params(state))
             results = run_evaluation(ready.evaluator, seen, ready.eval_sets)
+    except distributed.Preempted:
+        return Evaluated()
     except Exception as error:  # Such as too little memory to generate.
         raise_among_several(error)
         return Evaluated(failure=error)
+    if failure := failure_of(step, results):
+        return Evaluated(failure=failure)
     loss = mean_loss([result for _, result in results.values()])
     scalars = report_evaluation(step, results, loss, config, writer, bar)
     loop.add(step, loss)
     if said := loop.says_overfitting():
         bar.print(said)
-        writer.write_scalars(step, {"train/overfits_since": loop.overfits_since})
+        writer.write_scalars(step, {log.OVERFITS_SINCE: loop.overfits_since})
     why = watch(step, scalars) if watch else ""
     if not why and loop.stops(config.eval.patience):
         why = loop.reason()
     if why:
         bar.print(f"stopping at step {step}: {why}")
-    return Evaluated(loss, failure_of(results), bool(why))
+    return Evaluated(loss, ends=bool(why))
 
 
 def run_evaluation(evaluator: Evaluator, params: api.Params, eval_sets: list[EvalSet]) -> Results:
@@ -71,13 +80,14 @@ def run_evaluation(evaluator: Evaluator, params: api.Params, eval_sets: list[Eva
     return {s.task: (s, evaluator.evaluate(params, s)) for s in eval_sets}
 
 
-def failure_of(results: Results) -> ValueError | None:
+def failure_of(step: int, results: Results) -> ValueError | None:
     """Returns the error of the first task whose own code failed."""
     errors = [result.error for _, result in results.values() if result.error]
     if not errors:
         return None
     return ValueError(
-        f"{errors[0]}; mend the function, and the same command goes on from the last step"
+        f"{errors[0]}; mend the function, and the same command evaluates step {step} again, and "
+        "goes on"
     )
 
 

@@ -61,7 +61,8 @@ def train(config: Config, *, compiled: str | None = None, watch: Watch | None = 
         goodput = Goodput()
         trackers.check_installed(config.watch.trackers)
         standing = find_standing(config, run_dir)
-        ready = None if standing.over() else prepare(standing, compiled)
+        request = distributed.StopRequest()
+        ready = None if standing.over() else prepare(standing, compiled, request.check)
         if ready is None:
             say(f"nothing to do in {run_dir}: {standing.over()}")
         else:
@@ -70,7 +71,7 @@ def train(config: Config, *, compiled: str | None = None, watch: Watch | None = 
             with goodput, ready.run.use():
                 while True:
                     try:
-                        _run(standing, ready, run_dir, reports, lock, goodput, watch)
+                        _run(standing, ready, run_dir, reports, lock, goodput, request, watch)
                         break
                     except Rewind as rewind:
                         _go_back(standing, ready, run_dir, rewind)
@@ -97,6 +98,7 @@ def _run(
     reports: storage.Staged,
     lock: RunLock,
     goodput: Goodput,
+    request: distributed.StopRequest,
     watch: Watch | None,
 ) -> None:
     """Trains from where the run stands.
@@ -108,6 +110,7 @@ def _run(
       reports: where all else is written that the run leaves there.
       lock: of the run's folder.
       goodput: what counts where the time goes.
+      request: what knows whether the run is asked to stop.
       watch: see `train`.
     Raises:
       Rewind: if the run shall go on from its last checkpoint.
@@ -126,7 +129,7 @@ def _run(
             said = TaughtBatches(ready.iterator, run, config)
             say(f"{len(said.answers):,} rows of its answers in {config.distill.cache}")
         if distributed.is_main():
-            log.truncate_metrics(reports.path, start)
+            log.truncate_metrics(reports.path, start, evaluates_again=loop.owes_evaluation)
             if not standing.goes_back:
                 _leave_files(reports.path, standing, ready)
             reports.sync()
@@ -162,9 +165,20 @@ def _run(
                     lambda: trackers.make_trackers(reports.path, config),
                 )
             ) as writer,
-            distributed.StopRequest() as request,
+            request,
         ):
             steps = Reports(config, writer, bar, throughput, run.schedule, loop, start, keep)
+            if loop.owes_evaluation and ready.evaluator:
+                with throughput.pause():
+                    found = evaluate(start, state, ready, loop, config, goodput, writer, bar, watch)
+                if found.loss is None:
+                    raise found.failure or _preempted(start)
+                writer.flush()
+                reports.sync()  # What was said of the loss is there before it.
+                checkpoints.add_loss(start, found.loss)
+                if found.ends or start >= config.train.steps:
+                    say(describe(goodput.seconds()))
+                    return
             iterator = said or ready.iterator
             batches = Prefetch(iterator, run.mesh, run.rules, lambda: goodput.spend("input"))
             for turn in itertools.count(start + 1):  # Not the step, where batches are passed over.
@@ -177,7 +191,7 @@ def _run(
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
                     state, metrics = run.step(state, *arguments)
                     counted.result = metrics
-                asked, ends = request.reached(turn), steps.step + 1 == config.train.steps
+                asked, ends = request.reached(), steps.step + 1 == config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
                 failure = None if ends else batches.try_fetch()  # While the devices work.
                 steps.add(metrics, batch, limit)
@@ -186,25 +200,25 @@ def _run(
 
                 step = steps.step
                 done = step == config.train.steps
-                stops = asked and not done
-                evaluates = ready.evaluator is not None and not failure
+                evaluates = ready.evaluator is not None
                 evaluates = evaluates and (done or step % config.eval.every == 0)
-                saves = evaluates or done or failure or stops
+                saves = evaluates or done or failure or asked
                 if saves or step % config.checkpoint.every == 0:
                     steps.flush()  # Raises before a state that is not finite could be saved.
                     if steps.step < step:  # It was passed over.
                         step, done, evaluates = steps.step, False, False
-                        stops = asked
-                        saves = failure or stops
+                        saves = failure or asked
                 if (saves or step % config.checkpoint.every == 0) and step != saved:
                     steps.save(batch)
+                    loop.owes_evaluation = evaluates
                     with throughput.pause():
                         found = Evaluated()
-                        if evaluates:
+                        if evaluates and not failure and not asked:
                             found = evaluate(
                                 step, state, ready, loop, config, goodput, writer, bar, watch
                             )
                             failure, done = found.failure, done or found.ends
+                            asked = request.asked
                         with goodput.spend("checkpoint"):
                             # A run that goes on from here has the metrics until here.
                             writer.flush()
@@ -216,20 +230,24 @@ def _run(
                                 step, run.saved(state), plain, config, found.loss, digests
                             )
                             saved = step
-                            if done or stops or failure:
+                            if done or asked or failure:
                                 checkpoints.wait()
                         seconds = goodput.seconds()
                         writer.write_scalars(step, {f"time/{p}": s for p, s in seconds.items()})
                 if failure:
                     say(f"the checkpoint of step {step} is saved")
                     raise failure
-                if done:
+                if done and not loop.owes_evaluation:
                     say(describe(seconds))
                     break
-                if stops:
-                    raise distributed.Preempted(
-                        f"asked to stop (SIGTERM): step {step} is saved; the same command goes on"
-                    )
+                if asked:
+                    raise _preempted(step)
+
+
+def _preempted(step: int) -> distributed.Preempted:
+    return distributed.Preempted(
+        f"asked to stop (SIGTERM): step {step} is saved; the same command goes on"
+    )
 
 
 def _limits(run: Program, config: Config, limit: float, taught: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -248,7 +266,7 @@ def _go_back(standing: Standing, ready: Ready, run_dir: Path, rewind: Rewind) ->
     standing.last, _ = checkpoint.newest_sound(run_dir)
     assert standing.last is not None  # That of step 0, at least.
     standing.saved, standing.goes_back = standing.config, True
-    standing.loop = LoopState(**checkpoint.read_loop(standing.last))
+    standing.loop = LoopState.of(standing.last)
     standing.loop.guard["passed_over"] = rewind.passed_over
     ready.iterator.restore(rewind.position)
 

@@ -5,6 +5,7 @@ written.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,12 @@ def find_standing(config: Config, run_dir: Path) -> Standing:
     last, damaged = checkpoint.newest_sound(run_dir)
     for what in damaged:
         say(f"warning: {what}")
+    loop = LoopState.of(last) if last else LoopState()
     distributed.check_same(
-        str(last and last.name),
+        str(last and (last.name, loop.owes_evaluation)),
         f"the last checkpoint in {run_dir}",
         "start again when all hosts see the same files",
     )
-    loop = LoopState(**checkpoint.read_loop(last)) if last else LoopState()
     source, base = None, find_base(config) if config.adapter else None
     if config.init.model or loop.imported:
         # A run that has begun does not need its source, which may no longer exist.
@@ -107,12 +108,15 @@ def find_standing(config: Config, run_dir: Path) -> Standing:
     return Standing(config, last, saved, loop, source, base, counts)
 
 
-def prepare(standing: Standing, compiled: str | None = None) -> Ready | None:
+def prepare(
+    standing: Standing, compiled: str | None, between_batches: Callable[[], None]
+) -> Ready | None:
     """Returns what the run computes; completes the config. None: `standing.over()` says why not.
 
     Args:
       standing: of the run.
       compiled: a file with the compiled step.
+      between_batches: is called between the batches of an evaluation, which ends if it raises.
     """
     from t5jax.data import pipeline, registry  # TensorFlow and SeqIO: only where data are read.
 
@@ -162,6 +166,7 @@ def prepare(standing: Standing, compiled: str | None = None) -> Ready | None:
             max_tokens=config.eval.max_tokens or config.data.targets_length,
             generate=config.eval.generate,
             prefix_lm=config.data.prefix_lm,
+            between_batches=between_batches,
         )
         for eval_set in eval_sets:
             evaluator.check(eval_set)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
+from t5jax import checkpoint
 from t5jax.config import Config
 from t5jax.train.overfitting import KEPT, Evaluation, overfits_since
 
@@ -30,12 +32,25 @@ class LoopState:
     """Counts of what was read, see `data_counts`."""
     guard: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What `guard.Guard` remembers."""
+    owes_evaluation: bool = False
+    """Whether the evaluation of the step is still to be made: the run was asked to stop, or
+    something failed. Its loss is then added to the checkpoint (`of`)."""
     imported: bool = False
     """The run began with another program's state, with its model and tokenizer but without a
     position in the data."""
 
+    @classmethod
+    def of(cls, last: Path) -> "LoopState":
+        """Reads that of a checkpoint; an evaluation that was made later counts."""
+        loop = cls(**checkpoint.read_loop(last))
+        if loop.owes_evaluation and checkpoint.is_evaluated(last):
+            loop.add(int(last.name), checkpoint.validation_loss(last))
+            loop.says_overfitting()  # It was said then.
+        return loop
+
     def add(self, step: int, loss: float) -> None:
         """Records the validation loss of a step."""
+        self.owes_evaluation = False
         total, tokens = self.since_evaluation
         self.since_evaluation = [0.0, 0.0]
         if tokens and math.isfinite(loss):
@@ -68,6 +83,8 @@ class LoopState:
 
     def is_over(self, step: int, config: Config) -> str:
         """Returns why a run that is started again is finished, or "" if it is not."""
+        if self.owes_evaluation and config.eval.every:
+            return ""
         if step >= config.train.steps:
             limit = f"train.steps is {config.train.steps}"
             if config.train.epochs is not None:

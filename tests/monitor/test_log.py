@@ -79,6 +79,25 @@ def test_truncate_metrics_leaves_each_step_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_truncate_metrics_removes_an_evaluation_that_is_made_again(tmp_path):
+    lines = [
+        {"step": 2, "validation/loss": 3.0},
+        {"step": 4, "train/loss": 1.0, "train/norm": 2.0},
+        {"step": 4, "validation/task/samples": "text"},
+        {"step": 4, "validation/loss": 2.0, "validation/task/loss": 2.0},
+        {"step": 4, "eval/train/loss": 2.0},
+        {"step": 4, "train/overfits_since": 2.0},
+        {"step": 4, "time/steps": 1.0},
+        {"step": 5, "train/loss": 1.0},
+    ]
+    write_lines(tmp_path, *lines)
+    log.truncate_metrics(tmp_path, 4)
+    assert len(log.read_metrics(tmp_path)) == 7
+    log.truncate_metrics(tmp_path, 4, evaluates_again=True)
+    kept = [{k: v for k, v in line.items() if k != "time"} for line in log.read_metrics(tmp_path)]
+    assert kept == [lines[0], lines[1], lines[6]]
+
+
 def test_truncate_metrics_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     write_lines(tmp_path, {"step": 1}, {"step": 2})
     before = (tmp_path / "metrics.jsonl").read_bytes()
