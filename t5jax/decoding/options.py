@@ -237,6 +237,12 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "diversity_penalty": (0, 0.0),
     "num_beam_groups": (1,),
     "stop_strings": (),
+    "max_time": (),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
 }
 
 

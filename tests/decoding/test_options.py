@@ -103,11 +103,17 @@ def test_a_generation_config_of_other_types_is_one_message(generation):
 def test_the_log_says_what_was_taken_and_what_is_ignored(caplog):
     with caplog.at_level(logging.WARNING):
         options_of(
-            {"repetition_penalty": 1.3, "max_length": 9, "typical_p": 0.3}, {"max_tokens": 4}
+            {
+                "repetition_penalty": 1.3,
+                "max_length": 9,
+                "typical_p": 0.3,
+                "force_words_ids": [[5]],
+            },
+            {"max_tokens": 4},
         )
     assert "generation_config.json: repetition_penalty 1.3" in caplog.text
     assert "max_length" not in caplog.text
-    assert "typical_p 0.3, which is not implemented" in caplog.text
+    assert "typical_p 0.3, force_words_ids [[5]], which is not implemented" in caplog.text
     caplog.clear()
     _say.cache_clear()
     options_of({"min_p": 0.25}, {"temperature": 0.5})
