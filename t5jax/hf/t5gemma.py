@@ -8,6 +8,7 @@ Axes: d model, s encoder's model, h heads, k head dim, v vocab.
 """
 
 import dataclasses
+import warnings
 from typing import Any
 
 from t5jax.architectures import GPTConfig, T5GemmaConfig
@@ -66,14 +67,17 @@ def _stack(side: str, config: GPTConfig) -> list[Row]:
 
 # --- config.json --------------------------------------------------------------------------------
 
-_KEYS = {"dropout_rate": Key(float, 0.0), "tie_word_embeddings": Key(bool, True)}
+_KEYS = {
+    "dropout_rate": Key(float, 0.0),
+    "attention_dropout": Key(float),
+    "tie_word_embeddings": Key(bool, True),
+}
 _REQUIRED = {"is_encoder_decoder": (True,), "pruned_heads": ({},), "quantization_config": ()}
 
-# Keys that are read elsewhere, belong to other heads, or repeat those of the stacks;
-# attention_dropout is a second rate, where we have one.
+# Keys that are read elsewhere, belong to other heads, or repeat those of the stacks.
 _HARMLESS = (
     *("encoder", "decoder", *tokens.KEYS, "decoder_start_token_id"),
-    *("attention_dropout", "classifier_dropout_rate", "initializer_range", "vocab_size"),
+    *("classifier_dropout_rate", "initializer_range", "vocab_size"),
 )
 # Keys of a stack that transformers overwrites with those of the whole model.
 _OVERWRITTEN = (
@@ -111,6 +115,13 @@ def read_config(raw: dict[str, Any], checkpoint: Tensors) -> T5GemmaConfig:
     """
     check_required(raw, _REQUIRED)
     values = read_keys(raw, _KEYS, (*_REQUIRED, *_HARMLESS))
+    rates = values["dropout_rate"], values["attention_dropout"]
+    if rates[1] not in (None, rates[0]):
+        warnings.warn(
+            f"config.json: dropout_rate and attention_dropout differ ({rates[0]}, {rates[1]}); "
+            "training uses the first for both",
+            stacklevel=2,
+        )
     encoder, decoder = (_read_side(raw, side) for side in ("encoder", "decoder"))
     return T5GemmaConfig(
         **{ours: getattr(encoder, name) for name, (ours, _) in _SHAPE.items()},

@@ -605,6 +605,8 @@ def test_version_4():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert t5gemma.read_config(raw, {}) == config
+    with pytest.warns(UserWarning, match=r"attention_dropout differ \(0\.1, 0\.3\)"):
+        assert t5gemma.read_config(raw | {"attention_dropout": 0.3}, {}) == config
     # A chat model has a second end, which stands outside alone.
     raw["eos_token_id"] = [1, 7]
     chat = dataclasses.replace(config, more_eos_token_ids=(7,))
