@@ -222,7 +222,8 @@ class Import:
     """T5X: the tokenizer, which its checkpoints do not contain: a SentencePiece .model file,
     "bytes", or a folder or Hub name with a tokenizer."""
     mlp_activation: Literal["relu", "gated-gelu", "gated-silu"] | None = None
-    """T5X: the activation of the MLP. None: that of a published size with the same shapes."""
+    """T5X: the activation of the MLP. None: what a config.gin beside the checkpoint says, or else
+    that of a published size with the same shapes."""
     base: str = ""
     """Of an adapter: where its base is now. Empty: where the adapter says."""
     loss_tokens: float | None = None

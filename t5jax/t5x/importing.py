@@ -19,7 +19,7 @@ from t5jax.config import AxisRules, Config, MeshConfig, OptimizerConfig
 from t5jax.hf.mapping import Tensors
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
-from t5jax.t5x import files, mapping
+from t5jax.t5x import files, gin, mapping
 from t5jax.tokenizers import Tokenizer, load_tokenizer
 from t5jax.train_state import TrainState, train_state_shapes, train_state_shardings
 
@@ -47,7 +47,8 @@ def import_t5x(
       model: a msgpack file, or the folder of one step.
       output: the run's folder, which must not contain a run.
       vocabulary: as for `tokenizers.load_tokenizer`; there is none in T5X's checkpoints.
-      mlp_activation: the activation of a gated MLP, if no published size has the same shapes.
+      mlp_activation: the activation of the MLP. None: what a config.gin beside the checkpoint says,
+        or else that of a published size with the same shapes.
       loss_tokens: the number of target tokens that T5X's loss was summed over: those of a batch, or
         1 if it was a mean. None: only parameters, as step 0.
       mesh: the devices over which the state is sharded meanwhile.
@@ -57,7 +58,8 @@ def import_t5x(
       ValueError: if the tokenizer or the activation is not known; if the checkpoint is damaged,
         contains another network, or has no state to continue with; if the output cannot be written.
     """
-    path = storage.local(storage.path(model, "the model"), what="checkpoint")
+    place = storage.path(model, "the model")
+    path = storage.local(place, what="checkpoint")
     if checkpoint.is_run(storage.path(output, "the run's folder")):
         raise ValueError(f"{output} holds a run already; choose another folder")
     tensors = files.open_tensors(path)
@@ -68,6 +70,7 @@ def import_t5x(
             "(seqio.ByteVocabulary), or a folder with a tokenizer"
         )
     tokenizer = load_tokenizer(vocabulary)
+    mlp_activation = mlp_activation or gin.activation(place)
     description = _describe(tensors, model, mlp_activation, tokenizer)
     has_adafactor, step = mapping.has_adafactor(tensors), mapping.step(tensors)
     if loss_tokens is not None and not loss_tokens > 0:

@@ -29,7 +29,7 @@ from t5jax.losses import batch_loss
 from t5jax.models import api
 from t5jax.optimizers import make_optimizer
 from t5jax.source import find
-from t5jax.t5x import files, mapping
+from t5jax.t5x import files, gin, mapping
 from t5jax.t5x.importing import import_t5x, is_t5x
 from t5jax.train import train
 from t5jax.train_state import train_state_shapes
@@ -726,6 +726,36 @@ def test_an_activation_that_nothing_tells_and_one_that_cannot_be(tmp_path):
     assert read(path, "gated-silu")[0].mlp_activation == "gated-silu"
     with pytest.raises(ValueError, match=r"is relu, but the MLP of .* is gated; expected gated-g"):
         read(path, "relu")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("network.T5Config.mlp_activations = ('silu', 'linear')", "gated-silu"),
+        ("network.T5Config.mlp_activations = \\\n    ('swish', 'linear')", "gated-silu"),
+        ('t5x.examples.t5.network.T5Config.mlp_activations = ("gelu", "linear")', "gated-gelu"),
+        ("network.T5Config.mlp_activations = ('relu',)", "relu"),
+        ("# network.T5Config.mlp_activations = ('relu',)\n", None),
+        ("network.T5Config.mlp_dim = 5", None),
+    ],
+)
+def test_a_config_of_gin_beside_it_tells_the_activation(line, expected, tmp_path):
+    text = f"# Macros:\nDROPOUT_RATE = 0.0\n{line}\nnetwork.T5Config.num_heads = 2\n"
+    (tmp_path / "config.gin").write_text(text)
+    assert gin.activation(tmp_path / "checkpoint_3") == expected
+    assert gin.activation(tmp_path / "elsewhere" / "checkpoint_3") is None
+
+
+def test_an_activation_of_gin_that_is_not_implemented_and_one_that_is(tmp_path):
+    path = damaged(tmp_path, lambda theirs: None)
+    out = str(tmp_path / "run")
+    binding = "network.T5Config.mlp_activations = ('{}', 'linear')\n"
+    (path.parent / "config.gin").write_text(binding.format("tanh"))
+    with pytest.raises(ValueError, match=r"mlp_activations are \('tanh', 'linear'\), which is not"):
+        import_t5x(str(path), out, vocabulary="bytes")
+    (path.parent / "config.gin").write_text(binding.format("silu"))
+    import_t5x(str(path), out, vocabulary="bytes")
+    assert find(out).model.mlp_activation == "gated-silu"
 
 
 @pytest.mark.parametrize("share", [0.999, 0.5, 0.01])
