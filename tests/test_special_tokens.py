@@ -1,5 +1,6 @@
 """Prompts, padding and ends of a text, as transformers has them for the same folder and text."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -7,10 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 import t5jax
 from command_line import fails, run
 from folders import FOLDERS, LINES, edit, write_folder
+from t5jax.architectures import T5Config, published
 from t5jax.batch import BatchSpec
 from t5jax.data.batches.converters import make_converter
 from t5jax.data.batches.examples import EvalExample, EvalSet
@@ -20,8 +23,8 @@ from t5jax.evaluation import Evaluator
 from t5jax.pretrained import Pretrained
 from t5jax.sharding import use_mesh
 from t5jax.source import find
-from t5jax.special_tokens import example_format, trained_with
-from t5jax.tokenizers import load_tokenizer
+from t5jax.special_tokens import adapt, example_format, reconcile, trained_with
+from t5jax.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 from tiny import one_device  # noqa: F401
 
 torch = pytest.importorskip("torch")
@@ -224,6 +227,26 @@ def test_the_tokenizer_of_a_folder_without_an_eos_takes_the_models(changed, tmp_
     assert our_answers(capsys, folder, PROMPTS, 12)[0] == "".join(f"{x}\n" for x in expected)
     find(str(folder)).tokenizer().save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eos_id == 2
+
+
+def test_what_pads_is_said_by_config_json_and_the_tokenizer():
+    raw, generation = {"pad_token_id": 3, "vocab_size": 9}, {"pad_token_id": 5}
+    assert reconcile(raw, generation, None)["pad_token_id"] == 3
+    assert reconcile({"vocab_size": 9}, generation, None)["pad_token_id"] == 5
+    # A vocabulary without an id for it says nothing.
+    model = T5Config(vocab_size=9, pad_token_id=3)
+    vocabulary = {"a": 0, "b": 1, "</s>": 2}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "</s>"))
+    assert adapt(model, HuggingFaceTokenizer({"tokenizer.json": words.to_str().encode()})) == model
+    words.add_special_tokens(["<other>", "<pad>"])
+    padding = HuggingFaceTokenizer({"tokenizer.json": words.to_str().encode()})
+    assert adapt(model, padding) == dataclasses.replace(model, pad_token_id=4)
+
+
+def test_the_eos_of_t5s_vocabularies_is_for_encoders_alone():
+    bytes_ = ByteTokenizer()
+    for model, expected in ((published("gpt2"), [5, 6]), (T5Config(), [5, 6, 1])):
+        assert example_format(model, bytes_).prompt([5, 6, 1]).tolist() == expected
 
 
 # --- Padding --------------------------------------------------------------------------------------

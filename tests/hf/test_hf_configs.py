@@ -614,6 +614,15 @@ def test_version_4():
     assert t5gemma.read_config(t5gemma.write_config(chat), {}) == chat
 
 
+def test_ids_of_a_t5gemma_that_are_left_out():
+    raw = t5gemma.write_config(dataclasses.replace(T5GEMMA, eos_token_id=7, pad_token_id=5))
+    for section in (raw, raw["encoder"], raw["decoder"]):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            del section[key]
+    found = t5gemma.read_config(raw, {})
+    assert (found.decoder_start_token_id, found.eos_token_id, found.pad_token_id) == (2, 1, 0)
+
+
 # --- BERT -----------------------------------------------------------------------------------------
 
 

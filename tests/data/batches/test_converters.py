@@ -142,6 +142,10 @@ def test_a_decoder_reads_inputs_and_targets_in_one_row():
     }
     assert converter.capacity == {"data.inputs_length + data.targets_length": 9}
     assert converter.sizes({n: np.array([3]) for n in ("inputs", "targets")}).tolist() == [[6]]
+    # The first token is read and not predicted, so that it takes no room; others do.
+    for start, inputs_length in (((50,), 6), ((50, 51), 5), ((), 6)):
+        form = ExampleFormat(9, prompt_start=start, prompt_end=())
+        assert example_lengths(spec, form) == {"inputs": inputs_length, "targets": 3}
 
 
 def test_an_encoder_may_begin_with_a_token_instead_of_ending_with_one():
