@@ -299,6 +299,8 @@ def test_vectors_of_texts(made):
 def test_special_tokens_are_shown_where_they_are_asked_for(made, capsys):
     shown, _ = our_answers(capsys, made("t5"), LINES, 12, "--special-tokens")
     assert "<extra_id_" in shown
+    theirs = their_answers(made("t5"), LINES, 12, skip_special_tokens=False)
+    assert shown == "".join(f"{x.removesuffix('</s>')}\n" for x in theirs)
     left_out, _ = our_answers(capsys, made("t5"), LINES, 12)
     assert left_out == "".join(f"{x}\n" for x in their_answers(made("t5"), LINES, 12))
     assert "<extra_id_" not in left_out

@@ -65,6 +65,7 @@ class SentencePieceTokenizer:
             proto.pieces.add(
                 piece=f"▁<extra_id_{i}>", score=0.0, type=proto.SentencePiece.USER_DEFINED
             )
+        self._num_added = extra_ids
         self.model_bytes: bytes = proto.SerializeToString()
         """The serialized model with its sentinels, for other SentencePiece runtimes."""
         with of_libraries(name):
@@ -112,10 +113,12 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _with_names(self) -> sentencepiece.SentencePieceProcessor:
-        """The model with text for eos, padding and unknown tokens."""
+        """The model with transformers' texts of eos, padding, unknown tokens and sentinels."""
         proto = read_model(self.model_bytes, "the SentencePiece model")
         for i in (self.pad_id, self.eos_id):
             proto.pieces[i].type = proto.SentencePiece.USER_DEFINED
+        for piece in proto.pieces[self.vocab_size - self._num_added :]:
+            piece.piece = piece.piece.removeprefix("▁")
         proto.trainer_spec.unk_surface = proto.pieces[self.unk_id].piece
         return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 

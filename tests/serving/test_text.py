@@ -98,7 +98,8 @@ def test_a_stop_text(tokenizers, text, stop, expected):
 def test_a_stop_text_is_found_among_special_tokens_that_are_not_shown(tokenizers, stop):
     tokenizer = tokenizers["t5"]
     ids = tokenizer.encode("<extra_id_0> the fox<extra_id_1> the end<extra_id_2>")
-    whole, text = tokenizer.decode(ids), tokenizer.decode(ids, special_tokens=False)
+    whole = tokenizer.decode(ids, past_eos=True)
+    text = tokenizer.decode(ids, special_tokens=False)
     stream = TextStream(tokenizer, stop=[stop])
     sent = "".join(_pieces(stream, ids)) + stream.finish()
     assert stream.stopped == (stop in whole or stop in text)
