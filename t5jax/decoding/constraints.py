@@ -88,8 +88,13 @@ class Constraint:
         """Takes note of the token that was written; `fill` says what is wrong with it."""
         try:
             with _panics("the json_schema or regex fails"):
-                if token not in self._ends:
-                    self._matcher.consume_token(token)
+                if token not in self._ends and not self._matcher.consume_token(token):
+                    # Of what `fill` allows, other options have left nothing.
+                    self._problem = (
+                        f"id {token} was written, which the json_schema or regex does not allow: "
+                        "other options, such as forced_tokens, allowed_tokens, suppressed_tokens "
+                        "and logit_bias, leave no id that it does; leave them out"
+                    )
         except ValueError as error:
             self._problem = str(error)
 

@@ -159,6 +159,7 @@ def _calibration(
     batches: list[dict[str, np.ndarray]] = []
     per_task = -(-num_examples // (rows * len(tasks)))
     for task in tasks:
+        registry.check_mixture(task, "--calibrate")
         changes = {"data.mixture": task, "data.batch_size": rows}
         iterator = pipeline.train_iterator(override(config, changes), tokenizer)
         batches += [next(iterator) for _ in range(per_task)]

@@ -99,6 +99,7 @@ def test_answers_match_a_schema_and_an_expression():
         ({"json_schema": '{"type": "foo"}'}, "is invalid: .*Invalid type: foo"),
         ({"json_schema": "{"}, "is not JSON"),
         ({"json_schema": "[" * 9999 + "]" * 9999}, "is nested too deeply"),
+        ({"regex": "a+", "forced_tokens": (101,)}, "id 101 was written, which .* leave them out"),
         ({"regex": r"a[^\s\S]"}, "nothing that could come next .* loosen it"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -171,6 +171,10 @@ def test_damaged_and_foreign_folders(compressed, tmp_path, damage, message):
         (("--split", "test"), "--split is test, but without --tasks it has no effect"),
         (("--num-calibration", "8"), "but without --calibrate it has no effect"),
         (("--inputs-length", "8"), "--inputs-length is 8, but without --tasks it has no effect"),
+        (
+            ("--method", "awq", "--calibrate", "x"),
+            "--calibrate is 'x', which no task file registers",
+        ),
         (("--tasks", "nowhere"), "--tasks is 'nowhere', which no task file registers"),
         (("--tasks", "x", "--num-examples", "0"), "--num-examples is 0; it must be at least 1"),
     ],
