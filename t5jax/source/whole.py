@@ -39,7 +39,7 @@ class Source:
     @property
     def places(self) -> tuple[Path, ...]:
         """The folders whose files decide what it answers."""
-        own = self.tokenizer_folder
+        own = self.path.parent.parent / checkpoint.TOKENIZER_DIR  # Of a run, wherever it is.
         return (self.place, own) if self.is_checkpoint and own.is_dir() else (self.place,)
 
     @property

@@ -360,6 +360,7 @@ def test_what_a_user_types_is_answered_as_by_peft(tmp_path):
         ({"layer_replication": [[0, 2]]}, r"layer_replication is \[\[0, 2\]\]"),
         ({"init_lora_weights": "pissa"}, "'pissa', which also changes the base's weights"),
         ({"r": 5}, r"has rank 2 in the tensors, but 5 in adapter_config.json"),
+        ({"modules_to_save": ["score", "lm_head"]}, "has lm_head, of which there is no tensor"),
         ({"use_dora": True}, r"lora_magnitude_vector is missing, which does not go .* use_dora"),
     ],
 )

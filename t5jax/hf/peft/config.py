@@ -19,6 +19,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "alpha_pattern": (dict,),
     "auto_mapping": (dict,),
     "base_model_name_or_path": (str,),
+    "modules_to_save": (list,),
     "num_virtual_tokens": (int,),
     "peft_type": (str,),
     "rank_pattern": (dict,),

@@ -54,6 +54,7 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
                 own, table = (x.removesuffix(f".{TENSORS[0]}") for x in (name, new))
                 own = own.removeprefix(PREFIX)
                 scales[table] = scale(config, own, tensors[name].shape[0], str(folder))
+    _check_saved(config, found, model, str(folder))
     known: set[str] = set()
     params: dict[str, np.ndarray] = {}
     for module in modules_of(model).values():
@@ -64,6 +65,24 @@ def read(folder: Path, model: Architecture) -> dict[str, np.ndarray]:
     whole = {name: x for name, x in found.items() if name not in known}
     params |= _read_whole(whole, model, str(folder))
     return params
+
+
+def _check_saved(
+    config: Mapping[str, Any], found: Iterable[str], model: Architecture, where: str
+) -> None:
+    """Raises ValueError if a module of modules_to_save has no tensor, as peft does."""
+    rows = table_of(model).rows(model)
+    names = [name for row in rows for name in (row.theirs, *row.aliases)]
+    for target in config.get("modules_to_save") or ():
+        of_model, of_folder = (
+            any(name.rpartition(".")[0].endswith(target) for name in listed)
+            for listed in (names, found)
+        )
+        if of_model and not of_folder:
+            raise ValueError(
+                f"{where} is not whole: modules_to_save has {target}, of which there is no tensor; "
+                "save the adapter again"
+            )
 
 
 def model_of(folder: Path, base: Architecture) -> Architecture:
