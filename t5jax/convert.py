@@ -2,8 +2,6 @@
 
 import dataclasses
 import logging
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 from t5jax import checkpoint, sharding, storage
@@ -88,13 +86,13 @@ def export_model(
                 "CTranslate2 has one file of weights; leave max_shard_bytes (--max-shard-bytes) out"
             )
         check_destination(folder, overwrite)
-        parent = storage.cache_dir() if storage.is_remote(folder) else folder.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as made:
-            floats = f"{made}/model"
-            export_model(source, floats, dtype=dtype, format="huggingface", dequantize=dequantize)
+        with storage.scratch_folder(folder) as made:
+            floats = made.absolute() / "model"
+            export_model(
+                source, str(floats), dtype=dtype, format="huggingface", dequantize=dequantize
+            )
             with storage.new_folder(folder, "model.bin") as partial:
-                ctranslate2.convert(Path(made, "model"), partial, quantization, overwrite=True)
+                ctranslate2.convert(floats, partial, quantization, overwrite=True)
         return
     if quantization:
         raise ValueError(

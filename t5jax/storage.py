@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -339,6 +338,7 @@ def write_file(path: Path, content: bytes) -> Path:
         buckets.write(str(path), content)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_of_dead(path)
     partial = _beside(path)
     try:
         partial.write_bytes(content)
@@ -361,19 +361,13 @@ def new_folder(folder: Path, last: str = "") -> Iterator[Path]:
         `buckets.upload_folder`.
     """
     if is_remote(folder):
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="upload-") as made:
-            partial = Path(made, folder.name)
-            partial.mkdir()
+        with scratch_folder(folder) as partial:
             yield partial
             buckets.upload_folder(partial, str(folder), last)
         return
-    _remove_of_dead(folder)
-    partial, replaced = _beside(folder), _beside(folder)
-    partial.mkdir(parents=True)
-    try:
+    with scratch_folder(folder) as partial:
         yield partial
-        is_there = folder.is_dir()
+        replaced, is_there = _beside(folder), folder.is_dir()
         if is_there:
             os.replace(folder, replaced)
         try:
@@ -383,9 +377,23 @@ def new_folder(folder: Path, last: str = "") -> Iterator[Path]:
                 os.replace(replaced, folder)
             raise
         sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder beside a path, or for gs:// below `cache_dir()`; removes it at the end.
+
+    What a killed process of this machine has left is removed by the next one.
+    """
+    beside = cache_dir() / f"upload-{_hash(str(path))}" if is_remote(path) else path
+    _remove_of_dead(beside)
+    made = _beside(beside)
+    made.mkdir(parents=True)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -422,12 +430,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_of_dead(folder: Path) -> None:
-    """Removes what processes of this machine that were killed left of `new_folder`."""
-    for left in folder.parent.glob(f"{glob.escape(_prefix(folder) + _process_ids())}*"):
+def _remove_of_dead(path: Path) -> None:
+    """Removes what processes of this machine that were killed left beside a file or folder."""
+    for left in path.parent.glob(f"{glob.escape(_prefix(path) + _process_ids())}*"):
         writer = re.fullmatch(r"(\d+)-[0-9a-f]{8}", left.name.rpartition("_")[2])
         if writer and not Path("/proc", writer[1]).exists():
-            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _beside(path: Path) -> Path:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import socket
 
 import pytest
@@ -100,6 +101,21 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
     with storage.new_folder(folder) as partial:
         (partial / "new").touch()
     assert names(tmp_path) == sorted([here, ".folder.elsewhere.4194305-00000000", "folder"])
+
+
+def test_files_and_scratch_folders_of_the_killed_are_removed_too(tmp_path):
+    pid = f"_{2**22 + 1}-"
+    dead = storage._beside(tmp_path / "file").name.replace(f"_{os.getpid()}-", pid)
+    (tmp_path / dead).write_bytes(b"half")
+    storage.write_file(tmp_path / "file", b"whole")
+    assert names(tmp_path) == ["file"]
+    dead = storage._beside(tmp_path / "model").name.replace(f"_{os.getpid()}-", pid)
+    (tmp_path / dead / "model").mkdir(parents=True)
+    with storage.scratch_folder(tmp_path / "model") as folder:
+        assert names(tmp_path) == sorted(["file", folder.name])
+        with storage.new_folder(tmp_path / "model") as partial:
+            shutil.copytree(folder, partial / "copy")
+    assert names(tmp_path) == ["file", "model"]
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
