@@ -136,6 +136,12 @@ def test_so_has_every_epoch_of_a_large_task(tmp_path, monkeypatch):
     assert [name_of(e) for e in other.get(range(50))] != epochs[0]
 
 
+def test_two_tasks_of_one_size_have_different_orders(tmp_path):
+    parts = [part(tmp_path, 30, first, name=name) for name, first in (("a", 10), ("b", 110))]
+    read = [name_of(e) for e in CachedExamples(parts, LENGTHS, seed=3).get(range(60))]
+    assert [n for n in read if n < 100] != [n - 100 for n in read if n >= 100]
+
+
 def test_any_way_to_read_gives_the_same_examples(tmp_path):
     examples = CachedExamples([part(tmp_path, 50)], LENGTHS, seed=3)
     numbers = [1030, 4, 4, 99, 0, 2047]  # From several blocks, one of them twice.

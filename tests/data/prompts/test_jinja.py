@@ -19,6 +19,14 @@ def test_jinja_renders_fields_conditions_loops_and_choices():
     assert template.render(row | {"title": "T"}).inputs.startswith("T: a b")
 
 
+def test_choices_that_are_drawn_are_those_of_the_prompt():
+    words = "{{ ['a', 'b', 'c', 'd'] | choice }}"
+    template = JinjaTemplate("q ||| {{ answer_choices[0] }}", choices=f"{words} ||| no")
+    drawn = [template.render({}, number).targets for number in range(20)]
+    assert [template.answer_choices({}, number)[0] for number in range(20)] == drawn
+    assert len(set(drawn)) > 1
+
+
 def test_the_values_in_a_jinja_prompt_are_told_from_its_words():
     template = JinjaTemplate("Q: {{ q }} {{ 'now' }} {{ n + 1 }} ||| {{ a }}")
     assert template.render({"q": "what", "n": 1, "a": "x"}) == Prompt(
