@@ -27,6 +27,8 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Nobody looks up which line an operation comes from.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # The processes of pytest-xdist have that of all.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="t5jax-programs-")

@@ -12,7 +12,15 @@ import tiny
 from conformance.cases import random_batch, random_params
 from conformance.families import T5_EVEN as EVEN
 from t5jax import sharding, trees
-from t5jax.config import Config, DataConfig, LossConfig, MeshConfig, OptimizerConfig, override
+from t5jax.config import (
+    Config,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    WatchConfig,
+    override,
+)
 from t5jax.losses import batch_loss
 from t5jax.program import program
 from t5jax.train import train
@@ -24,6 +32,7 @@ BASE = Config(
     data=DataConfig(batch_size=8),
     optimizer=OptimizerConfig("adamw", learning_rate=1e-2),
     loss=LossConfig(z_loss=0.0),
+    watch=WatchConfig(norms=False),  # Less to compile.
 )
 
 
@@ -59,7 +68,7 @@ def is_frozen(path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer.name": "adamw"},
+        {"optimizer.name": "adamw", "watch.norms": True},
         {"optimizer.name": "adafactor", "optimizer.b1": 0.9, "optimizer.weight_decay": 0.1},
         {"optimizer.name": "adamw_scaled", "train.microbatches": 2, "data.batch_size": 8},
         {"optimizer.name": "muon", "optimizer.ema": 0.9, "optimizer.eps": 1e-3},

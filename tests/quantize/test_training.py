@@ -7,10 +7,18 @@ import jax
 import numpy as np
 import pytest
 
-from conformance.cases import random_batch
+from conformance.cases import random_batch, random_params
 from conformance.families import VARIANTS, family_of
 from t5jax import sharding
-from t5jax.config import Config, DataConfig, LoraConfig, LossConfig, MeshConfig, QuantizeConfig
+from t5jax.config import (
+    Config,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    MeshConfig,
+    QuantizeConfig,
+    WatchConfig,
+)
 from t5jax.losses import batch_loss
 from t5jax.program import program
 from t5jax.quantize.compress import _check_training
@@ -25,12 +33,13 @@ def run_of(**quantize):
         model=MODEL,
         data=DataConfig(inputs_length=8, targets_length=8, batch_size=4),
         quantize=QuantizeConfig(**quantize),
+        watch=WatchConfig(norms=False),  # Less to compile.
     )
     return program(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
 def test_every_field_changes_what_the_loss_and_evaluations_see():
-    params = run_of().create(jax.random.key(0)).params
+    params = random_params(MODEL)
     assert run_of().seen(params) is params
     given = {
         Scheme("int8"): {"weights": "int8"},
@@ -51,7 +60,7 @@ def test_a_step_trains_the_floats_on_the_loss_of_the_rounded():
     batch = random_batch(MODEL, 4, 8, 8)
     run = run_of(weights="nf4")
     with run.use():
-        state = run.create(jax.random.key(0))
+        state = run.begin(jax.device_put(random_params(MODEL), run.shardings.params))
         before = jax.tree.map(np.asarray, state.params)
         expected = batch_loss(MODEL, run.seen(state.params), batch, LossConfig())[1]["loss"]
         state, metrics = run.step(state, batch)
