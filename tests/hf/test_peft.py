@@ -92,7 +92,13 @@ def moved(leaves):
 
 
 HERE = {
-    "t5_1_1": LoraConfig(rank=3, alpha=6, targets=("query", "wi_0", "lm_head"), rslora=True),
+    "t5_1_1": LoraConfig(
+        rank=3,
+        alpha=6,
+        targets=("query", "wi_0", "lm_head"),
+        rslora=True,
+        train=("token_embedder/*",),
+    ),
     "gpt2 dora": LoraConfig(rank=2, targets=("all-linear",), dora=True),
     "llama_scaled": LoraConfig(rank=2, targets=("query", "key", "out"), alphas=("key:7",)),
     "bert_sequence_classification": LoraConfig(
@@ -237,6 +243,12 @@ def test_tokens_that_were_added_or_trained(folders, tmp_path, variant, size, sav
     expected = their_logits(made)
     np.testing.assert_allclose(our_logits(model, params), expected, rtol=1e-5, atol=3e-5)
     assert model.tie_word_embeddings == tied
+    if variant == "llama_scaled":  # And as written here.
+        source.export_adapter(str(tmp_path / "again"))
+        base = there(folder)
+        base.resize_token_embeddings(size)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "again")
+        np.testing.assert_array_equal(their_logits(loaded), expected)
     if variant == "gpt2":  # Over one base with others, it would be another network.
         with pytest.raises(ValueError, match=r"a: .* tables of tokens .* a model of its own"):
             read_adapters(find(str(folder)), *folders(variant)[:2], {"a": str(tmp_path)})

@@ -63,7 +63,11 @@ def save(
     config = _config(model, modules, base, any("magnitude" in name for name in tensors))
     config["revision"] = revision
     whole = dict(_written_whole(model, params))
-    replaced = {name.rpartition(".")[0] for name in whole if not name.endswith(".bias")}
+    # A module of modules_to_save would be a copy, tied to nothing; others are loaded into the base.
+    tied = {row.theirs for row in table_of(model).rows(model) if row.aliases}
+    replaced = {
+        name.rpartition(".")[0] for name in whole if not name.endswith(".bias") and name not in tied
+    }
     for name, x in whole.items():
         module, _, leaf = name.rpartition(".")
         if module in replaced and module in modules:
@@ -74,7 +78,7 @@ def save(
         # A bias alone lies in the module that PEFT wraps, as its option `bias` has it.
         wrapped = ".base_layer" if module in modules else ""
         tensors[f"{PREFIX}{module}{wrapped}.{leaf}"] = x
-        if module not in replaced:
+        if module not in replaced and name not in tied:
             config["bias"] = "all"
     config["modules_to_save"] = sorted(replaced) or None
     classifier = table_of(model).classifier
@@ -206,10 +210,10 @@ def _written_whole(
     for row in table_of(model).rows(model):
         if row.ours not in params:
             continue
-        if isinstance(row.view, Part) or row.aliases or row.copies:
+        if isinstance(row.view, Part) or row.copies:
             raise ValueError(
                 f"{row.ours} is trained as a whole (adapter.train), and {row.theirs} of the base "
-                "is also something else, which PEFT's format has no place for; export with --merge"
+                "holds more than that, which PEFT's format has no place for; export with --merge"
             )
         yield from row.write(params[row.ours], np.float32)
 
