@@ -109,6 +109,8 @@ def _number(metric: str, value: Any) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     text = f"{value:.{4 if metric.endswith('loss') or metric == 'bits_per_byte' else 2}f}"
+    if value and not float(text):  # An interval that excludes 0 must not seem to contain it.
+        text = f"{value:.1g}"
     return text.replace("-", "\u2212")
 
 

@@ -98,6 +98,11 @@ def test_scores_and_verdicts_are_in_the_table():
     assert cells[11:14] == ["loss", "0.5000", "–"]
 
 
+def test_a_bound_that_is_not_zero_is_not_shown_as_zero():
+    shown = [page._number("accuracy", x) for x in (0.0, 0.004, -0.0004, 0.006)]
+    assert shown == ["0.00", "0.004", "\u22120.0004", "0.01"]
+
+
 def test_controls_have_names_and_the_page_a_language():
     tags = Reader(rendered()).tags
     assert ("html", {"lang": "en"}) in tags
