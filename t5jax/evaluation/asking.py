@@ -98,6 +98,10 @@ def check(
     sharding.check_batch_size(devices.batch_size, devices.mesh, rules, "batch_size")
     check_vocabulary(source.model, tokenizer)
     eval_sets = _eval_sets(source, config, asked, tokenizer)
+    data = config.data
+    for baseline in given:
+        lengths = {"inputs_length": data.inputs_length, "max_tokens": data.targets_length}
+        compared.warn_of_lengths(baseline, lengths)
     evaluator = _evaluator(source, source.model, config, devices)
     for eval_set in eval_sets:
         for baseline in given:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from t5jax.evaluation import predictions
 from t5jax.evaluation.scores import Answers, score
 from t5jax.metrics import most_frequent
 from t5jax.metrics.targets import is_list
+
+_log = logging.getLogger(__name__)
 
 MAJORITY, COPY = "majority", "copy"
 
@@ -123,6 +126,29 @@ def check(baseline: Baseline, eval_set: EvalSet) -> None:
         earlier_scores(baseline, eval_set)
     elif baseline.kind == "folder":
         earlier_answers(baseline, eval_set)
+
+
+def warn_of_lengths(baseline: Baseline, lengths: Mapping[str, int]) -> None:
+    """Warns if an earlier evaluation had other lengths, which change scores by themselves.
+
+    Args:
+      baseline: the baseline.
+      lengths: inputs_length and max_tokens of the model's evaluation.
+    """
+    if baseline.kind != "folder":
+        return
+    options = predictions.read_about(storage.path(baseline.name)).get("options") or {}
+    other = [
+        f"{name} {options[name]}, not {here}"
+        for name, here in lengths.items()
+        if options.get(name, here) != here
+    ]
+    if other:
+        _log.warning(
+            "--baseline %s was asked with %s: where texts are longer, the scores differ for that "
+            "alone; set them alike (--inputs-length, --max-tokens)",
+            *(baseline.name, " and ".join(other)),
+        )
 
 
 def trivial_answers(kind: str, eval_set: EvalSet, model: Answers) -> Answers | None:

@@ -9,7 +9,7 @@ import tiny
 from t5jax import pretrained
 from t5jax.convert import export_model
 from t5jax.data.batches.examples import EvalExample, EvalSet
-from t5jax.evaluation import Evaluator, evaluate_model
+from t5jax.evaluation import Evaluator, baselines, evaluate_model
 from t5jax.evaluation.predictions import Folder
 from t5jax.evaluation.results import result_of
 from t5jax.evaluation.scores import Answers
@@ -227,6 +227,16 @@ def test_a_baseline_of_something_else_is_refused_by_name(tmp_path, capsys):
     refused("the inputs of example 0 of the task capitals are .*here", folder, split="train")
     file.write_text("[1, 2]")
     refused('holds no scores; expected {"TASK": {"METRIC": NUMBER}}', file)
+
+
+def test_a_baseline_that_was_asked_with_other_lengths_is_said(tmp_path, caplog):
+    asked = {"inputs_length": 512, "max_tokens": 4}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"options": asked}))
+    earlier = baselines.find(str(tmp_path))
+    baselines.warn_of_lengths(earlier, asked)
+    assert not caplog.text
+    baselines.warn_of_lengths(earlier, asked | {"max_tokens": 128})
+    assert "was asked with max_tokens 4, not 128: where texts are longer" in caplog.text
 
 
 # --- The folder -----------------------------------------------------------------------------------
