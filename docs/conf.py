@@ -15,6 +15,7 @@ html_theme = "furo"
 html_title = f"t5jax {release}"
 html_copy_source = False
 html_show_copyright = False
+smartquotes = False  # A quotation mark is often one to be typed.
 
 # `make docs-links`: what a page starts itself, and names of examples.
 linkcheck_ignore = [r"https?://localhost", r".*my-project-1234.*"]
@@ -73,7 +74,14 @@ def keep_links_within_the_site(app, docname, source):
     source[0] = source[0].replace("(../CONTRIBUTING.md)", "(contributing.md)")
 
 
+def name_saved_files(app, docname, source):
+    """Shows which file a block is to be saved as, which the pages say in a comment."""
+    captioned = r"```{code-block} \2\n:caption: \1\n\n"
+    source[0] = re.sub(r"<!-- saved as: (\S+) -->\n```(\w+)\n", captioned, source[0])
+
+
 def setup(app):
+    app.connect("source-read", name_saved_files)
     app.connect("source-read", keep_links_within_the_site)
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)

@@ -1,6 +1,7 @@
 """The blocks of every page of docs/ run, and what pages say of the project's files is so."""
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -10,6 +11,8 @@ import pytest
 
 import google_cloud
 from pages import ROOT, is_run, read_blocks, run_notebook, run_page
+from t5jax.commands.train import known_configs, load_config_file
+from t5jax.optimizers.schedules import make_schedule
 from tiny import one_device  # noqa: F401
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -81,6 +84,21 @@ def test_options_of_commands_that_are_not_run_exist(page: Path):
                 assert not unknown, line
 
 
+@pytest.mark.parametrize("page", ABOUT_THE_CODE, ids=lambda page: page.stem)
+def test_runs_of_a_page_have_steps_after_their_warm_up(page: Path):
+    """As they are typed: when pages are run, the numbers of steps are others."""
+    for block in read_blocks(page.read_text()):
+        code = block.code.replace("\\\n", " ")
+        for name, options in re.findall(r"^t5jax train ([\w:]+) (.*)$", code, re.MULTILINE):
+            if name.partition(":")[0] not in known_configs():
+                continue  # One of the reader's own.
+            config = load_config_file(name)
+            given = dict(re.findall(r"--(train.steps|optimizer.warmup-steps) (\d+)", options))
+            steps = int(given.get("train.steps", config.train.steps))
+            warmup = int(given.get("optimizer.warmup-steps", config.optimizer.warmup_steps))
+            make_schedule(dataclasses.replace(config.optimizer, warmup_steps=warmup), steps)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("clean_registries")
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=lambda page: page.stem)
@@ -121,6 +139,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     build.main([str(word) for word in (*command, ROOT / "docs", tmp_path / "site")])
     assert warnings.read_text() == ""
     assert (tmp_path / "site/index.html").exists()
+    page = (tmp_path / "site/tasks.html").read_text()
+    captions = re.findall('caption-text">(tasks/.*?)<', page)
+    files = ["weekdays", "common_years", "leap", "calendar"]
+    assert captions == [f"tasks/{name}.py" for name in files]
 
 
 def test_messages_that_the_page_explains_are_those_of_the_code():
