@@ -24,6 +24,7 @@ from t5jax.config import (
     LossConfig,
     MeshConfig,
     OptimizerConfig,
+    WatchConfig,
     override,
 )
 from t5jax.distill.cache import ANSWERS, IDENTITY, INDEX, Answers, TaughtBatches, identity
@@ -152,6 +153,7 @@ def test_eight_devices_and_microbatches_learn_as_one(monkeypatch):
         model=dataclasses.replace(SHALLOW, vocab_size=384),
         data=DataConfig(batch_size=8),
         optimizer=OptimizerConfig("adamw", learning_rate=1e-2, eps=1e-3),
+        watch=WatchConfig(norms=False),  # Less to compile.
         distill=HOW,
     )
     batch = random_batch(base.model, rows=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import quick
 from t5jax import distributed
 from t5jax.checkpoint import best_loss
 from t5jax.cli import main
@@ -398,6 +399,8 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, changes, options, me
 
 def test_the_command_trains(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for replacement in quick.replacements():
+        monkeypatch.setattr(*replacement)
     small = {"num-encoder-layers": 1, "num-decoder-layers": 1, "d-model": 16, "d-ff": 16}
     words = [word for name, size in small.items() for word in (f"--model.{name}", str(size))]
     words += ["--train.steps", "2", "--eval.every", "2", "--eval.num-examples", "4"]
