@@ -5,7 +5,7 @@
 
 The recipe is that of Xue et al. 2022 (arXiv:2105.13626): mT5's, with rows of 1,024 bytes, and
 longer targets, since a byte is a token. Hardware: eight v5e chips for base, for which `t5jax plan`
-(libtpu 0.0.42) estimates 490 ms a step, 51 % MFU, and 7.5 of 15.75 GiB. Nothing of this has run on
+(libtpu 0.0.42) estimates 490 ms a step, 51 % MFU, and 7.4 of 15.75 GiB. Nothing of this has run on
 a TPU yet. The result depends on your task; training stops early according to eval.patience.
 """
 

@@ -8,7 +8,7 @@
 MIXTURE is a text task with the objective CausalLM (`text_task`, as in tasks/novels.py); rows are
 packed, 2,048 tokens each. The optimizer's settings follow Brown et al. 2020 (arXiv:2005.14165), at
 a tenth of the learning rate for the model that is already trained. Hardware: four v5e chips, and 16
-v5p chips. `t5jax plan` (libtpu 0.0.42) estimates for GPT-2 medium on v5e:2x2 0.39 s a step, 57 %
+v5p chips. `t5jax plan` (libtpu 0.0.42) estimates for GPT-2 medium on v5e:2x2 0.40 s a step, 57 %
 MFU, and 4.0 of 15.75 GiB; for Llama 3 8B on v5p:2x2x4 1.39 s, 62 % MFU, and 38 of 95.7 GiB. Nothing
 of this has run on a TPU yet.
 """

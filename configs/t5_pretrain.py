@@ -7,7 +7,7 @@ MIXTURE is a text task with the objective SpanCorruption (`text_task`, as in tas
 recipe is that of Raffel et al. 2020 (arXiv:1910.10683) for 1.1: Adafactor with the inverse square
 root of the step, no dropout, span corruption of 512 tokens. Hardware: base and large on one v5e
 chip or more, XXL on 64 v5p chips. `t5jax plan` (libtpu 0.0.42) estimates for base on one v5e chip
-152 ms a step, 46 % MFU, and 2.6 of 15.75 GiB; for large 266 ms, 45 %, and 6.2 GiB; for XXL on
+151 ms a step, 46 % MFU, and 2.6 of 15.75 GiB; for large 266 ms, 45 %, and 6.2 GiB; for XXL on
 v5p:4x4x4 735 ms, 51 %, and 23.5 of 95.7 GiB. Nothing of this has run on a TPU yet. To fine-tune the
 result, or a published model, on the same chips, take the config `finetune` with this one's
 model.dtype, model.remat and mesh.
