@@ -391,4 +391,6 @@ def test_answers_become_a_task(tmp_path, capsys, monkeypatch):
         place.write_text(content.replace(old, new, 1))
         assert message in fails(capsys, *words)
         place.write_text(content)
+    taken = fails(capsys, *words, "--name", "words_to_numbers")
+    assert "has a task 'words_to_numbers' already, on which a student would be trained" in taken
     assert "no task file registers" in fails(capsys, "distill", trained_run(), "capital")

@@ -98,14 +98,21 @@ def distill(args: list[str]) -> None:
         )
     from t5jax.bulk.output import AnswersFile
     from t5jax.compilation import keep_programs
-    from t5jax.data.registry import load_tasks
+    from t5jax.data.registry import files_of, load_tasks
     from t5jax.monitor.progress import counting
     from t5jax.pretrained import load
     from t5jax.source import find
 
     keep_programs()
     source = find(options.model, base=options.base)  # Its name, before tasks are read.
-    load_tasks(tuple(source.config.data.task_files) + options.task_files)
+    task_files = (*source.config.data.task_files, *options.task_files)
+    load_tasks(task_files)
+    place = options.folder / f"{name}.py"
+    if others := [file for file in files_of(name, task_files) if file != place.resolve()]:
+        raise ValueError(
+            f"{others[0]} has a task {name!r} already, on which a student would be trained; give "
+            "another --name"
+        )
     model = load(options.model, dtype=options.dtype, mesh=options.mesh, base=options.base)
     model.check_writes()
     how = model.options(
@@ -140,9 +147,9 @@ def distill(args: list[str]) -> None:
         content = "".join(given).encode("utf-8", "surrogatepass")
         storage.write_file(options.folder / f"{name}.{split}.jsonl", content)
     text = _TASK_FILE.format(model=source.path, task=options.task, name=name, splits=splits)
-    storage.write_file(options.folder / f"{name}.py", text.encode())
+    storage.write_file(place, text.encode())
     again = f", {done} of them before" if done else ""
-    print(f"wrote {options.folder / name}.py: {number} answers{again}", file=sys.stderr)
+    print(f"wrote {place}: {number} answers{again}", file=sys.stderr)
     if num_cut:
         print(
             f"warning: {num_cut} of {number - done} answers did not end in the tokens that they "

@@ -117,6 +117,13 @@ def task_names() -> list[str]:
     return sorted({name for registry in _REGISTRIES for name in registry.names()})
 
 
+def files_of(name: str, task_files: Sequence[str] = ()) -> list[Path]:
+    """Returns which of the files that `load_tasks` reads register a task or mixture."""
+    found = [*shipped.list_files("tasks").values()]
+    found += [shipped.find("tasks", str(file)) for file in task_files]
+    return [path for path in map(Path.resolve, found) if name in _names.get(path, ())]
+
+
 def own_task_names() -> list[str]:
     """Returns the names of tasks and mixtures that do not come with t5jax; all if there are none.
 
