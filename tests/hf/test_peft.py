@@ -420,6 +420,16 @@ def test_an_adapter_that_was_saved_without_gathering_is_refused(folders, tmp_pat
         ours.read(tmp_path, model)
 
 
+def test_an_adapter_of_an_embedding_is_refused(folders, tmp_path):
+    model, _, folder = folders("t5_1_1")
+    file = save_ones(tmp_path, model, folder)
+    name = "base_model.model.shared.lora_embedding_A"
+    tensors = safetensors.numpy.load_file(file) | {name: np.ones((2, 61), np.float32)}
+    safetensors.numpy.save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"table of embeddings \(shared.lora_emb.* merge it with"):
+        ours.read(tmp_path, model)
+
+
 def test_an_adapter_of_another_base_is_refused(folders, tmp_path):
     model, params, folder = folders("llama_scaled")
     config = LoraConfig(rank=2, targets=("query",))

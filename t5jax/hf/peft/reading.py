@@ -241,6 +241,11 @@ def _read_whole(
         params[row.ours] = row.read(leaf, (slice(None),) * len(shape), tensors)
     ignored = re.compile("|".join(table_of(model).ignored) or r"(?!)")  # As in the base's files.
     if rest := sorted(name for name in set(found) - used if not ignored.fullmatch(name)):
+        if table := next((name for name in rest if ".lora_embedding_" in name), None):
+            raise ValueError(
+                f"{where} adapts a table of embeddings ({table}): that is not implemented; "
+                f"{MERGE_THERE}"
+            )
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
         raise ValueError(
             f"{where} is an adapter of another base, or of a module that cannot be adapted here: "
