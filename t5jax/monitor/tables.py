@@ -1,5 +1,6 @@
 """Tables of scores and samples, for a terminal and in Markdown."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -177,10 +178,13 @@ def print_note(text: str, file: TextIO | None = None) -> None:
 
 
 def print_table(table: Any, file: TextIO | None = None) -> None:
-    """Prints a rich table on `file`, by default stderr, as wide as the terminal or 80 columns.
+    """Prints a rich table on `file`, by default stderr, as wide as the terminal or $COLUMNS.
 
-    While a ProgressBar is shown, use its `print` instead.
+    In a file or a pipe, which have no width, it has up to 160 columns. While a ProgressBar is
+    shown, use its `print` instead.
     """
     from rich.console import Console
 
-    Console(file=file or sys.stderr).print(table)
+    file = file or sys.stderr
+    is_bounded = file.isatty() or "COLUMNS" in os.environ
+    Console(file=file, width=None if is_bounded else 160).print(table)

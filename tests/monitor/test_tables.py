@@ -43,6 +43,18 @@ def test_results_table_at_80_columns(monkeypatch):
     ]
 
 
+def test_results_table_in_a_file_is_wider_than_a_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = [f"baseline_{i}" for i in range(8)]
+    row = {
+        "model": {"token_accuracy": 1.0},
+        "baselines": {n: {"token_accuracy": 1.0} for n in names},
+    }
+    lines = rendered(tables.results_table({"numbers": {"num_examples": 20, **row}}))
+    assert lines[0].split()[2:] == ["metric", "model", *names]
+    assert lines[-1].split()[:3] == ["numbers", "(20)", "token_accuracy"]
+
+
 def test_results_table_marks_a_model_that_a_baseline_beats():
     table = tables.results_table(RESULTS)
     assert [str(cell.style) for cell in table.columns[2].cells] == ["bold", "yellow", "yellow"]
