@@ -75,6 +75,7 @@ def export_model(
                     "(--merge), or leave it out"
                 )
         assert isinstance(source, AdaptedSource)
+        source.warn_of_prefixes(output)
         source.export_adapter(output, overwrite=overwrite)
         return
     source.check_whole()
@@ -102,6 +103,7 @@ def export_model(
     tokenizer = source.own_tokenizer()
     if tokenizer is None:
         _log.warning("%s holds no tokenizer, so only its weights are exported", source.path)
+    source.warn_of_prefixes(output)
     description, params = source.read(encoder_only=encoder_only, dequantize=dequantize)
     hf_io.save_params(
         output,

@@ -1,9 +1,17 @@
 """Export and import: no bit is lost, and no folder that is taken is written."""
 
+import dataclasses
+
 import pytest
 
+from conformance.cases import random_params
+from conformance.families import VARIANTS
 from t5jax import checkpoint, pretrained
+from t5jax.config import override
 from t5jax.convert import export_model, import_model
+from t5jax.hf import io
+from t5jax.prune.prune import prune_model
+from t5jax.source import find
 from tiny import one_device, trained_run  # noqa: F401
 
 
@@ -48,6 +56,16 @@ def test_places_that_are_taken_or_cannot_be_written(tmp_path):
         import_model(str(tmp_path / "hf"), str(tmp_path / "file" / "below"))
     with pytest.raises(ValueError, match=r"holds a run already; choose another folder"):
         import_model(str(tmp_path / "hf"), str(trained_run()))
+
+
+def test_prompts_that_are_read_both_ways_are_no_part_of_a_folder(tmp_path):
+    model = VARIANTS["gpt2"]
+    io.save_params(tmp_path / "gpt2", model, random_params(model))
+    source = find(str(tmp_path / "gpt2"))
+    source = dataclasses.replace(source, config=override(source.config, {"data.prefix_lm": True}))
+    for write, place in ((export_model, tmp_path / "hf"), (prune_model, tmp_path / "pruned")):
+        with pytest.warns(UserWarning, match=r"with data.prefix_lm.* reads prompts causally"):
+            write(source, str(place))
 
 
 def test_what_does_not_go_with_a_format(tmp_path):

@@ -47,6 +47,7 @@ def write(
     generation: dict[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder; without `generation`, with what the source has of it."""
+    source.warn_of_prefixes(output)
     hf_io.save_params(
         output,
         model,

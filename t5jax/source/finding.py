@@ -115,6 +115,8 @@ def _peft_adapter(
         with contextlib.suppress(ValueError):
             tokenizer = load_tokenizer(path)
     config = Config(model=peft.model_of(path, base.model))
+    # How prompts are read is no part of PEFT's format, and the base's own is the best guess.
+    config = override(config, {"data.prefix_lm": base.config.data.prefix_lm})
     return AdaptedSource(
         path, config, tokenizer or base.own_tokenizer(), base=base, named_base=given
     )

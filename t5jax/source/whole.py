@@ -65,6 +65,17 @@ class Source:
                 stacklevel=3,
             )
 
+    def warn_of_prefixes(self, output: str) -> None:
+        """Warns if the prompts of the run are read in a way that another format cannot express."""
+        if self.config.data.prefix_lm:
+            warnings.warn(
+                f"{self.path} was trained with data.prefix_lm: the tokens of its prompts see each "
+                f"other both ways, which {output} has no word for; whatever reads that folder, "
+                "t5jax too, reads prompts causally, and answers otherwise; use the run itself, or "
+                "what `t5jax compress` makes of it",
+                stacklevel=3,
+            )
+
     def check_whole(self) -> None:
         """Raises ValueError unless the parameters of the network are the whole model."""
 
