@@ -1,6 +1,8 @@
 """Models wherever they lie: found, and adopted by a run."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +11,12 @@ import tiny
 from conformance.cases import random_params
 from conformance.families import T5 as SMALL
 from t5jax import pretrained
-from t5jax.architectures import T5Config
-from t5jax.config import AxisRules, Config, MeshConfig
+from t5jax.architectures import GPTConfig, T5Config
+from t5jax.config import AxisRules, Config, DataConfig, MeshConfig
 from t5jax.convert import import_model
 from t5jax.hf import hub, peft
 from t5jax.hf import io as hf_io
-from t5jax.source import Source, adopt, find
+from t5jax.source import Source, adopt, find, several
 from t5jax.tokenizers import ByteTokenizer
 from t5jax.train import train
 from tiny import eight_devices, one_device, trained_run  # noqa: F401
@@ -134,3 +136,23 @@ def test_adopt_accepts_what_agrees_and_names_all_that_does_not():
     ):
         adopt(run, source(d_model=24), "x")
     assert adopt(run, source(d_model=24, d_ff=8, num_heads=2), "x") == run
+
+
+def test_an_adapter_that_reads_prompts_otherwise_than_its_base_does_not_share_it():
+    def source(prefix_lm, extra_ids=125, is_checkpoint=True):
+        config = Config(model=GPTConfig(), data=DataConfig(prefix_lm=prefix_lm))
+        tokenizer = ByteTokenizer(extra_ids)
+        return SimpleNamespace(
+            config=config,
+            place="base",
+            is_checkpoint=is_checkpoint,
+            own_tokenizer=lambda: tokenizer,
+        )
+
+    check = functools.partial(several.check_reads_alike, what="adapter a: run", given="run")
+    check(source(True), source(True))
+    check(source(False, is_checkpoint=False), source(True))  # PEFT's format does not say.
+    with pytest.raises(ValueError, match="with data.prefix_lm True, and base is read with False"):
+        check(source(True), source(False))
+    with pytest.warns(UserWarning, match=r"another tokenizer \(ByteTokenizer\(359 ids\)\) than"):
+        check(source(False, 100), source(False))

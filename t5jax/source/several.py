@@ -65,7 +65,9 @@ def read_adapters(
                 f"adapter {name}: {given} also replaces its base's tables of tokens or its head, "
                 f"which cannot be shared; serve it as a model of its own: t5jax serve {given}"
             )
-        leaves = AdaptedSource(path, config, base=base).adapter(model)
+        adapted = AdaptedSource(path, config, base=base)
+        check_reads_alike(adapted, base, f"adapter {name}: {given}", given)
+        leaves = adapted.adapter(model)
         if prompt.PATH in leaves:
             raise ValueError(
                 f"adapter {name}: {given} is a soft prompt, which cannot share a base; serve it as "
@@ -78,6 +80,25 @@ def read_adapters(
             )
         found.append(leaves)
     return lora.stack(model, found)
+
+
+def check_reads_alike(adapted: AdaptedSource, base: Source, what: str, given: str) -> None:
+    """Raises ValueError if a run's adapter was trained on prompts that are read otherwise than its
+    base reads them; warns if it has another tokenizer."""
+    own, here = adapted.config.data.prefix_lm, base.config.data.prefix_lm
+    if adapted.is_checkpoint and own != here:
+        raise ValueError(
+            f"{what} was trained with data.prefix_lm {own}, and {base.place} is read with {here}; "
+            f"serve it as a model of its own: t5jax serve {given}"
+        )
+    theirs, ours = adapted.own_tokenizer(), base.own_tokenizer()
+    if None not in (theirs, ours) and repr(theirs) != repr(ours):
+        warnings.warn(
+            f"{what} has another tokenizer ({theirs}) than {base.place} ({ours}), which is used "
+            "for both; if they do not split a text alike, serve it as a model of its own: t5jax "
+            f"serve {given}",
+            stacklevel=4,
+        )
 
 
 def _may_be(base: Source, name: str) -> bool:
