@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from conformance.families import T5_EVEN as EVEN
 from folders import write_spiece
 from t5jax import load, losses, sharding
 from t5jax.architectures import T5Config
-from t5jax.batch import train_spec
+from t5jax.batch import BatchSpec, train_spec
 from t5jax.config import (
     Config,
     DataConfig,
@@ -32,8 +33,8 @@ from t5jax.distill.teacher import Teacher, check_teacher, student_params
 from t5jax.losses import distillation, distillation_of_top, top_log_probs
 from t5jax.models import api
 from t5jax.program import program
-from t5jax.source import find
-from t5jax.tokenizers import SentencePieceTokenizer, load_tokenizer
+from t5jax.source import Source, find
+from t5jax.tokenizers import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from t5jax.tokenizers.sentence_piece import read_model
 from t5jax.train import train
 from tiny import (
@@ -333,6 +334,16 @@ def test_another_vocabulary_of_the_same_size_is_refused(tmp_path):
     starts = dataclasses.replace(TINY.model, decoder_start_token_id=3)
     with pytest.raises(ValueError, match=r"begins texts with the id 0, the student with 3; set"):
         check_teacher(dataclasses.replace(teacher, source=same), starts, ours, TINY_SPEC)
+
+
+def test_a_teacher_reads_prompts_as_its_student_does():
+    model = dataclasses.replace(GPT2, vocab_size=384)
+    source = Source(Path("teacher"), Config(model=model), ByteTokenizer())
+    asked = Teacher(source, model, None, None), model, ByteTokenizer()
+    check_teacher(*asked, BatchSpec(4, 8, 8, kind="decoder"))
+    check_teacher(*asked, BatchSpec(4, 0, 16, kind="prefix_lm"))  # Without prompts.
+    with pytest.raises(ValueError, match="reads prompts causally, and .* set data.prefix_lm to Fa"):
+        check_teacher(*asked, BatchSpec(4, 8, 8, kind="prefix_lm"))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ def check_teacher(
             f"distill.teacher {name} begins texts with the id {start}, the student with {ours}; "
             f"set model.decoder_start_token_id to {start}"
         )
+    both_ways = teacher.source.config.data.prefix_lm
+    has_prompts = student.kind == "decoder" and spec.inputs_length > 0
+    if has_prompts and (spec.kind == "prefix_lm") != both_ways:
+        raise ValueError(
+            f"distill.teacher {name} reads prompts {'both ways' if both_ways else 'causally'}, and "
+            f"the student does not; set data.prefix_lm to {both_ways}"
+        )
     longest = teacher.model.longest_row
     length = max(filter(None, (spec.decoder_length, spec.inputs_length)))
     if longest is not None and length > longest:
