@@ -409,6 +409,21 @@ def test_what_a_run_may_change(now):
     checkpoint.check_same_run(Config(optimizer=ADAMW), Config(**{"optimizer": ADAMW} | now))
 
 
+def test_what_a_run_goes_on_with_otherwise_is_named():
+    was = Config(optimizer=ADAMW)
+    rate = dataclasses.replace(ADAMW, learning_rate=1.0)
+    now = Config(
+        model=T5Config(dropout_rate=0.2),
+        optimizer=rate,
+        train=TrainConfig(steps=5),
+    )
+    assert checkpoint.changed_settings(was, was) == []
+    assert checkpoint.changed_settings(was, now) == [
+        f"model.dropout_rate was {was.model.dropout_rate} and is 0.2",
+        f"optimizer.learning_rate was {ADAMW.learning_rate} and is 1.0",
+    ]
+
+
 def test_an_imported_state_takes_any_seed_and_keeps_the_rest():
     seeded = Config(train=TrainConfig(seed=3))
     checkpoint.check_same_run(Config(), seeded, begun=False)

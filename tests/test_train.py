@@ -321,6 +321,7 @@ def test_resumed_run_ends_in_the_same_bits(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "going on from step 5" in err
     assert "falls until" not in err
+    assert "otherwise" not in err
     assert_same_bits(tmp_path, trained_run(), 10)
     assert tiny.read_metrics(tmp_path) == tiny.read_metrics(trained_run())
 
@@ -689,7 +690,7 @@ def test_an_evaluation_on_the_training_split_has_names_of_its_own(tmp_path):
 # --- What goes wrong ------------------------------------------------------------------------------
 
 
-def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
+def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path, capsys):
     run_dir = trained_run(copy_to=tmp_path / "run")
     sections = {"train": {"steps": 15}, "checkpoint": {"every": 1}, "eval": NO_EVAL}
     config = make_config(run_dir, optimizer={"learning_rate": 1e30}, **sections)
@@ -698,7 +699,10 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_goes_on(tmp_path):
     steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir())
     assert steps == [10, 11], "a checkpoint of NaN, or none"
     shutil.rmtree(run_dir / "checkpoints" / "11")  # It has the step that was too long.
+    capsys.readouterr()
     train(make_config(run_dir, optimizer={"learning_rate": 1e-3}, **sections))
+    otherwise = re.findall("from here on otherwise: (.*)", capsys.readouterr().err)
+    assert otherwise == ["optimizer.learning_rate was 0.01 and is 0.001"]
     state = read_state(run_dir, 15)
     assert all(np.isfinite(x).all() for x in state.values())
     assert [line["step"] for line in tiny.read_metrics(run_dir) if "train/loss" in line] == [

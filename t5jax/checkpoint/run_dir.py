@@ -127,6 +127,17 @@ def check_same_run(saved: Config, config: Config, *, begun: bool = True) -> None
         )
 
 
+def changed_settings(saved: Config, config: Config) -> list[str]:
+    """Returns what changes a step's computation and differs, each field with both values."""
+    return [
+        f"{section}.{field.name} was {was!r} and is {now!r}"
+        for section in ("model", "optimizer", "loss", "distill", "quantize")
+        for field in dataclasses.fields(getattr(config, section))
+        if (was := getattr(getattr(saved, section), field.name, None))
+        != (now := getattr(getattr(config, section), field.name))
+    ]
+
+
 def _fixed_adapter(adapter: AdapterConfig | None) -> dict[str, Any]:
     """Returns the fields of an adapter that a run keeps."""
     if adapter is None:

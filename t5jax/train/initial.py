@@ -47,6 +47,9 @@ def begin_or_restore(
     if last:
         assert standing.saved is not None
         say(f"going on from step {standing.step} of {run_dir}")
+        if standing.loop.iterator:  # What was only imported has been trained elsewhere.
+            for change in checkpoint.changed_settings(standing.saved, config):
+                say(f"from here on otherwise: {change}")
         _say_how_the_rate_falls(standing.saved, config)
         with goodput.spend("checkpoint"):
             state = checkpoints.restore(last, run.saved(run.shapes), run.saved(run.shardings))
