@@ -441,6 +441,18 @@ def test_muon_equals_numpy_layer_by_layer():
             np.testing.assert_allclose(ours[key][i], x, rtol=0, atol=1e-3 * moved, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["adafactor", "adamw_scaled"])
+def test_the_rate_of_an_adapter_is_not_relative_to_it(name):
+    """Otherwise the matrix that is 0 at first would take a thousandth of each step."""
+    axes = {"lora_b": ("rank", "mlp"), "wi": ("embed", "mlp")}
+    params = dict.fromkeys(axes, np.zeros((3, 5), np.float32))
+    tx = make_optimizer(OptimizerConfig(name, learning_rate=0.01), STEPS, axes)
+    ones = jax.tree.map(np.ones_like, params)
+    updates = tx.update(ones, tx.init(params), params)[0]
+    np.testing.assert_allclose(updates["lora_b"], -0.01, rtol=1e-3)
+    np.testing.assert_allclose(updates["wi"], -1e-5, rtol=1e-3)
+
+
 def test_muon_takes_both_matrices_of_an_adapter_and_no_soft_prompt():
     axes = {
         "lora_a": ("layers", "embed", "rank"),
