@@ -419,9 +419,13 @@ def test_special_tokens(tmp_path):
     config = described(tmp_path, _GEMMA3)
     assert config.end_token_ids == (1, 106)
     assert described(tmp_path, _LLAMA | {"bos_token_id": None}).decoder_start_token_id == 128001
+    assert described(tmp_path, _LLAMA | {"bos_token_id": 0}).decoder_start_token_id == 0
     assert described(tmp_path, _LLAMA | {"pad_token_id": -1}).pad_token_id == 128001
     with pytest.warns(UserWarning, match="names no eos_token_id; 0 is taken"):
         assert described(tmp_path, _LLAMA | {"eos_token_id": None}).eos_token_id == 0
+    with pytest.warns(UserWarning, match="names no eos_token_id"):  # Nor the published one.
+        small = described(tmp_path, {"model_type": "gpt2", "vocab_size": 61})
+    assert (small.eos_token_id, small.decoder_start_token_id) == (0, 0)
     with pytest.raises(ValueError, match=r"eos_token_id is \['x'\]; expected whole numbers"):
         described(tmp_path, _LLAMA | {"eos_token_id": ["x"]})
 
