@@ -248,9 +248,8 @@ def test_greedy_stops_when_all_rows_have_ended(variant):
 @pytest.mark.parametrize("variant", ["t5_1_0", "gemma3"])
 def test_a_row_depends_neither_on_others_nor_on_padding_nor_on_how_many_tokens_are_asked(variant):
     tokens = greedy(variant)
-    np.testing.assert_array_equal(greedy(variant, first=2, last=3), tokens[2:3])
     np.testing.assert_array_equal(greedy(variant, length=31), tokens)
-    np.testing.assert_array_equal(greedy(variant, 3), tokens[:, :3])
+    np.testing.assert_array_equal(greedy(variant, 3, first=2, last=3), tokens[2:3, :3])
 
 
 @pytest.mark.parametrize("variant", ["t5_1_0", "llama"])
