@@ -191,7 +191,7 @@ def _run(
                 with jax.transfer_guard("disallow"), goodput.step() as counted:
                     state, metrics = run.step(state, *arguments)
                     counted.result = metrics
-                asked, ends = request.reached(), steps.step + 1 == config.train.steps
+                asked, ends = request.reached(), steps.step + 1 >= config.train.steps
                 # What fails in the data or in an evaluation is raised when the step is saved.
                 failure = None if ends else batches.try_fetch()  # While the devices work.
                 steps.add(metrics, batch, limit)
@@ -199,7 +199,7 @@ def _run(
                     bar.print(traced)
 
                 step = steps.step
-                done = step == config.train.steps
+                done = step >= config.train.steps
                 evaluates = ready.evaluator is not None
                 evaluates = evaluates and (done or step % config.eval.every == 0)
                 saves = evaluates or done or failure or asked
