@@ -55,6 +55,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One process more than there are cores, since many tests wait for processes of their own."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # It decides.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min((os.cpu_count() or 1) + 1, memory // _MEMORY_OF_A_PROCESS))
 
