@@ -49,6 +49,7 @@ def export_model(
     """
     folder = storage.path(output, "the folder to write")
     source = find(model) if isinstance(model, str) else model
+    source.warn_if_unrounded()
     _check_dequantize(source, dequantize)
     is_adapted = isinstance(source, AdaptedSource)
     if format == "peft" or merge:

@@ -172,6 +172,7 @@ def test_chat(model, tmp_path, capsys):
         (["--prompt", "a", "--template", "{{ b }}"], "--template makes prompts of JSON lines"),
         (["--prompt", "a", "--system", "b"], "--system is for --chat"),
         (["--prompt", "a", "--top-p", "0.5", "--temperature", "0"], "would change nothing"),
+        (["--prompt", "a", "--seed", "5"], "--seed 5 would change nothing"),
         (["--prompt", "a", "--output", "absent/x.txt"], "there is no folder absent"),
         (["--prompt", "a", "--json-schema", "absent.json"], "--json-schema absent.json: No such"),
         (["--input", "in.json"], "--input in.json: expected a file of JSON lines, which ends in"),

@@ -76,8 +76,8 @@ class Infer:
     """Only draw one of the most probable tokens that together have this probability."""
     min_p: float | None = None
     """Only draw a token at least this probable, times the probability of the most probable one."""
-    seed: int = 0
-    """What drawn tokens depend on, beside the prompt's number."""
+    seed: int | None = None
+    """What drawn tokens depend on, beside the prompt's number. None: 0."""
     repetition_penalty: float | None = None
     """Divide the logits of tokens that were read or written before by it."""
     no_repeat_ngram_size: int | None = None
@@ -174,6 +174,11 @@ def infer(args: list[str]) -> None:
         )
         model.check_writes()
         how = model.options(**_generation(options))
+        if options.seed is not None and how.temperature == 0:
+            raise ValueError(
+                f"--seed {options.seed} would change nothing, since no tokens are drawn; give "
+                "--temperature, 1 for the model's own probabilities, or leave it out"
+            )
         if output is not None and not _writes_json(options):
             _check_number(options, how.num_answers)
         first = start + done
@@ -463,7 +468,7 @@ def _run(options: Infer, output: Path, shard: tuple[int, int | None] | None) -> 
         for field in dataclasses.fields(options)
         if field.name not in _NO_EFFECT
     }
-    run |= _generation(options)
+    run |= _generation(options) | {"seed": options.seed or 0}
     if storage.path(options.model, "--model").is_dir():
         source = find(options.model, base=options.base)
         run["model_files"] = [list(storage.files(place).items()) for place in source.places]

@@ -53,6 +53,8 @@ def find(given: str) -> Baseline:
         found = json.loads(storage.local(path).read_text(encoding="utf-8"))
         scores = {task: dict(row.get("model", row).items()) for task, row in found.items()}
         numbers = {task: row.get("num_examples") for task, row in found.items()}
+        if any(type(number) not in (int, type(None)) for number in numbers.values()):
+            raise ValueError("num_examples")
     except OSError as error:
         raise ValueError(f"--baseline {given}: {error.strerror}") from None
     except (ValueError, AttributeError):

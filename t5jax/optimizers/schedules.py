@@ -44,7 +44,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         )
     if warmup > steps or (falls and warmup == steps):
         remedy = (
-            f"set optimizer.warmup_steps to {steps - falls} or less, or raise train.steps"
+            f"set optimizer.warmup_steps to {max(steps - falls, 0)} or less, or raise train.steps"
             if warmup > steps
             else f"lower it, or use schedule constant: {config.schedule} has no steps left to decay"
         )

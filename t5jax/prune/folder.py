@@ -17,6 +17,7 @@ def find_floats(model: str | Source) -> Source:
     """Returns where a model is. Raises ValueError if it is quantized, or has a soft prompt."""
     source = find(model) if isinstance(model, str) else model
     source.check_whole()
+    source.warn_if_unrounded()
     if source.is_quantized:
         raise ValueError(
             f"{source.path} is compressed already; prune or trim the model that it was made from, "

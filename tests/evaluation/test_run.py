@@ -225,8 +225,9 @@ def test_a_baseline_of_something_else_is_refused_by_name(tmp_path, capsys):
     refused("4 predictions of the task capitals, which has 11 examples", folder, num_examples=None)
     refused("scores of 4 examples of the task capitals; here it has 11", file, num_examples=None)
     refused("the inputs of example 0 of the task capitals are .*here", folder, split="train")
-    file.write_text("[1, 2]")
-    refused('holds no scores; expected {"TASK": {"METRIC": NUMBER}}', file)
+    for wrong in ("[1, 2]", '{"capitals": {"num_examples": "4", "loss": 1}}'):
+        file.write_text(wrong)
+        refused('holds no scores; expected {"TASK": {"METRIC": NUMBER}}', file)
 
 
 def test_a_baseline_that_was_asked_with_other_lengths_is_said(tmp_path, caplog):

@@ -21,6 +21,7 @@ from t5jax.config import (
 )
 from t5jax.losses import batch_loss
 from t5jax.program import program
+from t5jax.prune.folder import find_floats
 from t5jax.quantize.compress import _check_training
 from t5jax.quantize.matrices import Scheme, dequantize_params, quantize_params
 from t5jax.source import Source
@@ -72,8 +73,10 @@ def test_a_step_trains_the_floats_on_the_loss_of_the_rounded():
 def test_whoever_reads_the_floats_of_such_a_run_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(Source, "is_checkpoint", True)
     Source(tmp_path, Config(model=MODEL)).warn_if_unrounded()
-    with pytest.warns(UserWarning, match=f"t5jax compress {tmp_path} FOLDER --weights int4"):
-        Source(tmp_path, Config(model=MODEL, quantize=QuantizeConfig("int4"))).warn_if_unrounded()
+    rounded = Source(tmp_path, Config(model=MODEL, quantize=QuantizeConfig("int4")))
+    for read in (Source.warn_if_unrounded, find_floats):
+        with pytest.warns(UserWarning, match=f"t5jax compress {tmp_path} FOLDER --weights int4"):
+            read(rounded)
 
 
 def test_configs_that_cannot_be():
