@@ -82,7 +82,9 @@ def _reason(error: str) -> str:
         return (
             f"their characters and the special pieces are {least[1]} already; set a size from there"
         )
-    if "sentences_.empty()" in error or "all_chars_count" in error:
+    if any(
+        what in error for what in ("sentences_.empty", "all_chars_count", "required_chars_.empty")
+    ):
         return "there is no text in them"
     return error
 

@@ -531,9 +531,9 @@ def test_short_lines_are_lines_too(tmp_path):
     [
         ([], 8, "on 0 lines: there is no text in them"),
         ([" "], 8, "on 1 lines: there is no text in them"),
-        # Four letters, the sign for a space, pad, eos and unk; one more piece is "▁a".
+        # Four letters, the sign for a space, pad, eos and unk; some versions find "▁a" besides.
         (["a b c d"] * 3, 5, "of 5 pieces on 3 lines: .* are 8 already; set a size from there"),
-        (["a b c d"] * 3, 500, "they have no more than 9; set that size or a smaller one"),
+        (["a b c d"] * 3, 500, "they have no more than [89]; set that size or a smaller one"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_one_that_does(lines, size, message, tmp_path):
@@ -584,6 +584,7 @@ def test_task_files_import_their_neighbours_and_break_alone(tmp_path, monkeypatc
     for name, code in files.items():
         (tmp_path / f"tasks/{name}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_broken", {})
     with caplog.at_level(logging.WARNING):
         registry.load_tasks()
     assert {"of_first", "of_second", "numbers"} <= set(registry.task_names())

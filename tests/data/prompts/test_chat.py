@@ -183,7 +183,7 @@ def test_the_chat_template_comes_from_the_runs_tokenizer():
     )
     own = ChatTemplate(CHATML)
     assert own.bind(FakeTokenizer(BRACKETS)) == own
-    with pytest.raises(ValueError, match="but FakeTokenizer has none; set data.vocabulary"):
+    with pytest.raises(ValueError, match="but FakeTokenizer has none; take a vocabulary"):
         ChatTemplate().bind(FakeTokenizer(None))
     with pytest.raises(ValueError, match="there is no tokenizer; set data.vocabulary, or give"):
         ChatTemplate().render(CHAT)

@@ -428,7 +428,7 @@ def test_a_fingerprint_changes_with_what_the_texts_depend_on():
 def test_a_chat_takes_the_template_of_the_runs_tokenizer():
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     task = make_task(rows, [ChatTemplate()])
-    with pytest.raises(ValueError, match="ByteTokenizer.* has none; set data.vocabulary"):
+    with pytest.raises(ValueError, match="ByteTokenizer.* has none; take a vocabulary"):
         examples(task, "train")
     seqio.TaskRegistry.remove("prompted")
     text = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
